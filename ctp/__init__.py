@@ -1,0 +1,1 @@
+"""Compress, Then Prompt."""

@@ -1,0 +1,46 @@
+"""How a cell is named to people: a slug for folders and lines, axes to filter and pivot by."""
+
+from typing import Any
+
+from ctp.spec import Cell, Compress, Evaluate, Learn, SoftPrompt
+
+
+def slug(cell: Cell) -> str:
+    """A readable name for folders and lines of output."""
+    if isinstance(cell, Compress):
+        parts = [cell.model.name, cell.compression.label]
+    elif isinstance(cell, Learn):
+        parts = [slug(cell.source), cell.recovery.label]
+    elif isinstance(cell, Evaluate):
+        source = cell.recovery
+        won = f"{source.source.compression.label}_{source.recovery.label}" if source else "none"
+        parts = [slug(cell.target), won, cell.measure.label]
+    else:
+        raise TypeError(f"no slug for {type(cell).__name__}")
+    return "_".join(p.replace("/", "--").replace(":", "of") for p in parts)
+
+
+def axes(cell: Cell) -> dict[str, str | int | float | bool]:
+    """Every axis a person may filter or pivot by, flat. Evaluate has `source`/`target`; `none` marks no recovery."""
+    out: dict[str, Any] = {"kind": cell.kind}
+    base = cell if isinstance(cell, Compress) else cell.source if isinstance(cell, Learn) else None
+    if isinstance(cell, Evaluate):
+        base = cell.target
+        measure = cell.measure.model_dump(mode="json")
+        out |= {"measure": measure.pop("method"), "target": base.compression.label}
+        out |= {n: v for n, v in measure.pop("text", {}).items() if n in ("dataset", "split", "seq_len")}
+        out |= {"source": "none", "recovery": "none", "k": 0}
+    learned = cell if isinstance(cell, Learn) else cell.recovery if isinstance(cell, Evaluate) else None
+    if learned is not None:
+        recovery = learned.recovery
+        out |= {"source": learned.source.compression.label, "recovery": recovery.method, "k": 0}
+        if isinstance(recovery, SoftPrompt):
+            out |= {"k": recovery.k, "learned_on": recovery.text.dataset, "seed": recovery.seed}
+        out["recovery_label"] = recovery.label
+    assert isinstance(base, Compress)
+    out |= {"model": base.model.name, "dtype": base.model.dtype, "compression": base.compression.label}
+    own = base.compression.model_dump(mode="json")
+    out |= {n: v for n, v in own.items() if n in ("method", "bits", "sparsity", "pattern", "group_size")}
+    if base.calibration is not None:
+        out |= {"calibration": base.calibration.dataset, "calibration_seed": base.calibration.seed}
+    return {n: v for n, v in out.items() if v is not None}
