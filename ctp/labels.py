@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ctp.spec import Cell, Compress, Evaluate, Learn, SoftPrompt
+from ctp.methods import SoftPrompt
+from ctp.spec import Cell, Compress, Evaluate, Learn
 
 
 def slug(cell: Cell) -> str:

@@ -1,0 +1,316 @@
+"""The settings that cells are made of: model, text windows, and the methods of compression, recovery and measure.
+
+A method is a frozen class in one of three families; declaring it registers it under its `method` name, and grid files
+find it there. Values are strict: a string is no number, an unknown field is an error.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationInfo,
+    model_validator,
+)
+
+from ctp.names import unknown
+
+Int = Annotated[int, Field(strict=True)]
+PositiveInt = Annotated[int, Field(strict=True, gt=0)]
+Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Bool = Annotated[bool, Field(strict=True)]
+
+
+class Spec(BaseModel):
+    """Frozen data that refuses unknown fields. `extra="forbid"` turns a typo into an error, not a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    def changed(self) -> dict[str, Any]:
+        """The fields whose value differs from their default, in the order of declaration."""
+        fields = type(self).model_fields
+        return {n: v for n, f in fields.items() if (v := getattr(self, n)) != f.default}
+
+
+class Model(Spec):
+    """A causal language model at one exact version.
+
+    `revision` is the hub's commit, or `sha256:…` of the files of a folder or package: it is filled in when a grid is
+    planned, so that a key never stands for "whatever is there today". `dtype` "auto" becomes the checkpoint's own.
+    """
+
+    name: str
+    revision: str = ""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pin(cls, data: Any, info: ValidationInfo) -> Any:
+        if isinstance(data, str):
+            data = {"name": data}
+        if info.context is not None and isinstance(data, Mapping) and isinstance(data.get("name"), str):
+            return info.context.pin_model(dict(data))
+        return data
+
+
+class Windows(Spec):
+    """Token windows of one text, specified to the token.
+
+    The documents of a split are joined by `join` (None: the data set's custom), tokenised in one go and cut into
+    windows of `seq_len` tokens without overlap; the tail is dropped. `sampling="crops"` takes a random window out of a
+    random document longer than the window instead (the calibration protocol of GPTQ and SparseGPT), drawn by `seed`.
+
+    count: number of windows, None for all. documents: use the first N documents only. `revision` pins the text.
+    """
+
+    dataset: str
+    split: Literal["train", "validation", "test"]
+    seq_len: Annotated[int, Field(strict=True, ge=2)]
+    count: PositiveInt | None = None
+    documents: PositiveInt | None = None
+    join: str | None = None
+    sampling: Literal["sequential", "crops"] = "sequential"
+    seed: Int = 0
+    revision: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pin(cls, data: Any, info: ValidationInfo) -> Any:
+        if info.context is not None and isinstance(data, Mapping) and isinstance(data.get("dataset"), str):
+            return info.context.pin_windows(dict(data))
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.sampling == "crops" and self.count is None:
+            raise ValueError("sampling 'crops' draws a stated number of windows: give count")
+        return self
+
+
+class Method(Spec):
+    """Base of compressions, recoveries and measures: picked by the field `method`, found in `registry`."""
+
+    registry: ClassVar[dict[str, type["Method"]]]
+    method: str
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        default = cls.model_fields["method"].default
+        if isinstance(default, str):
+            cls.registry[default] = cls
+
+    @classmethod
+    def parse(cls, data: Any, info: ValidationInfo) -> Any:
+        """`{method: gptq, …}` or plain `gptq` -> the spec registered under that name."""
+        if isinstance(data, cls):
+            return data
+        if isinstance(data, str):
+            data = {"method": data}
+        if not isinstance(data, Mapping) or "method" not in data:
+            raise ValueError(f"needs a 'method', one of: {', '.join(sorted(cls.registry))}")
+        if data["method"] not in cls.registry:
+            raise ValueError(unknown("method", data["method"], cls.registry))
+        return cls.registry[data["method"]].model_validate(data, context=info.context)
+
+    @property
+    def label(self) -> str:
+        """A short unique name: the method, then every field that is not at its default."""
+        rest = {n: v for n, v in self.changed().items() if n != "method"}
+        return "-".join([self.method, *(_tag(n, v) for n, v in rest.items())])
+
+
+def _tag(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return name if value else f"no_{name}"
+    return f"{name}{value:g}" if isinstance(value, float) else f"{name}{value}"
+
+
+# ---------------------------------------------------------------- compression
+
+
+class Compression(Method):
+    """How a model is made smaller."""
+
+    registry: ClassVar[dict[str, type[Method]]] = {}
+
+
+class Dense(Compression):
+    """The model as it is: the reference row of every table."""
+
+    method: Literal["dense"] = "dense"
+
+
+class Solver(Compression):
+    """What SparseGPT, GPTQ and both at once share: one pass of second-order error compensation per linear.
+
+    damping: added to the Hessian's diagonal, as a fraction of its mean. block_size: columns updated lazily together.
+    act_order: columns in the order of falling Hessian diagonal. true_sequential: linears of a block one group after
+    the other (q/k/v, output, up/gate, down), each seeing the inputs that the compressed ones before it produce.
+    group_size: inputs that share one scale, None for one scale per output channel. static_groups: with act_order, each
+    group's scale is fixed from the original weights in their original order. scale: "minmax" spans the weights
+    exactly; "mse" searches the shrunken range with the least rounding error.
+    """
+
+    damping: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.01
+    block_size: PositiveInt = 128
+    act_order: Bool = False
+    true_sequential: Bool = False
+    group_size: PositiveInt | None = None
+    sym: Bool = False
+    static_groups: Bool = False
+    scale: Literal["minmax", "mse"] = "minmax"
+
+    def _suffix(self, known: set[str]) -> str:
+        short = {"act_order": "act", "true_sequential": "seq", "static_groups": "static"}
+        rest = {n: v for n, v in self.changed().items() if n not in known}
+        return "".join(
+            f"-g{v}" if n == "group_size" else f"-{v}" if n == "scale" else f"-{_tag(short.get(n, n), v)}"
+            for n, v in rest.items()
+        )
+
+
+class GPTQ(Solver):
+    """Quantization by GPTQ (Frantar et al. 2022, algorithm 1)."""
+
+    method: Literal["gptq"] = "gptq"
+    bits: Literal[2, 3, 4, 8]
+
+    @property
+    def label(self) -> str:
+        return f"gptq-{self.bits}bit" + self._suffix({"method", "bits"})
+
+
+class SparseGPT(Solver):
+    """Pruning by SparseGPT (Frantar & Alistarh 2023, algorithm 1); with `bits`, pruned and quantized in the same pass.
+
+    Exactly one of `sparsity` (fraction of weights set to zero) and `pattern` ("n:m": n zeros in every m inputs).
+    """
+
+    method: Literal["sparsegpt"] = "sparsegpt"
+    sparsity: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = None
+    pattern: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = None
+    bits: Literal[2, 3, 4, 8] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.sparsity is None) == (self.pattern is None):
+            raise ValueError("give exactly one of 'sparsity' and 'pattern'")
+        if self.pattern is not None:
+            n, m = self.n_of_m
+            if not 0 < n < m:
+                raise ValueError(f"pattern = {self.pattern!r}: n:m means n zeros in every m inputs, 0 < n < m")
+            if self.act_order:
+                raise ValueError("act_order reorders the inputs that an n:m pattern groups: use one or the other")
+        if self.bits is None:
+            idle = {"group_size", "sym", "static_groups", "scale"} & set(self.changed())
+            if idle:
+                raise ValueError(f"{', '.join(sorted(idle))} only mean something with 'bits'")
+        return self
+
+    @property
+    def n_of_m(self) -> tuple[int, int]:
+        assert self.pattern is not None
+        n, m = self.pattern.split(":")
+        return int(n), int(m)
+
+    @property
+    def label(self) -> str:
+        kept = self.pattern or f"{100 * (self.sparsity or 0):g}"
+        bits = f"-{self.bits}bit" if self.bits else ""
+        return f"sparsegpt-{kept}{bits}" + self._suffix({"method", "sparsity", "pattern", "bits"})
+
+
+# ------------------------------------------------------------------- recovery
+
+
+class Recovery(Method):
+    """How lost quality is won back."""
+
+    registry: ClassVar[dict[str, type[Method]]] = {}
+
+
+class SoftPrompt(Recovery):
+    """k trained rows before every input, Eq. (1) of the paper; defaults are the paper's text (section 4).
+
+    batch counts sequences per optimiser step, `accumulate` the micro-batches it is split into. warmup: steps of linear
+    warm-up. loss: "token_mean", or "sequence_sum" (summed over tokens, mean over sequences) as in their code.
+    precision: "fp32" computes in the model's dtype, "bf16" and "fp16" under autocast; the prompt itself is always fp32.
+    The best step by the loss on `validation` is kept; it defaults to 32 windows of the same data set's validation
+    split.
+    """
+
+    method: Literal["soft_prompt"] = "soft_prompt"
+    k: PositiveInt = 100
+    text: Windows
+    validation: Windows
+    validate_every: PositiveInt = 500
+    init: Literal["random_rows", "first_rows", "text"] = "random_rows"
+    init_text: str | None = None
+    steps: PositiveInt = 30_000
+    batch: PositiveInt = 4
+    accumulate: PositiveInt = 1
+    lr: Annotated[float, Field(strict=True, gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(strict=True, ge=0)] = 1e-5
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Annotated[int, Field(strict=True, ge=0)] = 0
+    clip: Annotated[float, Field(strict=True, gt=0)] | None = 1.0
+    loss: Literal["token_mean", "sequence_sum"] = "token_mean"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    seed: Int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and isinstance(data.get("text"), Mapping):
+            text, own = data["text"], data.get("validation") or {}
+            if isinstance(own, Mapping):
+                base = {n: text[n] for n in ("dataset", "seq_len") if n in text}
+                data = {**data, "validation": {**base, "split": "validation", "count": 32, **own}}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.init == "text") != (self.init_text is not None):
+            raise ValueError("init 'text' and init_text belong together: give both or neither")
+        if self.batch % self.accumulate:
+            raise ValueError(f"accumulate = {self.accumulate} must divide batch = {self.batch}")
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup = {self.warmup} must be below steps = {self.steps}")
+        if (self.validation.dataset, self.validation.split) == (self.text.dataset, self.text.split):
+            raise ValueError("validation must be another split than the one that is learned from")
+        return self
+
+    @property
+    def label(self) -> str:
+        skip = {"method", "k", "text", "validation", "validate_every"}
+        rest = "".join(f"-{_tag(n, v)}" for n, v in self.changed().items() if n not in skip)
+        return f"soft_prompt-k{self.k}-{self.text.dataset}{rest}"
+
+
+# -------------------------------------------------------------------- measure
+
+
+class Measure(Method):
+    """What is measured on a target."""
+
+    registry: ClassVar[dict[str, type[Method]]] = {}
+
+
+class Perplexity(Measure):
+    """Perplexity over fixed windows; the prompt stands outside the window, the first token is not scored."""
+
+    method: Literal["perplexity"] = "perplexity"
+    text: Windows
+
+    @property
+    def label(self) -> str:
+        return f"ppl-{self.text.dataset}-{self.text.split}"
+
+
+AnyCompression = Annotated[SerializeAsAny[Compression], BeforeValidator(Compression.parse)]
+AnyRecovery = Annotated[SerializeAsAny[Recovery], BeforeValidator(Recovery.parse)]
+AnyMeasure = Annotated[SerializeAsAny[Measure], BeforeValidator(Measure.parse)]
