@@ -286,9 +286,8 @@ class SoftPrompt(Recovery):
 
     @property
     def label(self) -> str:
-        skip = {"method", "k", "text", "validation", "validate_every"}
-        rest = "".join(f"-{_tag(n, v)}" for n, v in self.changed().items() if n not in skip)
-        return f"soft_prompt-k{self.k}-{self.text.dataset}{rest}"
+        seed = f"-seed{self.seed}" if self.seed else ""
+        return f"soft_prompt-k{self.k}-{self.text.dataset}{seed}"
 
 
 # -------------------------------------------------------------------- measure

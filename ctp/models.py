@@ -70,15 +70,18 @@ def facts(location: str, revision: str) -> Facts:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     where, extra = _source(location, revision)
-    config = AutoConfig.from_pretrained(where, **extra)
+    try:
+        config = AutoConfig.from_pretrained(where, **extra)
+    except (OSError, ValueError, KeyError) as e:
+        raise ValueError(f"the configuration of {location} cannot be read: {e}") from e
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    linears = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n or ".h." in n]
+    inside = [m for n, m in model.named_modules() if ".layers." in n or ".h." in n]
     found = Facts(
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),
         context=getattr(config, "max_position_embeddings", None),
         parameters=sum(p.numel() for p in model.parameters()),
-        in_features=tuple(sorted({m.in_features for m in linears if isinstance(m, torch.nn.Linear)})),
+        in_features=tuple(sorted({m.in_features for m in inside if isinstance(m, torch.nn.Linear)})),
         architecture=type(model).__name__,
     )
     write_json(memo, asdict(found))

@@ -144,10 +144,12 @@ class Runtime(Spec):
 
     device: "auto", "cpu" or "cuda". batch: windows per forward pass in evaluation and calibration.
     checkpoint_seconds: least time between two checkpoints of a prompt that is being learned.
-    locations: where a pinned model or text lies on this machine ("name@revision" -> path, `package:…` or hub id).
+    locations: where a pinned model or text lies ("name@revision" -> path, `package:…` or hub id).
+    datasets: descriptions of the grid file's own texts, by name.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     batch: PositiveInt = 4
     checkpoint_seconds: Annotated[float, Field(strict=True, ge=0)] = 60.0
-    locations: dict[str, str] = {}
+    locations: dict[str, str] = Field(default_factory=dict)
+    datasets: dict[str, dict[str, Any]] = Field(default_factory=dict)

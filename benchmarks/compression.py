@@ -1,0 +1,105 @@
+"""Perplexity and seconds of ctp's compression next to other people's code, at equal settings on the same token ids.
+
+    python -m benchmarks.compression --model FOLDER --tokens FILE [--rows NAME ...] [--threads N]
+
+Prints a markdown table; `ratio` is ctp over the best reference, below 1 is better. Exit status 1 if any row is worse
+than the best reference by more than 3 %: running the same code twice moves as much. The references and how they were
+measured are in compression_reference.yaml.
+"""
+
+import argparse
+import copy
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ctp.compress import compress_model, stats
+from ctp.methods import Compression, Solver
+
+REFERENCE = Path(__file__).with_name("compression_reference.yaml")
+HEAD = "| row | settings | ctp | authors | llm-compressor | GPTQModel | ratio | zeros | bits per weight | seconds |"
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, windows: Tensor, batch: int = 4) -> float:
+    """exp of the mean negative log-likelihood over all tokens of `windows` (n, tokens) but the first of each."""
+    total = 0.0
+    device = next(model.parameters()).device
+    for some in windows.to(device).split(batch):
+        logits = model(input_ids=some, use_cache=False).logits[:, :-1].float()
+        total += float(nn.functional.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten(), reduction="sum"))
+    return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
+
+
+def measure(model: nn.Module, row: dict[str, Any], tokens: dict[str, Tensor]) -> dict[str, float]:
+    """Compresses a copy of the model as the row says: perplexity, seconds of compression, zeros, bits per weight."""
+    compression = Compression.registry[row["method"]](**row["settings"])
+    assert isinstance(compression, Solver)
+    model = copy.deepcopy(model)
+    start = time.perf_counter()
+    layers = compress_model(model, tokens["calibration"].long(), compression)
+    seconds = time.perf_counter() - start
+    return {"ppl": perplexity(model, tokens["evaluation"].long()), "seconds": seconds, **stats(layers, model)}
+
+
+def best(row: dict[str, Any], columns: dict[str, str]) -> float | None:
+    """The least reference perplexity of a row, None where no reference has these settings."""
+    return min((row[c] for c in columns if c in row), default=None)
+
+
+def line(row: dict[str, Any], got: dict[str, float], columns: dict[str, str]) -> str:
+    """One row of the table, in markdown."""
+
+    def number(x: float | None) -> str:
+        return "-" if x is None else f"{x:.1e}" if x >= 1e4 else f"{x:.1f}"
+
+    reference = best(row, columns)
+    settings = ", ".join(n if v is True else f"{n} {v}" for n, v in row["settings"].items())
+    ratio = "-" if reference is None else f"{got['ppl'] / reference:.3f}"
+    cells = [row["name"], f"{row['method']}: {settings}", number(got["ppl"]), *(number(row.get(c)) for c in columns)]
+    cells += [ratio, f"{got['sparsity']:.1%}", f"{got['bits_per_weight']:.2f}", f"{got['seconds']:.0f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> int:
+    reference = yaml.safe_load(REFERENCE.read_text())
+    names = [row["name"] for row in reference["rows"]]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of SmolLM2-135M as transformers loads it")
+    parser.add_argument("--tokens", required=True, help="safetensors file of token ids: `calibration`, `evaluation`")
+    parser.add_argument("--rows", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default 1)")
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True)
+    model = model.eval().to(device)
+    tokens = load_file(args.tokens)
+    print(f"{platform.machine()}, {device}, {args.threads} threads; torch {torch.__version__}, transformers", end=" ")
+    print(f"{transformers.__version__}; dense {perplexity(model, tokens['evaluation'].long()):.2f}. References:")
+    print("; ".join(reference["columns"].values()), end=f".\n\n{HEAD}\n|{'---|' * (HEAD.count('|') - 1)}\n", flush=True)
+    worse = []
+    for row in reference["rows"]:
+        if row["name"] not in args.rows:
+            continue
+        got = measure(model, row, tokens)
+        print(line(row, got, reference["columns"]), flush=True)
+        limit = best(row, reference["columns"])
+        if limit is not None and got["ppl"] > limit * (1 + reference["tolerance"]):
+            worse.append(row["name"])
+    print(f"\nWorse than the best reference by more than {reference['tolerance']:.0%}: {', '.join(worse) or 'none'}.")
+    return 1 if worse else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""The walk through a model: block by block, compress the linears, hand the compressed block's outputs to the next."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctp.compress.blocks import Batch, capture, check_chain, decoder_blocks, shared_inputs, stop, stopping
+from ctp.compress.layer import Layer, check
+from ctp.compress.solver import check_shape, factorise, solve
+from ctp.methods import Solver
+
+Progress = Callable[[int, int], None]
+
+
+def compress_model(
+    model: nn.Module, windows: Tensor, compression: Solver, *, batch: int = 4, progress: Progress | None = None
+) -> dict[str, Layer]:
+    """Compresses the linears of all decoder blocks in place; head, embeddings and norms stay.
+
+    model: a causal language model of transformers on any device. windows: token ids (n, tokens). batch: windows per
+    forward pass. progress is told (blocks done, blocks). Returns the compressed form of every weight by module name.
+
+    Raises ValueError naming the linear where a group size does not fit or a Hessian cannot be factorised, RuntimeError
+    where the model is no plain chain of blocks, ArithmeticError where the result is not what the spec promises.
+    """
+    if windows.ndim != 2 or not windows.numel():
+        raise ValueError(f"windows must be token ids (n, tokens), at least one; got shape {tuple(windows.shape)}")
+    prefix, blocks = decoder_blocks(model)
+    for i, block in enumerate(blocks):
+        for name, linear in _linears(block).items():
+            with _naming(f"{prefix}.{i}.{name}"):
+                check_shape(linear.in_features, compression)
+    layers: dict[str, Layer] = {}
+    with torch.no_grad(), _evaluating(model), _full_precision():
+        check_chain(model, windows[:1])
+        batches = capture(model, windows, batch)
+        for i, block in enumerate(blocks):
+            layers |= compress_block(block, batches, compression, f"{prefix}.{i}")
+            for b in batches:
+                b.hidden = b.run(block)
+            if progress:
+                progress(i + 1, len(blocks))
+    return layers
+
+
+def compress_block(block: nn.Module, batches: Sequence[Batch], compression: Solver, prefix: str) -> dict[str, Layer]:
+    """Compresses one block's linears in place on the inputs in `batches`; names get `prefix` in front.
+
+    With true_sequential, each group of linears sees the inputs that the compressed ones before it produce.
+    """
+    groups = shared_inputs(block, batches[0])
+    layers: dict[str, Layer] = {}
+    for stage in [[g] for g in groups] if compression.true_sequential else [groups]:
+        for names, hessian in zip(stage, hessians(block, stage, batches), strict=True):
+            layers |= _compress_group(block, names, hessian, compression, prefix)
+    return layers
+
+
+def _compress_group(
+    block: nn.Module, names: Sequence[str], hessian: Tensor, compression: Solver, prefix: str
+) -> dict[str, Layer]:
+    """Linears on one input: one Hessian, one factorisation."""
+    layers: dict[str, Layer] = {}
+    with _naming(f"{prefix}.{names[0]}"):
+        inverse = factorise(hessian, compression.damping, compression.act_order)
+    for name in names:
+        weight = block.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        with _naming(f"{prefix}.{name}"):
+            new, layer = solve(weight, inverse, compression)
+            weight.copy_(new)
+            check(layer, weight, compression)
+        layers[f"{prefix}.{name}"] = layer
+    return layers
+
+
+def hessians(block: nn.Module, groups: Sequence[Sequence[str]], batches: Sequence[Batch]) -> list[Tensor]:
+    """X^T X / tokens of every group's shared input, float32 (inputs, inputs); a token counts once, whatever its batch.
+
+    The pass ends at the last group's input: what comes after it in the block is not computed.
+    """
+    sums: list[Tensor] = []
+    counts = [0] * len(groups)
+    handles = []
+
+    def collect(i: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1]).float()  # 2-D in OPT's fc1 and fc2, 3-D elsewhere
+            sums[i].addmm_(x.T, x)
+            counts[i] += len(x)
+            if i == len(groups) - 1:
+                stop()
+
+        return hook
+
+    for i, names in enumerate(groups):
+        linear = block.get_submodule(names[0])
+        assert isinstance(linear, nn.Linear)
+        sums.append(torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device))
+        handles.append(linear.register_forward_pre_hook(collect(i)))
+    try:
+        for batch in batches:
+            with stopping():
+                batch.run(block)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [s.div_(n) for s, n in zip(sums, counts, strict=True)]
+
+
+def _linears(block: nn.Module) -> dict[str, nn.Linear]:
+    return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors of the solver and the checks say which linear they are about."""
+    try:
+        yield
+    except (ValueError, ArithmeticError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TensorFloat-32: a Hessian of 10-bit products is not positive definite often enough."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

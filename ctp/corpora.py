@@ -1,0 +1,267 @@
+"""Texts and the token windows cut from them.
+
+`locate` pins a text when a grid is planned, `documents` reads it on a worker, `windows` cuts it. Importing this module
+loads neither torch nor datasets nor gensim: planning stays fast.
+"""
+
+import hashlib
+import json
+import logging
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ctp import packaged_text
+from ctp.methods import Windows
+from ctp.names import unknown
+from ctp.texts import CORPORA, SPLITS, Corpus, find, local_root, parse_corpus
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["CORPORA", "SPLITS", "Corpus", "documents", "find", "locate", "parse_corpus", "text_stats", "windows"]
+
+log = logging.getLogger(__name__)
+
+
+# ------------------------------------------------------------------- pinning
+
+
+def locate(corpus: Corpus, split: str, data_dir: str | Path | None = None) -> tuple[str, str]:
+    """Where a worker will read this split, and what pins its text: (location, revision).
+
+    location: `file:/abs/path`, `divide:/abs/path` (a file that holds all splits), `package:name` or `hub:id@commit`.
+    revision: `sha256:<hex>` of the bytes, for divided and packaged text also of the rule, or the hub's commit.
+    data_dir (default: $CTP_DATA_DIR) holds local copies of hub texts; with one given, the hub is not asked.
+
+    Raises ValueError: a split that does not exist, a missing file or package, a hub that does not answer in seconds.
+    """
+    if split not in corpus.splits:
+        raise ValueError(f"{corpus.name} has no split {split!r}; it has: {', '.join(corpus.splits)}")
+    if corpus.packaged:
+        return f"package:{corpus.name}", packaged_text.fingerprint(corpus.name)
+    if corpus.path:
+        path = Path(corpus.path).expanduser().absolute()
+        if path.is_file():
+            return _locate_divided(corpus, path)
+        return _locate_file(corpus, split, path)
+    root = local_root(data_dir)
+    if root is not None and corpus.folder:
+        return _locate_file(corpus, split, root / corpus.folder)
+    commit = _hub_commit(corpus)
+    return f"hub:{corpus.hub}@{commit}", commit
+
+
+def _locate_file(corpus: Corpus, split: str, folder: Path) -> tuple[str, str]:
+    endings = (".jsonl", ".txt") if corpus.path else (".jsonl",)
+    for ending in endings:
+        if (path := folder / f"{split}{ending}").is_file():
+            return f"file:{path}", f"sha256:{_sha256(path)}"
+    there = [s for s in SPLITS for ending in endings if (folder / f"{s}{ending}").is_file()]
+    layout = " or ".join(f"{split}{ending}" for ending in endings)
+    rows = f'; a .jsonl has one {{"{_local_column(corpus)}": …}} a line'
+    raise ValueError(
+        f"{corpus.name}: {folder} has no {layout}" + (f" (it has: {', '.join(there)})" if there else "") + rows
+    )
+
+
+def _locate_divided(corpus: Corpus, path: Path) -> tuple[str, str]:
+    if path.suffix not in (".jsonl", ".txt"):
+        raise ValueError(f"{corpus.name}: {path} is neither .jsonl nor .txt")
+    pinned = f"{_sha256(path)} {packaged_text.VERSION} {_PARTS_OF_FILE}"
+    return f"divide:{path}", f"sha256:{hashlib.sha256(pinned.encode()).hexdigest()}"
+
+
+_PARTS_OF_FILE = 10
+_hashes: dict[tuple[str, int, int], str] = {}  # a grid names one file in many cells
+
+
+def _sha256(path: Path) -> str:
+    stat = path.stat()
+    seen = (str(path), stat.st_size, stat.st_mtime_ns)
+    if seen not in _hashes:
+        with path.open("rb") as handle:
+            _hashes[seen] = hashlib.file_digest(handle, "sha256").hexdigest()
+    return _hashes[seen]
+
+
+def _hub_commit(corpus: Corpus) -> str:
+    if re.fullmatch(r"[0-9a-f]{40}", corpus.revision or ""):
+        return str(corpus.revision)
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return str(HfApi().dataset_info(corpus.hub, revision=corpus.revision, timeout=5).sha)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        at = f" at revision {corpus.revision}" if corpus.revision else ""
+        raise ValueError(f"{corpus.name}: the hub has no public data set {corpus.hub}{at}") from error
+    except Exception as error:  # the hub's client raises its HTTP library's errors, whose classes change
+        raise ValueError(
+            f"{corpus.name}: the hub ({corpus.hub}) cannot be reached; "
+            "give --data DIR or CTP_DATA_DIR with a local copy"
+        ) from error
+
+
+# ------------------------------------------------------------------- reading
+
+
+def documents(location: str, corpus: Corpus, split: str, first: int | None = None) -> list[str]:
+    """The documents of a split, in their order, from the place that `locate` gave; `first`: only so many.
+
+    Raises ValueError: a file that is gone or has a row without text, an unknown kind of location.
+    """
+    scheme, _, place = location.partition(":")
+    if scheme == "package":
+        return packaged_text.documents(place, split)[:first]
+    if scheme == "hub":
+        return _hub_documents(place, corpus, split)[:first]
+    if scheme not in ("file", "divide"):
+        raise ValueError(f"{corpus.name}: cannot read from {location!r}")
+    path = Path(place)
+    if not path.is_file():
+        raise ValueError(f"{corpus.name}: {path} is missing on this machine")
+    texts = _rows(path, _local_column(corpus)) if path.suffix == ".jsonl" else [path.read_bytes().decode("utf-8")]
+    if scheme == "divide":
+        whole = texts if path.suffix == ".jsonl" else packaged_text.sections(texts[0])
+        texts = packaged_text.part(whole, split, _PARTS_OF_FILE)
+    return texts[:first]
+
+
+def _local_column(corpus: Corpus) -> str:
+    return corpus.column if corpus.path else "text"  # local copies of hub texts have one layout, whatever the hub's
+
+
+def _rows(path: Path, column: str) -> list[str]:
+    texts = []
+    with path.open(encoding="utf-8") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)[column]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f'{path}, line {number}: no row {{"{column}": …}}') from error
+            if not isinstance(text, str):
+                raise ValueError(f"{path}, line {number}: {column!r} is no text")
+            texts.append(text)
+    return texts
+
+
+def _hub_documents(place: str, corpus: Corpus, split: str) -> list[str]:
+    import datasets
+
+    hub, _, commit = place.rpartition("@")
+    options: dict[str, Any] = {"split": split, "revision": commit}
+    if corpus.config is not None:
+        options["name"] = corpus.config
+    if corpus.data_files is not None:
+        options["data_files"] = {split: corpus.data_files[split]}  # the other splits' files are not fetched
+    rows = datasets.load_dataset(hub, **options)
+    if corpus.column not in rows.column_names:
+        raise ValueError(f"{corpus.name}: {unknown('field', corpus.column, rows.column_names)}")
+    return list(rows[corpus.column])
+
+
+# ------------------------------------------------------------------- windows
+
+# Tokens read beyond the windows asked for when documents are left over: what follows them cannot change them, because
+# tokenizers decide word by word.
+_MARGIN = 1024
+
+
+def windows(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> "torch.LongTensor":
+    """The token ids of `spec`: int64 (n, seq_len), with the tokenizer's default special tokens; see `Windows`.
+
+    Sequential windows are those of all documents joined and tokenised in one go. With `count`, only as many documents
+    are tokenised as it takes. Crops: a document is drawn, with replacement, from those longer than seq_len, then one
+    of its windows, all alike likely; global random state is neither used nor changed.
+
+    Raises ValueError when there are fewer windows than `count`, none at all, or no document longer than a crop.
+    """
+    import torch
+
+    if spec.documents is not None:
+        if len(documents) < spec.documents:
+            log.warning("%s has %d documents, not %d", _title(spec), len(documents), spec.documents)
+        documents = documents[: spec.documents]
+    cut = _crops if spec.sampling == "crops" else _sequential
+    return torch.LongTensor(cut(spec, documents, tokenizer))
+
+
+def _title(spec: Windows) -> str:
+    return f"{spec.dataset}/{spec.split}"
+
+
+def _tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    # verbose=False: a text longer than the model's context is no mistake here
+    return list(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"])
+
+
+def _sequential(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    join = spec.join if spec.join is not None else find(spec.dataset).join
+    wanted = None if spec.count is None else spec.count * spec.seq_len + _MARGIN
+    used = len(documents) if wanted is None else _enough(documents, 5 * wanted)
+    while True:
+        ids = _tokens(tokenizer, join.join(documents[:used]))
+        if wanted is None or used >= len(documents) or len(ids) >= wanted:
+            break
+        used *= 2
+    n = len(ids) // spec.seq_len
+    if n < (spec.count or 1):
+        asked = "" if spec.count is None else f"; {spec.count} are asked for"
+        raise ValueError(f"{_title(spec)} has {len(ids)} tokens, {n} windows of {spec.seq_len}{asked}")
+    n = n if spec.count is None else spec.count
+    return [ids[i * spec.seq_len : (i + 1) * spec.seq_len] for i in range(n)]
+
+
+def _enough(documents: Sequence[str], characters: int) -> int:
+    for used, text in enumerate(documents, 1):
+        characters -= len(text)
+        if characters <= 0:
+            return used
+    return len(documents)
+
+
+def _crops(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    assert spec.count is not None
+    draw = random.Random(spec.seed)
+    candidates = list(range(len(documents)))  # those not yet known to be short
+    crops: list[list[int]] = []
+    while len(crops) < spec.count:
+        if not candidates:
+            raise ValueError(f"{_title(spec)} has no document of more than {spec.seq_len} tokens to crop")
+        at = draw.randrange(len(candidates))
+        ids = _tokens(tokenizer, documents[candidates[at]])
+        if len(ids) <= spec.seq_len:
+            candidates[at] = candidates[-1]
+            candidates.pop()
+            continue
+        start = draw.randrange(len(ids) - spec.seq_len + 1)
+        crops.append(ids[start : start + spec.seq_len])
+    return crops
+
+
+def text_stats(windows: "torch.Tensor", tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """What a perplexity depends on besides the model: tokenizer_sha256, tokens (count), unk (count).
+
+    unk is 0 where the tokenizer has no unknown token of its own, as in byte-level ones that lend it another's id.
+    """
+    unk = tokenizer.unk_token_id
+    own = unk is not None and unk not in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return {
+        "tokenizer_sha256": _tokenizer_sha256(tokenizer),
+        "tokens": windows.numel(),
+        "unk": int((windows == unk).sum()) if own else 0,
+    }
+
+
+def _tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {"vocab": tokenizer.get_vocab()}
+    for name in ("truncation", "padding"):  # left there by whoever called the tokenizer last
+        state.pop(name, None)
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,182 @@
+"""`python -m ctp.grid NAME`: plan a grid, run what is missing, say what happened.
+
+Exit codes: 0 everything is done; 1 some cells failed or could not run; 2 bad usage or grid file;
+3 store or tracking unreachable; 130 interrupted.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+from ctp import gridfile
+from ctp.gridfile import GridError
+from ctp.labels import slug
+from ctp.pins import Pins
+from ctp.plan import BUILD, TRANSFER, Plan, keep, make, states, where
+from ctp.progress import Printer, duration
+from ctp.spec import Runtime
+from ctp.store import Store, StoreError
+from ctp.track import Tracker, TrackError, default_store, tracking_uri
+
+OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = parser().parse_args(argv)
+    try:
+        return command(args)
+    except GridError as e:
+        return _fail(USAGE, *e.problems)
+    except (StoreError, TrackError) as e:
+        return _fail(UNREACHABLE, str(e))
+    except KeyboardInterrupt:
+        return _fail(INTERRUPTED, "interrupted; running the same command again goes on from here")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m ctp.grid",
+        description="Run a grid: compress models, learn prompts through them, measure how the prompts transfer. "
+        "What is in the store is not run again.",
+        epilog="Exit codes: 0 all done, 1 some cells failed, 2 bad usage or grid file, 3 store or tracking "
+        "unreachable, 130 interrupted.",
+    )
+    p.add_argument("grid", metavar="NAME", help="grid/NAME.yaml, or the path of a grid file")
+    p.add_argument("--plan", action="store_true", help="say what would run, and run nothing")
+    p.add_argument("--stage", choices=(BUILD, TRANSFER), help="run one stage alone: build compresses and learns, "
+                   "transfer evaluates")  # fmt: skip
+    p.add_argument("--where", action="append", default=[], metavar="EXPR",
+                   help="only cells where this holds, and what they need: 'source=gptq-3bit and k>=50'")  # fmt: skip
+    p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="settings",
+                   help="override the grid file: recovery.0.steps=10")  # fmt: skip
+    p.add_argument("--fail-fast", action="store_true", help="start nothing more after the first failure")
+    p.add_argument("--store", default=default_store(), metavar="URI",
+                   help="where artifacts go: a folder or any fsspec URI (CTP_STORE; default %(default)s)")  # fmt: skip
+    p.add_argument("--data", metavar="DIR", help="local copies of c4, wikitext2 and ptb (CTP_DATA_DIR)")
+    p.add_argument("--address", metavar="ADDR", help="join a Ray cluster ('auto', host:port, ray://…)")
+    p.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
+    )
+    p.add_argument("--batch", type=_positive, default=4, metavar="N", help="windows a forward pass (default 4)")
+    p.add_argument("--cpus", type=_positive, default=1, metavar="N", help="CPU cores a trial (default 1)")
+    p.add_argument("--gpu-memory", type=_positive, default=24, metavar="GIB", help="memory of one GPU (default 24)")
+    return p
+
+
+def command(args: argparse.Namespace) -> int:
+    pins = Pins(args.data)
+    grid = gridfile.load(args.grid, args.settings, pins)
+    whole = make(grid, pins)
+    plan = where(whole, args.where) if args.where else whole
+    store = Store(args.store)
+    if not args.plan:
+        store.check_writable()
+    state = states(plan, store)
+    todo = {k for k, why in state.items() if why != "done"}
+    if args.stage:
+        todo = {k for k in todo if plan.nodes[k].stage == args.stage}
+        plan = keep(plan, {k for k, n in plan.nodes.items() if n.stage == args.stage})
+    describe(plan, state, todo, verbose=args.plan)
+    if args.plan:
+        return OK
+    tracker = Tracker(tracking_uri(store.uri), plan, store)
+    tracker.sync(whole=not (args.where or args.stage))
+    if not todo:
+        print(f"Nothing to run. Store: {store.uri}  MLflow: {tracker.uri}")
+        return OK
+    runtime = Runtime(
+        device=args.device, batch=args.batch, locations=pins.locations,
+        datasets=pins.datasets,
+    )  # fmt: skip
+    return run(plan, todo, state, store, tracker, runtime, args)
+
+
+def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker: Tracker, runtime: Runtime,
+        args: argparse.Namespace) -> int:  # fmt: skip
+    """Run the missing cells, follow them, sum up."""
+    from ctp import schedule  # Ray takes seconds to import: only where there is something to run
+
+    tracker.begin(shlex.join(["python", "-m", "ctp.grid", *sys.argv[1:]]))
+    printer = Printer(plan, len(todo))
+    begun = time.monotonic()
+
+    def on_event(event: dict[str, Any]) -> None:
+        printer.tell(event)
+        if event["event"] != "skipped":
+            tracker.tell(event)
+
+    done = {k for k, why in state.items() if why == "done"}
+    try:
+        outcome = schedule.run(
+            plan, todo, done, store=store.uri, runtime=runtime, address=args.address, fail_fast=args.fail_fast,
+            resources=schedule.Resources(args.cpus, args.gpu_memory * schedule.GIB), on_event=on_event,
+        )  # fmt: skip
+    except schedule.ResourceError as e:
+        tracker.close("FAILED")
+        return _fail(USAGE, str(e))
+    except BaseException:
+        tracker.close("KILLED")
+        raise
+    interrupted = bool(outcome.unfinished) and not (args.fail_fast and outcome.failed)
+    tracker.close("KILLED" if interrupted else "FAILED" if outcome.failed or outcome.skipped else "FINISHED")
+    seconds = time.monotonic() - begun
+    summarise(plan, outcome, seconds)
+    print(f"Store: {store.uri}  MLflow: {tracker.uri}")
+    if interrupted:
+        return _fail(INTERRUPTED, "interrupted; running the same command again goes on from here")
+    return FAILED if outcome.failed or outcome.skipped or outcome.unfinished else OK
+
+
+def describe(plan: Plan, state: dict[str, str], todo: set[str], verbose: bool) -> None:
+    """How many cells there are, done and missing, and why; with `verbose` a line for each that would run."""
+    done = sum(state[k] == "done" for k in plan.nodes)
+    kinds = Counter(plan.nodes[k].cell.kind for k in plan.nodes)
+    listing = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+    print(f"{plan.name}: {len(plan.nodes)} cells ({listing}): {done} done, {len(todo)} to run")
+    why = Counter(state[k].split(":")[0] if state[k].startswith("failed") else _short(state[k]) for k in todo)
+    for reason, n in why.most_common():
+        print(f"  {n:>5}  {reason}")
+    if verbose:
+        for k in plan.nodes:
+            if k in todo:
+                node = plan.nodes[k]
+                print(f"  {node.cell.kind:<9} {k[:12]}  {slug(node.cell)}  ({state[k]})")
+    sys.stdout.flush()
+
+
+def _short(reason: str) -> str:
+    return "wait for an input that is to be computed" if reason.startswith("needs ") else reason
+
+
+def summarise(plan: Plan, outcome: Any, seconds: float) -> None:
+    """What is new, what failed and why."""
+    counts = {"done": outcome.done, "failed": outcome.failed, "skipped": outcome.skipped,
+              "not started or cut off": outcome.unfinished}  # fmt: skip
+    print(f"{plan.name}: " + ", ".join(f"{len(v)} {n}" for n, v in counts.items() if v) + f" in {duration(seconds)}")
+    for title, cells in (("failed", outcome.failed), ("skipped", outcome.skipped)):
+        for k, reason in cells.items():
+            print(f"  {title}: {slug(plan.nodes[k].cell)}: {reason.splitlines()[0]}")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+def _fail(code: int, *lines: str) -> int:
+    for line in lines:
+        print(f"error: {line}" if code != INTERRUPTED else line, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code) if code == INTERRUPTED else sys.exit(code)

@@ -1,0 +1,230 @@
+"""From a grid to cells to a graph: what there is to do, what it needs, what is done and why the rest is not."""
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ctp.gridfile import Grid, GridError, Study
+from ctp.labels import axes, slug
+from ctp.methods import Perplexity, SoftPrompt, Solver
+from ctp.models import Facts
+from ctp.names import unknown
+from ctp.pins import Pins
+from ctp.spec import Cell, Compress, Evaluate, Learn, key
+from ctp.store import Store
+
+BUILD, TRANSFER = "build", "transfer"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A cell in the graph. `inputs` are keys; `studies` are all that ask for it."""
+
+    cell: Cell
+    key: str
+    inputs: tuple[str, ...]
+    studies: tuple[str, ...]
+    facts: Facts
+
+    @property
+    def stage(self) -> str:
+        """Both stages of a grid: build (compress and learn) and transfer (evaluate)."""
+        return TRANSFER if isinstance(self.cell, Evaluate) else BUILD
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The graph: key -> node, inputs always before what needs them."""
+
+    name: str
+    grid: Grid
+    nodes: dict[str, Node] = field(default_factory=dict)
+
+    def cells(self) -> list[Cell]:
+        return [n.cell for n in self.nodes.values()]
+
+
+# ------------------------------------------------------------------ grid -> cells
+
+
+def make(grid: Grid, pins: Pins) -> Plan:
+    """All cells of a grid, each once. Raises GridError where a cell cannot fit its model."""
+    wanted: dict[str, tuple[Cell, list[str]]] = {}
+    for study in grid.studies:
+        for cell in study_cells(study):
+            for each in (*_ancestors(cell), cell):
+                names = wanted.setdefault(key(each), (each, []))[1]
+                if study.name not in names:
+                    names.append(study.name)
+    nodes = {
+        k: Node(cell, k, tuple(key(i) for i in cell.inputs), tuple(names), pins.facts(_model_of(cell)))
+        for k, (cell, names) in wanted.items()
+    }
+    problems = [f"{grid.path}: {p}" for p in dict.fromkeys(p for n in nodes.values() for p in _misfits(n))]
+    if problems:
+        raise GridError(problems)
+    return Plan(grid.name, grid, nodes)
+
+
+def study_cells(study: Study) -> list[Cell]:
+    """The cells that one study asks for; their inputs come before them."""
+    out: list[Cell] = []
+    for model in study.models:
+        compressed = {
+            spec.label: [
+                Compress(model=model, compression=spec, calibration=text)
+                for text in (study.calibration if isinstance(spec, Solver) else (None,))
+            ]
+            for spec in study.compressions
+        }
+        targets = [c for label in study.targets for c in compressed[label]]
+        learned = [
+            Learn(source=source, recovery=recovery)
+            for recovery in study.recoveries
+            for label in study.sources
+            for source in compressed[label]
+        ]
+        out += [*targets, *learned]
+        for target in targets:
+            prompts = [p for p in learned if study.transfer == "all" or p.source == target]
+            out += [
+                Evaluate(target=target, recovery=prompt, measure=measure)
+                for measure in study.measures
+                for prompt in (None, *prompts)
+            ]
+    return out
+
+
+def _ancestors(cell: Cell) -> list[Cell]:
+    return [x for i in cell.inputs for x in (*_ancestors(i), i)]
+
+
+def _model_of(cell: Cell) -> Any:
+    while not isinstance(cell, Compress):
+        cell = cell.inputs[0]
+    return cell.model
+
+
+def _misfits(node: Node) -> list[str]:
+    """What cannot work on this model: windows beyond the context, groups that do not divide the inputs."""
+    cell, facts = node.cell, node.facts
+    name = _model_of(cell).name
+    out = []
+
+    def fits(field: str, seq_len: int, k: int) -> None:
+        if facts.context is not None and seq_len + k > facts.context:
+            with_prompt = f" and a prompt of {k}" if k else ""
+            out.append(f"{field} = {seq_len}{with_prompt}: beyond the context of {name}, {facts.context} tokens")
+
+    if isinstance(cell, Compress):
+        if cell.calibration is not None:
+            fits("calibration.seq_len", cell.calibration.seq_len, 0)
+        group = getattr(cell.compression, "group_size", None)
+        bad = [n for n in facts.in_features if group and n % group]
+        if bad:
+            out.append(f"compression.group_size = {group}: must divide the input sizes of {name}, not so for {bad[0]}")
+    elif isinstance(cell, Learn) and isinstance(cell.recovery, SoftPrompt):
+        fits("recovery.text.seq_len", cell.recovery.text.seq_len, cell.recovery.k)
+        fits("recovery.validation.seq_len", cell.recovery.validation.seq_len, cell.recovery.k)
+    elif isinstance(cell, Evaluate) and isinstance(cell.measure, Perplexity):
+        k = getattr(cell.recovery.recovery, "k", 0) if cell.recovery else 0
+        fits("measures.text.seq_len", cell.measure.text.seq_len, k)
+    return out
+
+
+# --------------------------------------------------------------------- slicing
+
+
+_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+    "!=": operator.ne, ">=": operator.ge, "<=": operator.le, "=": operator.eq, ">": operator.gt, "<": operator.lt,
+}  # fmt: skip
+
+
+def where(plan: Plan, expressions: Iterable[str]) -> Plan:
+    """The cells for which every condition holds, with the inputs they need.
+
+    A condition is `axis OP value` (= != < > <= >=; `a,b` after = means either); several are joined by ` and `.
+    A cell without the axis does not match. Raises GridError on an unknown axis or a condition nobody can read.
+    """
+    known = {n for node in plan.nodes.values() for n in (*axes(node.cell), "study")}
+    tests = []
+    for part in (p for e in expressions for p in re.split(r"\s+and\s+", e.strip())):
+        match = re.fullmatch(r"\s*(\w+)\s*(!=|>=|<=|=|>|<)\s*(.+?)\s*", part)
+        if not match:
+            raise GridError([f"--where {part!r}: write axis=value, for example source=gptq-3bit and k>=50"])
+        axis, op, value = match.groups()
+        if axis not in known:
+            raise GridError([f"--where {part!r}: {unknown('axis', axis, known)}"])
+        tests.append((axis, op, value))
+    chosen = {k for k, n in plan.nodes.items() if all(_holds(n, *t) for t in tests)}
+    return keep(plan, chosen)
+
+
+def keep(plan: Plan, keys: set[str]) -> Plan:
+    """The plan of these cells and all they need."""
+    needed = set(keys)
+    for k in reversed(plan.nodes):
+        if k in needed:
+            needed.update(plan.nodes[k].inputs)
+    return Plan(plan.name, plan.grid, {k: n for k, n in plan.nodes.items() if k in needed})
+
+
+def _holds(node: Node, axis: str, op: str, text: str) -> bool:
+    if axis == "study":
+        values: list[Any] = list(node.studies)
+    else:
+        have = axes(node.cell)
+        if axis not in have:
+            return False
+        values = [have[axis]]
+    wanted = [_number(x.strip()) for x in text.split(",")] if op in ("=", "!=") else [_number(text)]
+    if op == "!=":
+        return all(_number(v) != w for v in values for w in wanted)
+    try:
+        return any(_COMPARE[op](_number(v), w) for v in values for w in wanted)
+    except TypeError as e:
+        raise GridError([f"--where {axis}{op}{text}: {axis} is not a number"]) from e
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+# ---------------------------------------------------------------------- status
+
+
+def states(plan: Plan, store: Store) -> dict[str, str]:
+    """key -> "done", or why the cell is not done: never ran, failed, interrupted, or an input is missing."""
+    done = store.done(plan.cells())
+    failed, started = store.failures(), store.started()
+    out: dict[str, str] = {}
+    for k, node in plan.nodes.items():
+        missing = [i for i in node.inputs if i not in done]
+        if k in done:
+            out[k] = "done"
+        elif k in failed:
+            out[k] = f"failed last time: {failed[k]}"
+        elif (step := started.get(store.folder(node.cell).rsplit("/", 1)[-1])) is not None:
+            out[k] = f"interrupted at step {step}"
+        elif missing:
+            out[k] = f"needs {slug(plan.nodes[missing[0]].cell)}"
+        else:
+            out[k] = "never ran"
+    return out
+
+
+def runnable(plan: Plan, todo: set[str], done: set[str]) -> Mapping[str, str]:
+    """key -> reason, of the cells in `todo` that cannot run because an input is neither done nor going to be."""
+    blocked: dict[str, str] = {}
+    for k, node in plan.nodes.items():
+        if k not in todo:
+            continue
+        for i in node.inputs:
+            if i in blocked or (i not in done and i not in todo):
+                blocked[k] = f"needs {slug(plan.nodes[i].cell)}"
+    return blocked

@@ -1,0 +1,271 @@
+"""The only file that knows Ray: one Tuner over the whole graph, a searcher that walks it, resources per trial.
+
+A trial is a task: one Compress or Learn cell, or several Evaluate cells of one target, whose model is then loaded once.
+The searcher hands a task out when its inputs are in the store. The store is the resume: every start is a fresh Tuner
+over what is missing. Errors of a cell are caught in the trial and reported; Tune's retries are for machines that die.
+"""
+
+import json
+import logging
+import math
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from ctp.labels import slug
+from ctp.plan import Plan, runnable
+from ctp.spec import Compress, Evaluate, Learn, Runtime, from_json, to_json
+
+# Tune reads these when it is imported. Its own progress tables and result files are not for thousands of short trials.
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+
+GIB = 2**30
+Event = dict[str, Any]
+
+
+class ResourceError(Exception):
+    """A cell asks for more than any machine here has."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one trial takes. cpus: cores. gpu_memory: bytes of one GPU, to tell what fraction a model needs."""
+
+    cpus: int = 1
+    gpu_memory: int = 24 * GIB
+
+    def of(self, parameters: int, dtype: str, gpus: bool) -> dict[str, float]:
+        """Bundle for a model of this size: GPUs in quarters up to one, then whole ones (Tune takes nothing between).
+
+        Four times the weights: the model itself, activations and logits, and the workspace of a compressed block.
+        """
+        if not gpus:
+            return {"CPU": self.cpus}
+        need = 4 * parameters * (4 if dtype == "float32" else 2) / self.gpu_memory
+        share = max(0.25, math.ceil(4 * need) / 4) if need <= 1 else math.ceil(need / 2)
+        return {"CPU": self.cpus, "GPU": float(share)}
+
+
+@dataclass
+class Outcome:
+    """How a run ended: key -> reason for what failed or was skipped; `unfinished` was neither (interrupted)."""
+
+    done: set[str] = field(default_factory=set)
+    failed: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    unfinished: set[str] = field(default_factory=set)
+
+
+class GraphSearch(Searcher):
+    """Walks the graph: suggests tasks whose inputs are done, learns from reports what that makes ready."""
+
+    def __init__(self, plan: Plan, todo: set[str], done: set[str], slots: int, resources: dict[str, dict[str, float]],
+                 on_event: Callable[[Event], None], fail_fast: bool) -> None:  # fmt: skip
+        super().__init__()
+        self.plan, self.slots, self.resources, self.on_event = plan, slots, resources, on_event
+        self.fail_fast, self.stopped = fail_fast, False
+        self.outcome = Outcome()
+        self.skip(runnable(plan, todo, done))
+        self.waiting = {k for k in plan.nodes if k in todo and k not in self.outcome.skipped}
+        self.finished = set(done)
+        self.tasks: dict[str, list[str]] = {}
+        rank = _ranks(plan)
+        self.order = {k: (-rank[k], i) for i, k in enumerate(plan.nodes)}
+
+    def set_search_properties(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        task = [] if self.stopped else self._next_task()
+        if task:
+            self.waiting.difference_update(task)
+            self.tasks[trial_id] = task
+            cells = [to_json(self.plan.nodes[k].cell) for k in task]
+            return {"cells": json.dumps(cells), "bundle": self.resources[task[0]]}
+        return None if self.tasks else Searcher.FINISHED
+
+    def _next_task(self) -> list[str]:
+        ready = [k for k in self.waiting if all(i in self.finished for i in self.plan.nodes[k].inputs)]
+        if not ready:
+            return []
+        ready.sort(key=self.order.__getitem__)
+        cell = self.plan.nodes[ready[0]].cell
+        if not isinstance(cell, Evaluate):
+            return ready[:1]
+        others = (self.plan.nodes[k].cell for k in ready)
+        mates = [k for k, c in zip(ready, others, strict=True) if isinstance(c, Evaluate) and c.target == cell.target]
+        return mates[: math.ceil(len(ready) / self.slots)]  # no slot idles while another has all the rest
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        k, event = result.get("key"), result.get("event")
+        if k is None or k in self.finished or k in self.outcome.failed:
+            return  # Tune repeats a trial's last report when the trial ends
+        if event == "done":
+            self.finished.add(k)
+            self.outcome.done.add(k)
+        elif event == "failed":
+            self._fail(k, result["error"])
+        self.on_event(result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if result:
+            self.on_trial_result(trial_id, result)
+        for k in self.tasks.pop(trial_id, []):
+            if k not in self.finished and k not in self.outcome.failed:
+                if error:
+                    reason = "its worker died (out of memory, or the machine went away) and so did the retries"
+                    self._fail(k, reason)
+                    self.on_event({"event": "failed", "key": k, "error": reason})
+                else:
+                    self.outcome.unfinished.add(k)
+
+    def _fail(self, k: str, error: str) -> None:
+        self.outcome.failed[k] = error
+        self.stopped = self.stopped or self.fail_fast
+        blocked = runnable(self.plan, self.waiting, self.finished | set().union(*self.tasks.values(), set()) - {k})
+        self.skip(blocked)
+        self.waiting.difference_update(blocked)
+
+    def skip(self, blocked: Any) -> None:
+        self.outcome.skipped.update(blocked)
+        for k, reason in blocked.items():
+            self.on_event({"event": "skipped", "key": k, "error": reason})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its searcher to restore it later; this one is never restored."""
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: the store is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore."""
+
+
+def _ranks(plan: Plan) -> dict[str, int]:
+    """How many cells stand one after the other behind each cell: the longest path first."""
+    rank = dict.fromkeys(plan.nodes, 0)
+    for k in reversed(plan.nodes):
+        for i in plan.nodes[k].inputs:
+            rank[i] = max(rank[i], rank[k] + 1)
+    return rank
+
+
+# ------------------------------------------------------------------------ running
+
+
+def run(plan: Plan, todo: set[str], done: set[str], *, store: str, runtime: Runtime, resources: Resources,
+        address: str | None, fail_fast: bool, on_event: Callable[[Event], None]) -> Outcome:  # fmt: skip
+    """Run the cells in `todo`. Raises ResourceError before anything starts where a cell fits no machine."""
+    with _cluster(address) as total:
+        bundles = {
+            k: resources.of(n.facts.parameters, _dtype(n.cell), total.get("GPU", 0) > 0 and runtime.device != "cpu")
+            for k, n in plan.nodes.items()
+        }
+        _check(plan, todo, bundles)
+        slots = max(1, int(total.get("CPU", 1) // resources.cpus))
+        if total.get("GPU", 0) and todo:
+            slots = max(1, min(slots, int(total["GPU"] / max(bundles[k].get("GPU", 1) for k in todo))))
+        search = GraphSearch(plan, todo, done, slots, bundles, on_event, fail_fast)
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots + 1)
+        with tempfile.TemporaryDirectory(prefix="ctp-tune-") as scratch:
+            tuner = tune.Tuner(
+                tune.with_resources(
+                    tune.with_parameters(_trial, store=store, runtime=runtime.model_dump(mode="json")),
+                    lambda config: tune.PlacementGroupFactory([config["bundle"]]),
+                ),
+                tune_config=tune.TuneConfig(search_alg=search, num_samples=max(1, len(todo)), reuse_actors=True),
+                run_config=tune.RunConfig(
+                    storage_path=scratch, verbose=0, failure_config=tune.FailureConfig(max_failures=2)
+                ),
+            )
+            tuner.fit()
+    outcome = search.outcome
+    ended = outcome.done | set(outcome.failed) | set(outcome.skipped)
+    outcome.unfinished = todo - ended
+    return outcome
+
+
+def _trial(config: dict[str, Any], store: str, runtime: dict[str, Any]) -> None:
+    """One task, in a worker: its cells in turn, each reported as it starts, goes on, and ends."""
+    from ctp.spec import key
+    from ctp.store import Store
+    from ctp.work import execute
+
+    place, how = Store(store), Runtime.model_validate(runtime)
+    for data in json.loads(config["cells"]):
+        cell = from_json(data)
+        k = key(cell)
+        tune.report({"event": "start", "key": k})
+        try:
+            execute(cell, place, how, _throttled(k))
+        except Exception as e:  # whatever went wrong is this cell's failure, and only this cell's
+            error = f"{type(e).__name__}: {e}".strip()
+            trace = traceback.format_exc()
+            _keep_failure(place, cell, error, trace)
+            tune.report({"event": "failed", "key": k, "error": error, "traceback": trace})
+        else:
+            tune.report({"event": "done", "key": k})
+
+
+def _keep_failure(place: Any, cell: Any, error: str, trace: str) -> None:
+    try:
+        place.record_failure(cell, error, trace)
+    except Exception:  # a store that is gone is no reason to lose the error itself
+        logging.getLogger(__name__).warning("the failure of %s could not be stored", slug(cell))
+
+
+def _throttled(k: str, seconds: float = 1.0) -> Callable[[dict[str, Any]], None]:
+    """Reports of a cell, at most one a second but for those with a validation loss."""
+    import time
+
+    last = 0.0
+
+    def report(numbers: dict[str, Any]) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds or "val_loss" in numbers:
+            last = time.monotonic()
+            tune.report({**numbers, "event": "progress", "key": k})
+
+    return report
+
+
+def _dtype(cell: Any) -> str:
+    while isinstance(cell, Learn | Evaluate):
+        cell = cell.inputs[0]
+    assert isinstance(cell, Compress)
+    return cell.model.dtype
+
+
+def _check(plan: Plan, todo: set[str], bundles: dict[str, dict[str, float]]) -> None:
+    """Tune would wait for ever for a bundle that no node can give."""
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    for k in todo:
+        bundle = bundles[k]
+        if not any(all(have.get(name, 0) >= want for name, want in bundle.items()) for have in nodes):
+            raise ResourceError(f"{slug(plan.nodes[k].cell)} needs {bundle}; the largest nodes here have {nodes}")
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[dict[str, float]]:
+    """The cluster at `address`, or one of this machine's own; yields its resources in all."""
+    for name in ("ray", "ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    own: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 256 * 2**20}
+    ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **own)
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()

@@ -1,0 +1,235 @@
+"""Artifacts on any fsspec URI: one folder per cell, and `manifest.json` written last means done.
+
+    {root}/{kind}/{slug}-{key[:12]}/      payload files and manifest.json
+    {root}/partial/{slug}-{key[:12]}/     state of a prompt that is still being learned
+    {root}/failed/{slug}-{key[:12]}.json  why the last try failed
+
+Nothing that is done is overwritten, and nothing is read whose bytes are not those the manifest names.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from ctp.cache import cache_dir, fill, sha256_file
+from ctp.labels import slug
+from ctp.spec import KINDS, Cell, key, to_json
+
+MANIFEST = "manifest.json"
+
+
+class StoreError(Exception):
+    """The store cannot be reached or written, or what it holds is not what its manifest says."""
+
+
+@dataclass
+class Draft:
+    """An artifact in the making: fill `path` with files and `record` with what the manifest shall say."""
+
+    path: Path
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+class Store:
+    """Artifacts under one root, for example `results/store` or `s3://bucket/study`."""
+
+    def __init__(self, uri: str) -> None:
+        try:
+            self.fs, root = fsspec.core.url_to_fs(uri)
+        except (ValueError, ImportError) as e:
+            raise StoreError(f"store {uri!r}: {e}") from e
+        self.local = isinstance(self.fs, LocalFileSystem)
+        self.root = str(Path(root).resolve()) if self.local else root.rstrip("/")
+        self.uri = self.root if self.local else uri
+        self._verified: dict[str, Path] = {}
+
+    def check_writable(self) -> None:
+        """Write and remove a small file. Raises StoreError where that fails."""
+        probe = f"{self.root}/.probe-{uuid.uuid4().hex}"
+        try:
+            self.fs.makedirs(self.root, exist_ok=True)
+            self.fs.pipe_file(probe, b"ctp")
+            self.fs.rm_file(probe)
+        except Exception as e:  # whatever the object store's client raises
+            raise StoreError(f"store {self.uri!r} cannot be written: {type(e).__name__}: {e}") from e
+
+    # ------------------------------------------------------------- what is there
+
+    def folder(self, cell: Cell) -> str:
+        """Where the cell's artifact lies or will lie."""
+        return f"{self.root}/{cell.kind}/{_name(cell)}"
+
+    def has(self, cell: Cell) -> bool:
+        """Is the cell done?"""
+        return bool(self.fs.exists(f"{self.folder(cell)}/{MANIFEST}"))
+
+    def done(self, cells: Iterable[Cell]) -> set[str]:
+        """The keys of those cells that are done: one listing per kind, not one request per cell."""
+        self.fs.invalidate_cache()
+        found = {path.split("/")[-2] for kind in KINDS for path in self.fs.glob(f"{self.root}/{kind}/*/{MANIFEST}")}
+        return {key(c) for c in cells if _name(c) in found}
+
+    def manifest(self, cell: Cell) -> dict[str, Any]:
+        """The record of a finished cell. Raises StoreError where it is missing or another cell's."""
+        path = f"{self.folder(cell)}/{MANIFEST}"
+        try:
+            manifest: dict[str, Any] = json.loads(self.fs.cat_file(path))
+        except FileNotFoundError as e:
+            raise StoreError(f"{path} does not exist: {slug(cell)} is not done") from e
+        except json.JSONDecodeError as e:
+            raise StoreError(f"{path} is not JSON ({e}); remove that folder to compute it again") from e
+        if manifest["key"] != key(cell):
+            raise StoreError(f"{path} is of key {manifest['key']}, not {key(cell)}")
+        return manifest
+
+    # --------------------------------------------------------- writing and reading
+
+    @contextmanager
+    def publish(self, cell: Cell) -> Iterator[Draft]:
+        """Fill the draft; on a clean exit it becomes the cell's artifact, on an error nothing becomes visible."""
+        with self._workspace() as work:
+            draft = Draft(work)
+            yield draft
+            self._commit(work, self.folder(cell), {**self._identity(cell), **draft.record})
+        self.forget_failure(cell)
+        self._remove(self._partial(cell))
+
+    def fetch(self, cell: Cell) -> Path:
+        """A local folder with the cell's files, every hash verified (once per process). Raises StoreError."""
+        if key(cell) not in self._verified:
+            manifest = self.manifest(cell)
+            path = Path(self.folder(cell))
+            if not self.local:
+                path = fill(cache_dir() / "artifacts" / key(cell), lambda to: self._download(self.folder(cell), to))
+            _verify(path, manifest["files"])
+            self._verified[key(cell)] = path
+        return self._verified[key(cell)]
+
+    def save_partial(self, cell: Cell, step: int, write: Any) -> None:
+        """Keep the state that `write(folder)` writes, as of `step`; older states go once it is safe."""
+        base = self._partial(cell)
+        older = self._partial_steps(cell)
+        with self._workspace() as work:
+            write(work)
+            self._commit(work, f"{base}/step-{step:09d}", {**self._identity(cell), "step": step})
+        for path in older:
+            if path != f"{base}/step-{step:09d}":
+                self._remove(path)
+
+    @contextmanager
+    def partial(self, cell: Cell) -> Iterator[Path | None]:
+        """A local copy of the newest whole saved state of the cell, or None."""
+        for source in reversed(self._partial_steps(cell)):
+            with self._workspace() as work:
+                try:
+                    self._download(source, work)
+                    manifest = json.loads((work / MANIFEST).read_text())
+                    _verify(work, manifest["files"])
+                except (OSError, ValueError, StoreError):
+                    continue  # torn while the machine died: an older one may be whole
+                yield work
+                return
+        yield None
+
+    # ------------------------------------------------------------------- failures
+
+    def record_failure(self, cell: Cell, error: str, trace: str) -> None:
+        """Keep why the last try failed, for the next plan to say."""
+        path = self._failure(cell)
+        self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        record = {"key": key(cell), "error": error, "traceback": trace, "spec": to_json(cell)}
+        self.fs.pipe_file(path, json.dumps(record, indent=1).encode())
+
+    def forget_failure(self, cell: Cell) -> None:
+        """The cell is done: its old failure says nothing any more."""
+        if self.fs.exists(self._failure(cell)):
+            self.fs.rm_file(self._failure(cell))
+
+    def failures(self) -> dict[str, str]:
+        """key -> the last error, of every cell whose last try failed."""
+        records = [json.loads(self.fs.cat_file(p)) for p in self.fs.glob(f"{self.root}/failed/*.json")]
+        return {r["key"]: r["error"] for r in records}
+
+    def started(self) -> dict[str, int]:
+        """Folder name of a cell -> the step it had reached, of every cell that was interrupted."""
+        paths = self.fs.glob(f"{self.root}/partial/*/step-*/{MANIFEST}")
+        return {p.split("/")[-3]: int(p.split("/")[-2].removeprefix("step-")) for p in sorted(paths)}
+
+    # ---------------------------------------------------------------------- within
+
+    def _partial(self, cell: Cell) -> str:
+        return f"{self.root}/partial/{_name(cell)}"
+
+    def _partial_steps(self, cell: Cell) -> list[str]:
+        self.fs.invalidate_cache()
+        found = self.fs.glob(f"{self._partial(cell)}/step-*/{MANIFEST}")
+        return sorted(p.removesuffix(f"/{MANIFEST}") for p in found)
+
+    def _failure(self, cell: Cell) -> str:
+        return f"{self.root}/failed/{_name(cell)}.json"
+
+    @staticmethod
+    def _identity(cell: Cell) -> dict[str, Any]:
+        return {"key": key(cell), **to_json(cell), "version": cell.VERSION, "inputs": [key(i) for i in cell.inputs]}
+
+    @contextmanager
+    def _workspace(self) -> Iterator[Path]:
+        """An empty folder; inside a local store, so that becoming visible is one rename."""
+        parent = f"{self.root}/.tmp" if self.local else None
+        if parent:
+            os.makedirs(parent, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=parent, prefix="ctp-"))
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def _commit(self, work: Path, target: str, record: dict[str, Any]) -> None:
+        files = sorted(p for p in work.rglob("*") if p.is_file())
+        listing = {str(p.relative_to(work)): {"sha256": sha256_file(p), "size": p.stat().st_size} for p in files}
+        (work / MANIFEST).write_text(json.dumps({**record, "files": listing}, indent=1, sort_keys=True))
+        if self.local:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            work.chmod(0o755)
+            try:
+                os.rename(work, target)
+            except OSError:
+                if not self.fs.exists(f"{target}/{MANIFEST}"):
+                    raise
+            return  # another worker was first: its artifact stands, ours is dropped
+        if self.fs.exists(f"{target}/{MANIFEST}"):
+            return
+        for name in listing:
+            self.fs.put_file(str(work / name), f"{target}/{name}")
+        self.fs.put_file(str(work / MANIFEST), f"{target}/{MANIFEST}")
+
+    def _download(self, source: str, target: Path) -> None:
+        manifest = json.loads(self.fs.cat_file(f"{source}/{MANIFEST}"))
+        for name in [*manifest["files"], MANIFEST]:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            self.fs.get_file(f"{source}/{name}", str(target / name))
+
+    def _remove(self, path: str) -> None:
+        if self.fs.exists(path):
+            self.fs.rm(path, recursive=True)
+
+
+def _name(cell: Cell) -> str:
+    return f"{slug(cell)[:150]}-{key(cell)[:12]}"  # file names end at 255 bytes
+
+
+def _verify(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    for name, said in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != said["size"] or sha256_file(path) != said["sha256"]:
+            raise StoreError(f"{path} is not the file that its manifest names (torn or changed): remove {folder}")

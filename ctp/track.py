@@ -1,0 +1,243 @@
+"""MLflow, written from the store: one experiment per grid, one run per cell, found again by its key.
+
+Only the driver writes, from one thread that replays finished artifacts and reported progress: a slow or dead server
+never stalls the grid, and `python -m ctp.track sync NAME` writes from the store whatever MLflow lacks.
+"""
+
+import json
+import logging
+import os
+import queue
+import sqlite3
+import threading
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the default waits four minutes for a dead server
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.tracking import MlflowClient
+
+from ctp.labels import axes, slug
+from ctp.methods import SoftPrompt
+from ctp.plan import Node, Plan
+from ctp.spec import Learn
+from ctp.store import Store
+
+for _name in ("alembic", "mlflow.store.db.utils"):  # they tell of every table they make
+    logging.getLogger(_name).setLevel(logging.WARNING)
+
+DEFAULT_STORE = "results/store"
+KEY, KIND, CURRENT, STUDIES, PARENT = "ctp.key", "ctp.kind", "ctp.current", "ctp.studies", "mlflow.parentRunId"
+
+
+class TrackError(Exception):
+    """MLflow cannot be reached or does not take what it is given."""
+
+
+def default_store() -> str:
+    """CTP_STORE, else results/store."""
+    return os.environ.get("CTP_STORE") or DEFAULT_STORE
+
+
+def tracking_uri(store: str) -> str:
+    """MLFLOW_TRACKING_URI, else an SQLite file beside a local store (in ./results for a remote one)."""
+    if given := os.environ.get("MLFLOW_TRACKING_URI"):
+        return given
+    folder = Path(DEFAULT_STORE if "://" in store else store).absolute().parent
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+class Tracker:
+    """The writer of one grid's experiment. Raises TrackError from the constructor, `sync` and `close` only."""
+
+    def __init__(self, uri: str, plan: Plan, store: Store) -> None:
+        self.uri, self.plan, self.store = uri, plan, store
+        try:
+            self.client, self.experiment = _open(uri, plan.name)
+            self.runs = self._known_runs()
+        except Exception as e:  # whatever the client raises: sqlite, HTTP, its own
+            raise TrackError(f"MLflow at {uri} cannot be reached: {type(e).__name__}: {_first_line(e)}") from e
+        self.parent: str | None = None
+        self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._trouble: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    # ----------------------------------------------------------------- the driver's side
+
+    def begin(self, command: str) -> None:
+        """Open the parent run of this invocation and start writing."""
+        tags = {KIND: "grid", "ctp.command": command, "mlflow.runName": f"grid {self.plan.name}"}
+        try:
+            self.parent = self.client.create_run(self.experiment, tags=tags).info.run_id
+            self.client.log_text(self.parent, self.plan.grid.text, "grid.yaml")
+        except Exception as e:
+            raise TrackError(f"MLflow at {self.uri}: {type(e).__name__}: {_first_line(e)}") from e
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """Hand over an event; returns at once."""
+        self._events.put(event)
+
+    def close(self, status: str) -> None:
+        """Write what is left, then end the parent run with FINISHED, FAILED or KILLED."""
+        if self._thread is not None:
+            self._events.put(None)
+            self._thread.join()
+        self.sync()
+        if self.parent is not None:
+            self.client.set_terminated(self.parent, status)
+
+    def sync(self, whole: bool = False) -> int:
+        """Write every finished cell that MLflow lacks; returns how many. whole: retire runs of other cells."""
+        written = 0
+        try:
+            for k in self.store.done(self.plan.cells()):
+                known = self.runs.get(k)
+                if known is None or known.info.status != "FINISHED":
+                    self._finish(self.plan.nodes[k])
+                    written += 1
+                elif known.data.tags.get(CURRENT) != "yes":
+                    self.client.set_tag(known.info.run_id, CURRENT, "yes")
+            if whole:
+                for k, run in self.runs.items():
+                    if k not in self.plan.nodes and run.data.tags.get(CURRENT) == "yes":
+                        self.client.set_tag(run.info.run_id, CURRENT, "no")
+        except Exception as e:
+            raise TrackError(
+                f"MLflow at {self.uri}: {type(e).__name__}: {_first_line(e)}. Nothing is lost: the store has it all; "
+                f"`python -m ctp.track sync {self.plan.name}` writes it when the server is back"
+            ) from e
+        return written
+
+    # ----------------------------------------------------------------- the thread's side
+
+    def _work(self) -> None:
+        while (event := self._events.get()) is not None:
+            try:
+                self._handle(event)
+            except Exception as e:  # `close` replays from the store what could not be written now
+                self._trouble = e
+
+    def _handle(self, event: dict[str, Any]) -> None:
+        node = self.plan.nodes[event["key"]]
+        kind = event["event"]
+        if kind == "done":
+            self._finish(node)
+        elif kind == "failed":
+            run = self._run(node)
+            self.client.set_tag(run, "ctp.error", event["error"][:5000])
+            if event.get("traceback"):
+                self.client.log_text(run, event["traceback"], "traceback.txt")
+            self.client.set_terminated(run, "FAILED")
+        elif kind == "start" and isinstance(node.cell, Learn):
+            self.client.update_run(self._run(node), status="RUNNING")
+        elif kind == "progress" and isinstance(node.cell, Learn) and event.get("loss") is not None:
+            now = _now()
+            live = {"live/loss": event["loss"], "live/tokens_per_s": event.get("tokens_per_s")}
+            metrics = [Metric(n, float(v), now, int(event["step"])) for n, v in live.items() if v is not None]
+            self.client.log_batch(self._run(node), metrics=metrics)
+
+    def _run(self, node: Node) -> str:
+        """The id of the cell's run, made where there is none."""
+        if node.key not in self.runs:
+            tags = _tags(self.plan, node) | ({PARENT: self.parent} if self.parent else {})
+            self.runs[node.key] = self.client.create_run(self.experiment, tags=tags)
+        return str(self.runs[node.key].info.run_id)
+
+    def _finish(self, node: Node) -> None:
+        manifest = self.store.manifest(node.cell)
+        run = self._run(node)
+        end = int(1000 * manifest["created"])
+        start = end - int(1000 * manifest["seconds"])
+        numbers = {
+            **manifest["metrics"],
+            "seconds": manifest["seconds"],
+            "peak_memory_bytes": manifest["peak_memory_bytes"],
+        }
+        metrics = [Metric(n, float(v), end, 0) for n, v in numbers.items()]
+        if isinstance(node.cell, Learn):
+            metrics += _curve(json.loads((self.store.fetch(node.cell) / "history.json").read_text())["history"], start)
+        params = [Param(n, str(v)) for n, v in _params(node).items()]
+        text = manifest.get("text", {})
+        extra = {CURRENT: "yes", "ctp.device": manifest["device"], "ctp.git_commit": manifest["git_commit"] or ""}
+        extra |= {f"ctp.{n}": str(v) for n, v in text.items()}
+        tags = [RunTag(n, v) for n, v in extra.items()]
+        for i in range(0, len(metrics), 900):  # MLflow takes 1,000 metrics a call
+            self.client.log_batch(run, metrics=metrics[i : i + 900])
+        self.client.log_batch(run, params=params, tags=tags)
+        self.client.set_terminated(run, "FINISHED", end)
+        self.runs[node.key] = self.client.get_run(run)
+
+    def _known_runs(self) -> dict[str, Run]:
+        found: dict[str, Run] = {}
+        token = None
+        while True:
+            page = self.client.search_runs(
+                [self.experiment], f"tags.`{KIND}` != 'grid'", max_results=1000, page_token=token
+            )
+            for run in page:
+                found[run.data.tags[KEY]] = run
+            token = page.token
+            if not token:
+                return found
+
+
+def _open(uri: str, name: str) -> tuple[MlflowClient, str]:
+    """Client and experiment id. A new SQLite file is made here, once, in WAL mode (three times as fast)."""
+    artifacts = None
+    if uri.startswith("sqlite:///"):
+        file = Path(uri.removeprefix("sqlite:///"))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with sqlite3.connect(file) as db:
+            db.execute("PRAGMA journal_mode=WAL")
+        artifacts = (file.parent / "mlartifacts" / name).absolute().as_uri()
+    client = MlflowClient(tracking_uri=uri)
+    known = client.get_experiment_by_name(name)
+    return client, known.experiment_id if known else client.create_experiment(name, artifact_location=artifacts)
+
+
+def _tags(plan: Plan, node: Node) -> dict[str, str]:
+    return {
+        KEY: node.key,
+        KIND: node.cell.kind,
+        CURRENT: "yes",
+        STUDIES: ",".join(node.studies),
+        "ctp.grid": plan.name,
+        "mlflow.runName": slug(node.cell),
+    }
+
+
+def _params(node: Node) -> dict[str, Any]:
+    """Every axis, and of a learned cell every setting, so that a query needs to know nothing of ctp."""
+    out: dict[str, Any] = dict(axes(node.cell))
+    learned = node.cell if isinstance(node.cell, Learn) else getattr(node.cell, "recovery", None)
+    if isinstance(learned, Learn) and isinstance(learned.recovery, SoftPrompt):
+        plain = learned.recovery.model_dump(mode="json", exclude={"text", "validation", "method", "k", "seed"})
+        out |= {f"prompt.{n}": v for n, v in plain.items() if v is not None}
+        out |= {"prompt.seq_len": learned.recovery.text.seq_len}
+    return out
+
+
+def _curve(history: list[dict[str, Any]], time: int) -> list[Metric]:
+    """Learning curve as metrics by step: loss (training) and val_loss."""
+    return [
+        Metric(name, float(point[name]), time, int(point["step"]))
+        for point in history
+        for name in ("loss", "val_loss")
+        if point.get(name) is not None
+    ]
+
+
+def _now() -> int:
+    import time
+
+    return int(1000 * time.time())
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).strip().splitlines() or [""])[0][:300]

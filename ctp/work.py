@@ -1,0 +1,217 @@
+"""execute(cell, store, runtime): fetch the inputs, call the pure function, publish what it gives."""
+
+import json
+import platform
+import resource
+import subprocess
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ctp import corpora, models
+from ctp.compress import compress_model, pack, stats, unpack
+from ctp.evaluate.perplexity import perplexity
+from ctp.methods import Perplexity, SoftPrompt, Solver, Windows
+from ctp.pins import location
+from ctp.recover.soft_prompt import learn
+from ctp.recover.state import TrainState, load_prompt
+from ctp.spec import Cell, Compress, Evaluate, Learn, Runtime, key
+from ctp.store import Draft, Store
+
+Report = Callable[[dict[str, Any]], None]
+PACKED, REST, HISTORY = "compressed.safetensors", "rest.safetensors", "history.json"
+LIBRARIES = ("torch", "transformers", "accelerate", "ray", "mlflow", "safetensors")
+
+
+def execute(cell: Cell, store: Store, runtime: Runtime, report: Report) -> None:
+    """Do one cell, unless it is done; its inputs must be. Progress goes to `report` as flat dicts of numbers."""
+    if store.has(cell):
+        return
+    device = pick_device(runtime)
+    torch.manual_seed(0)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    begun = time.monotonic()
+    with store.publish(cell) as draft:
+        if isinstance(cell, Compress):
+            draft.record["metrics"] = _compress(cell, draft, runtime, device, report)
+        elif isinstance(cell, Learn):
+            draft.record["metrics"] = _learn(cell, draft, store, runtime, device, report)
+        elif isinstance(cell, Evaluate):
+            draft.record["metrics"] = _evaluate(cell, draft, store, runtime, device, report)
+        else:
+            raise TypeError(f"nothing here does a {type(cell).__name__}")
+        peak = torch.cuda.max_memory_allocated() if device == "cuda" else _peak_memory()
+        draft.record |= {"seconds": time.monotonic() - begun, "device": device, "peak_memory_bytes": peak}
+        draft.record |= {"created": time.time(), **surroundings()}
+
+
+# ---------------------------------------------------------------- the three kinds
+
+
+def _compress(cell: Compress, draft: Draft, runtime: Runtime, device: str, report: Report) -> dict[str, float]:
+    spec = cell.compression
+    if not isinstance(spec, Solver):  # dense: the model itself is the artifact, at its pinned revision
+        size = models.facts(location(runtime.locations, cell.model), cell.model.revision).parameters
+        return {"parameters": size, "sparsity": 0.0}
+    assert cell.calibration is not None
+    model, tokenizer = _load_base(cell, runtime, device)
+    ids = token_windows(cell.calibration, tokenizer, runtime).to(device)
+    layers = compress_model(
+        model, ids, spec, batch=runtime.batch, progress=lambda n, of: report({"step": n, "steps": of})
+    )
+    packed = {name: t.contiguous().cpu() for name, t in pack(layers).items()}
+    save_file(packed, draft.path / PACKED)
+    save_file(_rest(model, {f"{name}.weight" for name in layers}), draft.path / REST)
+    model.config.save_pretrained(draft.path)
+    tokenizer.save_pretrained(draft.path)
+    return stats(layers, model)
+
+
+def _rest(model: Any, packed: set[str]) -> dict[str, Tensor]:
+    """Every weight that is not packed; of weights that share memory (a tied head) only the first."""
+    out: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if name not in packed and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            out[name] = tensor.detach().cpu().contiguous()
+    return out
+
+
+def _learn(cell: Learn, draft: Draft, store: Store, runtime: Runtime, device: str, report: Report) -> dict[str, float]:
+    spec = cell.recovery
+    if not isinstance(spec, SoftPrompt):
+        raise TypeError(f"nothing here learns {spec.method}")
+    model, tokenizer = load_compressed(cell.source, store, runtime, device)
+    train = token_windows(spec.text, tokenizer, runtime)
+    validation = token_windows(spec.validation, tokenizer, runtime)
+
+    def checkpoint(state: TrainState) -> None:
+        store.save_partial(cell, state.step, state.save)
+
+    with store.partial(cell) as resume:
+        learned = learn(
+            model, train, validation, spec, tokenizer=tokenizer, runtime=runtime,
+            resume=resume, checkpoint=checkpoint, report=report,
+        )  # fmt: skip
+    learned.save(draft.path, cell.source.model.name)
+    first, best = learned.history[0]["val_loss"], learned.best_val_loss
+    draft.record["train_seconds"] = learned.seconds
+    return {
+        "best_step": learned.best_step,
+        "best_val_loss": best,
+        "initial_val_loss": first,
+        "trainable_parameters": learned.embeddings.numel(),
+    }
+
+
+def _evaluate(
+    cell: Evaluate, draft: Draft, store: Store, runtime: Runtime, device: str, report: Report
+) -> dict[str, float]:
+    measure = cell.measure
+    if not isinstance(measure, Perplexity):
+        raise TypeError(f"nothing here measures {measure.method}")
+    model, tokenizer = load_compressed(cell.target, store, runtime, device)
+    ids = token_windows(measure.text, tokenizer, runtime)
+    prompt = load_prompt(store.fetch(cell.recovery)).to(device) if cell.recovery else None
+    result = perplexity(
+        model, ids.to(device), prompt, batch=runtime.batch,
+        progress=lambda n, of: report({"step": n, "steps": of}),
+    )  # fmt: skip
+    draft.record["text"] = corpora.text_stats(ids, tokenizer)
+    metrics = {
+        "ppl": result.ppl,
+        "ppl_paper": result.ppl_paper,
+        "nll_sum": result.nll_sum,
+        "scored_tokens": result.scored_tokens,
+        "positions": result.positions,
+    }
+    (draft.path / "result.json").write_text(json.dumps(metrics, indent=1, allow_nan=False))
+    return metrics
+
+
+# ------------------------------------------------------------------ what they read
+
+_held: tuple[str, Any, Any] | None = None
+
+
+def load_compressed(cell: Compress, store: Store, runtime: Runtime, device: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of a finished Compress cell. The last one stays loaded: cells of one target come together."""
+    global _held
+    if _held is None or _held[0] != key(cell):
+        _held = None  # free the old weights before the new ones come
+        if not isinstance(cell.compression, Solver):
+            model, tokenizer = _load_base(cell, runtime, device)
+        else:
+            model, tokenizer = open_compressed(store.fetch(cell), device)
+        _held = key(cell), model, tokenizer
+    return _held[1], _held[2]
+
+
+def open_compressed(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer) of a compressed model's folder, unpacked to ordinary weights bit-exactly."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(folder)
+    state = load_file(folder / REST)
+    for name, layer in unpack(load_file(folder / PACKED)).items():
+        state[f"{name}.weight"] = layer.dense(config.dtype)
+    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    model = kind.from_pretrained(None, config=config, state_dict=state, dtype=config.dtype)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def _load_base(cell: Compress, runtime: Runtime, device: str) -> tuple[Any, Any]:
+    where = location(runtime.locations, cell.model)
+    return models.load(where, cell.model.revision, cell.model.dtype, device)
+
+
+_windows: dict[tuple[Windows, str], Tensor] = {}
+
+
+def token_windows(spec: Windows, tokenizer: Any, runtime: Runtime) -> Tensor:
+    """The token ids (n, seq_len) that the spec names, kept for the next cell that asks."""
+    memo = (spec, corpora.text_stats(torch.zeros(1, 1, dtype=torch.long), tokenizer)["tokenizer_sha256"])
+    if memo not in _windows:
+        custom = {n: corpora.parse_corpus(n, d) for n, d in runtime.datasets.items()}
+        corpus = corpora.find(spec.dataset, custom)
+        documents = corpora.documents(location(runtime.locations, spec), corpus, spec.split, spec.documents)
+        _windows[memo] = corpora.windows(spec, documents, tokenizer)
+    return _windows[memo]
+
+
+# -------------------------------------------------------------------- surroundings
+
+
+def pick_device(runtime: Runtime) -> str:
+    """ "cuda" or "cpu"; "auto" takes the GPU where this process has one."""
+    if runtime.device != "auto":
+        return runtime.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _peak_memory() -> int:
+    """Peak resident bytes of this process so far (Linux counts in KiB, macOS in bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+@lru_cache
+def surroundings() -> dict[str, Any]:
+    """What a manifest says of the code and machine that made it."""
+    here = Path(__file__).parent
+    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    return {
+        "git_commit": asked.stdout.strip() or None,
+        "versions": {"ctp": version("ctp"), **{name: version(name) for name in LIBRARIES}},
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }

@@ -1,0 +1,80 @@
+"""Tiny random models of each architecture: random weights, real code paths."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+torch.set_num_threads(1)  # threads cost such small models more than they bring, and change sums in the last digit
+
+# A real 260 K-parameter Llama, which lies beside the project where it is developed: tests that use it skip elsewhere.
+STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
+STORIES_TEXT = Path(__file__).parents[2] / "shared" / "data" / "tinystories" / "train.jsonl"
+
+
+def tiny_llama(
+    vocab: int = 61, hidden: int = 32, layers: int = 2, context: int = 64, seed: int = 0
+) -> LlamaForCausalLM:
+    """Grouped keys and values, untied head."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return _spread(LlamaForCausalLM(config))
+
+
+def tiny_opt(
+    vocab: int = 61, hidden: int = 32, layers: int = 2, context: int = 64, seed: int = 0, embed: int | None = None
+) -> OPTForCausalLM:
+    """Tied head; `embed` is word_embed_proj_dim where it differs from the hidden size, as in OPT-350M."""
+    torch.manual_seed(seed)
+    config = OPTConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        ffn_dim=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=context,
+        word_embed_proj_dim=embed or hidden,
+        dropout=0.1,
+        bos_token_id=2,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+    return _spread(OPTForCausalLM(config))
+
+
+def tiny_bloom(vocab: int = 61, hidden: int = 32, layers: int = 2, seed: int = 0) -> BloomForCausalLM:
+    """ALiBi, fused query_key_value, tied head."""
+    torch.manual_seed(seed)
+    config = BloomConfig(vocab_size=vocab, hidden_size=hidden, n_layer=layers, n_head=4, bos_token_id=1, eos_token_id=2)
+    return _spread(BloomForCausalLM(config))
+
+
+def _spread(model):
+    """Weights five times as large as at initialisation: logits that depend on what is read."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 2 and "norm" not in name:
+                p.mul_(5)
+    return model.eval()
+
+
+def random_windows(n: int, s: int, vocab: int = 61, seed: int = 0) -> torch.Tensor:
+    """Token windows (n, s), reproducible."""
+    return torch.randint(vocab, (n, s), generator=torch.Generator().manual_seed(seed))
