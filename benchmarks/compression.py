@@ -9,7 +9,6 @@ measured are in compression_reference.yaml.
 
 import argparse
 import copy
-import math
 import platform
 import sys
 import time
@@ -23,21 +22,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ctp.compress import compress_model, stats
+from ctp.evaluate.perplexity import perplexity
 from ctp.methods import Compression, Solver
 
 REFERENCE = Path(__file__).with_name("compression_reference.yaml")
 HEAD = "| row | settings | ctp | authors | llm-compressor | GPTQModel | ratio | zeros | bits per weight | seconds |"
-
-
-@torch.no_grad()
-def perplexity(model: nn.Module, windows: Tensor, batch: int = 4) -> float:
-    """exp of the mean negative log-likelihood over all tokens of `windows` (n, tokens) but the first of each."""
-    total = 0.0
-    device = next(model.parameters()).device
-    for some in windows.to(device).split(batch):
-        logits = model(input_ids=some, use_cache=False).logits[:, :-1].float()
-        total += float(nn.functional.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten(), reduction="sum"))
-    return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
 
 
 def measure(model: nn.Module, row: dict[str, Any], tokens: dict[str, Tensor]) -> dict[str, float]:
@@ -48,7 +37,8 @@ def measure(model: nn.Module, row: dict[str, Any], tokens: dict[str, Tensor]) ->
     start = time.perf_counter()
     layers = compress_model(model, tokens["calibration"].long(), compression)
     seconds = time.perf_counter() - start
-    return {"ppl": perplexity(model, tokens["evaluation"].long()), "seconds": seconds, **stats(layers, model)}
+    ppl = perplexity(model, tokens["evaluation"].long()).ppl
+    return {"ppl": ppl, "seconds": seconds, **stats(layers, model)}
 
 
 def best(row: dict[str, Any], columns: dict[str, str]) -> float | None:
@@ -85,8 +75,9 @@ def main() -> int:
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, use_safetensors=True)
     model = model.eval().to(device)
     tokens = load_file(args.tokens)
-    print(f"{platform.machine()}, {device}, {args.threads} threads; torch {torch.__version__}, transformers", end=" ")
-    print(f"{transformers.__version__}; dense {perplexity(model, tokens['evaluation'].long()):.2f}. References:")
+    dense = perplexity(model, tokens["evaluation"].long()).ppl
+    print(f"{platform.machine()}, {device}, {args.threads} threads; torch {torch.__version__}", end=", ")
+    print(f"transformers {transformers.__version__}; dense {dense:.2f}. References: ", end="")
     print("; ".join(reference["columns"].values()), end=f".\n\n{HEAD}\n|{'---|' * (HEAD.count('|') - 1)}\n", flush=True)
     worse = []
     for row in reference["rows"]:

@@ -10,9 +10,9 @@ import torch
 from tiny import STORIES, STORIES_TEXT, random_windows, tiny_bloom, tiny_llama, tiny_opt
 from torch import nn
 
-from ctp.compress import Layer, compress_model, decoder_blocks, pack, stats, unpack
+from ctp.compress import compress_model, decoder_blocks, pack, stats, unpack
 from ctp.compress.blocks import capture, check_chain, shared_inputs
-from ctp.compress.walk import hessians
+from ctp.compress.walk import compress_block, hessians
 from ctp.evaluate.perplexity import perplexity
 from ctp.methods import GPTQ, Solver, SparseGPT
 
@@ -30,6 +30,15 @@ SPECS: list[Solver] = [
     SparseGPT(pattern="2:4", true_sequential=True),
     SparseGPT(sparsity=0.3, bits=4),
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More only wait for one another on tensors this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=MODELS)
@@ -57,16 +66,14 @@ def test_only_the_blocks_linears_change_and_the_layers_hold_them(case, spec):
         assert name.startswith(f"{prefix}.")
         assert torch.equal(back[name].dense(torch.float32), after[f"{name}.weight"])
     sizes = stats(layers, model)
-    assert sizes["sparsity"] == pytest.approx(
-        {"GPTQ": 0, "SparseGPT": spec_sparsity(spec)}[type(spec).__name__], abs=2e-3
-    )
+    assert sizes["sparsity"] == pytest.approx(zeros_of(spec), abs=2e-3)
     assert sizes["packed_bytes"] < sizes["dense_bytes"]
 
 
-def spec_sparsity(spec: Solver) -> float | None:
+def zeros_of(spec: Solver) -> float:
     if not isinstance(spec, SparseGPT):
         return 0.0
-    return spec.sparsity if spec.pattern is None else spec.n_of_m[0] / spec.n_of_m[1]
+    return spec.sparsity or spec.n_of_m[0] / spec.n_of_m[1]
 
 
 def test_each_block_sees_the_compressed_ones_before_it(case):
@@ -80,8 +87,6 @@ def test_each_block_sees_the_compressed_ones_before_it(case):
     blocks, original = decoder_blocks(expected)[1], decoder_blocks(other)[1]
     blocks[-1].load_state_dict(original[-1].state_dict())
     batches = capture(expected, windows, 5)
-    from ctp.compress.walk import compress_block
-
     with torch.no_grad():
         for block in blocks[:-1]:
             for b in batches:
@@ -176,7 +181,7 @@ def test_errors_name_the_linear_before_anything_changes():
         compress_model(model, torch.zeros(0, 16, dtype=torch.long), GPTQ(bits=4))
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
     model.model.layers[0].input_layernorm.weight.data.fill_(torch.nan)
-    with pytest.raises((ValueError, RuntimeError), match="not finite|differ from the whole model"):
+    with pytest.raises((ValueError, RuntimeError), match=r"not finite|differ from the whole model"):
         compress_model(model, random_windows(2, 16), GPTQ(bits=4))
 
 
@@ -221,6 +226,16 @@ def stories():
     return model.eval(), tokens("train", 48), tokens("validation", 24)
 
 
+def smaller_weights_zeroed(model: nn.Module) -> nn.Module:
+    """Magnitude pruning at 50 %."""
+    model = copy.deepcopy(model)
+    for module in decoder_blocks(model)[1].modules():
+        if isinstance(module, nn.Linear):
+            size = module.weight.data.abs()
+            module.weight.data[size < size.median()] = 0
+    return model
+
+
 def test_a_real_model_orders_the_methods(stories):
     model, calibration, evaluation = stories
 
@@ -239,4 +254,4 @@ def test_a_real_model_orders_the_methods(stories):
     assert dense < half < most
     assert half < joint
     assert half < regular
-    assert half < 2 * dense  # what is won back: magnitude pruning at 50 % is far worse
+    assert half < 0.6 * perplexity(smaller_weights_zeroed(model), evaluation).ppl

@@ -14,7 +14,6 @@ from ctp.recover.attach import scored_logits, summed_nll
 from ctp.recover.soft_prompt import initial_prompt, load_prompt
 from ctp.recover.steps import batch_rows, learning_rate
 
-
 # ------------------------------------------------------------------- gradient
 
 

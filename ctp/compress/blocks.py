@@ -109,7 +109,7 @@ def check_chain(model: nn.Module, window: Tensor, tolerance: float = 1e-3) -> No
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, args: Any, out: Any) -> None:
-        seen.append(out[0] if isinstance(out, tuple) else out)
+        seen.append((out[0] if isinstance(out, tuple) else out).detach())
         stop()
 
     handle = blocks[-1].register_forward_hook(keep)
@@ -121,7 +121,7 @@ def check_chain(model: nn.Module, window: Tensor, tolerance: float = 1e-3) -> No
     batch = capture(model, window, 1)[0]
     for block in blocks:
         batch.hidden = batch.run(block)
-    difference = float((batch.hidden - seen[0]).abs().max() / seen[0].abs().max().clamp(min=1e-30))
+    difference = float((batch.hidden.detach() - seen[0]).abs().max() / seen[0].abs().max().clamp(min=1e-30))
     if not difference <= tolerance:
         raise RuntimeError(
             f"{type(model).__name__}: the blocks one by one differ from the whole model by {difference:.1e} of the "

