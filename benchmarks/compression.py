@@ -78,7 +78,12 @@ def main() -> int:
     dense = perplexity(model, tokens["evaluation"].long()).ppl
     print(f"{platform.machine()}, {device}, {args.threads} threads; torch {torch.__version__}", end=", ")
     print(f"transformers {transformers.__version__}; dense {dense:.2f}. References: ", end="")
-    print("; ".join(reference["columns"].values()), end=f".\n\n{HEAD}\n|{'---|' * (HEAD.count('|') - 1)}\n", flush=True)
+    print("; ".join(f"{v}, {reference['seconds'][n]} s" for n, v in reference["columns"].items()), end=" ")
+    print(
+        f"(one thread, plain settings; {reference['machine']})",
+        end=f".\n\n{HEAD}\n|{'---|' * (HEAD.count('|') - 1)}\n",
+        flush=True,
+    )
     worse = []
     for row in reference["rows"]:
         if row["name"] not in args.rows:

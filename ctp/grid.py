@@ -64,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--batch", type=_positive, default=4, metavar="N", help="windows a forward pass (default 4)")
     p.add_argument("--cpus", type=_positive, default=1, metavar="N", help="CPU cores a trial (default 1)")
+    p.add_argument("--checkpoint-seconds", type=_seconds, default=60.0, metavar="S",
+                   help="least time between two saved states of a prompt being learned (default 60)")  # fmt: skip
     p.add_argument("--gpu-memory", type=_positive, default=24, metavar="GIB", help="memory of one GPU (default 24)")
     return p
 
@@ -90,7 +92,7 @@ def command(args: argparse.Namespace) -> int:
         print(f"Nothing to run. Store: {store.uri}  MLflow: {tracker.uri}")
         return OK
     runtime = Runtime(
-        device=args.device, batch=args.batch, locations=pins.locations,
+        device=args.device, batch=args.batch, checkpoint_seconds=args.checkpoint_seconds, locations=pins.locations,
         datasets=pins.datasets,
     )  # fmt: skip
     return run(plan, todo, state, store, tracker, runtime, args)
@@ -167,6 +169,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be a number of seconds")
     return value
 
 

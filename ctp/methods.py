@@ -237,8 +237,9 @@ class SoftPrompt(Recovery):
     """k trained rows before every input, Eq. (1) of the paper; defaults are the paper's text (section 4).
 
     batch counts sequences per optimiser step, `accumulate` the micro-batches it is split into. warmup: steps of linear
-    warm-up. loss: "token_mean", or "sequence_sum" (summed over tokens, mean over sequences) as in their code.
-    precision: "fp32" computes in the model's dtype, "bf16" and "fp16" under autocast; the prompt itself is always fp32.
+    warm-up from 0; "linear" and "cosine" then reach 0 at `steps`. loss: "token_mean", or "sequence_sum" (summed over tokens, mean over sequences) as in their code.
+    precision: "fp32" computes in the model's dtype, "bf16" and "fp16" under autocast (a float16 model needs one of
+    them: its gradients underflow without); the prompt itself is always fp32.
     The best step by the loss on `validation` is kept; it defaults to 32 windows of the same data set's validation
     split.
     """
@@ -249,7 +250,7 @@ class SoftPrompt(Recovery):
     validation: Windows
     validate_every: PositiveInt = 500
     init: Literal["random_rows", "first_rows", "text"] = "random_rows"
-    init_text: str | None = None
+    init_text: Annotated[str, Field(min_length=1)] | None = None
     steps: PositiveInt = 30_000
     batch: PositiveInt = 4
     accumulate: PositiveInt = 1

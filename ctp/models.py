@@ -4,7 +4,9 @@
 from safetensors (or GGUF, converted once per machine); code from the hub is never run.
 """
 
+import contextlib
 import importlib.util
+import io
 import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -115,8 +117,10 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    print(f"Converting {path.name} (once on this machine) ...", flush=True)
     logging.disable_progress_bar()
-    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # its reader draws a bar of its own
+        read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     config = type(read.config)(**{n: v for n, v in read.config.to_dict().items() if n != "quantization_config"})
     model = type(read)(config)  # a fresh one: the loaded one still calls itself quantized
     model.load_state_dict(read.state_dict())

@@ -128,6 +128,8 @@ def _misfits(node: Node) -> list[str]:
     elif isinstance(cell, Learn) and isinstance(cell.recovery, SoftPrompt):
         fits("recovery.text.seq_len", cell.recovery.text.seq_len, cell.recovery.k)
         fits("recovery.validation.seq_len", cell.recovery.validation.seq_len, cell.recovery.k)
+        if cell.recovery.precision == "fp32" and cell.source.model.dtype == "float16":
+            out.append(f"recovery.precision = 'fp32': {name} is float16, whose gradients underflow: use bf16 or fp16")
     elif isinstance(cell, Evaluate) and isinstance(cell.measure, Perplexity):
         k = getattr(cell.recovery.recovery, "k", 0) if cell.recovery else 0
         fits("measures.text.seq_len", cell.measure.text.seq_len, k)

@@ -15,6 +15,7 @@ class Printer:
         self.ended = 0
         self.started: dict[str, float] = {}
         self.last: dict[str, float] = {}
+        self.first: dict[str, tuple[float, int]] = {}  # when a cell first told its step: loading is not its pace
 
     def tell(self, event: dict[str, Any]) -> None:
         """Print what there is to say of one event."""
@@ -22,9 +23,10 @@ class Printer:
         if kind == "start":
             self.started[k] = self.last[k] = now
         elif kind == "progress":
+            begun, step = self.first.setdefault(k, (now, event["step"]))
             if now - self.last.get(k, now) >= self.every:
                 self.last[k] = now
-                self._say("...", k, _how_far(event, now - self.started[k]))
+                self._say("...", k, _how_far(event, now - begun, event["step"] - step))
         else:
             self.ended += 1
             took = duration(now - self.started[k]) if k in self.started else ""
@@ -37,7 +39,7 @@ class Printer:
         print(f"{count} {what:<7} {cell.kind:<8} {slug(cell)}  {text}".rstrip(), flush=True)
 
 
-def _how_far(event: dict[str, Any], seconds: float) -> str:
+def _how_far(event: dict[str, Any], seconds: float, made: int) -> str:
     step, steps = event["step"], event["steps"]
     parts = [f"step {step}/{steps}"]
     if event.get("loss") is not None:
@@ -46,8 +48,8 @@ def _how_far(event: dict[str, Any], seconds: float) -> str:
         parts.append(f"best validation {event['best_val_loss']:.3f}")
     if event.get("tokens_per_s"):
         parts.append(f"{event['tokens_per_s']:,.0f} tokens/s")
-    if step:
-        parts.append(f"about {duration(seconds / step * (steps - step))} left")
+    if made:
+        parts.append(f"about {duration(seconds / made * (steps - step))} left")
     return ", ".join(parts)
 
 

@@ -7,6 +7,7 @@
 Nothing that is done is overwritten, and nothing is read whose bytes are not those the manifest names.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ctp.cache import cache_dir, fill, sha256_file
 from ctp.labels import slug
-from ctp.spec import KINDS, Cell, key, to_json
+from ctp.spec import KINDS, Cell, canonical, key, to_json
 
 MANIFEST = "manifest.json"
 
@@ -107,13 +108,30 @@ class Store:
     def fetch(self, cell: Cell) -> Path:
         """A local folder with the cell's files, every hash verified (once per process). Raises StoreError."""
         if key(cell) not in self._verified:
-            manifest = self.manifest(cell)
-            path = Path(self.folder(cell))
-            if not self.local:
-                path = fill(cache_dir() / "artifacts" / key(cell), lambda to: self._download(self.folder(cell), to))
-            _verify(path, manifest["files"])
-            self._verified[key(cell)] = path
+            self._verified[key(cell)] = self._local_copy(cell, self.manifest(cell)["files"])
         return self._verified[key(cell)]
+
+    def _local_copy(self, cell: Cell, files: dict[str, Any]) -> Path:
+        if self.local:
+            path = Path(self.folder(cell))
+            _verify(path, files)
+            return path
+        # Named by content too: another store may hold other bytes under this key.
+        content = hashlib.sha256(canonical(files).encode()).hexdigest()
+        path = cache_dir() / "artifacts" / f"{key(cell)[:24]}-{content[:24]}"
+        if path.exists():
+            try:
+                _verify(path, files)
+                return path
+            except StoreError:
+                shutil.rmtree(path)  # the copy was damaged on this machine
+        fill(path, lambda to: self._download(self.folder(cell), to))
+        try:
+            _verify(path, files)
+        except StoreError:
+            shutil.rmtree(path)
+            raise
+        return path
 
     def save_partial(self, cell: Cell, step: int, write: Any) -> None:
         """Keep the state that `write(folder)` writes, as of `step`; older states go once it is safe."""
@@ -217,7 +235,10 @@ class Store:
         manifest = json.loads(self.fs.cat_file(f"{source}/{MANIFEST}"))
         for name in [*manifest["files"], MANIFEST]:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            self.fs.get_file(f"{source}/{name}", str(target / name))
+            try:
+                self.fs.get_file(f"{source}/{name}", str(target / name))
+            except FileNotFoundError as e:
+                raise StoreError(f"{source}/{name} is missing, though the manifest names it: remove {source}") from e
 
     def _remove(self, path: str) -> None:
         if self.fs.exists(path):

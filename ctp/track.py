@@ -4,12 +4,15 @@ Only the driver writes, from one thread that replays finished artifacts and repo
 never stalls the grid, and `python -m ctp.track sync NAME` writes from the store whatever MLflow lacks.
 """
 
+import argparse
 import json
 import logging
 import os
 import queue
 import sqlite3
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,13 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.tracking import MlflowClient
 
+from ctp import gridfile
 from ctp.labels import axes, slug
 from ctp.methods import SoftPrompt
-from ctp.plan import Node, Plan
+from ctp.pins import Pins
+from ctp.plan import Node, Plan, make
 from ctp.spec import Learn
-from ctp.store import Store
+from ctp.store import Store, StoreError
 
 for _name in ("alembic", "mlflow.store.db.utils"):  # they tell of every table they make
     logging.getLogger(_name).setLevel(logging.WARNING)
@@ -137,23 +142,23 @@ class Tracker:
         elif kind == "start" and isinstance(node.cell, Learn):
             self.client.update_run(self._run(node), status="RUNNING")
         elif kind == "progress" and isinstance(node.cell, Learn) and event.get("loss") is not None:
-            now = _now()
+            now = int(1000 * time.time())
             live = {"live/loss": event["loss"], "live/tokens_per_s": event.get("tokens_per_s")}
             metrics = [Metric(n, float(v), now, int(event["step"])) for n, v in live.items() if v is not None]
             self.client.log_batch(self._run(node), metrics=metrics)
 
-    def _run(self, node: Node) -> str:
-        """The id of the cell's run, made where there is none."""
+    def _run(self, node: Node, start: int | None = None) -> str:
+        """The id of the cell's run, made where there is none. start: milliseconds since 1970, None for now."""
         if node.key not in self.runs:
             tags = _tags(self.plan, node) | ({PARENT: self.parent} if self.parent else {})
-            self.runs[node.key] = self.client.create_run(self.experiment, tags=tags)
+            self.runs[node.key] = self.client.create_run(self.experiment, start_time=start, tags=tags)
         return str(self.runs[node.key].info.run_id)
 
     def _finish(self, node: Node) -> None:
         manifest = self.store.manifest(node.cell)
-        run = self._run(node)
         end = int(1000 * manifest["created"])
         start = end - int(1000 * manifest["seconds"])
+        run = self._run(node, start)
         numbers = {
             **manifest["metrics"],
             "seconds": manifest["seconds"],
@@ -223,21 +228,41 @@ def _params(node: Node) -> dict[str, Any]:
     return out
 
 
-def _curve(history: list[dict[str, Any]], time: int) -> list[Metric]:
+def _curve(history: list[dict[str, Any]], at: int) -> list[Metric]:
     """Learning curve as metrics by step: loss (training) and val_loss."""
     return [
-        Metric(name, float(point[name]), time, int(point["step"]))
+        Metric(name, float(point[name]), at, int(point["step"]))
         for point in history
         for name in ("loss", "val_loss")
         if point.get(name) is not None
     ]
 
 
-def _now() -> int:
-    import time
-
-    return int(1000 * time.time())
-
-
 def _first_line(e: Exception) -> str:
     return (str(e).strip().splitlines() or [""])[0][:300]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m ctp.track sync NAME`: write from the store what MLflow lacks; returns the exit code."""
+    p = argparse.ArgumentParser(prog="python -m ctp.track", description="Rebuild MLflow from the store.")
+    p.add_argument("action", choices=("sync",))
+    p.add_argument("grid", metavar="NAME", help="grid/NAME.yaml, or the path of a grid file")
+    p.add_argument("--store", default=default_store(), metavar="URI", help="default %(default)s")
+    p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="settings", help="as in ctp.grid")
+    p.add_argument("--data", metavar="DIR", help="as in ctp.grid")
+    args = p.parse_args(argv)
+    try:
+        pins = Pins(args.data)
+        plan = make(gridfile.load(args.grid, args.settings, pins), pins)
+        store = Store(args.store)
+        tracker = Tracker(tracking_uri(store.uri), plan, store)
+        written = tracker.sync(whole=True)
+    except (gridfile.GridError, StoreError, TrackError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2 if isinstance(e, gridfile.GridError) else 3
+    print(f"{plan.name}: {written} runs written, {len(store.done(plan.cells()))} there. MLflow: {tracker.uri}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

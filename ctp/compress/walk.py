@@ -29,10 +29,7 @@ def compress_model(
     if windows.ndim != 2 or not windows.numel():
         raise ValueError(f"windows must be token ids (n, tokens), at least one; got shape {tuple(windows.shape)}")
     prefix, blocks = decoder_blocks(model)
-    for i, block in enumerate(blocks):
-        for name, linear in _linears(block).items():
-            with _naming(f"{prefix}.{i}.{name}"):
-                check_shape(linear.in_features, compression)
+    _check_shapes(prefix, blocks, compression)
     layers: dict[str, Layer] = {}
     with torch.no_grad(), _evaluating(model), _full_precision():
         check_chain(model, windows[:1])
@@ -89,7 +86,7 @@ def hessians(block: nn.Module, groups: Sequence[Sequence[str]], batches: Sequenc
     def collect(i: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].reshape(-1, args[0].shape[-1]).float()  # 2-D in OPT's fc1 and fc2, 3-D elsewhere
-            sums[i].addmm_(x.T, x)
+            _add_gram(sums[i], x)
             counts[i] += len(x)
             if i == len(groups) - 1:
                 stop()
@@ -108,11 +105,25 @@ def hessians(block: nn.Module, groups: Sequence[Sequence[str]], batches: Sequenc
     finally:
         for handle in handles:
             handle.remove()
-    return [s.div_(n) for s, n in zip(sums, counts, strict=True)]
+    return [(s.triu() + s.triu(1).T).div_(n) for s, n in zip(sums, counts, strict=True)]
 
 
-def _linears(block: nn.Module) -> dict[str, nn.Linear]:
-    return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+def _add_gram(total: Tensor, x: Tensor) -> None:
+    """Adds X^T X to total (inputs, inputs), on and above the diagonal: stripe by stripe, little over half the work."""
+    step = max(256, len(total) // 8)
+    for i in range(0, len(total), step):
+        total[i : i + step, i:].addmm_(x[:, i : i + step].T, x[:, i:])
+
+
+def _check_shapes(prefix: str, blocks: nn.ModuleList, compression: Solver) -> None:
+    """Before hours of work: every block has linears, and group size and pattern fit them."""
+    for i, block in enumerate(blocks):
+        linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        if not linears:
+            raise ValueError(f"{prefix}.{i}: {type(block).__name__} has no nn.Linear to compress")
+        for name, linear in linears.items():
+            with _naming(f"{prefix}.{i}.{name}"):
+                check_shape(linear.in_features, compression)
 
 
 @contextmanager

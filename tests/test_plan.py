@@ -1,0 +1,108 @@
+"""The graph: what depends on what, what a slice keeps, why something does not run."""
+
+import pytest
+from tinygrid import grid, write_grid
+
+from ctp import gridfile, plan
+from ctp.gridfile import GridError
+from ctp.pins import Pins
+from ctp.spec import Compress, Evaluate, Learn
+from ctp.store import Store
+
+
+def make(path, **changes):
+    pins = Pins()
+    return plan.make(gridfile.load(str(write_grid(path, changes)), [], pins), pins)
+
+
+@pytest.fixture
+def graph(tmp_path, llama_folder):
+    return make(tmp_path / "g.yaml", **grid(llama_folder))
+
+
+def kinds(graph):
+    names = [n.cell.kind for n in graph.nodes.values()]
+    return {k: names.count(k) for k in ("compress", "learn", "evaluate")}
+
+
+def test_every_cell_once_and_inputs_first(graph):
+    assert kinds(graph) == {"compress": 3, "learn": 1, "evaluate": 6}
+    seen = set()
+    for k, node in graph.nodes.items():
+        assert set(node.inputs) <= seen
+        seen.add(k)
+
+
+def test_transfer_own_keeps_prompts_at_home(tmp_path, llama_folder):
+    graph = make(tmp_path / "g.yaml", **grid(llama_folder, transfer="own"))
+    pairs = [n.cell for n in graph.nodes.values() if isinstance(n.cell, Evaluate) and n.cell.recovery]
+    assert [c.target for c in pairs] == [c.recovery.source for c in pairs]
+    assert len(pairs) == 1
+
+
+def test_two_models_never_share_a_prompt(tmp_path, llama_folder):
+    from tinygrid import model_folder
+
+    both = [str(llama_folder), str(model_folder(tmp_path / "tiny-opt", "opt"))]
+    graph = make(tmp_path / "g.yaml", **(grid(llama_folder) | {"models": both}))
+    assert kinds(graph) == {"compress": 6, "learn": 2, "evaluate": 12}
+
+
+def test_dense_needs_no_calibration_and_no_key_from_it(tmp_path, llama_folder):
+    one = make(tmp_path / "a.yaml", **grid(llama_folder))
+    other = grid(llama_folder)
+    other["calibration"]["seed"] = 7
+    two = make(tmp_path / "b.yaml", **other)
+    dense = [next(k for k, n in g.nodes.items() if n.cell.compression.method == "dense") for g in (one, two)]
+    assert dense[0] == dense[1]
+    assert len(set(one.nodes) & set(two.nodes)) == 2  # dense and its evaluation without a prompt
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("kind=evaluate and target=dense", {"compress": 2, "learn": 1, "evaluate": 2}),
+        ("kind=evaluate and target=dense and source=none", {"compress": 1, "learn": 0, "evaluate": 1}),
+        ("k>=4", {"compress": 3, "learn": 1, "evaluate": 3}),
+        ("k>4", {"compress": 0, "learn": 0, "evaluate": 0}),
+        ("target=dense,gptq-3bit", {"compress": 2, "learn": 1, "evaluate": 4}),
+        ("bits!=4", {"compress": 1, "learn": 1, "evaluate": 2}),
+        ("study=g", {"compress": 3, "learn": 1, "evaluate": 6}),
+    ],
+)
+def test_where_keeps_what_matches_and_what_that_needs(graph, expression, expected):
+    assert kinds(plan.where(graph, [expression])) == expected
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [("targte=dense", "did you mean 'target'"), ("target", "write axis=value"), ("model>3", "is not a number")],
+)
+def test_bad_conditions_are_told(graph, expression, message):
+    with pytest.raises(GridError, match=message):
+        plan.where(graph, [expression])
+
+
+def test_states_say_why(graph, tmp_path):
+    store = Store(str(tmp_path / "store"))
+    cells = {n.cell.kind: n for n in graph.nodes.values()}
+    gptq = next(n for n in graph.nodes.values() if isinstance(n.cell, Learn)).cell.source
+    assert set(plan.states(graph, store).values()) >= {"never ran", "needs tiny-llama_dense"}
+    with store.publish(gptq):
+        pass
+    store.save_partial(cells["learn"].cell, 3, lambda folder: (folder / "x").write_text("x"))
+    dense = next(n.cell for n in graph.nodes.values() if isinstance(n.cell, Compress))
+    store.record_failure(dense, "ValueError: no", "")
+    found = plan.states(graph, store)
+    assert found[cells["learn"].key] == "interrupted at step 3"
+    assert "failed last time: ValueError: no" in found.values()
+    assert list(found.values()).count("done") == 1
+
+
+def test_runnable_blocks_whole_chains(graph):
+    evaluations = {k for k, n in graph.nodes.items() if isinstance(n.cell, Evaluate)}
+    blocked = plan.runnable(graph, evaluations, set())
+    assert set(blocked) == evaluations
+    builds = set(graph.nodes) - evaluations
+    assert plan.runnable(graph, evaluations, builds) == {}
+    assert plan.runnable(graph, set(graph.nodes), set()) == {}

@@ -1,0 +1,134 @@
+"""The walk over the graph, without a cluster: what is handed out when, and what a failure does."""
+
+import pytest
+from ray.tune.search import Searcher
+from test_plan import make
+from tinygrid import grid
+
+from ctp.labels import slug
+from ctp.schedule import GIB, GraphSearch, Resources
+from ctp.spec import Compress, Evaluate, Learn
+
+
+class Walk:
+    """Plays Tune's part: asks for tasks and reports their ends."""
+
+    def __init__(self, plan, todo=None, done=(), slots=2, fail_fast=False):
+        self.plan, self.events, self.count = plan, [], 0
+        bundles = {k: {"CPU": 1} for k in plan.nodes}
+        todo = set(plan.nodes) - set(done) if todo is None else todo
+        self.search = GraphSearch(plan, todo, set(done), slots, bundles, self.events.append, fail_fast)
+
+    def ask(self):
+        self.count += 1
+        found = self.search.suggest(str(self.count))
+        return (str(self.count), self.search.tasks[str(self.count)]) if isinstance(found, dict) else found
+
+    def end(self, trial, keys, failed=()):
+        for k in keys:
+            event = {"event": "failed", "error": "ValueError: no"} if k in failed else {"event": "done"}
+            self.search.on_trial_result(trial, {"key": k, **event})
+        self.search.on_trial_complete(trial, {"key": keys[-1], **event})
+
+    def names(self, keys):
+        return [slug(self.plan.nodes[k].cell).removeprefix("tiny-llama_") for k in keys]
+
+
+@pytest.fixture
+def plan(tmp_path, llama_folder):
+    return make(tmp_path / "g.yaml", **grid(llama_folder))
+
+
+def cells(plan, kind):
+    return [k for k, n in plan.nodes.items() if isinstance(n.cell, kind)]
+
+
+def test_inputs_come_first_and_everything_once(plan):
+    walk, order = Walk(plan), []
+    while isinstance(task := walk.ask(), tuple):
+        order += task[1]
+        walk.end(*task)
+    assert task == Searcher.FINISHED
+    assert sorted(order) == sorted(plan.nodes)
+    assert all(order.index(i) < order.index(k) for k in order for i in plan.nodes[k].inputs)
+    assert walk.search.outcome.done == set(plan.nodes)
+
+
+def test_the_longest_path_goes_first(plan):
+    walk = Walk(plan)
+    assert walk.names(walk.ask()[1]) == ["gptq-3bit"]
+
+
+def test_nothing_is_suggested_before_its_inputs(plan):
+    walk = Walk(plan)
+    running = [walk.ask() for _ in range(3)]
+    assert walk.ask() is None
+    walk.end(*running[0])
+    assert isinstance(plan.nodes[walk.ask()[1][0]].cell, Learn)
+
+
+def test_evaluations_of_one_target_travel_together(plan):
+    walk = Walk(plan, done=set(plan.nodes) - set(cells(plan, Evaluate)), slots=1)
+    task = walk.ask()
+    assert len(task[1]) == 2
+    assert len({plan.nodes[k].cell.target for k in task[1]}) == 1
+
+
+def test_a_failure_skips_what_needs_it_and_nothing_else(plan):
+    walk = Walk(plan)
+    gptq = next(k for k in cells(plan, Compress) if plan.nodes[k].cell.compression.label == "gptq-3bit")
+    while isinstance(task := walk.ask(), tuple):
+        walk.end(*task, failed={gptq})
+    outcome = walk.search.outcome
+    assert outcome.failed == {gptq: "ValueError: no"}
+    needing = {k for k, n in plan.nodes.items() if "gptq-3bit" in slug(n.cell)} - {gptq}
+    assert set(outcome.skipped) == needing
+    assert outcome.skipped[cells(plan, Learn)[0]] == "needs tiny-llama_gptq-3bit"
+    assert outcome.done == set(plan.nodes) - needing - {gptq}
+    assert sorted(e["event"] for e in walk.events).count("skipped") == len(needing)
+
+
+def test_a_dead_worker_is_a_failure_of_its_cells(plan):
+    walk = Walk(plan)
+    trial, keys = walk.ask()
+    walk.search.on_trial_complete(trial, None, error=True)
+    assert "worker died" in walk.search.outcome.failed[keys[0]]
+
+
+def test_fail_fast_starts_nothing_more(plan):
+    walk = Walk(plan, fail_fast=True)
+    first, second = walk.ask(), walk.ask()
+    walk.end(*first, failed=set(first[1]))
+    assert walk.ask() is None  # the second one is still running
+    walk.end(*second)
+    assert walk.ask() == Searcher.FINISHED
+
+
+def test_a_stage_alone_skips_what_its_inputs_lack(plan):
+    todo = set(cells(plan, Evaluate))
+    walk = Walk(plan, todo=todo)
+    assert walk.ask() == Searcher.FINISHED
+    assert set(walk.search.outcome.skipped) == todo
+
+
+def test_a_report_that_comes_twice_counts_once(plan):
+    walk = Walk(plan)
+    task = walk.ask()
+    walk.end(*task)
+    assert [e["event"] for e in walk.events] == ["done"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "dtype", "memory", "share"),
+    [
+        (135_000_000, "float32", 24, 0.25),
+        (1_300_000_000, "float16", 24, 0.5),
+        (2_700_000_000, "float16", 24, 1.0),
+        (6_700_000_000, "float16", 80, 0.75),
+        (6_700_000_000, "float16", 24, 2.0),
+        (13_000_000_000, "float16", 24, 3.0),
+    ],
+)
+def test_gpu_shares_are_quarters_or_whole(parameters, dtype, memory, share):
+    assert Resources(1, memory * GIB).of(parameters, dtype, gpus=True) == {"CPU": 1, "GPU": share}
+    assert Resources(2).of(parameters, dtype, gpus=False) == {"CPU": 2}

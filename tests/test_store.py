@@ -1,0 +1,149 @@
+"""The store: done means whole, nothing is overwritten, nothing wrong is read."""
+
+import json
+import uuid
+
+import pytest
+from test_spec import compress, evaluate, learn
+
+from ctp.spec import key
+from ctp.store import Store, StoreError
+
+
+@pytest.fixture(params=["local", "remote"])
+def store(request, tmp_path, monkeypatch):
+    """A folder, and an object store: fsspec's in-memory file system has no rename and no directories either."""
+    monkeypatch.setenv("CTP_CACHE", str(tmp_path / "cache"))
+    return Store(str(tmp_path / "store") if request.param == "local" else f"memory://{uuid.uuid4().hex}")
+
+
+def publish(store, cell, text="payload"):
+    with store.publish(cell) as draft:
+        (draft.path / "sub").mkdir()
+        (draft.path / "sub" / "a.txt").write_text(text)
+        draft.record["metrics"] = {"x": 1.5}
+
+
+def test_what_is_published_is_done_and_fetched(store):
+    cell = compress()
+    assert not store.has(cell)
+    assert store.done([cell]) == set()
+    publish(store, cell)
+    assert store.has(cell)
+    assert store.done([cell, learn()]) == {key(cell)}
+    assert (store.fetch(cell) / "sub" / "a.txt").read_text() == "payload"
+    manifest = store.manifest(cell)
+    assert manifest["key"] == key(cell)
+    assert manifest["metrics"] == {"x": 1.5}
+    assert manifest["files"]["sub/a.txt"]["size"] == 7
+    assert store.fs.ls(store.folder(cell), detail=False)
+
+
+def test_inputs_are_named_by_key(store):
+    publish(store, learn())
+    assert store.manifest(learn())["inputs"] == [key(compress())]
+
+
+def test_an_error_leaves_nothing_behind(store):
+    def broken():
+        with store.publish(compress()) as draft:
+            (draft.path / "a.txt").write_text("half")
+            raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        broken()
+    assert not store.has(compress())
+    assert not store.fs.glob(f"{store.root}/**/a.txt")
+
+
+def test_the_first_to_publish_wins(store):
+    publish(store, compress(), "first")
+    publish(store, compress(), "second")
+    assert (store.fetch(compress()) / "sub" / "a.txt").read_text() == "first"
+
+
+@pytest.mark.parametrize("damage", [b"Payload", b"payloa", None])
+def test_changed_or_missing_bytes_are_never_read(store, damage):
+    publish(store, compress())
+    path = f"{store.folder(compress())}/sub/a.txt"
+    if damage is None:
+        store.fs.rm_file(path)
+    else:
+        store.fs.pipe_file(path, damage)
+    with pytest.raises(StoreError, match=r"a\.txt"):
+        Store(store.uri).fetch(compress())
+
+
+def test_a_damaged_cached_copy_is_fetched_again(store):
+    publish(store, compress())
+    copy = store.fetch(compress()) / "sub" / "a.txt"
+    if not store.local:
+        copy.write_text("Payload")
+    assert (Store(store.uri).fetch(compress()) / "sub" / "a.txt").read_text() == "payload"
+
+
+def test_a_torn_manifest_is_said(store):
+    publish(store, compress())
+    store.fs.pipe_file(f"{store.folder(compress())}/manifest.json", b'{"key": ')
+    with pytest.raises(StoreError, match="is not JSON"):
+        store.manifest(compress())
+
+
+def test_another_cells_manifest_is_refused(store):
+    publish(store, compress())
+    path = f"{store.folder(compress())}/manifest.json"
+    store.fs.pipe_file(path, json.dumps({**store.manifest(compress()), "key": "0" * 64}).encode())
+    with pytest.raises(StoreError, match="of key 0000"):
+        store.manifest(compress())
+
+
+def test_files_without_manifest_are_not_done(store):
+    store.fs.makedirs(store.folder(compress()), exist_ok=True)
+    store.fs.pipe_file(f"{store.folder(compress())}/a.txt", b"x")
+    assert not store.has(compress())
+    assert store.done([compress()]) == set()
+
+
+def test_failures_are_kept_until_the_cell_is_done(store):
+    store.record_failure(compress(), "ValueError: boom", "trace")
+    assert store.failures() == {key(compress()): "ValueError: boom"}
+    publish(store, compress())
+    assert store.failures() == {}
+
+
+def test_partial_state_is_the_newest_whole_one(store):
+    cell = learn()
+    with store.partial(cell) as found:
+        assert found is None
+    for step in (5, 10):
+        store.save_partial(cell, step, lambda folder, step=step: (folder / "s.txt").write_text(f"at {step}"))
+    assert list(store.started().values()) == [10]
+    with store.partial(cell) as found:
+        assert (found / "s.txt").read_text() == "at 10"
+    publish(store, cell)
+    assert store.started() == {}
+
+
+def test_a_torn_partial_state_is_passed_over(store):
+    cell = learn()
+    store.save_partial(cell, 5, lambda folder: (folder / "s.txt").write_text("whole"))
+    [whole] = store._partial_steps(cell)
+    torn = whole.replace("000000005", "000000009")
+    store.fs.makedirs(torn, exist_ok=True)
+    store.fs.pipe_file(f"{torn}/manifest.json", store.fs.cat_file(f"{whole}/manifest.json"))
+    with store.partial(cell) as found:
+        assert (found / "s.txt").read_text() == "whole"
+
+
+def test_a_store_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreError, match="cannot be written"):
+        Store(str(tmp_path / "file" / "store")).check_writable()
+    with pytest.raises(StoreError, match="nonsense"):
+        Store("nonsense://bucket")
+
+
+def test_long_names_still_fit_a_file_system(store):
+    cell = evaluate(recovery=learn(compress(damping=0.0123, act_order=True, group_size=128, scale="mse")))
+    publish(store, cell)
+    assert len(store.folder(cell).rsplit("/", 1)[-1]) < 200

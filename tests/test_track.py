@@ -1,0 +1,174 @@
+"""MLflow holds what the store holds, once, and comes back from it."""
+
+import json
+import shutil
+
+import mlflow
+import pytest
+from mlflow.tracking import MlflowClient
+from test_work import Bench
+
+from analysis import transfer_matrix
+from analysis.runs import AnalysisError, evaluations
+from ctp import track
+from ctp.spec import Evaluate, Learn, key
+from ctp.track import Tracker, TrackError, tracking_uri
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, llama_folder):
+    """A grid whose cells are all done, that MLflow has not heard of."""
+    bench = Bench(tmp_path_factory.mktemp("finished"), llama_folder)
+    for cell in bench.cells:
+        bench.execute(cell)
+    return bench
+
+
+@pytest.fixture
+def uri(tmp_path, monkeypatch):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(uri)
+    return uri
+
+
+def runs(uri, grid="g"):
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(grid).experiment_id
+    return client.search_runs([experiment], "tags.`ctp.kind` != 'grid'")
+
+
+def test_sync_writes_each_cell_once(finished, uri):
+    assert Tracker(uri, finished.plan, finished.store).sync() == 10
+    assert Tracker(uri, finished.plan, finished.store).sync() == 0
+    found = {r.data.tags["ctp.key"]: r for r in runs(uri)}
+    assert set(found) == set(finished.plan.nodes)
+    assert all(r.info.status == "FINISHED" for r in found.values())
+
+
+def test_runs_hold_the_numbers_of_the_manifest_and_every_axis(finished, uri):
+    Tracker(uri, finished.plan, finished.store).sync()
+    found = {r.data.tags["ctp.key"]: r for r in runs(uri)}
+    cell = next(c for c in finished.all(Evaluate) if c.recovery)
+    run, metrics = found[key(cell)], finished.store.manifest(cell)["metrics"]
+    assert {n: run.data.metrics[n] for n in metrics} == metrics
+    wanted = {"source": "gptq-3bit", "target": "dense", "dataset": "pydoc", "k": "4", "learned_on": "pydoc",
+              "recovery": "soft_prompt", "prompt.lr": "0.01"}  # fmt: skip
+    assert {n: run.data.params[n] for n in wanted} == wanted
+    assert run.info.end_time - run.info.start_time == pytest.approx(
+        1000 * finished.store.manifest(cell)["seconds"], abs=2
+    )
+
+
+def test_learning_curves_are_replayed(finished, uri):
+    Tracker(uri, finished.plan, finished.store).sync()
+    cell = finished.all(Learn)[0]
+    [run] = [r for r in runs(uri) if r.data.tags["ctp.key"] == key(cell)]
+    curve = MlflowClient(uri).get_metric_history(run.info.run_id, "val_loss")
+    history = json.loads((finished.store.fetch(cell) / "history.json").read_text())["history"]
+    assert [(m.step, m.value) for m in curve] == [(p["step"], p["val_loss"]) for p in history]
+
+
+def test_events_become_runs_and_a_failed_one_recovers(finished, uri):
+    tracker = Tracker(uri, finished.plan, finished.store)
+    learned = key(finished.all(Learn)[0])
+    tracker.begin("test")
+    tracker.tell({"event": "start", "key": learned})
+    tracker.tell({"event": "progress", "key": learned, "step": 3, "loss": 2.5, "tokens_per_s": 100.0})
+    tracker.tell({"event": "failed", "key": learned, "error": "ValueError: no", "traceback": "here"})
+    tracker._events.put(None)
+    tracker._thread.join()
+    [run] = runs(uri)
+    assert run.info.status == "FAILED"
+    assert run.data.tags["ctp.error"] == "ValueError: no"
+    assert run.data.metrics["live/loss"] == 2.5
+    assert run.data.tags["mlflow.parentRunId"] == tracker.parent
+    tracker.close("FAILED")
+    after = {r.data.tags["ctp.key"]: r for r in runs(uri)}
+    assert len(after) == 10
+    assert after[learned].info.run_id == run.info.run_id
+    assert after[learned].info.status == "FINISHED"
+    assert MlflowClient(uri).get_run(tracker.parent).info.status == "FAILED"
+
+
+def test_cells_that_left_the_grid_leave_the_matrix(finished, uri, tmp_path, llama_folder):
+    Tracker(uri, finished.plan, finished.store).sync(whole=True)
+    assert len(evaluations("g")) == 6
+    other = Bench(tmp_path, llama_folder, compression=["dense"], sources=[])
+    Tracker(uri, other.plan, finished.store).sync(whole=True)
+    assert list(evaluations("g").target) == ["dense"]
+    Tracker(uri, finished.plan, finished.store).sync(whole=True)
+    assert len(evaluations("g")) == 6
+
+
+def test_an_unreachable_server_is_said_in_seconds(finished, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TrackError, match="cannot be reached"):
+        Tracker("http://127.0.0.1:9", finished.plan, finished.store)
+
+
+def test_track_sync_command(finished, uri, tmp_path, capsys):
+    file = finished.plan.grid.path
+    assert track.main(["sync", str(file), "--store", finished.store.uri]) == 0
+    assert "10 runs written" in capsys.readouterr().out
+    assert track.main(["sync", str(tmp_path / "no.yaml")]) == 2
+
+
+def test_matrix_equals_the_manifests(finished, uri, tmp_path, capsys):
+    Tracker(uri, finished.plan, finished.store).sync()
+    assert transfer_matrix.main(["g", "--csv", str(tmp_path / "m.csv")]) == 0
+    assert "gptq-3bit prompt, k=4, pydoc" in capsys.readouterr().out
+    table = evaluations("g")
+    found = transfer_matrix.matrix(table, "ppl")
+    assert list(found.index) == ["dense, no prompt", "no prompt", "gptq-3bit prompt, k=4, pydoc"]
+    assert list(found.columns) == ["dense", "gptq-3bit", "sparsegpt-50-4bit"]
+    for cell in finished.all(Evaluate):
+        row = "gptq-3bit prompt, k=4, pydoc" if cell.recovery else "no prompt"
+        assert found.loc[row, cell.target.compression.label] == finished.store.manifest(cell)["metrics"]["ppl"]
+    assert (found.loc["dense, no prompt"] == found.loc["no prompt", "dense"]).all()
+    csv = (tmp_path / "m.csv").read_text().splitlines()
+    assert len(csv) == 7
+    assert transfer_matrix.main(["g", "--dataset", "nope"]) == 1
+    assert "it has: pydoc" in capsys.readouterr().err
+
+
+def test_the_readmes_three_lines(finished, uri):
+    Tracker(uri, finished.plan, finished.store).sync()
+    runs = mlflow.search_runs(
+        experiment_names=["g"], filter_string="params.measure = 'perplexity' and tags.`ctp.current` = 'yes'"
+    )
+    found = runs.pivot_table(index="params.source", columns="params.target", values="metrics.ppl")
+    ours = transfer_matrix.matrix(evaluations("g"), "ppl")
+    assert found.loc["none", "gptq-3bit"] == ours.loc["no prompt", "gptq-3bit"]
+
+
+def test_two_runs_for_one_entry_are_an_error_not_a_mean(finished, uri, tmp_path, llama_folder):
+    Tracker(uri, finished.plan, finished.store).sync()
+    table = evaluations("g")
+    double = table.assign(**{"prompt.lr": "0.5"})
+    import pandas as pd
+
+    with pytest.raises(AnalysisError, match=r"differ in prompt\.lr"):
+        transfer_matrix.matrix(pd.concat([table, double]), "ppl")
+
+
+def test_nothing_to_read_is_said(uri):
+    with pytest.raises(AnalysisError, match="no experiment 'nope'"):
+        evaluations("nope")
+
+
+def test_default_database_lies_beside_the_store(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_uri(str(tmp_path / "r" / "store")) == f"sqlite:///{tmp_path}/r/mlflow.db"
+    monkeypatch.chdir(tmp_path)
+    assert tracking_uri("s3://bucket/store") == f"sqlite:///{tmp_path}/results/mlflow.db"
+
+
+def test_matrix_survives_an_emptied_mlflow(finished, uri, tmp_path, monkeypatch):
+    Tracker(uri, finished.plan, finished.store).sync()
+    before = transfer_matrix.matrix(evaluations("g"), "ppl")
+    again = f"sqlite:///{tmp_path / 'again.db'}"
+    mlflow.set_tracking_uri(again)
+    Tracker(again, finished.plan, finished.store).sync()
+    assert transfer_matrix.matrix(evaluations("g"), "ppl").equals(before)
+    shutil.rmtree(tmp_path / "mlartifacts", ignore_errors=True)

@@ -1,0 +1,127 @@
+"""Cells done without Ray: what is stored is what was computed, on every architecture."""
+
+import math
+
+import pytest
+import torch
+from tinygrid import grid, model_folder, write_grid
+
+from ctp import gridfile, plan, work
+from ctp.compress import compress_model
+from ctp.evaluate.perplexity import perplexity
+from ctp.models import load
+from ctp.pins import Pins
+from ctp.recover.state import load_prompt
+from ctp.spec import Compress, Evaluate, Learn, Runtime
+from ctp.store import Store
+
+
+class Bench:
+    """A plan, a store and what is needed to execute cells here."""
+
+    def __init__(self, folder, model, **changes):
+        self.pins = Pins()
+        folder.mkdir(exist_ok=True)
+        path = write_grid(folder / "g.yaml", grid(model, **changes))
+        self.plan = plan.make(gridfile.load(str(path), [], self.pins), self.pins)
+        self.store = Store(str(folder / "store"))
+        self.runtime = Runtime(device="cpu", locations=self.pins.locations, checkpoint_seconds=0.0)
+        self.cells = self.plan.cells()
+
+    def execute(self, cell, report=lambda numbers: None):
+        work.execute(cell, self.store, self.runtime, report)
+
+    def all(self, kind):
+        return [c for c in self.cells if isinstance(c, kind)]
+
+
+@pytest.fixture(params=["llama", "opt", "bloom"])
+def bench(request, tmp_path):
+    return Bench(tmp_path, model_folder(tmp_path / request.param, request.param))
+
+
+def test_the_whole_graph(bench):
+    for cell in bench.cells:
+        bench.execute(cell)
+    assert len(bench.store.done(bench.cells)) == len(bench.cells)
+    for cell in bench.all(Evaluate):
+        numbers = bench.store.manifest(cell)["metrics"]
+        k = cell.recovery.recovery.k if cell.recovery else 0
+        assert numbers["scored_tokens"] == 4 * 23
+        assert numbers["positions"] == 4 * (23 + k)
+        assert numbers["ppl"] == pytest.approx(math.exp(numbers["nll_sum"] / (4 * 23)), rel=1e-12)
+        assert numbers["ppl_paper"] == pytest.approx(math.exp(numbers["nll_sum"] / (4 * (23 + k))), rel=1e-12)
+        assert bench.store.manifest(cell)["text"]["tokens"] == 4 * 24
+    joint = next(c for c in bench.all(Compress) if c.compression.label == "sparsegpt-50-4bit")
+    assert bench.store.manifest(joint)["metrics"]["sparsity"] == pytest.approx(0.5, abs=0.01)
+    manifest = bench.store.manifest(bench.all(Learn)[0])
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["seconds"] > 0
+
+
+def test_a_stored_model_is_bit_for_bit_the_one_that_was_compressed(bench):
+    for cell in bench.all(Compress)[1:]:
+        bench.execute(cell)
+        stored, _ = work.load_compressed(cell, bench.store, bench.runtime, "cpu")
+        model, tokenizer = load(bench.pins.locations[f"{cell.model.name}@{cell.model.revision}"], cell.model.revision)
+        ids = work.token_windows(cell.calibration, tokenizer, bench.runtime)
+        compress_model(model, ids, cell.compression, batch=bench.runtime.batch)
+        ours, theirs = stored.state_dict(), model.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+        assert torch.equal(stored(ids[:1]).logits, model(ids[:1]).logits)  # buffers outside the state dict too
+
+
+def test_numbers_are_those_of_the_stored_artifacts(bench):
+    cell = next(c for c in bench.all(Evaluate) if c.recovery and c.target.compression.label == "gptq-3bit")
+    for each in (*cell.recovery.inputs, cell.recovery, cell):
+        bench.execute(each)
+    model, tokenizer = work.open_compressed(bench.store.fetch(cell.target))
+    ids = work.token_windows(cell.measure.text, tokenizer, bench.runtime)
+    prompt = load_prompt(bench.store.fetch(cell.recovery))
+    again = perplexity(model, ids, prompt, batch=bench.runtime.batch)
+    assert again.nll_sum == bench.store.manifest(cell)["metrics"]["nll_sum"]
+
+
+def test_a_done_cell_is_not_done_again(tmp_path, llama_folder):
+    bench = Bench(tmp_path, llama_folder)
+    cell = bench.all(Compress)[1]
+    bench.execute(cell)
+    before = bench.store.manifest(cell)
+    bench.execute(cell)
+    assert bench.store.manifest(cell) == before
+
+
+def test_an_interrupted_prompt_goes_on_from_its_last_state(tmp_path, llama_folder):
+    """The second half alone is computed, and the bytes are those of a run that nothing interrupted."""
+    whole, cut = Bench(tmp_path / "a", llama_folder), Bench(tmp_path / "b", llama_folder)
+    cell = whole.all(Learn)[0]
+    for bench in (whole, cut):
+        bench.execute(cell.source)
+    whole.execute(cell)
+
+    def die(numbers):
+        if numbers["step"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut.execute(cell, die)
+    assert not cut.store.has(cell)
+    assert 3 <= next(iter(cut.store.started().values())) <= 4
+    steps = []
+    cut.execute(cell, lambda numbers: steps.append(numbers["step"]))
+    assert min(steps) >= 3
+    one, two = (load_prompt(b.store.fetch(cell)) for b in (whole, cut))
+    assert torch.equal(one, two)
+    assert cut.store.started() == {}
+
+
+def test_too_little_text_fails_in_words(tmp_path, llama_folder):
+    bench = Bench(tmp_path, llama_folder, calibration={"dataset": "newswire", "split": "train", "seq_len": 24})
+    bench.execute(bench.all(Compress)[0])
+    measure = bench.all(Evaluate)[0].measure
+    few = measure.text.model_copy(update={"count": 10**6})
+    cell = bench.all(Evaluate)[0].model_copy(update={"measure": measure.model_copy(update={"text": few})})
+    with pytest.raises(ValueError, match="1000000"):
+        bench.execute(cell)
+    assert not bench.store.has(cell)
