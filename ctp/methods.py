@@ -237,9 +237,9 @@ class SoftPrompt(Recovery):
     """k trained rows before every input, Eq. (1) of the paper; defaults are the paper's text (section 4).
 
     batch counts sequences per optimiser step, `accumulate` the micro-batches it is split into. warmup: steps of linear
-    warm-up from 0; "linear" and "cosine" then reach 0 at `steps`. loss: "token_mean", or "sequence_sum" (summed over tokens, mean over sequences) as in their code.
-    precision: "fp32" computes in the model's dtype, "bf16" and "fp16" under autocast (a float16 model needs one of
-    them: its gradients underflow without); the prompt itself is always fp32.
+    warm-up from 0; "linear" and "cosine" then reach 0 at `steps`. loss: "token_mean", or "sequence_sum" (summed over
+    tokens, mean over sequences) as in their code. precision: "fp32" computes in the model's dtype, "bf16" and "fp16"
+    under autocast (a float16 model needs one of them: its gradients underflow without); the prompt is always fp32.
     The best step by the loss on `validation` is kept; it defaults to 32 windows of the same data set's validation
     split.
     """
