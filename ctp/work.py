@@ -64,9 +64,8 @@ def _compress(cell: Compress, draft: Draft, runtime: Runtime, device: str, repor
     assert cell.calibration is not None
     model, tokenizer = _load_base(cell, runtime, device)
     ids = token_windows(cell.calibration, tokenizer, runtime).to(device)
-    layers = compress_model(
-        model, ids, spec, batch=runtime.batch, progress=lambda n, of: report({"step": n, "steps": of})
-    )
+    # Not Runtime.batch: sums in another order round a weight to another code here and there.
+    layers = compress_model(model, ids, spec, progress=lambda n, of: report({"step": n, "steps": of}))
     packed = {name: t.contiguous().cpu() for name, t in pack(layers).items()}
     save_file(packed, draft.path / PACKED)
     save_file(_rest(model, {f"{name}.weight" for name in layers}), draft.path / REST)

@@ -65,7 +65,7 @@ def test_a_stored_model_is_bit_for_bit_the_one_that_was_compressed(bench):
         stored, _ = work.load_compressed(cell, bench.store, bench.runtime, "cpu")
         model, tokenizer = load(bench.pins.locations[f"{cell.model.name}@{cell.model.revision}"], cell.model.revision)
         ids = work.token_windows(cell.calibration, tokenizer, bench.runtime)
-        compress_model(model, ids, cell.compression, batch=bench.runtime.batch)
+        compress_model(model, ids, cell.compression)
         ours, theirs = stored.state_dict(), model.state_dict()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[n], theirs[n]) for n in ours)
