@@ -1,4 +1,4 @@
-"""Identity: the same thing has the same key everywhere, another thing another key.""
+"""Identity: the same thing has the same key everywhere, another thing another key."""
 
 import pytest
 from pydantic import ValidationError
