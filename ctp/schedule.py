@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ Event = dict[str, Any]
 
 
 class ResourceError(Exception):
-    """A cell asks for more than any machine here has."""
+    """There is no cluster at the address, or a cell asks for more than any machine in it has."""
 
 
 @dataclass(frozen=True)
@@ -264,8 +265,19 @@ def _cluster(address: str | None) -> Iterator[dict[str, float]]:
     for name in ("ray", "ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     own: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 256 * 2**20}
-    ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **own)
+    try:
+        _knock(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **own)
+    except (OSError, RuntimeError, ValueError) as e:
+        raise ResourceError(f"no Ray cluster at {address or 'this machine'}: {type(e).__name__}: {e}") from e
     try:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+def _knock(address: str | None) -> None:
+    """Ray itself tries a dead address for minutes. Raises OSError where nobody listens."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()

@@ -131,6 +131,30 @@ def test_act_order_gives_columns_back_in_order(static: bool) -> None:
     assert torch.bincount(layer.groups()).tolist() == [16] * 4
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [GPTQ(bits=3), GPTQ(bits=2, group_size=16, act_order=True), SparseGPT(sparsity=0.5, bits=3, group_size=8)],
+    ids=lambda s: s.label,
+)
+def test_refitted_scales_keep_the_codes_and_lower_the_error(spec: Solver) -> None:
+    x = inputs()
+    inverse = factorise(hessian(x), 0.01, spec.act_order)
+    plain, before = solve(weight(), inverse, spec)
+    got, after = solve(weight(), inverse, spec, refit=True)
+    assert before.codes is not None
+    assert after.codes is not None
+    assert torch.equal(before.codes, after.codes)
+    check(after, got, spec)
+    assert output_error(x, weight(), got) < 0.98 * output_error(x, weight(), plain)
+
+
+def test_refitted_scales_survive_a_layer_of_zeros() -> None:
+    spec = GPTQ(bits=4, group_size=16)
+    got, layer = solve(torch.zeros(4, 64), factorise(hessian(inputs()), 0.01, False), spec, refit=True)
+    check(layer, got, spec)
+    assert not got.any()
+
+
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8)])
 def test_pattern_is_exact(n: int, m: int, bits: int | None) -> None:

@@ -166,6 +166,7 @@ def test_killed_and_started_again_repeats_nothing(tmp_path, long_grid, start):
         (["FILE", "--stage", "both"], 2, "invalid choice"),
         (["FILE", "--store", "/proc/none/store"], 3, "cannot be written"),
         (["FILE", "--store", "nope://x"], 3, "store 'nope://x'"),
+        (["FILE", "--address", "127.0.0.1:9"], 2, "no Ray cluster at 127.0.0.1:9"),
     ],
 )
 def test_exit_codes_before_anything_starts(tmp_path, llama_folder, args, code, message):

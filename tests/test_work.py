@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiny import STORIES
 from tinygrid import grid, model_folder, write_grid
 
 from ctp import gridfile, plan, work
@@ -14,6 +15,8 @@ from ctp.pins import Pins
 from ctp.recover.state import load_prompt
 from ctp.spec import Compress, Evaluate, Learn, Runtime
 from ctp.store import Store
+
+DATA = STORIES.parents[1] / "data"
 
 
 class Bench:
@@ -125,3 +128,30 @@ def test_too_little_text_fails_in_words(tmp_path, llama_folder):
     with pytest.raises(ValueError, match="1000000"):
         bench.execute(cell)
     assert not bench.store.has(cell)
+
+
+@pytest.mark.skipif(
+    not STORIES.is_dir() or not DATA.is_dir(), reason="no local model and copies of C4, WikiText-2, PTB"
+)
+def test_the_papers_texts_on_a_real_model(tmp_path, monkeypatch):
+    """C4 calibrates and teaches; compression hurts a real model on every text, and the prompt lowers its loss."""
+    monkeypatch.setenv("CTP_DATA_DIR", str(DATA))
+    text = {"dataset": "c4", "split": "train", "seq_len": 64}
+    bench = Bench(
+        tmp_path, STORIES,
+        compression=["dense", {"method": "sparsegpt", "sparsity": 0.5}],
+        calibration={**text, "count": 16, "sampling": "crops"},
+        sources="all",
+        transfer="own",
+        recovery={"method": "soft_prompt", "k": 8, "text": {**text, "count": 200}, "validation": {"count": 8},
+                  "steps": 40, "validate_every": 20, "lr": 0.02},
+        measures=[{"method": "perplexity", "text": {"dataset": name, "split": split, "seq_len": 64, "count": 8}}
+                  for name, split in (("c4", "validation"), ("wikitext2", "test"), ("ptb", "test"))],
+    )  # fmt: skip
+    for cell in bench.cells:
+        bench.execute(cell)
+    found = {(c.target.compression.label, c.recovery is not None, c.measure.text.dataset):
+             bench.store.manifest(c)["metrics"]["ppl"] for c in bench.all(Evaluate)}  # fmt: skip
+    for name in ("c4", "wikitext2", "ptb"):
+        assert found["sparsegpt-50", False, name] > found["dense", False, name]
+    assert found["sparsegpt-50", True, "c4"] < found["sparsegpt-50", False, "c4"]

@@ -20,12 +20,13 @@ from ctp.methods import Solver, SparseGPT
 
 @dataclass(frozen=True, eq=False)
 class Inverse:
-    """What the linears on one input share: U (inputs, inputs), column order (inputs,), dead inputs (inputs,) bool.
+    """What the linears on one input share: U and the damped H (inputs, inputs), column order, dead inputs (inputs,).
 
-    U's rows and columns are in `order`; dead inputs were 0 on all calibration tokens.
+    Rows and columns of both are in `order`; dead (bool, in the model's order): 0 on all calibration tokens.
     """
 
     upper: Tensor
+    damped: Tensor
     order: Tensor
     dead: Tensor
 
@@ -54,7 +55,7 @@ def factorise(hessian: Tensor, damping: float, act_order: bool) -> Inverse:
         raise ValueError(f"the Hessian is not positive definite at damping = {damping}: raise damping")
     eye = torch.eye(len(order), dtype=hessian.dtype, device=hessian.device)
     upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
-    return Inverse(upper, order, dead)
+    return Inverse(upper, damped, order, dead)
 
 
 def check_shape(columns: int, compression: Solver) -> None:
@@ -168,9 +169,10 @@ def _block(compression: Solver, columns: int) -> int:
     return min(math.ceil(compression.block_size / unit) * unit, columns)
 
 
-def solve(weight: Tensor, inverse: Inverse, compression: Solver) -> tuple[Tensor, Layer]:
+def solve(weight: Tensor, inverse: Inverse, compression: Solver, *, refit: bool = False) -> tuple[Tensor, Layer]:
     """Compresses one weight (outputs, inputs); returns it in its own dtype and device, and its compressed form.
 
+    refit: once all codes are settled, take the scales with the least output error for them.
     Computed in the dtype of `inverse`. Raises ValueError where group size or pattern does not fit the shape.
     """
     check_shape(weight.shape[1], compression)
@@ -185,6 +187,8 @@ def solve(weight: Tensor, inverse: Inverse, compression: Solver) -> tuple[Tensor
         errors = _settle(work, inverse.upper, start, stop, grids, pruning)
         if stop < len(work):
             work[stop:].addmm_(inverse.upper[start:stop, stop:].T, errors, alpha=-1)
+    if grids and refit:
+        _refit(work, original[inverse.order], inverse.damped, grids)
     return _finish(work, weight, inverse, grids, pruning)
 
 
@@ -211,6 +215,28 @@ def _settle(
             work[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
         w.copy_(q)
     return errors
+
+
+def _refit(work: Tensor, target: Tensor, damped: Tensor, grids: _Grids) -> None:
+    """Least squares for each output's scales s_g, codes fixed: min ||(w - sum_g s_g c_g) X||^2, c_g the code steps of
+    group g. Normal equations A s = b, A_gh = c_g H c_h and b_g = c_g H w; work and grids.scale change in place.
+    """
+    group = torch.tensor(grids.group, device=work.device)
+    old = grids.scale
+    steps = work.div(old[group]).round_()
+
+    def by_group(x: Tensor) -> Tensor:
+        return torch.zeros_like(old).index_add_(0, group, x)
+
+    b = by_group(steps * (damped @ target)).T
+    members = [(group == g).nonzero()[:, 0] for g in range(len(old))]
+    a = torch.stack([by_group(steps * (damped[:, m] @ steps[m])) for m in members]).permute(2, 0, 1)
+    # A light pull towards the old scale: a group whose codes are all zero keeps it.
+    ridge = 1e-4 * a.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30
+    new = torch.linalg.solve(a + torch.diag_embed(ridge.expand_as(b)), b + ridge * old.T)
+    sound = ((new > 0) & (new < 2 * old.T)).all(1, keepdim=True)
+    grids.scale = to_storage(torch.where(sound, new, old.T).T.contiguous())
+    torch.mul(steps, grids.scale[group], out=work)
 
 
 def _finish(
