@@ -152,7 +152,9 @@ class Solver(Compression):
     the other (q/k/v, output, up/gate, down), each seeing the inputs that the compressed ones before it produce.
     group_size: inputs that share one scale, None for one scale per output channel. static_groups: with act_order, each
     group's scale is fixed from the original weights in their original order. scale: "minmax" spans the weights
-    exactly; "mse" searches the shrunken range with the least rounding error.
+    exactly; "mse" searches the shrunken range with the least rounding error. refit: when all codes are settled, each
+    scale is fitted anew by least squares on the layer's output error, codes and zero points kept; without it the
+    algorithms are the papers' to the letter. block_size is rounded up to whole groups and patterns.
     """
 
     damping: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.01
@@ -163,6 +165,7 @@ class Solver(Compression):
     sym: Bool = False
     static_groups: Bool = False
     scale: Literal["minmax", "mse"] = "minmax"
+    refit: Bool = True
 
     def _suffix(self, known: set[str]) -> str:
         short = {"act_order": "act", "true_sequential": "seq", "static_groups": "static"}
@@ -206,7 +209,7 @@ class SparseGPT(Solver):
             if self.act_order:
                 raise ValueError("act_order reorders the inputs that an n:m pattern groups: use one or the other")
         if self.bits is None:
-            idle = {"group_size", "sym", "static_groups", "scale"} & set(self.changed())
+            idle = {"group_size", "sym", "static_groups", "scale", "refit"} & set(self.changed())
             if idle:
                 raise ValueError(f"{', '.join(sorted(idle))} only mean something with 'bits'")
         return self

@@ -53,7 +53,7 @@ def rounded(w: Tensor, bits: int, group: int, *, sym: bool = False, mse: bool = 
 @pytest.mark.parametrize("group", [None, 16])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_uncorrelated_inputs_leave_only_rounding(bits: int, group: int | None, sym: bool, act_order: bool) -> None:
-    spec = GPTQ(bits=bits, group_size=group, sym=sym, act_order=act_order, block_size=32)
+    spec = GPTQ(bits=bits, group_size=group, sym=sym, act_order=act_order, block_size=32, refit=False)
     got = compress(weight(), torch.eye(COLUMNS), spec)
     assert torch.equal(got, rounded(weight(), bits, group or COLUMNS, sym=sym))
 
@@ -139,8 +139,8 @@ def test_act_order_gives_columns_back_in_order(static: bool) -> None:
 def test_refitted_scales_keep_the_codes_and_lower_the_error(spec: Solver) -> None:
     x = inputs()
     inverse = factorise(hessian(x), 0.01, spec.act_order)
-    plain, before = solve(weight(), inverse, spec)
-    got, after = solve(weight(), inverse, spec, refit=True)
+    plain, before = solve(weight(), inverse, spec.model_copy(update={"refit": False}))
+    got, after = solve(weight(), inverse, spec)
     assert before.codes is not None
     assert after.codes is not None
     assert torch.equal(before.codes, after.codes)
@@ -150,7 +150,7 @@ def test_refitted_scales_keep_the_codes_and_lower_the_error(spec: Solver) -> Non
 
 def test_refitted_scales_survive_a_layer_of_zeros() -> None:
     spec = GPTQ(bits=4, group_size=16)
-    got, layer = solve(torch.zeros(4, 64), factorise(hessian(inputs()), 0.01, False), spec, refit=True)
+    got, layer = solve(torch.zeros(4, 64), factorise(hessian(inputs()), 0.01, False), spec)
     check(layer, got, spec)
     assert not got.any()
 

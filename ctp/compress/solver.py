@@ -169,10 +169,9 @@ def _block(compression: Solver, columns: int) -> int:
     return min(math.ceil(compression.block_size / unit) * unit, columns)
 
 
-def solve(weight: Tensor, inverse: Inverse, compression: Solver, *, refit: bool = False) -> tuple[Tensor, Layer]:
+def solve(weight: Tensor, inverse: Inverse, compression: Solver) -> tuple[Tensor, Layer]:
     """Compresses one weight (outputs, inputs); returns it in its own dtype and device, and its compressed form.
 
-    refit: once all codes are settled, take the scales with the least output error for them.
     Computed in the dtype of `inverse`. Raises ValueError where group size or pattern does not fit the shape.
     """
     check_shape(weight.shape[1], compression)
@@ -187,7 +186,7 @@ def solve(weight: Tensor, inverse: Inverse, compression: Solver, *, refit: bool 
         errors = _settle(work, inverse.upper, start, stop, grids, pruning)
         if stop < len(work):
             work[stop:].addmm_(inverse.upper[start:stop, stop:].T, errors, alpha=-1)
-    if grids and refit:
+    if grids and compression.refit:
         _refit(work, original[inverse.order], inverse.damped, grids)
     return _finish(work, weight, inverse, grids, pruning)
 

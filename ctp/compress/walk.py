@@ -67,7 +67,7 @@ def _compress_group(
         weight = block.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         with _naming(f"{prefix}.{name}"):
-            new, layer = solve(weight, inverse, compression, refit=getattr(compression, "refit", False))
+            new, layer = solve(weight, inverse, compression)
             weight.copy_(new)
             check(layer, weight, compression)
         layers[f"{prefix}.{name}"] = layer
