@@ -1,6 +1,7 @@
 """The finished evaluations of a grid, read from MLflow as one table."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -17,6 +18,15 @@ NUMBERS = ["ppl", "ppl_paper", "nll_sum", "scored_tokens", "positions"]
 
 class AnalysisError(Exception):
     """What MLflow holds cannot be put into one table; the message says why and what to do."""
+
+
+def existing(uri: str) -> str:
+    """The tracking URI, as it is. Raises AnalysisError for an SQLite file that is not there: MLflow would make one."""
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise AnalysisError(
+            f"there is no MLflow database at {uri}: run the grid, or say --store or MLFLOW_TRACKING_URI"
+        )
+    return uri
 
 
 def evaluations(grid: str, where: str = "") -> pd.DataFrame:

@@ -11,7 +11,8 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 
-from analysis.runs import AXES, NUMBERS, SOURCE, AnalysisError, evaluations
+from analysis.runs import AXES, NUMBERS, SOURCE, AnalysisError, evaluations, existing
+from ctp.store import Store, StoreError
 from ctp.track import default_store, tracking_uri
 
 NO_PROMPT, REFERENCE = "no prompt", "dense, no prompt"
@@ -73,8 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--store", default=default_store(), help="whose neighbour mlflow.db is read, without "
                    "MLFLOW_TRACKING_URI (default %(default)s)")  # fmt: skip
     args = p.parse_args(argv)
-    mlflow.set_tracking_uri(tracking_uri(args.store))
     try:
+        mlflow.set_tracking_uri(existing(tracking_uri(Store(args.store).uri)))
         table = evaluations(args.grid, args.where)
         if args.dataset:
             known = sorted(table.dataset.unique())
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise AnalysisError(f"{args.grid} has nothing on {args.dataset!r}; it has: {', '.join(known)}")
             table = table[table.dataset == args.dataset]
         show(args.grid, table)
-    except AnalysisError as e:
+    except (AnalysisError, StoreError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     path = Path(args.csv or f"results/transfer_matrix_{args.grid}.csv")

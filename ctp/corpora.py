@@ -184,9 +184,10 @@ def windows(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedToken
     """
     import torch
 
+    documents = documents[spec.skip :]
     if spec.documents is not None:
         if len(documents) < spec.documents:
-            log.warning("%s has %d documents, not %d", _title(spec), len(documents), spec.documents)
+            log.warning("%s has %d documents after %d, not %d", _title(spec), len(documents), spec.skip, spec.documents)
         documents = documents[: spec.documents]
     cut = _crops if spec.sampling == "crops" else _sequential
     return torch.LongTensor(cut(spec, documents, tokenizer))

@@ -5,6 +5,7 @@ Exit codes: 0 everything is done; 1 some cells failed or could not run; 2 bad us
 """
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
@@ -18,6 +19,7 @@ from ctp.labels import slug
 from ctp.pins import Pins
 from ctp.plan import BUILD, TRANSFER, Plan, keep, make, states, where
 from ctp.progress import Printer, duration
+from ctp.resources import Resources, gpu_memory
 from ctp.spec import Runtime
 from ctp.store import Store, StoreError
 from ctp.track import Tracker, TrackError, default_store, tracking_uri
@@ -54,11 +56,12 @@ def parser() -> argparse.ArgumentParser:
                    help="only cells where this holds, and what they need: 'source=gptq-3bit and k>=50'")  # fmt: skip
     p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="settings",
                    help="override the grid file: recovery.0.steps=10")  # fmt: skip
-    p.add_argument("--fail-fast", action="store_true", help="start nothing more after the first failure")
+    p.add_argument("--fail-fast", action="store_true", help="hand out nothing more after the first failure")
     p.add_argument("--store", default=default_store(), metavar="URI",
                    help="where artifacts go: a folder or any fsspec URI (CTP_STORE; default %(default)s)")  # fmt: skip
     p.add_argument("--data", metavar="DIR", help="local copies of c4, wikitext2 and ptb (CTP_DATA_DIR)")
-    p.add_argument("--address", metavar="ADDR", help="join a Ray cluster ('auto', host:port, ray://…)")
+    p.add_argument("--address", default=os.environ.get("RAY_ADDRESS"), metavar="ADDR",
+                   help="join a Ray cluster: auto, host:port, ray://… (RAY_ADDRESS; default: its own)")  # fmt: skip
     p.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
     )
@@ -66,7 +69,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cpus", type=_positive, default=1, metavar="N", help="CPU cores a trial (default 1)")
     p.add_argument("--checkpoint-seconds", type=_seconds, default=60.0, metavar="S",
                    help="least time between two saved states of a prompt being learned (default 60)")  # fmt: skip
-    p.add_argument("--gpu-memory", type=_positive, default=24, metavar="GIB", help="memory of one GPU (default 24)")
+    p.add_argument("--gpu-memory", type=_positive, metavar="GIB",
+                   help="memory of one GPU (default: that of the GPU here, else 24)")  # fmt: skip
     return p
 
 
@@ -116,19 +120,20 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
     try:
         outcome = schedule.run(
             plan, todo, done, store=store.uri, runtime=runtime, address=args.address, fail_fast=args.fail_fast,
-            resources=schedule.Resources(args.cpus, args.gpu_memory * schedule.GIB), on_event=on_event,
+            resources=Resources(args.cpus, gpu_memory(args.gpu_memory)), on_event=on_event,
         )  # fmt: skip
-    except schedule.ResourceError as e:
-        tracker.close("FAILED")
-        return _fail(USAGE, str(e))
-    except BaseException:
-        tracker.close("KILLED")
+    except BaseException as e:
+        with contextlib.suppress(StoreError, TrackError):
+            tracker.close("FAILED" if isinstance(e, schedule.ResourceError) else "KILLED")
+        if isinstance(e, schedule.ResourceError):
+            return _fail(USAGE, str(e))
         raise
     interrupted = bool(outcome.unfinished) and not (args.fail_fast and outcome.failed)
+    summarise(plan, outcome, time.monotonic() - begun)
+    print(f"Store: {store.uri}  MLflow: {tracker.uri}", flush=True)
     tracker.close("KILLED" if interrupted else "FAILED" if outcome.failed or outcome.skipped else "FINISHED")
-    seconds = time.monotonic() - begun
-    summarise(plan, outcome, seconds)
-    print(f"Store: {store.uri}  MLflow: {tracker.uri}")
+    if tracker.trouble:
+        print(f"MLflow was away for a while ({tracker.trouble}); what it missed has been written now.")
     if interrupted:
         return _fail(INTERRUPTED, "interrupted; running the same command again goes on from here")
     return FAILED if outcome.failed or outcome.skipped or outcome.unfinished else OK
@@ -163,6 +168,8 @@ def summarise(plan: Plan, outcome: Any, seconds: float) -> None:
     for title, cells in (("failed", outcome.failed), ("skipped", outcome.skipped)):
         for k, reason in cells.items():
             print(f"  {title}: {slug(plan.nodes[k].cell)}: {reason.splitlines()[0]}")
+    for error in outcome.errors:
+        print(f"  Ray says: {error.splitlines()[-1]}")
 
 
 def _positive(text: str) -> int:

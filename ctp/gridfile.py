@@ -22,7 +22,9 @@ from ctp.methods import (
     Measure,
     Method,
     Model,
+    Perplexity,
     Recovery,
+    SoftPrompt,
     Spec,
     Windows,
 )
@@ -119,7 +121,7 @@ def parse_yaml(text: str) -> Any:
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         raw = parse_yaml(path.read_text())
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, OSError, ValueError) as e:  # a date that no calendar has is a ValueError
         raise GridError([f"{path}: {' '.join(str(e).split())}"]) from e
     if not isinstance(raw, dict):
         raise GridError([f"{path}: a grid file is a mapping; allowed keys: {', '.join(FILE_KEYS)}"])
@@ -147,6 +149,8 @@ def assign(raw: dict[str, Any], setting: str) -> None:
     path, eq, text = setting.partition("=")
     if not eq or not path:
         raise GridError([f"--set {setting!r}: write path=value, for example recovery.0.steps=10"])
+    if path == "extends":
+        raise GridError([f"--set {setting!r}: what a file extends is part of the file"])
     at: Any = raw
     steps = path.split(".")
     for i, step in enumerate(steps):
@@ -158,11 +162,11 @@ def assign(raw: dict[str, Any], setting: str) -> None:
                 at[index] = parse_yaml(text)
             else:
                 at = at[index] if isinstance(at, list) else at.setdefault(step, {})
+        except yaml.YAMLError as e:
+            raise GridError([f"--set {setting}: the value is not YAML: {' '.join(str(e).split())}"]) from e
         except (ValueError, IndexError, TypeError, AttributeError) as e:
             size = f"a list of {len(at)}" if isinstance(at, list) else type(at).__name__
             raise GridError([f"--set {setting}: no {here!r} here (its parent is {size})"]) from e
-        except yaml.YAMLError as e:
-            raise GridError([f"--set {setting}: the value is not YAML: {e}"]) from e
 
 
 # ------------------------------------------------------------------- validation
@@ -178,8 +182,8 @@ def load(name: str, settings: list[str], pins: Pins) -> Grid:
     problems += pins.add_datasets(raw.get("datasets") or {})
     shared = {k: v for k, v in raw.items() if k in STUDY_KEYS}
     studies = raw.get("studies", {path.stem: {}})
-    if not isinstance(studies, dict) or not all(isinstance(s, dict) for s in studies.values()):
-        problems.append(f"studies = {studies!r}: a mapping of study names to mappings")
+    if not isinstance(studies, dict) or not studies or not all(isinstance(s, dict) for s in studies.values()):
+        problems.append(f"studies = {studies!r}: a mapping of study names to mappings, at least one")
         studies = {}
     found = []
     for study, own in studies.items():
@@ -211,9 +215,23 @@ def _study(name: str, raw: dict[str, Any], where: str, pins: Pins, problems: lis
     if len(set(labels)) < len(labels):
         twice = next(x for x in labels if labels.count(x) > 1)
         problems.append(f"{where}compression: {twice!r} appears twice")
+    problems += _reported(recoveries, measures, where)
     sources = _labels(raw, "sources", labels, where, problems)
     targets = _labels(raw, "targets", labels, where, problems)
     return Study(name, models, compressions, calibration, recoveries, sources, targets, transfer, measures)
+
+
+def _reported(recoveries: tuple[Recovery, ...], measures: tuple[Measure, ...], where: str) -> list[str]:
+    """Texts that a prompt learns from, or that choose its step, among those that are reported."""
+    texts = [m.text for m in measures if isinstance(m, Perplexity)]
+    return [
+        f"{where}recovery.{field} = {own.dataset} {own.split}: measures report on the same documents; take another "
+        "split or skip some, or say on_reported: true"
+        for recovery in recoveries
+        if isinstance(recovery, SoftPrompt) and not recovery.on_reported
+        for field, own in (("text", recovery.text), ("validation", recovery.validation))
+        if any(own.overlaps(text) for text in texts)
+    ]
 
 
 def _labels(raw: dict[str, Any], field: str, labels: list[str], where: str, problems: list[str]) -> tuple[str, ...]:
@@ -234,20 +252,27 @@ def _items(raw: Any, where: str, adapter: Any, pins: Pins, problems: list[str], 
     one = not isinstance(raw, list)
     for i, item in enumerate([raw] if one else raw):
         place = where if one else f"{where}[{i}]"
-        for single in expand(item):
+        try:
+            singles = expand(item)
+        except ValueError as e:
+            problems.append(f"{place}{e}")
+            continue
+        for single in singles:
             try:
                 yield checker.validate_python(single, context=pins)
             except ValidationError as e:
                 problems += [explain(place, single, err, adapter) for err in e.errors(include_url=False)]
 
 
-def expand(item: Any) -> list[Any]:
-    """Every combination of the axes (lists, at any depth) of one item."""
+def expand(item: Any, where: str = "") -> list[Any]:
+    """Every combination of the axes (lists, at any depth) of one item. Raises ValueError on an axis without values."""
     if isinstance(item, list):
-        return [x for part in item for x in expand(part)]
+        if not item:
+            raise ValueError(f"{where} = []: an axis needs at least one value")
+        return [x for part in item for x in expand(part, where)]
     if not isinstance(item, Mapping):
         return [item]
-    choices = [[(name, v) for v in expand(value)] for name, value in item.items()]
+    choices = [[(name, v) for v in expand(value, f"{where}.{name}")] for name, value in item.items()]
     return [dict(combination) for combination in itertools.product(*choices)]
 
 

@@ -4,6 +4,7 @@ A method is a frozen class in one of three families; declaring it registers it u
 find it there. Values are strict: a string is no number, an unknown field is an error.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -19,9 +20,9 @@ from pydantic import (
 
 from ctp.names import unknown
 
-Int = Annotated[int, Field(strict=True)]
+Seed = Annotated[int, Field(strict=True, ge=0)]
 PositiveInt = Annotated[int, Field(strict=True, gt=0)]
-Float = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Finite = Field(strict=True, allow_inf_nan=False)
 Bool = Annotated[bool, Field(strict=True)]
 
 
@@ -64,17 +65,19 @@ class Windows(Spec):
     windows of `seq_len` tokens without overlap; the tail is dropped. `sampling="crops"` takes a random window out of a
     random document longer than the window instead (the calibration protocol of GPTQ and SparseGPT), drawn by `seed`.
 
-    count: number of windows, None for all. documents: use the first N documents only. `revision` pins the text.
+    count: number of windows, None for all. skip, documents: leave out the first documents, use only so many after them.
+    `revision` pins the text.
     """
 
     dataset: str
     split: Literal["train", "validation", "test"]
     seq_len: Annotated[int, Field(strict=True, ge=2)]
     count: PositiveInt | None = None
+    skip: Annotated[int, Field(strict=True, ge=0)] = 0
     documents: PositiveInt | None = None
     join: str | None = None
     sampling: Literal["sequential", "crops"] = "sequential"
-    seed: Int = 0
+    seed: Seed = 0
     revision: str = ""
 
     @model_validator(mode="before")
@@ -89,6 +92,13 @@ class Windows(Spec):
         if self.sampling == "crops" and self.count is None:
             raise ValueError("sampling 'crops' draws a stated number of windows: give count")
         return self
+
+    def overlaps(self, other: "Windows") -> bool:
+        """Do both draw on a document that they share?"""
+        if (self.dataset, self.split) != (other.dataset, other.split):
+            return False
+        ends = [math.inf if w.documents is None else w.skip + w.documents for w in (self, other)]
+        return self.skip < ends[1] and other.skip < ends[0]
 
 
 class Method(Spec):
@@ -112,7 +122,7 @@ class Method(Spec):
             data = {"method": data}
         if not isinstance(data, Mapping) or "method" not in data:
             raise ValueError(f"needs a 'method', one of: {', '.join(sorted(cls.registry))}")
-        if data["method"] not in cls.registry:
+        if not isinstance(data["method"], str) or data["method"] not in cls.registry:
             raise ValueError(unknown("method", data["method"], cls.registry))
         return cls.registry[data["method"]].model_validate(data, context=info.context)
 
@@ -161,7 +171,7 @@ class Solver(Compression):
     block_size: PositiveInt = 128
     act_order: Bool = False
     true_sequential: Bool = False
-    group_size: PositiveInt | None = None
+    group_size: Annotated[int, Field(strict=True, ge=2)] | None = None
     sym: Bool = False
     static_groups: Bool = False
     scale: Literal["minmax", "mse"] = "minmax"
@@ -244,7 +254,7 @@ class SoftPrompt(Recovery):
     tokens, mean over sequences) as in their code. precision: "fp32" computes in the model's dtype, "bf16" and "fp16"
     under autocast (a float16 model needs one of them: its gradients underflow without); the prompt is always fp32.
     The best step by the loss on `validation` is kept; it defaults to 32 windows of the same data set's validation
-    split.
+    split. on_reported: a study may report on documents that were learned from or chose the step, as in their code.
     """
 
     method: Literal["soft_prompt"] = "soft_prompt"
@@ -257,14 +267,15 @@ class SoftPrompt(Recovery):
     steps: PositiveInt = 30_000
     batch: PositiveInt = 4
     accumulate: PositiveInt = 1
-    lr: Annotated[float, Field(strict=True, gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(strict=True, ge=0)] = 1e-5
+    lr: Annotated[float, Finite, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Finite, Field(ge=0)] = 1e-5
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: Annotated[int, Field(strict=True, ge=0)] = 0
-    clip: Annotated[float, Field(strict=True, gt=0)] | None = 1.0
+    clip: Annotated[float, Finite, Field(gt=0)] | None = 1.0
     loss: Literal["token_mean", "sequence_sum"] = "token_mean"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    seed: Int = 0
+    on_reported: Bool = False
+    seed: Seed = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -284,8 +295,10 @@ class SoftPrompt(Recovery):
             raise ValueError(f"accumulate = {self.accumulate} must divide batch = {self.batch}")
         if self.warmup >= self.steps:
             raise ValueError(f"warmup = {self.warmup} must be below steps = {self.steps}")
-        if (self.validation.dataset, self.validation.split) == (self.text.dataset, self.text.split):
-            raise ValueError("validation must be another split than the one that is learned from")
+        if self.validation.overlaps(self.text):
+            raise ValueError(
+                "validation shares documents with the text that is learned from: take another split, or skip"
+            )
         return self
 
     @property

@@ -27,7 +27,6 @@ class Facts:
     context: int | None
     parameters: int
     in_features: tuple[int, ...]  # of the linears in the decoder blocks, without repetition
-    architecture: str
 
 
 def locate(name: str, revision: str = "") -> tuple[str, str, str]:
@@ -36,7 +35,7 @@ def locate(name: str, revision: str = "") -> tuple[str, str, str]:
         location = PACKAGED.get(name, name)
         return name.split("/")[-1], "sha256:" + digest([_packaged_file(location)]), location
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if len(name) < 1000 and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"{name!r} is a folder without config.json, so not a Hugging Face model")
         files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".model", ".txt"))
@@ -58,7 +57,19 @@ def load(location: str, revision: str, dtype: str = "auto", device: str = "cpu")
     where, extra = _source(location, revision)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     model = AutoModelForCausalLM.from_pretrained(where, dtype=kind, use_safetensors=True, **extra)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(where, **extra)
+    return place(model, device).eval(), AutoTokenizer.from_pretrained(where, **extra)
+
+
+def place(model: Any, device: str) -> Any:
+    """The model on `device`; spread over the GPUs where this process has been given several."""
+    import torch
+
+    if device != "cuda" or torch.cuda.device_count() < 2:
+        return model.to(device)
+    from accelerate import dispatch_model, infer_auto_device_map
+
+    split = infer_auto_device_map(model, no_split_module_classes=model._no_split_modules)
+    return dispatch_model(model, device_map=split)
 
 
 @lru_cache
@@ -84,7 +95,6 @@ def facts(location: str, revision: str) -> Facts:
         context=getattr(config, "max_position_embeddings", None),
         parameters=sum(p.numel() for p in model.parameters()),
         in_features=tuple(sorted({m.in_features for m in inside if isinstance(m, torch.nn.Linear)})),
-        architecture=type(model).__name__,
     )
     write_json(memo, asdict(found))
     return found
@@ -102,7 +112,10 @@ def _source(location: str, revision: str) -> tuple[str, dict[str, Any]]:
 
 def _packaged_file(location: str) -> Path:
     module, _, file = location.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(module)
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        spec = None
     roots = spec.submodule_search_locations if spec else None
     path = Path(next(iter(roots))) / file if roots else None
     if path is None or not path.is_file():

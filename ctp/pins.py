@@ -40,6 +40,8 @@ class Pins:
         if asked not in self._models:
             self._models[asked] = models.locate(*asked)
         name, revision, location = self._models[asked]
+        if data.get("revision") and data["revision"] != revision and not location.startswith("hub:"):
+            raise ValueError(f"revision = {data['revision']!r}: {name} is {revision} here")
         known = models.facts(location, revision)
         dtype = data.get("dtype", "auto")
         self.locations[f"{name}@{revision}"] = location
@@ -56,6 +58,8 @@ class Pins:
         if (name, split) not in self._texts:
             self._texts[name, split] = corpora.locate(corpus, split, self.data_dir)
         location, revision = self._texts[name, split]
+        if data.get("revision") and data["revision"] != revision:
+            raise ValueError(f"revision = {data['revision']!r}: {name} {split} is {revision} here")
         self.locations[f"{name}@{revision}"] = location
         join = corpus.join if data.get("join") is None else data["join"]
         return {**data, "revision": revision, "join": join}

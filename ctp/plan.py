@@ -2,13 +2,13 @@
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ctp.gridfile import Grid, GridError, Study
 from ctp.labels import axes, slug
-from ctp.methods import Perplexity, SoftPrompt, Solver
+from ctp.methods import Perplexity, SoftPrompt, Solver, SparseGPT
 from ctp.models import Facts
 from ctp.names import unknown
 from ctp.pins import Pins
@@ -63,6 +63,8 @@ def make(grid: Grid, pins: Pins) -> Plan:
         for k, (cell, names) in wanted.items()
     }
     problems = [f"{grid.path}: {p}" for p in dict.fromkeys(p for n in nodes.values() for p in _misfits(n))]
+    if not nodes:
+        problems = [f"{grid.path}: no cell comes out of this grid"]
     if problems:
         raise GridError(problems)
     return Plan(grid.name, grid, nodes)
@@ -121,10 +123,16 @@ def _misfits(node: Node) -> list[str]:
     if isinstance(cell, Compress):
         if cell.calibration is not None:
             fits("calibration.seq_len", cell.calibration.seq_len, 0)
-        group = getattr(cell.compression, "group_size", None)
-        bad = [n for n in facts.in_features if group and n % group]
-        if bad:
-            out.append(f"compression.group_size = {group}: must divide the input sizes of {name}, not so for {bad[0]}")
+        sizes = {"group_size": getattr(cell.compression, "group_size", None)}
+        if isinstance(cell.compression, SparseGPT) and cell.compression.pattern:
+            sizes["pattern"] = cell.compression.n_of_m[1]
+        for field, size in sizes.items():
+            bad = [n for n in facts.in_features if size and n % size]
+            if bad:
+                out.append(f"compression.{field} = {size} ({cell.compression.label}): must divide the input sizes of "
+                           f"{name}, not so for {bad[0]}")  # fmt: skip
+        if isinstance(cell.compression, Solver) and not facts.in_features:
+            out.append(f"models: {name} has no linear layers in its decoder blocks that could be compressed")
     elif isinstance(cell, Learn) and isinstance(cell.recovery, SoftPrompt):
         fits("recovery.text.seq_len", cell.recovery.text.seq_len, cell.recovery.k)
         fits("recovery.validation.seq_len", cell.recovery.validation.seq_len, cell.recovery.k)
@@ -144,16 +152,16 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
 }  # fmt: skip
 
 
-def where(plan: Plan, expressions: Iterable[str]) -> Plan:
+def where(plan: Plan, expressions: Sequence[str]) -> Plan:
     """The cells for which every condition holds, with the inputs they need.
 
     A condition is `axis OP value` (= != < > <= >=; `a,b` after = means either); several are joined by ` and `.
-    A cell without the axis does not match. Raises GridError on an unknown axis or a condition nobody can read.
+    A cell without the axis does not match. Raises GridError on an unknown axis, a condition nobody can read, no match.
     """
     known = {n for node in plan.nodes.values() for n in (*axes(node.cell), "study")}
     tests = []
     for part in (p for e in expressions for p in re.split(r"\s+and\s+", e.strip())):
-        match = re.fullmatch(r"\s*(\w+)\s*(!=|>=|<=|=|>|<)\s*(.+?)\s*", part)
+        match = re.fullmatch(r"\s*(\w+)\s*(!=|>=|<=|=|>|<)\s*([^\s=<>!]\S*)\s*", part)
         if not match:
             raise GridError([f"--where {part!r}: write axis=value, for example source=gptq-3bit and k>=50"])
         axis, op, value = match.groups()
@@ -161,6 +169,8 @@ def where(plan: Plan, expressions: Iterable[str]) -> Plan:
             raise GridError([f"--where {part!r}: {unknown('axis', axis, known)}"])
         tests.append((axis, op, value))
     chosen = {k for k, n in plan.nodes.items() if all(_holds(n, *t) for t in tests)}
+    if not chosen:
+        raise GridError([f"--where {' and '.join(expressions)}: no cell of {plan.name} is like that"])
     return keep(plan, chosen)
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,9 @@ from typing import Any
 
 from ctp.labels import slug
 from ctp.plan import Plan, runnable
-from ctp.spec import Compress, Evaluate, Learn, Runtime, from_json, to_json
+from ctp.resources import Resources
+from ctp.spec import Compress, Evaluate, Learn, Runtime, from_json, key, to_json
+from ctp.store import Store
 
 # Tune reads these when it is imported. Its own progress tables and result files are not for thousands of short trials.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -32,7 +35,7 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
-GIB = 2**30
+WORKER_DIED = "its worker died (out of memory, or the machine went away) and so did the retries"
 Event = dict[str, Any]
 
 
@@ -40,33 +43,18 @@ class ResourceError(Exception):
     """There is no cluster at the address, or a cell asks for more than any machine in it has."""
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What one trial takes. cpus: cores. gpu_memory: bytes of one GPU, to tell what fraction a model needs."""
-
-    cpus: int = 1
-    gpu_memory: int = 24 * GIB
-
-    def of(self, parameters: int, dtype: str, gpus: bool) -> dict[str, float]:
-        """Bundle for a model of this size: GPUs in quarters up to one, then whole ones (Tune takes nothing between).
-
-        Four times the weights: the model itself, activations and logits, and the workspace of a compressed block.
-        """
-        if not gpus:
-            return {"CPU": self.cpus}
-        need = 4 * parameters * (4 if dtype == "float32" else 2) / self.gpu_memory
-        share = max(0.25, math.ceil(4 * need) / 4) if need <= 1 else math.ceil(need / 2)
-        return {"CPU": self.cpus, "GPU": float(share)}
-
-
 @dataclass
 class Outcome:
-    """How a run ended: key -> reason for what failed or was skipped; `unfinished` was neither (interrupted)."""
+    """How a run ended: key -> reason for what failed or was skipped; `unfinished` was neither (interrupted).
+
+    errors: what Ray says of trials whose worker died.
+    """
 
     done: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     unfinished: set[str] = field(default_factory=set)
+    errors: list[str] = field(default_factory=list)
 
 
 class GraphSearch(Searcher):
@@ -82,6 +70,7 @@ class GraphSearch(Searcher):
         self.waiting = {k for k in plan.nodes if k in todo and k not in self.outcome.skipped}
         self.finished = set(done)
         self.tasks: dict[str, list[str]] = {}
+        self.current: dict[str, str] = {}  # trial -> the cell that it said it had started
         rank = _ranks(plan)
         self.order = {k: (-rank[k], i) for i, k in enumerate(plan.nodes)}
 
@@ -111,11 +100,14 @@ class GraphSearch(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         k, event = result.get("key"), result.get("event")
-        if k is None or k in self.finished or k in self.outcome.failed:
+        if k is None or k in self.finished or (event != "done" and k in self.outcome.failed):
             return  # Tune repeats a trial's last report when the trial ends
-        if event == "done":
+        if event == "start":
+            self.current[trial_id] = k
+        elif event == "done":
             self.finished.add(k)
             self.outcome.done.add(k)
+            self.outcome.failed.pop(k, None)
         elif event == "failed":
             self._fail(k, result["error"])
         self.on_event(result)
@@ -123,14 +115,14 @@ class GraphSearch(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if result:
             self.on_trial_result(trial_id, result)
-        for k in self.tasks.pop(trial_id, []):
-            if k not in self.finished and k not in self.outcome.failed:
-                if error:
-                    reason = "its worker died (out of memory, or the machine went away) and so did the retries"
-                    self._fail(k, reason)
-                    self.on_event({"event": "failed", "key": k, "error": reason})
-                else:
-                    self.outcome.unfinished.add(k)
+        left = [k for k in self.tasks.pop(trial_id, []) if k not in self.finished and k not in self.outcome.failed]
+        if not error or not left:
+            return
+        # Only the cell that it died on has failed; those that travelled with it go to another worker.
+        culprit = self.current[trial_id] if self.current.get(trial_id) in left else left[0]
+        self.waiting.update(k for k in left if k != culprit)
+        self._fail(culprit, WORKER_DIED)
+        self.on_event({"event": "failed", "key": culprit, "error": WORKER_DIED})
 
     def _fail(self, k: str, error: str) -> None:
         self.outcome.failed[k] = error
@@ -175,6 +167,8 @@ def run(plan: Plan, todo: set[str], done: set[str], *, store: str, runtime: Runt
             k: resources.of(n.facts.parameters, _dtype(n.cell), total.get("GPU", 0) > 0 and runtime.device != "cpu")
             for k, n in plan.nodes.items()
         }
+        if runtime.device == "cuda" and not total.get("GPU"):
+            raise ResourceError("--device cuda, but no machine here has a GPU")
         _check(plan, todo, bundles)
         slots = max(1, int(total.get("CPU", 1) // resources.cpus))
         if total.get("GPU", 0) and todo:
@@ -192,8 +186,9 @@ def run(plan: Plan, todo: set[str], done: set[str], *, store: str, runtime: Runt
                     storage_path=scratch, verbose=0, failure_config=tune.FailureConfig(max_failures=2)
                 ),
             )
-            tuner.fit()
+            results = tuner.fit()
     outcome = search.outcome
+    outcome.errors = [str(e).strip() for e in results.errors]
     ended = outcome.done | set(outcome.failed) | set(outcome.skipped)
     outcome.unfinished = todo - ended
     return outcome
@@ -201,16 +196,14 @@ def run(plan: Plan, todo: set[str], done: set[str], *, store: str, runtime: Runt
 
 def _trial(config: dict[str, Any], store: str, runtime: dict[str, Any]) -> None:
     """One task, in a worker: its cells in turn, each reported as it starts, goes on, and ends."""
-    from ctp.spec import key
-    from ctp.store import Store
-    from ctp.work import execute
-
     place, how = Store(store), Runtime.model_validate(runtime)
     for data in json.loads(config["cells"]):
         cell = from_json(data)
         k = key(cell)
         tune.report({"event": "start", "key": k})
         try:
+            from ctp.work import execute  # torch and transformers: in workers only
+
             execute(cell, place, how, _throttled(k))
         except Exception as e:  # whatever went wrong is this cell's failure, and only this cell's
             error = f"{type(e).__name__}: {e}".strip()
@@ -230,8 +223,6 @@ def _keep_failure(place: Any, cell: Any, error: str, trace: str) -> None:
 
 def _throttled(k: str, seconds: float = 1.0) -> Callable[[dict[str, Any]], None]:
     """Reports of a cell, at most one a second but for those with a validation loss."""
-    import time
-
     last = 0.0
 
     def report(numbers: dict[str, Any]) -> None:
@@ -256,7 +247,11 @@ def _check(plan: Plan, todo: set[str], bundles: dict[str, dict[str, float]]) -> 
     for k in todo:
         bundle = bundles[k]
         if not any(all(have.get(name, 0) >= want for name, want in bundle.items()) for have in nodes):
-            raise ResourceError(f"{slug(plan.nodes[k].cell)} needs {bundle}; the largest nodes here have {nodes}")
+            have = [{name: n.get(name, 0) for name in ("CPU", "GPU")} for n in nodes]
+            raise ResourceError(
+                f"{slug(plan.nodes[k].cell)} needs {bundle}, and no node has it: {have}. --cpus sets the cores a trial "
+                "takes, --gpu-memory says how large a GPU is"
+            )
 
 
 @contextmanager
@@ -267,7 +262,7 @@ def _cluster(address: str | None) -> Iterator[dict[str, float]]:
     own: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 256 * 2**20}
     try:
         _knock(address)
-        ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **own)
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **own)
     except (OSError, RuntimeError, ValueError) as e:
         raise ResourceError(f"no Ray cluster at {address or 'this machine'}: {type(e).__name__}: {e}") from e
     try:

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from ctp.labels import slug
 from ctp.spec import KINDS, Cell, canonical, key, to_json
 
 MANIFEST = "manifest.json"
+DAY = 24 * 3600.0
 
 
 class StoreError(Exception):
@@ -61,8 +63,15 @@ class Store:
             self.fs.makedirs(self.root, exist_ok=True)
             self.fs.pipe_file(probe, b"ctp")
             self.fs.rm_file(probe)
+            self._sweep()
         except Exception as e:  # whatever the object store's client raises
             raise StoreError(f"store {self.uri!r} cannot be written: {type(e).__name__}: {e}") from e
+
+    def _sweep(self) -> None:
+        """What killed workers left unfinished goes after a day: nobody writes one artifact for so long."""
+        for path in Path(self.root, ".tmp").glob("*") if self.local else ():
+            if time.time() - path.stat().st_mtime > DAY:
+                shutil.rmtree(path, ignore_errors=True)
 
     # ------------------------------------------------------------- what is there
 
@@ -76,8 +85,7 @@ class Store:
 
     def done(self, cells: Iterable[Cell]) -> set[str]:
         """The keys of those cells that are done: one listing per kind, not one request per cell."""
-        self.fs.invalidate_cache()
-        found = {path.split("/")[-2] for kind in KINDS for path in self.fs.glob(f"{self.root}/{kind}/*/{MANIFEST}")}
+        found = {path.split("/")[-2] for kind in KINDS for path in self._glob(f"{kind}/*/{MANIFEST}")}
         return {key(c) for c in cells if _name(c) in found}
 
     def manifest(self, cell: Cell) -> dict[str, Any]:
@@ -106,7 +114,7 @@ class Store:
         self._remove(self._partial(cell))
 
     def fetch(self, cell: Cell) -> Path:
-        """A local folder with the cell's files, every hash verified (once per process). Raises StoreError."""
+        """A local folder with the cell's files, every hash verified (once per Store). Raises StoreError."""
         if key(cell) not in self._verified:
             self._verified[key(cell)] = self._local_copy(cell, self.manifest(cell)["files"])
         return self._verified[key(cell)]
@@ -175,22 +183,35 @@ class Store:
 
     def failures(self) -> dict[str, str]:
         """key -> the last error, of every cell whose last try failed."""
-        records = [json.loads(self.fs.cat_file(p)) for p in self.fs.glob(f"{self.root}/failed/*.json")]
-        return {r["key"]: r["error"] for r in records}
+        found = {}
+        for path in self._glob("failed/*.json"):
+            try:
+                record = json.loads(self.fs.cat_file(path))
+                found[record["key"]] = record["error"]
+            except (ValueError, KeyError, OSError):
+                continue  # cut off while it was written: the cell is missing all the same
+        return found
 
     def started(self) -> dict[str, int]:
         """Folder name of a cell -> the step it had reached, of every cell that was interrupted."""
-        paths = self.fs.glob(f"{self.root}/partial/*/step-*/{MANIFEST}")
+        paths = self._glob(f"partial/*/step-*/{MANIFEST}")
         return {p.split("/")[-3]: int(p.split("/")[-2].removeprefix("step-")) for p in sorted(paths)}
 
     # ---------------------------------------------------------------------- within
+
+    def _glob(self, pattern: str) -> list[str]:
+        """Paths below the root, as they are now. Raises StoreError where the store does not answer."""
+        try:
+            self.fs.invalidate_cache()
+            return [str(p) for p in self.fs.glob(f"{self.root}/{pattern}")]
+        except Exception as e:  # whatever the object store's client raises
+            raise StoreError(f"store {self.uri!r} cannot be read: {type(e).__name__}: {e}") from e
 
     def _partial(self, cell: Cell) -> str:
         return f"{self.root}/partial/{_name(cell)}"
 
     def _partial_steps(self, cell: Cell) -> list[str]:
-        self.fs.invalidate_cache()
-        found = self.fs.glob(f"{self._partial(cell)}/step-*/{MANIFEST}")
+        found = self._glob(f"partial/{_name(cell)}/step-*/{MANIFEST}")
         return sorted(p.removesuffix(f"/{MANIFEST}") for p in found)
 
     def _failure(self, cell: Cell) -> str:
@@ -213,36 +234,49 @@ class Store:
             shutil.rmtree(work, ignore_errors=True)
 
     def _commit(self, work: Path, target: str, record: dict[str, Any]) -> None:
+        """Make `work` visible as `target`. Where another worker was first, its artifact stands and this is dropped."""
         files = sorted(p for p in work.rglob("*") if p.is_file())
         listing = {str(p.relative_to(work)): {"sha256": sha256_file(p), "size": p.stat().st_size} for p in files}
-        (work / MANIFEST).write_text(json.dumps({**record, "files": listing}, indent=1, sort_keys=True))
+        # In an object store two racers must not write over each other's files: each has a folder of its own.
+        payload = "" if self.local else f"payload-{uuid.uuid4().hex[:12]}/"
+        manifest = {**record, "files": listing, "payload": payload}
+        (work / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
         if self.local:
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            work.chmod(0o755)
-            try:
-                os.rename(work, target)
-            except OSError:
-                if not self.fs.exists(f"{target}/{MANIFEST}"):
-                    raise
-            return  # another worker was first: its artifact stands, ours is dropped
-        if self.fs.exists(f"{target}/{MANIFEST}"):
+            _move(work, Path(target))
             return
         for name in listing:
-            self.fs.put_file(str(work / name), f"{target}/{name}")
-        self.fs.put_file(str(work / MANIFEST), f"{target}/{MANIFEST}")
+            self.fs.put_file(str(work / name), f"{target}/{payload}{name}")
+        if self.fs.exists(f"{target}/{MANIFEST}"):
+            self._remove(f"{target}/{payload.rstrip('/')}")
+        else:
+            self.fs.put_file(str(work / MANIFEST), f"{target}/{MANIFEST}")
 
     def _download(self, source: str, target: Path) -> None:
         manifest = json.loads(self.fs.cat_file(f"{source}/{MANIFEST}"))
-        for name in [*manifest["files"], MANIFEST]:
+        places = {MANIFEST: MANIFEST} | {name: f"{manifest['payload']}{name}" for name in manifest["files"]}
+        for name, place in places.items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             try:
-                self.fs.get_file(f"{source}/{name}", str(target / name))
+                self.fs.get_file(f"{source}/{place}", str(target / name))
             except FileNotFoundError as e:
-                raise StoreError(f"{source}/{name} is missing, though the manifest names it: remove {source}") from e
+                raise StoreError(f"{source}/{place} is missing, though the manifest names it: remove {source}") from e
 
     def _remove(self, path: str) -> None:
         if self.fs.exists(path):
             self.fs.rm(path, recursive=True)
+
+
+def _move(work: Path, target: Path) -> None:
+    """Rename `work` to `target`, unless a finished artifact is there; an unfinished one is moved out of the way."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work.chmod(0o755)
+    try:
+        work.rename(target)
+    except OSError:
+        if (target / MANIFEST).exists():
+            return
+        target.rename(work.with_name(f"unfinished-{uuid.uuid4().hex[:12]}"))
+        work.rename(target)
 
 
 def _name(cell: Cell) -> str:

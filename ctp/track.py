@@ -26,7 +26,6 @@ from mlflow.tracking import MlflowClient
 
 from ctp import gridfile
 from ctp.labels import axes, slug
-from ctp.methods import SoftPrompt
 from ctp.pins import Pins
 from ctp.plan import Node, Plan, make
 from ctp.spec import Learn
@@ -67,8 +66,10 @@ class Tracker:
         except Exception as e:  # whatever the client raises: sqlite, HTTP, its own
             raise TrackError(f"MLflow at {uri} cannot be reached: {type(e).__name__}: {_first_line(e)}") from e
         self.parent: str | None = None
+        self._live: set[str] = set()  # learning now
+        self.trouble = ""  # the first thing that went wrong while the grid ran
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        self._trouble: Exception | None = None
+        self._missed: list[dict[str, Any]] = []  # failures that could not be written when they happened
         self._thread: threading.Thread | None = None
 
     # ----------------------------------------------------------------- the driver's side
@@ -89,13 +90,20 @@ class Tracker:
         self._events.put(event)
 
     def close(self, status: str) -> None:
-        """Write what is left, then end the parent run with FINISHED, FAILED or KILLED."""
+        """Write what is left, then end the parent run, and cells that were cut off, as FINISHED, FAILED or KILLED."""
         if self._thread is not None:
             self._events.put(None)
             self._thread.join()
         self.sync()
-        if self.parent is not None:
-            self.client.set_terminated(self.parent, status)
+        try:
+            for event in self._missed:
+                self._handle(event)
+            for k in self._live:
+                self.client.set_terminated(self._run(self.plan.nodes[k]), "KILLED")
+            if self.parent is not None:
+                self.client.set_terminated(self.parent, status)
+        except Exception as e:
+            raise self._lost(e) from e
 
     def sync(self, whole: bool = False) -> int:
         """Write every finished cell that MLflow lacks; returns how many. whole: retire runs of other cells."""
@@ -112,21 +120,32 @@ class Tracker:
                 for k, run in self.runs.items():
                     if k not in self.plan.nodes and run.data.tags.get(CURRENT) == "yes":
                         self.client.set_tag(run.info.run_id, CURRENT, "no")
+        except StoreError:
+            raise
         except Exception as e:
-            raise TrackError(
-                f"MLflow at {self.uri}: {type(e).__name__}: {_first_line(e)}. Nothing is lost: the store has it all; "
-                f"`python -m ctp.track sync {self.plan.name}` writes it when the server is back"
-            ) from e
+            raise self._lost(e) from e
         return written
+
+    def _lost(self, e: Exception) -> TrackError:
+        return TrackError(
+            f"MLflow at {self.uri}: {type(e).__name__}: {_first_line(e)}. Nothing is lost: the store has it all; "
+            f"`python -m ctp.track sync {self.plan.name}` writes it when the server is back"
+        )
 
     # ----------------------------------------------------------------- the thread's side
 
     def _work(self) -> None:
+        """After a first error only failures are kept, for `close`: it writes all else from the store, and waiting for
+        a dead server event by event would outlast the grid."""
         while (event := self._events.get()) is not None:
             try:
-                self._handle(event)
-            except Exception as e:  # `close` replays from the store what could not be written now
-                self._trouble = e
+                if not self.trouble:
+                    self._handle(event)
+                    continue
+            except Exception as e:
+                self.trouble = f"{type(e).__name__}: {_first_line(e)}"
+            if event["event"] == "failed":
+                self._missed.append(event)
 
     def _handle(self, event: dict[str, Any]) -> None:
         node = self.plan.nodes[event["key"]]
@@ -136,10 +155,13 @@ class Tracker:
         elif kind == "failed":
             run = self._run(node)
             self.client.set_tag(run, "ctp.error", event["error"][:5000])
+            self.runs[node.key] = self.client.get_run(run)
             if event.get("traceback"):
                 self.client.log_text(run, event["traceback"], "traceback.txt")
             self.client.set_terminated(run, "FAILED")
+            self._live.discard(node.key)
         elif kind == "start" and isinstance(node.cell, Learn):
+            self._live.add(node.key)
             self.client.update_run(self._run(node), status="RUNNING")
         elif kind == "progress" and isinstance(node.cell, Learn) and event.get("loss") is not None:
             now = int(1000 * time.time())
@@ -152,6 +174,8 @@ class Tracker:
         if node.key not in self.runs:
             tags = _tags(self.plan, node) | ({PARENT: self.parent} if self.parent else {})
             self.runs[node.key] = self.client.create_run(self.experiment, start_time=start, tags=tags)
+            params = [Param(n, str(v)[:6000]) for n, v in _params(node).items()]
+            self.client.log_batch(self.runs[node.key].info.run_id, params=params)
         return str(self.runs[node.key].info.run_id)
 
     def _finish(self, node: Node) -> None:
@@ -167,7 +191,7 @@ class Tracker:
         metrics = [Metric(n, float(v), end, 0) for n, v in numbers.items()]
         if isinstance(node.cell, Learn):
             metrics += _curve(json.loads((self.store.fetch(node.cell) / "history.json").read_text())["history"], start)
-        params = [Param(n, str(v)) for n, v in _params(node).items()]
+        params = [Param(n, str(v)[:6000]) for n, v in _params(node).items()]
         text = manifest.get("text", {})
         extra = {CURRENT: "yes", "ctp.device": manifest["device"], "ctp.git_commit": manifest["git_commit"] or ""}
         extra |= {f"ctp.{n}": str(v) for n, v in text.items()}
@@ -175,7 +199,10 @@ class Tracker:
         for i in range(0, len(metrics), 900):  # MLflow takes 1,000 metrics a call
             self.client.log_batch(run, metrics=metrics[i : i + 900])
         self.client.log_batch(run, params=params, tags=tags)
+        if "ctp.error" in self.runs[node.key].data.tags:
+            self.client.delete_tag(run, "ctp.error")
         self.client.set_terminated(run, "FINISHED", end)
+        self._live.discard(node.key)
         self.runs[node.key] = self.client.get_run(run)
 
     def _known_runs(self) -> dict[str, Run]:
@@ -218,14 +245,14 @@ def _tags(plan: Plan, node: Node) -> dict[str, str]:
 
 
 def _params(node: Node) -> dict[str, Any]:
-    """Every axis, and of a learned cell every setting, so that a query needs to know nothing of ctp."""
-    out: dict[str, Any] = dict(axes(node.cell))
-    learned = node.cell if isinstance(node.cell, Learn) else getattr(node.cell, "recovery", None)
-    if isinstance(learned, Learn) and isinstance(learned.recovery, SoftPrompt):
-        plain = learned.recovery.model_dump(mode="json", exclude={"text", "validation", "method", "k", "seed"})
-        out |= {f"prompt.{n}": v for n, v in plain.items() if v is not None}
-        out |= {"prompt.seq_len": learned.recovery.text.seq_len}
-    return out
+    """The axes, by which people filter and pivot, and every setting of the cell and its inputs by its path."""
+    return dict(axes(node.cell)) | _flat(node.cell.model_dump(mode="json"), "spec")
+
+
+def _flat(value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {} if value is None else {path: value}
+    return {n: v for name, inner in value.items() for n, v in _flat(inner, f"{path}.{name}").items()}
 
 
 def _curve(history: list[dict[str, Any]], at: int) -> list[Metric]:

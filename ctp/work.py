@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ctp.spec import Cell, Compress, Evaluate, Learn, Runtime, key
 from ctp.store import Draft, Store
 
 Report = Callable[[dict[str, Any]], None]
-PACKED, REST, HISTORY = "compressed.safetensors", "rest.safetensors", "history.json"
+PACKED, REST = "compressed.safetensors", "rest.safetensors"
 LIBRARIES = ("torch", "transformers", "accelerate", "ray", "mlflow", "safetensors")
 
 
@@ -35,6 +35,7 @@ def execute(cell: Cell, store: Store, runtime: Runtime, report: Report) -> None:
     if store.has(cell):
         return
     device = pick_device(runtime)
+    about = surroundings()  # before the work: what could fail here must not cost its result
     torch.manual_seed(0)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -50,7 +51,7 @@ def execute(cell: Cell, store: Store, runtime: Runtime, report: Report) -> None:
             raise TypeError(f"nothing here does a {type(cell).__name__}")
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else _peak_memory()
         draft.record |= {"seconds": time.monotonic() - begun, "device": device, "peak_memory_bytes": peak}
-        draft.record |= {"created": time.time(), **surroundings()}
+        draft.record |= {"created": time.time(), **about}
 
 
 # ---------------------------------------------------------------- the three kinds
@@ -62,6 +63,8 @@ def _compress(cell: Compress, draft: Draft, runtime: Runtime, device: str, repor
         size = models.facts(location(runtime.locations, cell.model), cell.model.revision).parameters
         return {"parameters": size, "sparsity": 0.0}
     assert cell.calibration is not None
+    global _held
+    _held = None  # the model of the cell before would stay in memory beside the one to compress
     model, tokenizer = _load_base(cell, runtime, device)
     ids = token_windows(cell.calibration, tokenizer, runtime).to(device)
     # Not Runtime.batch: sums in another order round a weight to another code here and there.
@@ -165,7 +168,7 @@ def open_compressed(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
         state[f"{name}.weight"] = layer.dense(config.dtype)
     kind = AutoModelForCausalLM._model_mapping[type(config)]
     model = kind.from_pretrained(None, config=config, state_dict=state, dtype=config.dtype)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+    return models.place(model, device).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def _load_base(cell: Compress, runtime: Runtime, device: str) -> tuple[Any, Any]:
@@ -182,7 +185,8 @@ def token_windows(spec: Windows, tokenizer: Any, runtime: Runtime) -> Tensor:
     if memo not in _windows:
         custom = {n: corpora.parse_corpus(n, d) for n, d in runtime.datasets.items()}
         corpus = corpora.find(spec.dataset, custom)
-        documents = corpora.documents(location(runtime.locations, spec), corpus, spec.split, spec.documents)
+        last = None if spec.documents is None else spec.skip + spec.documents
+        documents = corpora.documents(location(runtime.locations, spec), corpus, spec.split, last)
         _windows[memo] = corpora.windows(spec, documents, tokenizer)
     return _windows[memo]
 
@@ -206,11 +210,28 @@ def _peak_memory() -> int:
 @lru_cache
 def surroundings() -> dict[str, Any]:
     """What a manifest says of the code and machine that made it."""
-    here = Path(__file__).parent
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     return {
-        "git_commit": asked.stdout.strip() or None,
-        "versions": {"ctp": version("ctp"), **{name: version(name) for name in LIBRARIES}},
+        "git_commit": _git_commit(),
+        "versions": {name: _version(name) for name in ("ctp", *LIBRARIES)},
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that ctp runs from; None where it is installed, or there is no git."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return asked.stdout.strip() or None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -96,7 +96,7 @@ def test_too_few_windows(by_bytes):
 
 def test_fewer_documents_than_specified_are_said(by_bytes, caplog):
     windows(spec(documents=5), ["abcd", "efgh"], by_bytes)
-    assert "c4/train has 2 documents, not 5" in caplog.text
+    assert "c4/train has 2 documents after 0, not 5" in caplog.text
 
 
 def test_long_texts_raise_no_warning(by_bytes, caplog):

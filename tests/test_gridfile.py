@@ -63,6 +63,15 @@ def test_extends_merges_mappings_and_replaces_lists(file, tmp_path):
     assert found.name == "top"
 
 
+def test_one_split_can_serve_twice_by_its_documents(file):
+    """C4 has no test split: what is learned from, what chooses the step and what is reported are told by documents."""
+    ranges = ["recovery.text.documents=100", "recovery.validation={split: train, skip: 100, documents: 20, count: 2}",
+              "measures.text={dataset: pydoc, split: train, seq_len: 24, skip: 120, count: 2}"]  # fmt: skip
+    load(file, *ranges)
+    assert "measures report on the same" in problems(file, *ranges, "measures.text.skip=110")[0]
+    load(file, *ranges, "measures.text.skip=110", "recovery.on_reported=true")
+
+
 def test_extends_in_a_circle_is_an_error(tmp_path):
     write_grid(tmp_path / "a.yaml", {"extends": "b"})
     write_grid(tmp_path / "b.yaml", {"extends": "a"})
@@ -104,6 +113,7 @@ def test_numbers_may_be_written_in_scientific_notation(tmp_path):
         (["recovery.lr=fast"], ["recovery.lr = 'fast': should be a valid number"]),
         (["recovery.text.spli=x"], ["recovery.text.spli: unknown key 'spli'; did you mean 'split'?"]),
         (["recovery.text.dataset=pydok"], ["recovery.text: unknown data set 'pydok'; did you mean 'pydoc'?"]),
+        (["extends=demo"], ["--set 'extends=demo'"]),
         (["measures.text.split=tset"], ["measures.text: pydoc has no split 'tset'; it has: train"]),
         (["calibration.count=three"], ["calibration.count = 'three': should be a valid integer"]),
         (["calibration=null"], ["calibration is missing"]),
@@ -112,13 +122,25 @@ def test_numbers_may_be_written_in_scientific_notation(tmp_path):
         (["models=nobody/nothing"], ["models = 'nobody/nothing': 'nobody/nothing' is no folder, the hub cannot"]),
         (["sources=[gptq-4bit]"], ["sources: unknown compression 'gptq-4bit'; did you mean"]),
         (["transfer=some"], ["transfer = 'some': allowed: all, own"]),
-        (["compression.1.group_size=7", "sources=all"], ["compression.group_size = 7: must divide the input sizes of"]),
+        (["compression.1.group_size=7", "sources=all"], ["compression.group_size = 7 (gptq-3bit-g7): must divide"]),
         (["recovery.k=50"], ["recovery.text.seq_len = 24 and a prompt of 50: beyond the context of tiny-llama, 64"]),
         (["measures.text.seq_len=62"], ["measures.text.seq_len = 62 and a prompt of 4: beyond the context"]),
         (["measures.text.seq_len=65"], ["measures.text.seq_len = 65: beyond the context of tiny-llama, 64 tokens"]),
         (["datasets={own: {path: /no/such}}", "measures.text.dataset=own"], ["measures.text: own: "]),
         (["datasets={own: {pfad: x}}"], ["datasets.own: data set 'own' needs either 'path'"]),
         (["compression.0=gptq"], ["compression[0].bits is missing"]),
+        (["recovery.k=[]"], ["recovery.k = []: an axis needs at least one value"]),
+        (["models=[[]]"], ["models[0] = []: an axis needs at least one value"]),
+        (["studies={}"], ["studies = {}: a mapping of study names to mappings, at least one"]),
+        (["recovery.lr=.inf"], ["recovery.lr = inf: should be a finite number"]),
+        (["compression.1.method={a: 1}"], ["compression[1]: unknown method {'a': 1}"]),
+        (["compression.2={method: sparsegpt, pattern: '2:5'}"], ["compression.pattern = 5 (sparsegpt-2:5): must"]),
+        (["recovery.validation.split=test"], ["recovery.validation = pydoc test: measures report on the same"]),
+        (["recovery.validation.split=train"], ["recovery: validation shares documents with the text"]),
+        (["calibration.revision=abc"], ["calibration: revision = 'abc': pydoc train is sha256:"]),
+        (["models={name: MODEL, revision: abc}"], ["models: revision = 'abc': tiny-llama is sha256:"]),
+        (["calibration.seed=-1"], ["calibration.seed = -1: should be greater than or equal to 0"]),
+        (["models=package:no.such/x.gguf"], ["models = 'package:no.such/x.gguf': the package 'no.such'"]),
         (["compression.1.bits=[3,3]"], ["compression: 'gptq-3bit' appears twice"]),
         (["models={name: MODEL, dtype: float16}"], ["recovery.precision = 'fp32': tiny-llama is float16"]),
     ],

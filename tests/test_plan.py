@@ -64,7 +64,6 @@ def test_dense_needs_no_calibration_and_no_key_from_it(tmp_path, llama_folder):
         ("kind=evaluate and target=dense", {"compress": 2, "learn": 1, "evaluate": 2}),
         ("kind=evaluate and target=dense and source=none", {"compress": 1, "learn": 0, "evaluate": 1}),
         ("k>=4", {"compress": 3, "learn": 1, "evaluate": 3}),
-        ("k>4", {"compress": 0, "learn": 0, "evaluate": 0}),
         ("target=dense,gptq-3bit", {"compress": 2, "learn": 1, "evaluate": 4}),
         ("bits!=4", {"compress": 1, "learn": 1, "evaluate": 2}),
         ("study=g", {"compress": 3, "learn": 1, "evaluate": 6}),
@@ -76,7 +75,14 @@ def test_where_keeps_what_matches_and_what_that_needs(graph, expression, expecte
 
 @pytest.mark.parametrize(
     ("expression", "message"),
-    [("targte=dense", "did you mean 'target'"), ("target", "write axis=value"), ("model>3", "is not a number")],
+    [
+        ("targte=dense", "did you mean 'target'"),
+        ("target", "write axis=value"),
+        ("model>3", "is not a number"),
+        ("k>4", "no cell of g is like that"),
+        ("k==4", "write axis=value"),
+        ("k=4 or k=8", "write axis=value"),
+    ],
 )
 def test_bad_conditions_are_told(graph, expression, message):
     with pytest.raises(GridError, match=message):

@@ -6,7 +6,8 @@ from test_plan import make
 from tinygrid import grid
 
 from ctp.labels import slug
-from ctp.schedule import GIB, GraphSearch, Resources
+from ctp.resources import GIB, Resources
+from ctp.schedule import GraphSearch
 from ctp.spec import Compress, Evaluate, Learn
 
 
@@ -88,11 +89,30 @@ def test_a_failure_skips_what_needs_it_and_nothing_else(plan):
     assert sorted(e["event"] for e in walk.events).count("skipped") == len(needing)
 
 
-def test_a_dead_worker_is_a_failure_of_its_cells(plan):
-    walk = Walk(plan)
-    trial, keys = walk.ask()
+def test_a_dead_worker_is_a_failure_of_the_cell_it_died_on(plan):
+    walk = Walk(plan, done=set(plan.nodes) - set(cells(plan, Evaluate)), slots=1)
+    trial, (first, second) = walk.ask()
+    walk.search.on_trial_result(trial, {"key": first, "event": "start"})
+    walk.search.on_trial_result(trial, {"key": first, "event": "done"})
+    walk.search.on_trial_result(trial, {"key": second, "event": "start"})
     walk.search.on_trial_complete(trial, None, error=True)
-    assert "worker died" in walk.search.outcome.failed[keys[0]]
+    assert set(walk.search.outcome.failed) == {second}
+    assert "worker died" in walk.search.outcome.failed[second]
+
+
+def test_cells_that_travelled_with_a_killer_get_another_worker(plan):
+    walk = Walk(plan, done=set(plan.nodes) - set(cells(plan, Evaluate)), slots=1)
+    trial, (first, second) = walk.ask()
+    walk.search.on_trial_result(trial, {"key": first, "event": "start"})
+    walk.search.on_trial_complete(trial, None, error=True)
+    assert set(walk.search.outcome.failed) == {first}
+    assert second in walk.search.waiting
+    tried = []
+    while isinstance(task := walk.ask(), tuple):
+        tried += task[1]
+        walk.end(*task)
+    assert second in tried
+    assert first not in tried
 
 
 def test_fail_fast_starts_nothing_more(plan):
@@ -123,10 +143,10 @@ def test_a_report_that_comes_twice_counts_once(plan):
     [
         (135_000_000, "float32", 24, 0.25),
         (1_300_000_000, "float16", 24, 0.5),
-        (2_700_000_000, "float16", 24, 1.0),
-        (6_700_000_000, "float16", 80, 0.75),
-        (6_700_000_000, "float16", 24, 2.0),
-        (13_000_000_000, "float16", 24, 3.0),
+        (6_700_000_000, "float16", 80, 0.5),
+        (13_000_000_000, "float16", 80, 0.75),
+        (6_700_000_000, "float16", 24, 1.0),
+        (13_000_000_000, "float16", 24, 2.0),
     ],
 )
 def test_gpu_shares_are_quarters_or_whole(parameters, dtype, memory, share):

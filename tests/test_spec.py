@@ -30,7 +30,7 @@ def evaluate(target=None, recovery=None):
 CELLS = [Compress(model=MODEL, compression="dense"), compress(), learn(), evaluate(), evaluate(recovery=learn())]
 
 # What ctp computed under these names stays found: a change here orphans every store there is.
-GOLDEN = "9384749959ca a4f4c81c859e 92396833ef33 6aef6f05cacb ae60dc8770be"
+GOLDEN = "9384749959ca 199038adaeba 054fb764657a 166abd0fc612 854ed7232df3"
 
 
 def test_golden_keys():

@@ -65,7 +65,7 @@ def test_the_first_to_publish_wins(store):
 @pytest.mark.parametrize("damage", [b"Payload", b"payloa", None])
 def test_changed_or_missing_bytes_are_never_read(store, damage):
     publish(store, compress())
-    path = f"{store.folder(compress())}/sub/a.txt"
+    [path] = store.fs.glob(f"{store.folder(compress())}/**/a.txt")
     if damage is None:
         store.fs.rm_file(path)
     else:
@@ -95,6 +95,30 @@ def test_another_cells_manifest_is_refused(store):
     store.fs.pipe_file(path, json.dumps({**store.manifest(compress()), "key": "0" * 64}).encode())
     with pytest.raises(StoreError, match="of key 0000"):
         store.manifest(compress())
+
+
+def test_two_racers_never_mix_their_files(store):
+    """The slower one finds the other's manifest when its own files are already there: they go, the first one stands."""
+    with store.publish(compress()) as slow:
+        (slow.path / "a.txt").write_text("slow")
+        with Store(store.uri).publish(compress()) as fast:
+            (fast.path / "a.txt").write_text("fast")
+    assert (store.fetch(compress()) / "a.txt").read_text() == "fast"
+    assert len(store.fs.glob(f"{store.folder(compress())}/**/a.txt")) == 1
+
+
+def test_what_lost_its_manifest_is_computed_again(store):
+    publish(store, compress(), "old")
+    store.fs.rm_file(f"{store.folder(compress())}/manifest.json")
+    publish(store, compress(), "new")
+    assert (store.fetch(compress()) / "sub" / "a.txt").read_text() == "new"
+
+
+def test_a_failure_record_cut_off_by_a_crash_is_passed_over(store):
+    store.record_failure(compress(), "ValueError: boom", "trace")
+    [path] = store.fs.glob(f"{store.root}/failed/*.json")
+    store.fs.pipe_file(path, b"")
+    assert store.failures() == {}
 
 
 def test_files_without_manifest_are_not_done(store):

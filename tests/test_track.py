@@ -53,7 +53,7 @@ def test_runs_hold_the_numbers_of_the_manifest_and_every_axis(finished, uri):
     run, metrics = found[key(cell)], finished.store.manifest(cell)["metrics"]
     assert {n: run.data.metrics[n] for n in metrics} == metrics
     wanted = {"source": "gptq-3bit", "target": "dense", "dataset": "pydoc", "k": "4", "learned_on": "pydoc",
-              "recovery": "soft_prompt", "prompt.lr": "0.01"}  # fmt: skip
+              "spec.recovery.recovery.lr": "0.01", "spec.measure.text.count": "4"}  # fmt: skip
     assert {n: run.data.params[n] for n in wanted} == wanted
     assert run.info.end_time - run.info.start_time == pytest.approx(
         1000 * finished.store.manifest(cell)["seconds"], abs=2
@@ -137,19 +137,50 @@ def test_the_readmes_three_lines(finished, uri):
     runs = mlflow.search_runs(
         experiment_names=["g"], filter_string="params.measure = 'perplexity' and tags.`ctp.current` = 'yes'"
     )
-    found = runs.pivot_table(index="params.source", columns="params.target", values="metrics.ppl")
+    axes = [f"params.{n}" for n in ("model", "dataset", "source", "k")]
+    found = runs.pivot_table(index=axes, columns="params.target", values="metrics.ppl")
     ours = transfer_matrix.matrix(evaluations("g"), "ppl")
-    assert found.loc["none", "gptq-3bit"] == ours.loc["no prompt", "gptq-3bit"]
+    assert found.loc[("tiny-llama", "pydoc", "none", "0"), "gptq-3bit"] == ours.loc["no prompt", "gptq-3bit"]
 
 
 def test_two_runs_for_one_entry_are_an_error_not_a_mean(finished, uri, tmp_path, llama_folder):
     Tracker(uri, finished.plan, finished.store).sync()
     table = evaluations("g")
-    double = table.assign(**{"prompt.lr": "0.5"})
+    double = table.assign(**{"spec.recovery.recovery.lr": "0.5"})
     import pandas as pd
 
-    with pytest.raises(AnalysisError, match=r"differ in prompt\.lr"):
+    with pytest.raises(AnalysisError, match=r"differ in spec\.recovery\.recovery\.lr"):
         transfer_matrix.matrix(pd.concat([table, double]), "ppl")
+
+
+def test_a_dead_server_never_holds_up_the_end(finished, uri, monkeypatch):
+    """After the first error the thread stops trying; closing writes all that was missed."""
+    tracker = Tracker(uri, finished.plan, finished.store)
+    tracker.begin("test")
+    learned, tried, whole = key(finished.all(Learn)[0]), [], tracker._handle
+
+    def dead(event):
+        tried.append(event)
+        raise ConnectionError("away")
+
+    monkeypatch.setattr(tracker, "_handle", dead)
+    for step in range(50):
+        tracker.tell({"event": "progress", "key": learned, "step": step, "loss": 1.0})
+    tracker._events.put(None)
+    tracker._thread.join()
+    assert len(tried) == 1
+    assert "away" in tracker.trouble
+    monkeypatch.setattr(tracker, "_handle", whole)
+    tracker._thread = None
+    tracker.close("FINISHED")
+    assert len(runs(uri)) == 10
+
+
+def test_no_database_is_made_by_asking(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert transfer_matrix.main(["g"]) == 1
+    assert "there is no MLflow database" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_to_read_is_said(uri):

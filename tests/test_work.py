@@ -143,7 +143,8 @@ def test_the_papers_texts_on_a_real_model(tmp_path, monkeypatch):
         calibration={**text, "count": 16, "sampling": "crops"},
         sources="all",
         transfer="own",
-        recovery={"method": "soft_prompt", "k": 8, "text": {**text, "count": 200}, "validation": {"count": 8},
+        recovery={"method": "soft_prompt", "k": 8, "text": {**text, "documents": 1000, "count": 200},
+                  "validation": {"split": "train", "skip": 1000, "count": 8},
                   "steps": 40, "validate_every": 20, "lr": 0.02},
         measures=[{"method": "perplexity", "text": {"dataset": name, "split": split, "seq_len": 64, "count": 8}}
                   for name, split in (("c4", "validation"), ("wikitext2", "test"), ("ptb", "test"))],
