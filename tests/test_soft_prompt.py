@@ -177,7 +177,7 @@ def test_text_is_repeated_or_cut_to_k_rows():
         assert torch.equal(rows, table[ids])
     assert run(model, init="text", init_text="cab", tokenizer=tokenizer).embeddings.shape == (4, 32)
     with pytest.raises(ValueError, match="no tokens"):
-        initial_prompt(model, spec(init="text", init_text=""), tokenizer)
+        initial_prompt(model, spec(init="text", init_text="?"), lambda text, add_special_tokens: {"input_ids": []})
     with pytest.raises(ValueError, match="tokenizer"):
         run(model, init="text", init_text="cab")
 
