@@ -148,7 +148,7 @@ def test_killed_and_started_again_repeats_nothing(tmp_path, long_grid, start):
     assert "6 done, 4 to run" in text
     assert "interrupted at step" in text
     assert int(re.search(r"step (\d+)/", lines[-1])[1]) >= reached
-    os.kill(again.pid, signal.SIGINT)
+    os.killpg(again.pid, signal.SIGINT)  # as a terminal does: to the whole process group
     out, _ = again.communicate(timeout=60)
     assert again.returncode == 130, out
     assert "goes on from here" in out
