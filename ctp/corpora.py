@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctp import packaged_text
+from ctp.cache import sha256_file
 from ctp.methods import Windows
 from ctp.names import unknown
 from ctp.texts import CORPORA, SPLITS, Corpus, find, local_root, parse_corpus
@@ -83,8 +84,7 @@ def _sha256(path: Path) -> str:
     stat = path.stat()
     seen = (str(path), stat.st_size, stat.st_mtime_ns)
     if seen not in _hashes:
-        with path.open("rb") as handle:
-            _hashes[seen] = hashlib.file_digest(handle, "sha256").hexdigest()
+        _hashes[seen] = sha256_file(path)
     return _hashes[seen]
 
 
@@ -254,13 +254,14 @@ def text_stats(windows: "torch.Tensor", tokenizer: "PreTrainedTokenizerBase") ->
     unk = tokenizer.unk_token_id
     own = unk is not None and unk not in (tokenizer.bos_token_id, tokenizer.eos_token_id)
     return {
-        "tokenizer_sha256": _tokenizer_sha256(tokenizer),
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "tokens": windows.numel(),
         "unk": int((windows == unk).sum()) if own else 0,
     }
 
 
-def _tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
+def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Hex digest of how a tokenizer cuts text: its serialised backend, else its vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {"vocab": tokenizer.get_vocab()}
     for name in ("truncation", "padding"):  # left there by whoever called the tokenizer last

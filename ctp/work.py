@@ -181,7 +181,7 @@ _windows: dict[tuple[Windows, str], Tensor] = {}
 
 def token_windows(spec: Windows, tokenizer: Any, runtime: Runtime) -> Tensor:
     """The token ids (n, seq_len) that the spec names, kept for the next cell that asks."""
-    memo = (spec, corpora.text_stats(torch.zeros(1, 1, dtype=torch.long), tokenizer)["tokenizer_sha256"])
+    memo = (spec, corpora.tokenizer_sha256(tokenizer))
     if memo not in _windows:
         custom = {n: corpora.parse_corpus(n, d) for n, d in runtime.datasets.items()}
         corpus = corpora.find(spec.dataset, custom)
