@@ -22,7 +22,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ctp.compress import compress_model, stats
+from ctp.compression import compress_model, stats
 from ctp.evaluate.perplexity import perplexity
 from ctp.methods import Compression, Solver
 from ctp.models import load, locate

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ctp import corpora, models
-from ctp.compress import compress_model, pack, stats, unpack
+from ctp.compression import compress_model, pack, stats, unpack
 from ctp.evaluate.perplexity import perplexity
 from ctp.methods import Perplexity, SoftPrompt, Solver, Windows
 from ctp.pins import location

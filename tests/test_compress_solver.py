@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctp.compress.layer import check
-from ctp.compress.quantize import fit, nearest
-from ctp.compress.solver import factorise, solve
+from ctp.compression.layer import check
+from ctp.compression.quantize import fit, nearest
+from ctp.compression.solver import factorise, solve
 from ctp.methods import GPTQ, Solver, SparseGPT
 
 ROWS, COLUMNS = 24, 64

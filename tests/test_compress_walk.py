@@ -10,9 +10,9 @@ import torch
 from tiny import STORIES, STORIES_TEXT, random_windows, tiny_bloom, tiny_llama, tiny_opt
 from torch import nn
 
-from ctp.compress import compress_model, decoder_blocks, pack, stats, unpack
-from ctp.compress.blocks import capture, check_chain, shared_inputs
-from ctp.compress.walk import compress_block, hessians
+from ctp.compression import compress_model, decoder_blocks, pack, stats, unpack
+from ctp.compression.blocks import capture, check_chain, shared_inputs
+from ctp.compression.walk import compress_block, hessians
 from ctp.evaluate.perplexity import perplexity
 from ctp.methods import GPTQ, Solver, SparseGPT
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from ctp.compress import Layer, pack, stats, unpack
-from ctp.compress.pack import pack_bits, unpack_bits
+from ctp.compression import Layer, pack, stats, unpack
+from ctp.compression.pack import pack_bits, unpack_bits
 
 
 @st.composite

@@ -8,7 +8,7 @@ from tiny import STORIES
 from tinygrid import grid, model_folder, write_grid
 
 from ctp import gridfile, plan, work
-from ctp.compress import compress_model
+from ctp.compression import compress_model
 from ctp.evaluate.perplexity import perplexity
 from ctp.models import load
 from ctp.pins import Pins

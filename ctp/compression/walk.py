@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctp.compress.blocks import Batch, capture, check_chain, decoder_blocks, shared_inputs, stop, stopping
-from ctp.compress.layer import Layer, check
-from ctp.compress.solver import check_shape, factorise, solve
+from ctp.compression.blocks import Batch, capture, check_chain, decoder_blocks, shared_inputs, stop, stopping
+from ctp.compression.layer import Layer, check
+from ctp.compression.solver import check_shape, factorise, solve
 from ctp.methods import Solver
 
 Progress = Callable[[int, int], None]

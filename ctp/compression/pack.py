@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ctp.compress.layer import Layer
+from ctp.compression.layer import Layer
 
 FIELDS = ("shape", "codes", "scale", "zero", "g_idx", "mask", "values")
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ctp.compress.layer import Layer
-from ctp.compress.quantize import fit, to_storage
+from ctp.compression.layer import Layer
+from ctp.compression.quantize import fit, to_storage
 from ctp.methods import Solver, SparseGPT
 
 
