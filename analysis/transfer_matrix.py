@@ -12,8 +12,8 @@ import mlflow
 import pandas as pd
 
 from analysis.runs import AXES, NUMBERS, SOURCE, AnalysisError, evaluations, existing
-from ctp.store import Store, StoreError
-from ctp.track import default_store, tracking_uri
+from ctp.store import Store, StoreError, default_store
+from ctp.track import tracking_uri
 
 NO_PROMPT, REFERENCE = "no prompt", "dense, no prompt"
 

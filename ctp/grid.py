@@ -21,8 +21,8 @@ from ctp.plan import BUILD, TRANSFER, Plan, keep, make, states, where
 from ctp.progress import Printer, duration
 from ctp.resources import Resources, gpu_memory
 from ctp.spec import Runtime
-from ctp.store import Store, StoreError
-from ctp.track import Tracker, TrackError, default_store, tracking_uri
+from ctp.store import Store, StoreError, default_store
+from ctp.track import Tracker, TrackError, tracking_uri
 
 OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 

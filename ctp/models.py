@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -60,6 +61,22 @@ def load(location: str, revision: str, dtype: str = "auto", device: str = "cpu")
     return place(model, device).eval(), AutoTokenizer.from_pretrained(where, **extra)
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without progress bars, and with errors only."""
+    from transformers.utils import logging
+
+    bars, before = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def place(model: Any, device: str) -> Any:
     """The model on `device`; spread over the GPUs where this process has been given several."""
     import torch
@@ -80,15 +97,14 @@ def facts(location: str, revision: str) -> Facts:
         known = json.loads(memo.read_text())
         return Facts(**{**known, "in_features": tuple(known["in_features"])})
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     where, extra = _source(location, revision)
     try:
         config = AutoConfig.from_pretrained(where, **extra)
     except (OSError, ValueError, KeyError) as e:
         raise ValueError(f"the configuration of {location} cannot be read: {e}") from e
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = skeleton(config)
     inside = [m for n, m in model.named_modules() if ".layers." in n or ".h." in n]
     found = Facts(
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),
@@ -98,6 +114,15 @@ def facts(location: str, revision: str) -> Facts:
     )
     write_json(memo, asdict(found))
     return found
+
+
+def skeleton(config: Any) -> Any:
+    """The model of a configuration without weights: its modules, names and shapes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _source(location: str, revision: str) -> tuple[str, dict[str, Any]]:

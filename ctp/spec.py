@@ -34,7 +34,7 @@ class Cell(Spec):
 
 
 class Compress(Cell):
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     kind: ClassVar[str] = "compress"
 
     model: Model

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 import uuid
@@ -27,8 +28,14 @@ from ctp.cache import cache_dir, fill, sha256_file
 from ctp.labels import slug
 from ctp.spec import KINDS, Cell, canonical, key, to_json
 
+DEFAULT_STORE = "results/store"
 MANIFEST = "manifest.json"
 DAY = 24 * 3600.0
+
+
+def default_store() -> str:
+    """CTP_STORE, else results/store."""
+    return os.environ.get("CTP_STORE") or DEFAULT_STORE
 
 
 class StoreError(Exception):
@@ -79,13 +86,21 @@ class Store:
         """Where the cell's artifact lies or will lie."""
         return f"{self.root}/{cell.kind}/{_name(cell)}"
 
+    def glob(self, pattern: str) -> list[str]:
+        """Paths below the root, as they are now. Raises StoreError where the store does not answer."""
+        try:
+            self.fs.invalidate_cache()
+            return [str(p) for p in self.fs.glob(f"{self.root}/{pattern}")]
+        except Exception as e:  # whatever the object store's client raises
+            raise StoreError(f"store {self.uri!r} cannot be read: {type(e).__name__}: {e}") from e
+
     def has(self, cell: Cell) -> bool:
         """Is the cell done?"""
         return bool(self.fs.exists(f"{self.folder(cell)}/{MANIFEST}"))
 
     def done(self, cells: Iterable[Cell]) -> set[str]:
         """The keys of those cells that are done: one listing per kind, not one request per cell."""
-        found = {path.split("/")[-2] for kind in KINDS for path in self._glob(f"{kind}/*/{MANIFEST}")}
+        found = {path.split("/")[-2] for kind in KINDS for path in self.glob(f"{kind}/*/{MANIFEST}")}
         return {key(c) for c in cells if _name(c) in found}
 
     def manifest(self, cell: Cell) -> dict[str, Any]:
@@ -184,7 +199,7 @@ class Store:
     def failures(self) -> dict[str, str]:
         """key -> the last error, of every cell whose last try failed."""
         found = {}
-        for path in self._glob("failed/*.json"):
+        for path in self.glob("failed/*.json"):
             try:
                 record = json.loads(self.fs.cat_file(path))
                 found[record["key"]] = record["error"]
@@ -194,24 +209,16 @@ class Store:
 
     def started(self) -> dict[str, int]:
         """Folder name of a cell -> the step it had reached, of every cell that was interrupted."""
-        paths = self._glob(f"partial/*/step-*/{MANIFEST}")
+        paths = self.glob(f"partial/*/step-*/{MANIFEST}")
         return {p.split("/")[-3]: int(p.split("/")[-2].removeprefix("step-")) for p in sorted(paths)}
 
     # ---------------------------------------------------------------------- within
-
-    def _glob(self, pattern: str) -> list[str]:
-        """Paths below the root, as they are now. Raises StoreError where the store does not answer."""
-        try:
-            self.fs.invalidate_cache()
-            return [str(p) for p in self.fs.glob(f"{self.root}/{pattern}")]
-        except Exception as e:  # whatever the object store's client raises
-            raise StoreError(f"store {self.uri!r} cannot be read: {type(e).__name__}: {e}") from e
 
     def _partial(self, cell: Cell) -> str:
         return f"{self.root}/partial/{_name(cell)}"
 
     def _partial_steps(self, cell: Cell) -> list[str]:
-        found = self._glob(f"partial/{_name(cell)}/step-*/{MANIFEST}")
+        found = self.glob(f"partial/{_name(cell)}/step-*/{MANIFEST}")
         return sorted(p.removesuffix(f"/{MANIFEST}") for p in found)
 
     def _failure(self, cell: Cell) -> str:
@@ -288,3 +295,9 @@ def _verify(folder: Path, files: dict[str, dict[str, Any]]) -> None:
         path = folder / name
         if not path.is_file() or path.stat().st_size != said["size"] or sha256_file(path) != said["sha256"]:
             raise StoreError(f"{path} is not the file that its manifest names (torn or changed): remove {folder}")
+
+
+if __name__ == "__main__":
+    from ctp.artifacts import main
+
+    sys.exit(main())

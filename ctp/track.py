@@ -29,22 +29,16 @@ from ctp.labels import axes, slug
 from ctp.pins import Pins
 from ctp.plan import Node, Plan, make
 from ctp.spec import Learn
-from ctp.store import Store, StoreError
+from ctp.store import DEFAULT_STORE, Store, StoreError, default_store
 
 for _name in ("alembic", "mlflow.store.db.utils"):  # they tell of every table they make
     logging.getLogger(_name).setLevel(logging.WARNING)
 
-DEFAULT_STORE = "results/store"
 KEY, KIND, CURRENT, STUDIES, PARENT = "ctp.key", "ctp.kind", "ctp.current", "ctp.studies", "mlflow.parentRunId"
 
 
 class TrackError(Exception):
     """MLflow cannot be reached or does not take what it is given."""
-
-
-def default_store() -> str:
-    """CTP_STORE, else results/store."""
-    return os.environ.get("CTP_STORE") or DEFAULT_STORE
 
 
 def tracking_uri(store: str) -> str:

@@ -30,7 +30,7 @@ def evaluate(target=None, recovery=None):
 CELLS = [Compress(model=MODEL, compression="dense"), compress(), learn(), evaluate(), evaluate(recovery=learn())]
 
 # What ctp computed under these names stays found: a change here orphans every store there is.
-GOLDEN = "9384749959ca 199038adaeba 054fb764657a 166abd0fc612 854ed7232df3"
+GOLDEN = "4788966a788c 3ae0e291ea41 d9af52989167 a0e00248756b a0cb7c4990eb"
 
 
 def test_golden_keys():

@@ -50,13 +50,13 @@ class Layer:
             return weight.masked_scatter_(self.mask, self.values.to(dtype))
         assert self.scale is not None
         assert self.bits is not None
-        zero = 2 ** (self.bits - 1) if self.zero is None else self._spread(self.zero).float()
-        weight = (self.codes.float() - zero) * self._spread(self.scale).float()
+        zero = 2 ** (self.bits - 1) if self.zero is None else self.spread(self.zero).float()
+        weight = (self.codes.float() - zero) * self.spread(self.scale).float()
         if self.mask is not None:
             weight.masked_fill_(~self.mask, 0)
         return weight.to(dtype)
 
-    def _spread(self, per_group: Tensor) -> Tensor:
+    def spread(self, per_group: Tensor) -> Tensor:
         return per_group if per_group.shape[1] == 1 else per_group[:, self.groups()]
 
 
@@ -101,8 +101,8 @@ def _check_grid(layer: Layer, weight: Tensor, bits: int) -> None:
     tops = [int(t.max()) for t in (layer.codes, layer.zero) if t is not None and t.numel()]
     if any(top >= 2**bits for top in tops):
         raise ArithmeticError(f"code or zero point {max(tops)} does not fit into {bits} bits")
-    scale = layer._spread(layer.scale).float()
-    zero = torch.full_like(scale, 2 ** (bits - 1)) if layer.zero is None else layer._spread(layer.zero).float()
+    scale = layer.spread(layer.scale).float()
+    zero = torch.full_like(scale, 2 ** (bits - 1)) if layer.zero is None else layer.spread(layer.zero).float()
     steps = weight.float() / scale
     # The model's dtype may round a grid point: bfloat16 by 2^-9 of its value.
     slack = 1e-6 if weight.dtype == torch.float32 else torch.finfo(weight.dtype).eps

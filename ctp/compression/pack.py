@@ -7,7 +7,7 @@ significant first, so that 8 values fill b bytes and 3 bits waste nothing.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -72,13 +72,19 @@ def _pack(layer: Layer) -> dict[str, Tensor]:
 
 def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Layer]:
     """What `pack` made, back into layers. Raises ValueError on tensors that it did not make."""
+    return dict(unpack_layers(tensors))
+
+
+def unpack_layers(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Layer]]:
+    """What `pack` made, layer by layer: a large model need not be unpacked whole. Raises ValueError as `unpack`."""
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, field = key.rpartition(".")
         if field not in FIELDS:
             raise ValueError(f"{key!r} is no part of a packed layer; parts are {', '.join(FIELDS)}")
         parts.setdefault(name, {})[field] = tensor
-    return {name: _unpack(name, part) for name, part in parts.items()}
+    for name, part in parts.items():
+        yield name, _unpack(name, part)
 
 
 def _unpack(name: str, part: Mapping[str, Tensor]) -> Layer:

@@ -76,6 +76,7 @@ class _Grids:
     bits: int
     sym: bool
     mse: bool
+    model: torch.dtype
     size: int
     dynamic: bool  # fitted when the solver reaches a group, on the weights as they are then
     group: list[int]
@@ -84,7 +85,7 @@ class _Grids:
     span: tuple[Tensor, Tensor] = field(init=False)
 
     def set(self, group: int, weights: Tensor) -> None:
-        self.scale[group], self.zero[group] = fit(weights, self.bits, sym=self.sym, mse=self.mse)
+        self.scale[group], self.zero[group] = fit(weights, self.bits, sym=self.sym, mse=self.mse, model=self.model)
 
     def bounds(self) -> None:
         self.span = (-self.zero, 2**self.bits - 1 - self.zero)
@@ -101,7 +102,7 @@ class _Grids:
         return torch.clamp(steps, self.span[0][g], self.span[1][g], out=steps).mul_(self.scale[g])
 
 
-def _grids(original: Tensor, order: Tensor, compression: Solver) -> _Grids | None:
+def _grids(original: Tensor, order: Tensor, compression: Solver, model: torch.dtype) -> _Grids | None:
     """original: (columns, outputs) in the model's order."""
     bits: int | None = getattr(compression, "bits", None)
     if bits is None:
@@ -112,7 +113,7 @@ def _grids(original: Tensor, order: Tensor, compression: Solver) -> _Grids | Non
     group = order // size if static else torch.arange(columns) // size
     empty = original.new_ones(columns // size, rows)
     grids = _Grids(
-        bits, compression.sym, compression.scale == "mse", size, not static, group.tolist(), empty, empty.clone()
+        bits, compression.sym, compression.scale == "mse", model, size, not static, group.tolist(), empty, empty.clone()
     )
     if static:
         for g in range(columns // size):
@@ -179,7 +180,8 @@ def solve(weight: Tensor, inverse: Inverse, compression: Solver) -> tuple[Tensor
     original = weight.detach().to(inverse.upper.dtype).T.contiguous()
     original[inverse.dead] = 0
     work = original[inverse.order]
-    grids, pruning = _grids(original, inverse.order, compression), _pruning(work, compression)
+    grids = _grids(original, inverse.order, compression, weight.dtype)
+    pruning = _pruning(work, compression)
     block = _block(compression, len(work))
     for start in range(0, len(work), block):
         stop = min(start + block, len(work))
@@ -234,7 +236,7 @@ def _refit(work: Tensor, target: Tensor, damped: Tensor, grids: _Grids) -> None:
     ridge = 1e-4 * a.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30
     new = torch.linalg.solve(a + torch.diag_embed(ridge.expand_as(b)), b + ridge * old.T)
     sound = ((new > 0) & (new < 2 * old.T)).all(1, keepdim=True)
-    grids.scale = to_storage(torch.where(sound, new, old.T).T.contiguous())
+    grids.scale = to_storage(torch.where(sound, new, old.T).T.contiguous(), grids.model)
     torch.mul(steps, grids.scale[group], out=work)
 
 
@@ -261,7 +263,7 @@ def _finish(
         shape,
         bits=grids.bits,
         codes=codes,
-        scale=to_storage(grids.scale).T.to(torch.float16).contiguous().cpu(),
+        scale=grids.scale.T.to(torch.float16).contiguous().cpu(),
         zero=None if grids.sym else grids.zero.T.to(torch.uint8).contiguous().cpu(),
         g_idx=None if regular else g_idx,
         mask=mask,

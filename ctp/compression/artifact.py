@@ -1,0 +1,109 @@
+"""A compressed model without its modules, as it lies on disk, and back into an ordinary model."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ctp.compression.layer import Layer
+from ctp.compression.pack import pack, unpack_layers
+from ctp.models import place, quiet
+
+PACKED, REST = "compressed.safetensors", "rest.safetensors"
+_MISLOADED = ("missing_keys", "unexpected_keys", "mismatched_keys")
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """What a compressed model consists of.
+
+    packed: tensors of its compressed linears (see `pack`). rest: every other weight by name, tied ones once. config:
+    of the architecture, with no quantization of its own; `config.dtype` is what the model computes in. generation:
+    its defaults for `generate`, None where there are none.
+    """
+
+    packed: dict[str, Tensor]
+    rest: dict[str, Tensor]
+    config: Any
+    tokenizer: Any
+    generation: Any = None
+
+    @classmethod
+    def of(cls, model: Any, layers: Mapping[str, Layer], tokenizer: Any) -> "Compressed":
+        """A model whose linears have been compressed to `layers` (as `compress_model` gives them)."""
+        packed = {name: t.contiguous().cpu() for name, t in pack(layers).items()}
+        rest = _rest(model, {f"{name}.weight" for name in layers})
+        return cls(packed, rest, model.config, tokenizer, model.generation_config)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Compressed":
+        """What `save` wrote into `folder`."""
+        folder = Path(folder)
+        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+        own = (folder / "generation_config.json").is_file()
+        return cls(
+            load_file(folder / PACKED),
+            load_file(folder / REST),
+            AutoConfig.from_pretrained(folder),
+            AutoTokenizer.from_pretrained(folder),
+            GenerationConfig.from_pretrained(folder) if own else None,
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write packed linears, other weights, configuration and tokenizer into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.packed, folder / PACKED)
+        save_file(self.rest, folder / REST)
+        self.config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        if self.generation is not None:
+            self.generation.save_pretrained(folder)
+
+    def layers(self, device: str = "cpu") -> Iterator[tuple[str, Layer]]:
+        """The compressed linears by module name, unpacked on `device` one after the other."""
+        return unpack_layers({n: t.to(device) for n, t in self.packed.items()})
+
+    def model(self, device: str = "cpu") -> Any:
+        """An ordinary Hugging Face model in eval mode, its weights unpacked bit for bit.
+
+        Raises ValueError where the weights are not those of the architecture.
+        """
+        dtype = self.config.dtype
+        state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in self.rest.items()}
+        state |= {f"{name}.weight": layer.dense(dtype) for name, layer in self.layers(device)}
+        model = build(self.config, state)
+        if self.generation is not None:
+            model.generation_config = self.generation
+        return place(model, device).eval()
+
+
+def build(config: Any, state: dict[str, Tensor]) -> Any:
+    """A model with these weights. Raises ValueError naming a weight that is missing, unknown or of another shape."""
+    from transformers import AutoModelForCausalLM
+
+    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    with quiet():
+        model, info = kind.from_pretrained(
+            None, config=config, state_dict=state, dtype=config.dtype,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    wrong = [f"{what.removesuffix('_keys')} {sorted(info[what])[:3]}" for what in _MISLOADED if info[what]]
+    if wrong:
+        raise ValueError(f"these are not the weights of this {kind.__name__}: {', '.join(wrong)}")
+    return model
+
+
+def _rest(model: Any, packed: set[str]) -> dict[str, Tensor]:
+    """Every weight that is not packed; of weights that share memory (a tied head) only the first."""
+    out: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if name not in packed and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            out[name] = tensor.detach().cpu().contiguous()
+    return out

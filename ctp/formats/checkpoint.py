@@ -1,0 +1,113 @@
+"""Compressed models made elsewhere: a folder of AutoGPTQ, GPTQModel, llm-compressor, or a pruned one, as `Compressed`.
+
+Their weights are unpacked by ctp's own code: no foreign kernel ever computes with them or carries a gradient.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ctp.compression.artifact import Compressed
+from ctp.compression.blocks import decoder_blocks
+from ctp.compression.layer import Layer
+from ctp.compression.pack import pack
+from ctp.formats import compressed_tensors, gptq
+from ctp.models import skeleton
+
+READERS = {"gptq": gptq.layers, "compressed-tensors": compressed_tensors.layers}
+
+
+def quantization(folder: Path) -> dict[str, Any] | None:
+    """The quantization config of a checkpoint, from config.json or AutoGPTQ's quantize_config.json; None without one.
+
+    Raises ValueError where ctp cannot read that method.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    found: dict[str, Any] | None = config.get("quantization_config") or config.get("compression_config")
+    beside = folder / "quantize_config.json"
+    if found is None and beside.is_file():
+        found = {"quant_method": "gptq", **json.loads(beside.read_text())}
+    if found is not None and found.get("quant_method") not in READERS:
+        raise ValueError(f"quant_method = {found.get('quant_method')!r}: allowed: {', '.join(READERS)}")
+    return found
+
+
+def open_checkpoint(folder: Path, dtype: str = "auto", tokenizer: Any = None) -> Compressed:
+    """The compressed model in `folder`. dtype: what it computes in, "auto" as its config says.
+
+    tokenizer: the base model's; without one, the folder's own. Raises ValueError, in one sentence, where it is no
+    compressed model, in a format that ctp does not read, or not whole.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    said = quantization(folder)
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    bare = skeleton(config)
+    tensors = {_module_name(n, bare): t for n, t in _tensors(folder).items()}
+    found = _pruned(tensors, bare) if said is None else READERS[said["quant_method"]](tensors, said)
+    packed: dict[str, Tensor] = {}
+    used: set[str] = set()
+    for name, layer, parts in found:
+        packed |= pack({name: layer})
+        used |= parts
+    if not packed:
+        raise ValueError(f"{folder.name} holds no quantized and no pruned weights: it is a model, not a compressed one")
+    rest = {n: t for n, t in tensors.items() if n not in used and not _leftover(n, t, bare)}
+    return Compressed(packed, rest, config, tokenizer or AutoTokenizer.from_pretrained(folder))
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors: those of the index, else of model.safetensors, else of every .safetensors file."""
+    index = sorted(folder.glob("*.safetensors.index.json"))
+    if index:
+        names = sorted(set(json.loads(index[0].read_text())["weight_map"].values()))
+    elif (folder / "model.safetensors").is_file():
+        names = ["model.safetensors"]
+    else:
+        names = sorted(f.name for f in folder.glob("*.safetensors"))
+    out: dict[str, Tensor] = {}
+    for name in names:
+        path = folder / name
+        if path.parent.resolve() != folder.resolve() or not path.is_file():
+            raise ValueError(f"{index[0].name} names {name!r}, which is no file of {folder.name}")
+        out |= load_file(path)
+    return out
+
+
+def _module_name(name: str, bare: nn.Module) -> str:
+    """The tensor's name in the whole causal model: some checkpoints were saved without the head's prefix."""
+    prefix = str(getattr(bare, "base_model_prefix", ""))
+    first = name.partition(".")[0]
+    return f"{prefix}.{name}" if prefix and first not in dict(bare.named_children()) else name
+
+
+def _pruned(tensors: Mapping[str, Tensor], bare: nn.Module) -> Iterator[tuple[str, Layer, set[str]]]:
+    """Linears of the decoder blocks with so many zeros that a mask pays."""
+    prefix, blocks = decoder_blocks(bare)
+    for name in [f"{prefix}.{n}" for n, m in blocks.named_modules() if isinstance(m, nn.Linear)]:
+        weight = tensors.get(f"{name}.weight")
+        if weight is None:
+            continue  # told when the model is built: a weight is missing
+        mask = weight != 0
+        if int(mask.sum()) + weight.numel() / (8 * weight.element_size()) < weight.numel():
+            yield name, Layer((weight.shape[0], weight.shape[1]), mask=mask, values=weight[mask]), {f"{name}.weight"}
+
+
+def _leftover(name: str, tensor: Tensor, bare: nn.Module) -> bool:
+    """What old checkpoints carry along: buffers that transformers computes, all-zero biases of linears without bias."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return True
+    module, _, field = name.rpartition(".")
+    try:
+        linear = bare.get_submodule(module)
+    except AttributeError:
+        return False
+    return field == "bias" and isinstance(linear, nn.Linear) and linear.bias is None and not bool(tensor.any())

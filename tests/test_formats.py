@@ -1,0 +1,266 @@
+"""Other tools' checkpoints: what ctp writes, the real libraries open; what they write, ctp opens."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny import random_windows
+from tinygrid import ARCHITECTURES, VOCAB, byte_tokenizer
+from transformers import AutoModelForCausalLM
+
+from ctp.compression import Layer, compress_model
+from ctp.compression.artifact import Compressed
+from ctp.evaluate.perplexity import perplexity
+from ctp.formats import compressed_tensors, gptq
+from ctp.formats.checkpoint import open_checkpoint
+from ctp.formats.export import export
+from ctp.formats.words import from_words, to_words
+from ctp.methods import GPTQ, Solver, SparseGPT
+
+CHECKPOINTS = sorted(p.parent for p in (Path(__file__).parent / "checkpoints").glob("*/logits.safetensors"))
+SPECS = {
+    "4bit": GPTQ(bits=4, group_size=16),
+    "4bit-sym": GPTQ(bits=4, group_size=16, sym=True),
+    "3bit-channel": GPTQ(bits=3),
+    "2bit": GPTQ(bits=2, group_size=32),
+    "8bit-sym": GPTQ(bits=8, sym=True),
+    "static": GPTQ(bits=4, group_size=16, act_order=True, static_groups=True),
+    "joint": SparseGPT(sparsity=0.5, bits=4),
+}
+
+
+def compressed(spec: Solver, architecture: str = "llama", dtype: torch.dtype = torch.float32) -> Compressed:
+    """A tiny model compressed by the real solver; every linear fills whole words at any width."""
+    model = ARCHITECTURES[architecture](vocab=VOCAB, hidden=64).to(dtype)
+    model.config.dtype = dtype
+    layers = compress_model(model, random_windows(8, 24, VOCAB), spec)
+    return Compressed.of(model, layers, byte_tokenizer())
+
+
+def ppl(model, seed: int = 5) -> float:
+    return perplexity(model, random_windows(4, 24, VOCAB, seed)).ppl
+
+
+def same_weights(a, b) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+# ------------------------------------------------------------------------ bit streams
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([1, 2, 3, 4, 8]), st.integers(0, 5), st.integers(1, 70), st.integers(0, 2**31))
+def test_words_are_those_of_compressed_tensors(bits: int, rows: int, n: int, seed: int) -> None:
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    values = torch.randint(2**bits, (rows, n), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    words = to_words(values, bits)
+    assert torch.equal(from_words(words, bits, n), values)
+    if rows:
+        signed = (values.short() - 2 ** (bits - 1)).to(torch.int8)
+        assert torch.equal(words, pack_to_int32(signed, bits))
+
+
+def test_a_gptq_weight_lies_where_autogptq_looks_for_it() -> None:
+    """Read as AutoGPTQ's documentation of the format says, one weight at a time."""
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(16, (8, 32), generator=generator, dtype=torch.uint8)
+    zero = torch.randint(16, (8, 2), generator=generator, dtype=torch.uint8)
+    layer = Layer((8, 32), bits=4, codes=codes, scale=torch.rand(8, 2, generator=generator).half(), zero=zero)
+    stored = {n.removeprefix("w."): t for n, t in gptq.write("w", layer, sym=False).items()}
+    for i in range(32):
+        for o in range(8):
+            code = stored["qweight"][i // 8, o].item() >> 4 * (i % 8) & 15
+            g = stored["g_idx"][i]
+            z = stored["qzeros"][g, o // 8].item() >> 4 * (o % 8) & 15
+            assert (code - z) * stored["scales"][g, o].float() == layer.dense(torch.float32)[o, i]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_gptq_layers_come_back(bits: int, sym: bool, ordered: bool) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    size = (32, 64)
+    layer = Layer(
+        size,
+        bits=bits,
+        codes=torch.randint(2**bits, size, generator=generator, dtype=torch.uint8),
+        scale=torch.rand(32, 4, generator=generator).half(),
+        zero=None if sym else torch.randint(2**bits, (32, 4), generator=generator, dtype=torch.uint8),
+        g_idx=None if ordered else (torch.randperm(64, generator=generator) // 16).int(),
+    )
+    config = gptq.settings(bits, 16, sym, not ordered)
+    assert config["checkpoint_format"] == ("gptq" if sym else "gptq_v2")
+    ((name, back, parts),) = gptq.layers(gptq.write("a.b", layer, sym), config)
+    assert name == "a.b"
+    assert parts == {"a.b.qweight", "a.b.qzeros", "a.b.scales", "a.b.g_idx"}
+    assert torch.equal(back.dense(torch.float32), layer.dense(torch.float32))
+    assert (back.zero is None) == sym
+    assert (back.g_idx is None) == ordered
+
+
+# ------------------------------------------------------------------------------ export
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", SPECS)
+def test_exports_open_elsewhere_with_the_same_perplexity(tmp_path, architecture, name) -> None:
+    """transformers alone opens hf and compressed-tensors; in float32 nothing is rounded, so nothing may differ."""
+    model = compressed(SPECS[name], architecture)
+    expected = ppl(model.model())
+    for format in ("hf", "compressed-tensors"):
+        notes = export(model, tmp_path / format, format)
+        opened = AutoModelForCausalLM.from_pretrained(tmp_path / format)
+        assert ppl(opened) == pytest.approx(expected, rel=1e-6)
+        assert any("no mask" in n for n in notes) == (name == "joint" and format != "hf")
+    for format in ("gptq", "compressed-tensors"):
+        if format == "gptq":
+            export(model, tmp_path / format, format)
+        assert same_weights(open_checkpoint(tmp_path / format).model(), model.model())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_exports(tmp_path, dtype) -> None:
+    """Loaders round scales to the model's dtype: they must be such numbers already, or 3 bits lose 3 % here."""
+    model = compressed(SPECS["4bit"], dtype=dtype)
+    export(model, tmp_path / "x", "compressed-tensors")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+    assert opened.dtype == dtype
+    assert ppl(opened) == pytest.approx(ppl(model.model()), rel=1e-6)
+
+
+def test_what_a_format_cannot_hold_is_refused_in_words(tmp_path) -> None:
+    sparse = compressed(SparseGPT(sparsity=0.5))
+    for format in ("gptq", "compressed-tensors"):
+        with pytest.raises(ValueError, match="no form for pruned weights that are not quantized"):
+            export(sparse, tmp_path / format, format)
+    ordered = compressed(GPTQ(bits=4, group_size=16, act_order=True))
+    with pytest.raises(ValueError, match="static_groups: true, or export to gptq"):
+        export(ordered, tmp_path / "b", "compressed-tensors")
+    export(ordered, tmp_path / "gptq", "gptq")
+    assert same_weights(open_checkpoint(tmp_path / "gptq").model(), ordered.model())
+    with pytest.raises(ValueError, match="is not empty"):
+        export(ordered, tmp_path / "gptq", "hf")
+    with pytest.raises(ValueError, match="awq"):
+        export(ordered, tmp_path / "c", "awq")
+
+
+def test_a_linear_that_does_not_fill_words_is_refused(tmp_path) -> None:
+    model = ARCHITECTURES["llama"](vocab=VOCAB, hidden=32)  # keys have 16 outputs: of 3 bits, a word and a half
+    small = Compressed.of(model, compress_model(model, random_windows(8, 24, VOCAB), GPTQ(bits=3)), byte_tokenizer())
+    with pytest.raises(ValueError, match=r"k_proj: 16 outputs of 3 bits do not fill whole 32-bit words"):
+        export(small, tmp_path / "a", "gptq")
+    export(small, tmp_path / "b", "compressed-tensors")  # pads instead
+    assert same_weights(open_checkpoint(tmp_path / "b").model(), small.model())
+
+
+# ------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda p: p.name)
+def test_checkpoints_of_the_real_libraries_give_their_logits(folder) -> None:
+    """Written, and their logits computed, by GPTQModel and llm-compressor themselves (README there)."""
+    model = open_checkpoint(folder).model()
+    expected = load_file(folder / "logits.safetensors")
+    with torch.no_grad():
+        logits = model(expected["input_ids"].long()).logits.float()
+    # Their kernels multiply in another order: a few units in the last place of the dtype they compute in.
+    slack = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[model.dtype]
+    assert (logits - expected["logits"]).abs().max() <= slack * expected["logits"].abs().max()
+
+
+def test_a_pruned_folder_is_a_checkpoint(tmp_path) -> None:
+    model = compressed(SparseGPT(sparsity=0.6))
+    export(model, tmp_path / "pruned", "hf")
+    back = open_checkpoint(tmp_path / "pruned")
+    assert set(back.packed) == set(model.packed)
+    assert all(torch.equal(back.packed[n], model.packed[n]) for n in model.packed)
+    assert same_weights(back.model(), model.model())
+
+
+def test_names_without_the_heads_prefix_and_idle_biases(tmp_path) -> None:
+    """As the oldest AutoGPTQ wrote Llama: a zero bias for every linear, an inverse frequency for every block."""
+    model = compressed(SPECS["4bit-sym"])
+    export(model, tmp_path / "x", "gptq")
+    tensors = load_file(tmp_path / "x" / "model.safetensors")
+    linears = [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]
+    tensors |= {f"{n}.bias": torch.zeros(tensors[f"{n}.scales"].shape[1]).half() for n in linears}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    (tmp_path / "x" / "model.safetensors").unlink()
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    del config["quantization_config"]  # quantize_config.json alone, as AutoGPTQ had it
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
+    named = tmp_path / "x" / "gptq_model-4bit-16g.safetensors"
+    save_file({n.removeprefix("model."): t for n, t in tensors.items()}, named)
+    assert same_weights(open_checkpoint(tmp_path / "x").model(), model.model())
+    tensors[f"{linears[0]}.bias"] += 1
+    save_file(tensors, named)
+    with pytest.raises(ValueError, match=r"not the weights of this LlamaForCausalLM: unexpected .*bias"):
+        open_checkpoint(tmp_path / "x").model()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quant_method": "awq"}, "quant_method = 'awq': allowed: gptq, compressed-tensors"),
+        ({"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin': allowed: gptq, gptq_v2"),
+    ],
+)
+def test_a_foreign_format_is_refused(tmp_path, change, message) -> None:
+    export(compressed(SPECS["4bit-sym"]), tmp_path / "x", "gptq")
+    path = tmp_path / "x" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= change
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(tmp_path / "x")
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path) -> None:
+    export(compressed(SPECS["4bit"]), tmp_path / "x", "gptq")
+    path = tmp_path / "x" / "model.safetensors"
+    tensors = load_file(path)
+    gone = "model.layers.1.mlp.up_proj"
+    save_file({n: t for n, t in tensors.items() if n != f"{gone}.qzeros"}, path)
+    with pytest.raises(ValueError, match=rf"{gone}: no GPTQ layer: .*qzeros"):
+        open_checkpoint(tmp_path / "x")
+    save_file({n: t for n, t in tensors.items() if not n.startswith(gone)}, path)
+    with pytest.raises(ValueError, match=rf"missing \['{gone}.weight'\]"):
+        open_checkpoint(tmp_path / "x").model()
+    save_file({**tensors, f"{gone}.qweight": tensors[f"{gone}.qweight"][:4]}, path)
+    with pytest.raises(ValueError, match=gone):
+        open_checkpoint(tmp_path / "x").model()
+    dense = ARCHITECTURES["llama"](vocab=VOCAB)
+    dense.save_pretrained(tmp_path / "dense")
+    with pytest.raises(ValueError, match="holds no quantized and no pruned weights"):
+        open_checkpoint(tmp_path / "dense", tokenizer=byte_tokenizer())
+    (tmp_path / "x" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+    with pytest.raises(ValueError, match="which is no file of x"):
+        open_checkpoint(tmp_path / "x")
+
+
+def test_zero_points_of_version_1_survive_borrows() -> None:
+    """Lowered by whole words, a zero point of 0 borrows from its neighbour; raising by whole words gives it back."""
+    zero = torch.tensor([[0, 5, 0, 15, 8, 1, 0, 7]], dtype=torch.uint8)
+    codes = torch.arange(8 * 8, dtype=torch.uint8).view(8, 8) % 16
+    layer = Layer((8, 8), bits=4, codes=codes, scale=torch.ones(8, 1).half(), zero=zero.T.contiguous())
+    tensors = gptq.write("w", layer, sym=False)
+    tensors["w.qzeros"] = tensors["w.qzeros"] - 0x11111111
+    ((_, back, _),) = gptq.layers(tensors, {"bits": 4, "checkpoint_format": "gptq"})
+    assert torch.equal(back.dense(torch.float32), layer.dense(torch.float32))
+
+
+def test_old_checkpoints_of_compressed_tensors_may_have_reordered_groups() -> None:
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(16, (4, 32), generator=generator, dtype=torch.uint8)
+    layer = Layer((4, 32), bits=4, codes=codes, scale=torch.rand(4, 2, generator=generator).half())
+    g_idx = (torch.randperm(32, generator=generator) // 16).int()
+    tensors = {**compressed_tensors.write("w", layer, sym=True), "w.weight_g_idx": g_idx}
+    ((_, back, _),) = compressed_tensors.layers(tensors, compressed_tensors.settings(4, 16, True, []))
+    assert torch.equal(back.groups(), g_idx.long())
