@@ -1,1 +1,21 @@
 """Compress, Then Prompt."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ctp.api import compress, learn_prompt, load
+    from ctp.formats.export import export
+    from ctp.recover.prompted import attach_prompt
+
+__all__ = ["attach_prompt", "compress", "export", "learn_prompt", "load"]
+
+_WHERE = {"attach_prompt": "ctp.recover.prompted", "export": "ctp.formats.export"}
+
+
+def __getattr__(name: str) -> Any:
+    """These come when they are asked for: torch and transformers take seconds, and planning needs neither."""
+    if name not in __all__:
+        raise AttributeError(f"module 'ctp' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_WHERE.get(name, "ctp.api")), name)

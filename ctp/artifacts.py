@@ -1,0 +1,204 @@
+"""`python -m ctp.store`: what lies in a store, and how to get it out.
+
+ls                        every artifact, with its size and, for models, its true ratio against float16
+export KEY DIR --format   a folder that Hugging Face, vLLM, GPTQModel or PEFT opens
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ctp.labels import slug
+from ctp.methods import Dense
+from ctp.models import locate
+from ctp.spec import KINDS, Cell, Compress, Learn, Runtime, from_json, key
+from ctp.store import MANIFEST, Store, StoreError, default_store
+
+OK, USAGE, UNREACHABLE = 0, 2, 3
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+FORMATS = ("hf", "compressed-tensors", "gptq", "peft")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One artifact: its key, its cell's kind, its readable name, its size in bytes and its manifest."""
+
+    key: str
+    kind: str
+    name: str
+    size: int
+    manifest: dict[str, Any]
+
+
+def entries(store: Store, kinds: tuple[str, ...] = tuple(KINDS)) -> list[Entry]:
+    """Every finished artifact, by kind and name. Raises StoreError where a manifest cannot be read."""
+    paths = sorted(path for kind in kinds for path in store.glob(f"{kind}/*/{MANIFEST}"))
+    out = []
+    for path in paths:
+        try:
+            said = json.loads(store.fs.cat_file(path))
+            size = sum(f["size"] for f in said["files"].values())
+            name = path.split("/")[-2].removesuffix(f"-{said['key'][:12]}")
+            out.append(Entry(said["key"], said["kind"], name, size, said))
+        except (ValueError, KeyError) as e:
+            raise StoreError(f"{path} is no manifest ({type(e).__name__}: {e})") from e
+    return sorted(out, key=lambda e: (kinds.index(e.kind), e.name))
+
+
+def find(store: Store, text: str) -> tuple[Cell, dict[str, Any]]:
+    """The cell and manifest of the one artifact whose key begins with `text` (6 hex digits or more).
+
+    Raises ValueError where there is none, several, or one of another version of ctp.
+    """
+    if len(text) < 6 or not set(text) <= set("0123456789abcdef"):
+        raise ValueError(f"{text!r} is no key: 6 to 64 hex digits, as `python -m ctp.store ls` prints them")
+    found = [p for kind in KINDS for p in store.glob(f"{kind}/*-{text[:12]}*/{MANIFEST}")]
+    manifests = [m for m in (json.loads(store.fs.cat_file(p)) for p in found) if m["key"].startswith(text)]
+    if len(manifests) != 1:
+        what = "no artifact" if not manifests else f"{len(manifests)} artifacts"
+        raise ValueError(f"{what} in {store.uri} with a key that begins with {text!r}")
+    (manifest,) = manifests
+    try:
+        cell = from_json(manifest)
+        same = key(cell) == manifest["key"]
+    except (ValueError, KeyError):
+        same = False
+    if not same:
+        raise ValueError(f"{text} was made by another version of ctp, which meant something else by it")
+    return cell, manifest
+
+
+def load_key(text: str, uri: str | None, device: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of the Compress or Learn cell with that key, a learned prompt or adapter attached.
+
+    Raises ValueError where it is no model, or the base model is not where it was; StoreError from the store.
+    """
+    from ctp.recover.adapter import attach_adapter  # torch and transformers: not for `ls`
+    from ctp.work import open_model
+
+    store = Store(uri or default_store())
+    cell, _ = find(store, text)
+    if not isinstance(cell, Compress | Learn):
+        raise ValueError(f"{text} is an evaluation ({slug(cell)}): there is no model in it")
+    base = cell.source if isinstance(cell, Learn) else cell
+    model, tokenizer = open_model(base, store, _runtime(base, store), device)
+    if isinstance(cell, Learn):
+        model = attach_adapter(model, store.fetch(cell))
+    return model, tokenizer
+
+
+def export_key(text: str, store: Store, folder: Path, format: str) -> list[str]:
+    """Write the artifact with that key into `folder`; returns what a reader must know. Raises as `load_key`."""
+    from ctp.compression.artifact import Compressed
+    from ctp.formats.export import check_empty, export
+    from ctp.work import open_model
+
+    cell, _ = find(store, text)
+    allowed = _formats(cell)
+    if format not in allowed:
+        why = ", ".join(allowed) if allowed else "none, it is an evaluation"
+        raise ValueError(f"--format {format}: for {slug(cell)} allowed: {why}")
+    check_empty(folder)
+    if isinstance(cell, Learn):
+        source = store.fetch(cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in PEFT_FILES:
+            shutil.copyfile(source / name, folder / name)
+        return [f"Learned through {slug(cell.source)}: PeftModel.from_pretrained(that model, {str(folder)!r})."]
+    assert isinstance(cell, Compress)
+    if isinstance(cell.compression, Dense):
+        for part in open_model(cell, store, _runtime(cell, store), "cpu"):
+            part.save_pretrained(folder)
+        return []
+    return export(Compressed.open(store.fetch(cell)), folder, format)
+
+
+def _formats(cell: Cell) -> tuple[str, ...]:
+    if isinstance(cell, Learn):
+        return ("peft",)
+    if not isinstance(cell, Compress):
+        return ()
+    return ("hf",) if isinstance(cell.compression, Dense) else ("hf", "compressed-tensors", "gptq")
+
+
+def _runtime(cell: Compress, store: Store) -> Runtime:
+    """Where a dense artifact's model lies: where it lay when the artifact was made, if it is still the same."""
+    if not isinstance(cell.compression, Dense):
+        return Runtime()
+    where = store.manifest(cell)["location"]
+    revision = locate(where.removeprefix("hub:"), cell.model.revision if where.startswith("hub:") else "")[1]
+    if revision != cell.model.revision:
+        raise ValueError(f"the model at {where} is no longer the one of {slug(cell)}: its revision is {revision}")
+    return Runtime(locations={f"{cell.model.name}@{cell.model.revision}": where})
+
+
+# ------------------------------------------------------------------ command line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 2 bad usage, 3 store unreachable or damaged."""
+    args = parser().parse_args(argv)
+    try:
+        store = Store(args.store)
+        if args.command == "ls":
+            print(table(entries(store, (args.kind,) if args.kind else tuple(KINDS))))
+            return OK
+        for note in export_key(args.key, store, args.folder, args.format):
+            print(note)
+        print(f"Written to {args.folder}")
+        return OK
+    except ValueError as e:
+        print(f"ctp.store: {e}", file=sys.stderr)
+        return USAGE
+    except StoreError as e:
+        print(f"ctp.store: {e}", file=sys.stderr)
+        return UNREACHABLE
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m ctp.store", description="What lies in a store, and how to get it out.")
+    p.add_argument("--store", default=default_store(), metavar="URI", help="CTP_STORE; default %(default)s")
+    commands = p.add_subparsers(dest="command", required=True)
+    ls = commands.add_parser("ls", help="every artifact, its size and what it saves against float16")
+    ls.add_argument("--kind", choices=tuple(KINDS))
+    ex = commands.add_parser("export", help="a folder that other tools open")
+    ex.add_argument("key", metavar="KEY", help="6 or more digits of an artifact's key, as ls prints it")
+    ex.add_argument("folder", metavar="DIR", type=Path, help="new or empty")
+    ex.add_argument("--format", required=True, choices=FORMATS, help="hf: an ordinary model; compressed-tensors: its "
+                    "pack-quantized; gptq: AutoGPTQ's; peft: a prompt or adapter")  # fmt: skip
+    return p
+
+
+def table(found: list[Entry]) -> str:
+    """A line per artifact. Ratios are float16 bytes over stored bytes, scales, zero points and masks included."""
+    head = ("key", "kind", "size", "model", "linears", "bits/weight", "artifact")
+    lines = [head, *(_line(e) for e in found)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = {0, 1, 6}  # columns flush left
+    rows = [
+        "  ".join(v.ljust(w) if i in text else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    return "\n".join([*(r.rstrip() for r in rows), "", "model, linears: float16 bytes / stored bytes"])
+
+
+def _line(e: Entry) -> tuple[str, ...]:
+    metrics = e.manifest.get("metrics", {})
+
+    def shown(name: str, form: str) -> str:
+        return form.format(metrics[name]) if name in metrics else "-"
+
+    ratios = (shown("model_ratio", "{:.2f}x"), shown("linear_ratio", "{:.2f}x"), shown("bits_per_weight", "{:.2f}"))
+    return e.key[:12], e.kind, _size(e.size), *ratios, e.name
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
