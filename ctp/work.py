@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ctp import corpora, models
-from ctp.compression import compress_model, pack, stats, unpack
+from ctp.compression import compress_model, pack, stats, unpack_each
 from ctp.evaluate.perplexity import perplexity
 from ctp.methods import Perplexity, SoftPrompt, Solver, Windows
 from ctp.pins import location
@@ -69,12 +69,16 @@ def _compress(cell: Compress, draft: Draft, runtime: Runtime, device: str, repor
     ids = token_windows(cell.calibration, tokenizer, runtime).to(device)
     # Not Runtime.batch: sums in another order round a weight to another code here and there.
     layers = compress_model(model, ids, spec, progress=lambda n, of: report({"step": n, "steps": of}))
-    packed = {name: t.contiguous().cpu() for name, t in pack(layers).items()}
+    packed = {name: t.cpu() for name, t in pack(layers).items()}
+    for name, layer in unpack_each(packed):
+        weight = model.get_parameter(f"{name}.weight").cpu()
+        if not torch.equal(layer.dense(weight.dtype), weight):
+            raise ArithmeticError(f"{name}: unpacking does not give the model's weight")
     save_file(packed, draft.path / PACKED)
     save_file(_rest(model, {f"{name}.weight" for name in layers}), draft.path / REST)
     model.config.save_pretrained(draft.path)
     tokenizer.save_pretrained(draft.path)
-    return stats(layers, model)
+    return stats(layers, model, packed)
 
 
 def _rest(model: Any, packed: set[str]) -> dict[str, Tensor]:
@@ -164,7 +168,7 @@ def open_compressed(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
 
     config = AutoConfig.from_pretrained(folder)
     state = load_file(folder / REST)
-    for name, layer in unpack(load_file(folder / PACKED)).items():
+    for name, layer in unpack_each(load_file(folder / PACKED)):
         state[f"{name}.weight"] = layer.dense(config.dtype)
     kind = AutoModelForCausalLM._model_mapping[type(config)]
     model = kind.from_pretrained(None, config=config, state_dict=state, dtype=config.dtype)
