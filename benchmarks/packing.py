@@ -2,8 +2,8 @@
 
     python -m benchmarks.packing [--device cpu|cuda] [--repeats N] [--threads N]
 
-Prints a markdown table: median seconds and spread ((max - min) / median) of each, and gigabytes of the dense float16
-weight per second, next to clone() of that weight, which is the memory's speed, and where compressed-tensors is
+Prints a markdown table: the median time of each, half its range over it, and gigabytes of the dense float16 weight
+per second, next to clone() of that weight, which is the memory's speed, and where compressed-tensors is
 installed, to its pack_to_int32 and unpack_from_int32. Those handle the codes alone: unpacking does not compute weights,
 scales and zero points stay outside, and nothing is sparse: their peer is `unpack`, the step before `to float16`, which
 is unpacking and computing the dense weight. `x clone` is a time over the clone's.

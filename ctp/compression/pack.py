@@ -22,7 +22,7 @@ UNSIGNED = (None, torch.float16, torch.bfloat16)  # the types in `shape`
 
 
 def pack(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
-    """Compressed layers by module name -> tensors by `module name.field`, on the layers' devices."""
+    """Compressed layers by module name -> tensors by `module name.field`, on the layers' devices; shapes on the CPU."""
     return {f"{name}.{field}": t for name, layer in layers.items() for field, t in _pack(layer).items()}
 
 
