@@ -22,7 +22,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ctp.compression import compress_model, stats
+from ctp.compression import compress_model, pack, stats
 from ctp.evaluate.perplexity import perplexity
 from ctp.methods import Compression, Solver
 from ctp.models import load, locate
@@ -43,7 +43,7 @@ def measure(model: nn.Module, row: dict[str, Any], tokens: dict[str, Tensor], pl
     layers = compress_model(model, tokens["calibration"].long(), compression)
     seconds = time.perf_counter() - start
     ppl = perplexity(model, tokens["evaluation"].long()).ppl
-    return {"ppl": ppl, "seconds": seconds, **stats(layers, model)}
+    return {"ppl": ppl, "seconds": seconds, **stats(pack(layers), {}, model.dtype)}
 
 
 def best(row: dict[str, Any], columns: dict[str, str]) -> float | None:

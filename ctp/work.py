@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ctp import corpora, models
-from ctp.compression import compress_model, pack, stats, unpack
+from ctp.compression import compress_model
+from ctp.compression.artifact import Compressed
 from ctp.evaluate.perplexity import perplexity
-from ctp.methods import Perplexity, SoftPrompt, Solver, Windows
+from ctp.methods import Dense, Perplexity, SoftPrompt, Solver, Windows
 from ctp.pins import location
 from ctp.recover.soft_prompt import learn
 from ctp.recover.state import TrainState, load_prompt
@@ -26,7 +26,6 @@ from ctp.spec import Cell, Compress, Evaluate, Learn, Runtime, key
 from ctp.store import Draft, Store
 
 Report = Callable[[dict[str, Any]], None]
-PACKED, REST = "compressed.safetensors", "rest.safetensors"
 LIBRARIES = ("torch", "transformers", "accelerate", "ray", "mlflow", "safetensors")
 
 
@@ -59,9 +58,12 @@ def execute(cell: Cell, store: Store, runtime: Runtime, report: Report) -> None:
 
 def _compress(cell: Compress, draft: Draft, runtime: Runtime, device: str, report: Report) -> dict[str, float]:
     spec = cell.compression
-    if not isinstance(spec, Solver):  # dense: the model itself is the artifact, at its pinned revision
-        size = models.facts(location(runtime.locations, cell.model), cell.model.revision).parameters
+    if isinstance(spec, Dense):  # the model itself is the artifact, at its pinned revision
+        draft.record["location"] = location(runtime.locations, cell.model)
+        size = models.facts(draft.record["location"], cell.model.revision).parameters
         return {"parameters": size, "sparsity": 0.0}
+    if not isinstance(spec, Solver):
+        raise TypeError(f"nothing here compresses by {spec.method}")
     assert cell.calibration is not None
     global _held
     _held = None  # the model of the cell before would stay in memory beside the one to compress
@@ -69,23 +71,9 @@ def _compress(cell: Compress, draft: Draft, runtime: Runtime, device: str, repor
     ids = token_windows(cell.calibration, tokenizer, runtime).to(device)
     # Not Runtime.batch: sums in another order round a weight to another code here and there.
     layers = compress_model(model, ids, spec, progress=lambda n, of: report({"step": n, "steps": of}))
-    packed = {name: t.contiguous().cpu() for name, t in pack(layers).items()}
-    save_file(packed, draft.path / PACKED)
-    save_file(_rest(model, {f"{name}.weight" for name in layers}), draft.path / REST)
-    model.config.save_pretrained(draft.path)
-    tokenizer.save_pretrained(draft.path)
-    return stats(layers, model)
-
-
-def _rest(model: Any, packed: set[str]) -> dict[str, Tensor]:
-    """Every weight that is not packed; of weights that share memory (a tied head) only the first."""
-    out: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if name not in packed and tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            out[name] = tensor.detach().cpu().contiguous()
-    return out
+    small = Compressed.of(model, layers, tokenizer)
+    small.save(draft.path)
+    return small.stats()
 
 
 def _learn(cell: Learn, draft: Draft, store: Store, runtime: Runtime, device: str, report: Report) -> dict[str, float]:
@@ -150,25 +138,16 @@ def load_compressed(cell: Compress, store: Store, runtime: Runtime, device: str)
     global _held
     if _held is None or _held[0] != key(cell):
         _held = None  # free the old weights before the new ones come
-        if not isinstance(cell.compression, Solver):
-            model, tokenizer = _load_base(cell, runtime, device)
-        else:
-            model, tokenizer = open_compressed(store.fetch(cell), device)
-        _held = key(cell), model, tokenizer
+        _held = key(cell), *open_model(cell, store, runtime, device)
     return _held[1], _held[2]
 
 
-def open_compressed(folder: Path, device: str = "cpu") -> tuple[Any, Any]:
-    """(model in eval mode, tokenizer) of a compressed model's folder, unpacked to ordinary weights bit-exactly."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    config = AutoConfig.from_pretrained(folder)
-    state = load_file(folder / REST)
-    for name, layer in unpack(load_file(folder / PACKED)).items():
-        state[f"{name}.weight"] = layer.dense(config.dtype)
-    kind = AutoModelForCausalLM._model_mapping[type(config)]
-    model = kind.from_pretrained(None, config=config, state_dict=state, dtype=config.dtype)
-    return models.place(model, device).eval(), AutoTokenizer.from_pretrained(folder)
+def open_model(cell: Compress, store: Store, runtime: Runtime, device: str) -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer) of a finished Compress cell, unpacked to ordinary weights bit for bit."""
+    if isinstance(cell.compression, Dense):
+        return _load_base(cell, runtime, device)
+    small = Compressed.open(store.fetch(cell))
+    return small.model(device), small.tokenizer
 
 
 def _load_base(cell: Compress, runtime: Runtime, device: str) -> tuple[Any, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_formats import SPECS, compressed, same_weights
+from test_formats import same_weights
 from test_work import Bench
 from tiny import tiny_llama
 from tinygrid import VOCAB, byte_tokenizer, model_folder
@@ -98,7 +98,7 @@ def test_a_lora_adapter_is_loaded_with_its_base(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, t: ctp.compress(m, t, {"method": "gptq", "bits": 5}, texts()), r"spec.bits = 5: should be 2, 3, 4 or 8"),
+        (lambda m, t: ctp.compress(m, t, {"method": "gptq", "bits": 5}, []), r"spec.bits = 5: should be 2, 3, 4 or 8"),
         (lambda m, t: ctp.compress(m, t, {"method": "dense"}, texts()), "calibrated methods only: gptq, sparsegpt"),
         (lambda m, t: ctp.compress(m, t, {"method": "gptq", "bits": 4}, "one text"), "texts: a list of documents"),
         (lambda m, t: ctp.compress(m, t, {"method": "gptq", "bits": 4}, ["short"]), "0 windows of 64"),
@@ -145,11 +145,12 @@ def test_models_and_prompts_are_loaded_by_key(bench) -> None:
 
 
 def test_a_changed_base_model_is_noticed(tmp_path) -> None:
-    own = Bench(tmp_path, model_folder(tmp_path / "tiny", hidden=64), compression=["dense"], sources=None, recovery=None)
+    folder = model_folder(tmp_path / "tiny")
+    own = Bench(tmp_path, folder, compression=["dense"], sources=None, recovery=None)
     (dense,) = own.all(Compress)
     own.execute(dense)
     ctp.load(key(dense), store=own.store.uri)
-    model_folder(tmp_path / "tiny", hidden=64, seed=1)
+    model_folder(folder, seed=1)
     with pytest.raises(ValueError, match="is no longer the one of tiny_dense"):
         ctp.load(key(dense), store=own.store.uri)
 
@@ -176,13 +177,18 @@ def test_ls_tells_true_ratios(bench, capsys) -> None:
 
 def test_export_from_the_command_line(bench, tmp_path, capsys) -> None:
     def run(cell, format, name):
-        return artifacts.main(["--store", bench.store.uri, "export", key(cell)[:12], str(tmp_path / name), "--format", format])
+        return artifacts.main(
+            ["--store", bench.store.uri, "export", key(cell)[:12], str(tmp_path / name), "--format", format]
+        )
 
     gptq = next(c for c in bench.all(Compress) if c.compression.label == "gptq-3bit")
     for format in ("hf", "compressed-tensors", "gptq"):
         assert run(gptq, format, format) == 0
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "compressed-tensors")
-    assert torch.equal(opened(torch.arange(9)[None]).logits, ctp.load(key(gptq), store=bench.store.uri)[0](torch.arange(9)[None]).logits)
+    assert torch.equal(
+        opened(torch.arange(9)[None]).logits,
+        ctp.load(key(gptq), store=bench.store.uri)[0](torch.arange(9)[None]).logits,
+    )
     assert AutoTokenizer.from_pretrained(tmp_path / "gptq")("abc")["input_ids"]
     learn = bench.all(Learn)[0]
     assert run(learn, "peft", "peft") == 0

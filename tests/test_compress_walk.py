@@ -65,7 +65,7 @@ def test_only_the_blocks_linears_change_and_the_layers_hold_them(case, spec):
     for name in layers:
         assert name.startswith(f"{prefix}.")
         assert torch.equal(back[name].dense(torch.float32), after[f"{name}.weight"])
-    sizes = stats(layers, model)
+    sizes = stats(pack(layers), {}, model.dtype)
     assert sizes["sparsity"] == pytest.approx(zeros_of(spec), abs=2e-3)
     assert sizes["packed_bytes"] < sizes["dense_bytes"]
 

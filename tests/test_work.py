@@ -8,7 +8,7 @@ from tiny import STORIES
 from tinygrid import grid, model_folder, write_grid
 
 from ctp import gridfile, plan, work
-from ctp.compression import compress_model
+from ctp.compression import artifact, compress_model, pack
 from ctp.evaluate.perplexity import perplexity
 from ctp.models import load
 from ctp.pins import Pins
@@ -75,11 +75,26 @@ def test_a_stored_model_is_bit_for_bit_the_one_that_was_compressed(bench):
         assert torch.equal(stored(ids[:1]).logits, model(ids[:1]).logits)  # buffers outside the state dict too
 
 
+def test_what_does_not_unpack_to_the_weights_is_not_stored(tmp_path, llama_folder, monkeypatch):
+    bench = Bench(tmp_path, llama_folder)
+    cell = next(c for c in bench.all(Compress) if c.compression.label == "gptq-3bit")
+
+    def careless(layers):
+        packed = pack(layers)
+        packed["model.layers.0.mlp.up_proj.codes"][0] ^= 1
+        return packed
+
+    monkeypatch.setattr(artifact, "pack", careless)
+    with pytest.raises(ArithmeticError, match=r"^model\.layers\.0\.mlp\.up_proj: unpacking"):
+        bench.execute(cell)
+    assert not bench.store.has(cell)
+
+
 def test_numbers_are_those_of_the_stored_artifacts(bench):
     cell = next(c for c in bench.all(Evaluate) if c.recovery and c.target.compression.label == "gptq-3bit")
     for each in (*cell.recovery.inputs, cell.recovery, cell):
         bench.execute(each)
-    model, tokenizer = work.open_compressed(bench.store.fetch(cell.target))
+    model, tokenizer = work.open_model(cell.target, bench.store, bench.runtime, "cpu")
     ids = work.token_windows(cell.measure.text, tokenizer, bench.runtime)
     prompt = load_prompt(bench.store.fetch(cell.recovery))
     again = perplexity(model, ids, prompt, batch=bench.runtime.batch)

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ctp.compression.layer import Layer
-from ctp.compression.pack import pack, unpack_layers
+from ctp.compression.pack import pack, stats, unpack_each
 from ctp.models import place, quiet
 
 PACKED, REST = "compressed.safetensors", "rest.safetensors"
@@ -33,8 +34,15 @@ class Compressed:
 
     @classmethod
     def of(cls, model: Any, layers: Mapping[str, Layer], tokenizer: Any) -> "Compressed":
-        """A model whose linears have been compressed to `layers` (as `compress_model` gives them)."""
-        packed = {name: t.contiguous().cpu() for name, t in pack(layers).items()}
+        """A model whose linears have been compressed to `layers` (as `compress_model` gives them).
+
+        Raises ArithmeticError naming the linear where unpacking does not give the very weight that lies in the model.
+        """
+        packed = {name: t.cpu() for name, t in pack(layers).items()}
+        for name, layer in unpack_each(packed):
+            weight = model.get_parameter(f"{name}.weight").detach().cpu()
+            if not torch.equal(layer.dense(weight.dtype), weight):
+                raise ArithmeticError(f"{name}: unpacking does not give the model's weight")
         rest = _rest(model, {f"{name}.weight" for name in layers})
         return cls(packed, rest, model.config, tokenizer, model.generation_config)
 
@@ -66,7 +74,11 @@ class Compressed:
 
     def layers(self, device: str = "cpu") -> Iterator[tuple[str, Layer]]:
         """The compressed linears by module name, unpacked on `device` one after the other."""
-        return unpack_layers({n: t.to(device) for n, t in self.packed.items()})
+        return unpack_each({n: t.to(device) for n, t in self.packed.items()})
+
+    def stats(self) -> dict[str, float]:
+        """What it takes on disk, and what that saves; see `ctp.compression.stats`."""
+        return stats(self.packed, self.rest, self.config.dtype)
 
     def model(self, device: str = "cpu") -> Any:
         """An ordinary Hugging Face model in eval mode, its weights unpacked bit for bit.
@@ -75,7 +87,8 @@ class Compressed:
         """
         dtype = self.config.dtype
         state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in self.rest.items()}
-        state |= {f"{name}.weight": layer.dense(dtype) for name, layer in self.layers(device)}
+        where = device if torch.cuda.device_count() < 2 else "cpu"  # several GPUs: one may not hold it all
+        state |= {f"{name}.weight": layer.dense(dtype) for name, layer in self.layers(where)}
         model = build(self.config, state)
         if self.generation is not None:
             model.generation_config = self.generation

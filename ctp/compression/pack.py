@@ -2,52 +2,27 @@
 
 A layer `name` becomes `name.shape` (int32: outputs, inputs, bits; 0 bits: not quantized) and what it has of
 `name.codes` (kept weights only), `name.scale`, `name.zero`, `name.g_idx`, `name.mask` (1 bit per weight) and
-`name.values`. Packed tensors are uint8 streams: value i of width b occupies the bits i*b .. i*b + b - 1, least
-significant first, so that 8 values fill b bytes and 3 bits waste nothing.
+`name.values`; all but shape and values are streams of `bits.py`.
+
+The shape of a quantized layer goes on with the number of groups and the type of the scales: 1 (float16), 2 (bfloat16)
+take 15 bits, without the sign, which is 0; 0 stands for any other scales, stored as they are. g_idx takes the bits
+of the largest group number; above 2^16 groups it is stored as it is. Without the two numbers, both are.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ctp.compression.layer import Layer
+from ctp.compression.bits import pack_bits, unpack_bits
+from ctp.compression.layer import Layer, gather_kept, scatter_kept
 
 FIELDS = ("shape", "codes", "scale", "zero", "g_idx", "mask", "values")
-
-
-def pack_bits(values: Tensor, bits: int) -> Tensor:
-    """uint8 values below 2^bits, any shape -> uint8 (ceil(count * bits / 8),)."""
-    flat = values.reshape(-1).to(torch.uint8)
-    if bits == 8:
-        return flat.clone()
-    size = math.ceil(flat.numel() * bits / 8)
-    lanes = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    word = torch.zeros(len(lanes), dtype=torch.int64)
-    for k in range(8):
-        word |= lanes[:, k].long() << (bits * k)
-    octets = torch.stack([(word >> (8 * k) & 255).to(torch.uint8) for k in range(bits)], dim=1)
-    return octets.reshape(-1)[:size].clone()
-
-
-def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of pack_bits: uint8 (count,)."""
-    if bits == 8:
-        return packed[:count].clone()
-    if packed.numel() != math.ceil(count * bits / 8):
-        raise ValueError(f"{packed.numel()} bytes cannot hold {count} values of {bits} bits")
-    lanes = torch.nn.functional.pad(packed, (0, -packed.numel() % bits)).view(-1, bits)
-    word = torch.zeros(len(lanes), dtype=torch.int64)
-    for k in range(bits):
-        word |= lanes[:, k].long() << (8 * k)
-    top = 2**bits - 1
-    values = torch.stack([(word >> (bits * k) & top).to(torch.uint8) for k in range(8)], dim=1)
-    return values.reshape(-1)[:count].clone()
+UNSIGNED = (None, torch.float16, torch.bfloat16)  # the types in `shape`
 
 
 def pack(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
-    """Compressed layers by module name -> tensors by `module name.field`."""
+    """Compressed layers by module name -> tensors by `module name.field`, on the layers' devices; shapes on the CPU."""
     return {f"{name}.{field}": t for name, layer in layers.items() for field, t in _pack(layer).items()}
 
 
@@ -56,27 +31,49 @@ def _pack(layer: Layer) -> dict[str, Tensor]:
     if layer.mask is not None:
         out["mask"] = pack_bits(layer.mask, 1)
     if layer.values is not None:
-        out["values"] = layer.values.clone()
+        out["values"] = _copy(layer.values)
     if layer.codes is not None:
         assert layer.bits is not None
         assert layer.scale is not None
-        out["codes"] = pack_bits(layer.codes if layer.mask is None else layer.codes[layer.mask], layer.bits)
-        out["scale"] = layer.scale.clone()
+        codes = layer.codes if layer.mask is None else gather_kept(layer.codes, layer.mask)
+        out["codes"] = pack_bits(codes, layer.bits)
+        groups, kind = layer.scale.shape[1], _scale_type(layer.scale)
+        out["shape"] = torch.tensor([*layer.shape, layer.bits, groups, kind], dtype=torch.int32)
+        out["scale"] = pack_bits(layer.scale.view(torch.int16), 15) if kind else _copy(layer.scale)
         if layer.zero is not None:
             out["zero"] = pack_bits(layer.zero, layer.bits)
         if layer.g_idx is not None:
-            small = layer.scale.shape[1] <= 256
-            out["g_idx"] = layer.g_idx.to(torch.uint8) if small else layer.g_idx.clone()
+            width = _width(groups)
+            out["g_idx"] = _copy(layer.g_idx) if width > 16 else pack_bits(layer.g_idx, width)
     return out
 
 
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _scale_type(scale: Tensor) -> int:
+    """What `shape` calls scales of 15 bits; 0 for scales that need more."""
+    if scale.dtype not in UNSIGNED or bool((scale.view(torch.int16) < 0).any()):
+        return 0
+    return UNSIGNED.index(scale.dtype)
+
+
+def _width(groups: int) -> int:
+    """Bits of a group's number."""
+    return max(1, (groups - 1).bit_length())
+
+
 def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Layer]:
-    """What `pack` made, back into layers. Raises ValueError on tensors that it did not make."""
-    return dict(unpack_layers(tensors))
+    """What `pack` made, back into layers, on the tensors' devices. Raises ValueError on what it did not make.
+
+    What is stored as it is, values and some scales, shares the tensors' memory.
+    """
+    return dict(unpack_each(tensors))
 
 
-def unpack_layers(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Layer]]:
-    """What `pack` made, layer by layer: a large model need not be unpacked whole. Raises ValueError as `unpack`."""
+def unpack_each(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Layer]]:
+    """The same layer by layer, for models that unpacked do not fit into memory beside what is made of them."""
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, field = key.rpartition(".")
@@ -84,50 +81,77 @@ def unpack_layers(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Layer]]:
             raise ValueError(f"{key!r} is no part of a packed layer; parts are {', '.join(FIELDS)}")
         parts.setdefault(name, {})[field] = tensor
     for name, part in parts.items():
-        yield name, _unpack(name, part)
+        if "shape" not in part or ("codes" in part) == ("values" in part):
+            raise ValueError(f"packed layer {name!r} needs a shape and either codes or values; it has {sorted(part)}")
+        try:
+            layer = _unpack(part)
+        except ValueError as error:
+            raise ValueError(f"packed layer {name!r}: {error}") from error
+        yield name, layer
 
 
-def _unpack(name: str, part: Mapping[str, Tensor]) -> Layer:
-    if "shape" not in part or ("codes" in part) == ("values" in part):
-        raise ValueError(f"packed layer {name!r} needs a shape and either codes or values; it has {sorted(part)}")
-    rows, columns, bits = (int(v) for v in part["shape"])
-    mask = unpack_bits(part["mask"], 1, rows * columns).bool().view(rows, columns) if "mask" in part else None
+def _unpack(part: Mapping[str, Tensor]) -> Layer:
+    rows, columns, bits, *more = part["shape"].tolist()
+    mask = None
+    if "mask" in part:
+        mask = unpack_bits(part["mask"], 1, rows * columns).view(torch.bool).view(rows, columns)
+    count = rows * columns if mask is None else int(mask.count_nonzero())
     if "values" in part:
-        return Layer((rows, columns), mask=mask, values=part["values"].clone())
-    count = rows * columns if mask is None else int(mask.sum())
+        if part["values"].numel() != count:
+            raise ValueError(f"{part['values'].numel()} values for {count} weights that are kept")
+        return Layer((rows, columns), mask=mask, values=part["values"])
+    if "scale" not in part:
+        raise ValueError("codes need scales")
     codes = unpack_bits(part["codes"], bits, count)
-    if mask is not None:
-        codes = torch.zeros(rows, columns, dtype=torch.uint8).masked_scatter_(mask, codes)
-    scale = part["scale"].clone()
+    scale, g_idx = _unpack_groups(part, rows, columns, *more)
     return Layer(
         (rows, columns),
         bits=bits,
-        codes=codes.view(rows, columns),
+        codes=codes.view(rows, columns) if mask is None else scatter_kept(codes, mask),
         scale=scale,
-        zero=unpack_bits(part["zero"], bits, scale.numel()).view_as(scale) if "zero" in part else None,
-        g_idx=part["g_idx"].to(torch.int32) if "g_idx" in part else None,
+        zero=unpack_bits(part["zero"], bits, scale.numel()).view(scale.shape) if "zero" in part else None,
+        g_idx=g_idx,
         mask=mask,
     )
 
 
-def stats(layers: Mapping[str, Layer], model: nn.Module) -> dict[str, float]:
-    """Size of the compressed linears and of the model with them.
+def _unpack_groups(
+    part: Mapping[str, Tensor], rows: int, columns: int, groups: int = 0, kind: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """(scales, g_idx)."""
+    if not 0 <= kind < len(UNSIGNED):
+        raise ValueError(f"type {kind} of scales is unknown")
+    scale, g_idx, dtype = part["scale"], part.get("g_idx"), UNSIGNED[kind]
+    if dtype is not None:
+        scale = unpack_bits(scale, 15, rows * groups).view(dtype).view(rows, groups)
+    if g_idx is not None:
+        packed = 0 < groups <= 2**16  # int16 holds the upper half of 16 bits as negative numbers
+        g_idx = unpack_bits(g_idx, _width(groups), columns).int() & 0xFFFF if packed else g_idx.to(torch.int32)
+    return scale, g_idx
+
+
+def stats(packed: Mapping[str, Tensor], rest: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
+    """Size of the compressed linears `packed` and of the model with its other weights `rest`, tied ones once.
 
     linears, weights: counts. sparsity: share of the weights pruned. bits_per_weight: packed bits, scales, zero points
     and masks included, per weight, pruned ones counted. packed_bytes: the compressed linears; dense_bytes: the same
-    in the model's dtype; model_bytes: packed_bytes and every other parameter in its own dtype, tied ones once.
+    in `dtype`; model_bytes: packed_bytes and the rest. linear_ratio: 2 bytes (float16) per weight of the linears over
+    packed_bytes; model_ratio: 2 bytes per weight of the model over model_bytes.
     """
-    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers.values())
-    kept = sum(layer.kept for layer in layers.values())
-    packed = sum(t.numel() * t.element_size() for t in pack(layers).values())
-    linear = {f"{name}.weight" for name in layers}
-    sizes = {n: p.numel() * p.element_size() for n, p in model.named_parameters()}
+    sizes = {n.removesuffix(".shape"): t.tolist() for n, t in packed.items() if n.endswith(".shape")}
+    weights = sum(rows * columns for rows, columns, *_ in sizes.values())
+    masks = (unpack_bits(packed[f"{n}.mask"], 1, s[0] * s[1]) for n, s in sizes.items() if f"{n}.mask" in packed)
+    pruned = sum(len(mask) - int(mask.count_nonzero()) for mask in masks)
+    packed_bytes = sum(t.nbytes for t in packed.values())
+    model_bytes = packed_bytes + sum(t.nbytes for t in rest.values())
     return {
-        "linears": len(layers),
+        "linears": len(sizes),
         "weights": weights,
-        "sparsity": 1 - kept / weights,
-        "bits_per_weight": 8 * packed / weights,
-        "packed_bytes": packed,
-        "dense_bytes": sum(v for n, v in sizes.items() if n in linear),
-        "model_bytes": packed + sum(v for n, v in sizes.items() if n not in linear),
+        "sparsity": pruned / weights,
+        "bits_per_weight": 8 * packed_bytes / weights,
+        "packed_bytes": packed_bytes,
+        "dense_bytes": weights * dtype.itemsize,
+        "model_bytes": model_bytes,
+        "linear_ratio": 2 * weights / packed_bytes,
+        "model_ratio": 2 * (weights + sum(t.numel() for t in rest.values())) / model_bytes,
     }

@@ -33,7 +33,7 @@ def stored_codes(layer: Layer) -> Tensor:
     assert layer.codes is not None
     if layer.mask is None:
         return layer.codes
-    return torch.where(layer.mask, layer.codes, layer.spread(zero_points(layer)))
+    return torch.where(layer.mask, layer.codes, zero_points(layer).index_select(1, layer.groups()))
 
 
 def zero_points(layer: Layer) -> Tensor:
