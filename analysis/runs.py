@@ -12,7 +12,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 import mlflow
 
 AXES = ["model", "dataset", "split", "seq_len"]  # one matrix each
-SOURCE = ["source", "recovery", "k", "learned_on"]  # one row each
+SOURCE = ["source", "recovery", "adapter", "k", "learned_on"]  # one row each
 NUMBERS = ["ppl", "ppl_paper", "nll_sum", "scored_tokens", "positions"]
 
 
@@ -58,6 +58,6 @@ def evaluations(grid: str, where: str = "") -> pd.DataFrame:
         raise AnalysisError(f"{mixed.idxmax()}: runs with different tokenizers do not belong in one table")
     for name in ("k", "seq_len"):
         table[name] = table[name].astype(int)
-    for name in ("learned_on", "seed"):
+    for name in ("adapter", "learned_on", "seed"):
         table[name] = table[name].fillna("") if name in table else ""
     return table

@@ -22,6 +22,8 @@ def label(row: pd.Series) -> str:
     """How a row of the matrix is called."""
     if row.source == "none":
         return NO_PROMPT
+    if row.adapter:
+        return f"{row.source} {row.recovery}-{row.adapter}" + (f", k={row.k}" if row.k else "")
     return f"{row.source} prompt, k={row.k}" + (f", {row.learned_on}" if row.learned_on else "")
 
 

@@ -2,8 +2,13 @@
 
 from typing import Any
 
-from ctp.methods import SoftPrompt
+from ctp.methods import Adapter, SoftPrompt
 from ctp.spec import Cell, Compress, Evaluate, Learn
+
+
+def origin(cell: Learn) -> str:
+    """What a prompt was learned through: a compression's label, or "imported"."""
+    return cell.source.compression.label if cell.recovery.learned else "imported"
 
 
 def slug(cell: Cell) -> str:
@@ -11,10 +16,10 @@ def slug(cell: Cell) -> str:
     if isinstance(cell, Compress):
         parts = [cell.model.name, cell.compression.label]
     elif isinstance(cell, Learn):
-        parts = [slug(cell.source), cell.recovery.label]
+        parts = [cell.source.model.name, origin(cell), cell.recovery.label]
     elif isinstance(cell, Evaluate):
         source = cell.recovery
-        won = f"{source.source.compression.label}_{source.recovery.label}" if source else "none"
+        won = f"{origin(source)}_{source.recovery.label}" if source else "none"
         parts = [slug(cell.target), won, cell.measure.label]
     else:
         raise TypeError(f"no slug for {type(cell).__name__}")
@@ -34,9 +39,11 @@ def axes(cell: Cell) -> dict[str, str | int | float | bool]:
     learned = cell if isinstance(cell, Learn) else cell.recovery if isinstance(cell, Evaluate) else None
     if learned is not None:
         recovery = learned.recovery
-        out |= {"source": learned.source.compression.label, "recovery": recovery.method, "k": 0}
+        out |= {"source": origin(learned), "recovery": recovery.method, "k": 0}
         if isinstance(recovery, SoftPrompt):
             out |= {"k": recovery.k, "learned_on": recovery.text.dataset, "seed": recovery.seed}
+        if isinstance(recovery, Adapter):
+            out |= {"k": recovery.k, "adapter": recovery.path}
         out["recovery_label"] = recovery.label
     assert isinstance(base, Compress)
     out |= {"model": base.model.name, "dtype": base.model.dtype, "compression": base.compression.label}

@@ -37,28 +37,49 @@ class Spec(BaseModel):
         return {n: v for n, f in fields.items() if (v := getattr(self, n)) != f.default}
 
 
-class Model(Spec):
+class Pinned(Spec):
+    """Settings that name what lies outside the grid, at one exact version.
+
+    NAMED_BY: the field with its name, a path or hub id at first. PINNED_BY: the method of `ctp.pins.Pins` that fills in
+    `revision` and the short name while a grid is validated, from the given fields to the pinned ones.
+    """
+
+    NAMED_BY: ClassVar[str]
+    PINNED_BY: ClassVar[str]
+    revision: str = ""
+
+    @property
+    def pinned_name(self) -> str:
+        """`name@revision`, which `Runtime.locations` goes by. Raises ValueError where there is no revision."""
+        name = getattr(self, self.NAMED_BY)
+        if not self.revision:
+            raise ValueError(f"{name!r} has no revision: pin it before taking a key")
+        return f"{name}@{self.revision}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pin(cls, data: Any, info: ValidationInfo) -> Any:
+        if isinstance(data, str):
+            data = {cls.NAMED_BY: data}
+        if info.context is not None and isinstance(data, Mapping) and isinstance(data.get(cls.NAMED_BY), str):
+            return getattr(info.context, cls.PINNED_BY)(dict(data))
+        return data
+
+
+class Model(Pinned):
     """A causal language model at one exact version.
 
     `revision` is the hub's commit, or `sha256:…` of the files of a folder or package: it is filled in when a grid is
     planned, so that a key never stands for "whatever is there today". `dtype` "auto" becomes the checkpoint's own.
     """
 
+    NAMED_BY: ClassVar[str] = "name"
+    PINNED_BY: ClassVar[str] = "pin_model"
     name: str
-    revision: str = ""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
-    @model_validator(mode="before")
-    @classmethod
-    def _pin(cls, data: Any, info: ValidationInfo) -> Any:
-        if isinstance(data, str):
-            data = {"name": data}
-        if info.context is not None and isinstance(data, Mapping) and isinstance(data.get("name"), str):
-            return info.context.pin_model(dict(data))
-        return data
 
-
-class Windows(Spec):
+class Windows(Pinned):
     """Token windows of one text, specified to the token.
 
     The documents of a split are joined by `join` (None: the data set's custom), tokenised in one go and cut into
@@ -66,9 +87,10 @@ class Windows(Spec):
     random document longer than the window instead (the calibration protocol of GPTQ and SparseGPT), drawn by `seed`.
 
     count: number of windows, None for all. skip, documents: leave out the first documents, use only so many after them.
-    `revision` pins the text.
     """
 
+    NAMED_BY: ClassVar[str] = "dataset"
+    PINNED_BY: ClassVar[str] = "pin_windows"
     dataset: str
     split: Literal["train", "validation", "test"]
     seq_len: Annotated[int, Field(strict=True, ge=2)]
@@ -78,14 +100,6 @@ class Windows(Spec):
     join: str | None = None
     sampling: Literal["sequential", "crops"] = "sequential"
     seed: Seed = 0
-    revision: str = ""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _pin(cls, data: Any, info: ValidationInfo) -> Any:
-        if info.context is not None and isinstance(data, Mapping) and isinstance(data.get("dataset"), str):
-            return info.context.pin_windows(dict(data))
-        return data
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -241,9 +255,10 @@ class SparseGPT(Solver):
 
 
 class Recovery(Method):
-    """How lost quality is won back."""
+    """How lost quality is won back. learned: through each source of the grid; else it comes as it is, once a model."""
 
     registry: ClassVar[dict[str, type[Method]]] = {}
+    learned: ClassVar[bool] = True
 
 
 class SoftPrompt(Recovery):
@@ -305,6 +320,28 @@ class SoftPrompt(Recovery):
     def label(self) -> str:
         seed = f"-seed{self.seed}" if self.seed else ""
         return f"soft_prompt-k{self.k}-{self.text.dataset}{seed}"
+
+
+class Adapter(Pinned, Recovery):
+    """A PEFT adapter made elsewhere, a soft prompt or LoRA, in front of or inside every target.
+
+    `path` is a folder or hub id; kind, k and width (rows of a prompt and their numbers each, 0 for LoRA) are read from
+    its configuration when a grid is planned, and `path` becomes its short name.
+    """
+
+    NAMED_BY: ClassVar[str] = "path"
+    PINNED_BY: ClassVar[str] = "pin_path"
+    learned: ClassVar[bool] = False
+
+    method: Literal["adapter"] = "adapter"
+    path: Annotated[str, Field(min_length=1)]
+    kind: Literal["", "prompt", "lora"] = ""
+    k: Annotated[int, Field(strict=True, ge=0)] = 0
+    width: Annotated[int, Field(strict=True, ge=0)] = 0
+
+    @property
+    def label(self) -> str:
+        return f"adapter-{self.path}"
 
 
 # -------------------------------------------------------------------- measure

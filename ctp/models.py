@@ -28,6 +28,7 @@ class Facts:
     context: int | None
     parameters: int
     in_features: tuple[int, ...]  # of the linears in the decoder blocks, without repetition
+    width: int  # of the embedding: numbers per row of a soft prompt
 
 
 def locate(name: str, revision: str = "") -> tuple[str, str, str]:
@@ -45,7 +46,7 @@ def locate(name: str, revision: str = "") -> tuple[str, str, str]:
         return folder.resolve().name, "sha256:" + digest(files), str(folder.resolve())
     if name.startswith(("/", ".", "~")):
         raise ValueError(f"there is no folder {name!r}")
-    return name, _hub_commit(name, revision), f"hub:{name}"
+    return name, hub_commit(name, revision), f"hub:{name}"
 
 
 def load(location: str, revision: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
@@ -93,8 +94,8 @@ def place(model: Any, device: str) -> Any:
 def facts(location: str, revision: str) -> Facts:
     """Read from the configuration alone (no weights); remembered per machine."""
     memo = cache_dir() / "facts" / f"{revision.replace(':', '-')}.json"
-    if memo.exists():
-        known = json.loads(memo.read_text())
+    known = json.loads(memo.read_text()) if memo.exists() else {}
+    if known.keys() == Facts.__dataclass_fields__.keys():  # an older ctp knew less
         return Facts(**{**known, "in_features": tuple(known["in_features"])})
     import torch
     from transformers import AutoConfig
@@ -111,6 +112,7 @@ def facts(location: str, revision: str) -> Facts:
         context=getattr(config, "max_position_embeddings", None),
         parameters=sum(p.numel() for p in model.parameters()),
         in_features=tuple(sorted({m.in_features for m in inside if isinstance(m, torch.nn.Linear)})),
+        width=model.get_input_embeddings().embedding_dim,
     )
     write_json(memo, asdict(found))
     return found
@@ -166,21 +168,24 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
 
 
-def _hub_commit(name: str, revision: str) -> str:
-    """The commit that `revision` (or main) points to, from the hub or, without a network, from its local cache."""
+def hub_commit(name: str, revision: str = "", what: str = "model") -> str:
+    """The commit that `revision` (or main) points to, from the hub or, without a network, from its local cache.
+
+    `what` is how the error calls it. Raises ValueError, in one sentence, where there is none.
+    """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return str(HfApi().model_info(name, revision=revision or None, timeout=10).sha)
     except (HfHubHTTPError, HFValidationError) as e:
-        raise ValueError(f"no model {name!r} on the hub, nor a folder of that name ({type(e).__name__})") from e
+        raise ValueError(f"no {what} {name!r} on the hub, nor a folder of that name ({type(e).__name__})") from e
     except Exception as e:  # no network: whatever the transport raises
         try:
             return Path(snapshot_download(name, revision=revision or None, local_files_only=True)).name
         except LocalEntryNotFoundError:
-            names = ", ".join(PACKAGED)
+            instead = f"a folder, or one of: {', '.join(PACKAGED)}" if what == "model" else "a folder"
             raise ValueError(
                 f"{name!r} is no folder, the hub cannot be reached ({type(e).__name__}) and its cache has no such "
-                f"model. Without a network: a folder, or one of: {names}"
+                f"{what}. Without a network: {instead}"
             ) from e

@@ -1,10 +1,22 @@
-"""Pinning: while a grid is validated, every model and text gets the exact revision that is there now."""
+"""Pinning: while a grid is validated, every model, text and adapter gets the exact revision that is there now."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from ctp import corpora, models
-from ctp.methods import Model, Windows
+from ctp.methods import Model, Pinned
+from ctp.recover import adapter
+
+
+def _adapter_fields(location: str, revision: str) -> dict[str, Any]:
+    return asdict(adapter.adapter_facts(adapter.fetch(location, revision)))
+
+
+# Methods with a `path`: (path, revision) -> (short name, revision, location), and the fields that are read from there.
+PATHS: dict[str, tuple[Callable[[str, str], tuple[str, str, str]], Callable[[str, str], dict[str, Any]]]] = {
+    "adapter": (adapter.locate, _adapter_fields),
+}
 
 
 class Pins:
@@ -18,7 +30,7 @@ class Pins:
         self.locations: dict[str, str] = {}
         self.datasets: dict[str, dict[str, Any]] = {}  # descriptions of texts that are not built in
         self._corpora: dict[str, corpora.Corpus] = {}
-        self._models: dict[tuple[str, str], tuple[str, str, str]] = {}
+        self._found: dict[tuple[str, ...], tuple[str, str, str]] = {}
         self._texts: dict[tuple[str, str], tuple[str, str]] = {}
 
     def add_datasets(self, raw: Any) -> list[str]:
@@ -36,16 +48,36 @@ class Pins:
 
     def pin_model(self, data: dict[str, Any]) -> dict[str, Any]:
         """Fill in revision, dtype and the short name. Raises ValueError where there is no such model."""
-        asked = (data["name"], data.get("revision", ""))
-        if asked not in self._models:
-            self._models[asked] = models.locate(*asked)
-        name, revision, location = self._models[asked]
-        if data.get("revision") and data["revision"] != revision and not location.startswith("hub:"):
-            raise ValueError(f"revision = {data['revision']!r}: {name} is {revision} here")
+        name, revision, location = self._locate("model", models.locate, data["name"], data.get("revision"))
         known = models.facts(location, revision)
         dtype = data.get("dtype", "auto")
-        self.locations[f"{name}@{revision}"] = location
         return {**data, "name": name, "revision": revision, "dtype": known.dtype if dtype == "auto" else dtype}
+
+    def pin_path(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Fill in revision, short name and what is read from a method's `path`. Raises ValueError naming the field."""
+        locate, read = PATHS[data["method"]]
+        try:
+            name, revision, location = self._locate(data["method"], locate, data["path"], data.get("revision"))
+            fields = read(location, revision)
+        except ValueError as e:
+            raise ValueError(f"path = {data['path']!r}: {e}") from e
+        for field, value in fields.items():
+            if data.get(field, value) != value:
+                raise ValueError(f"{field} = {data[field]!r}: {name} has {value!r}")
+        return {**data, "path": name, "revision": revision, **fields}
+
+    def _locate(
+        self, what: str, locate: Callable[[str, str], tuple[str, str, str]], name: str, revision: Any
+    ) -> tuple[str, str, str]:
+        """What `locate` gives, asked once a grid and remembered for `location`."""
+        asked = (what, name, revision or "")
+        if asked not in self._found:
+            self._found[asked] = locate(name, revision or "")
+        name, found, location = self._found[asked]
+        if revision and revision != found and not location.startswith("hub:"):
+            raise ValueError(f"revision = {revision!r}: {name} is {found} here")
+        self.locations[f"{name}@{found}"] = location
+        return name, found, location
 
     def pin_windows(self, data: dict[str, Any]) -> dict[str, Any]:
         """Fill in revision and join. Raises ValueError on an unknown text or split, or a missing file."""
@@ -66,10 +98,9 @@ class Pins:
 
     def facts(self, model: Model) -> models.Facts:
         """Size and limits of a pinned model."""
-        return models.facts(self.locations[f"{model.name}@{model.revision}"], model.revision)
+        return models.facts(location(self.locations, model), model.revision)
 
 
-def location(locations: Mapping[str, str], thing: Model | Windows) -> str:
-    """Where a pinned model or text lies. Raises KeyError naming it where the runtime does not say."""
-    name = thing.name if isinstance(thing, Model) else thing.dataset
-    return locations[f"{name}@{thing.revision}"]
+def location(locations: Mapping[str, str], thing: Pinned) -> str:
+    """Where a pinned thing lies. Raises KeyError naming it where the runtime does not say."""
+    return locations[thing.pinned_name]

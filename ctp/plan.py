@@ -8,7 +8,7 @@ from typing import Any
 
 from ctp.gridfile import Grid, GridError, Study
 from ctp.labels import axes, slug
-from ctp.methods import Perplexity, SoftPrompt, Solver, SparseGPT
+from ctp.methods import Adapter, Dense, Perplexity, SoftPrompt, Solver, SparseGPT
 from ctp.models import Facts
 from ctp.names import unknown
 from ctp.pins import Pins
@@ -85,16 +85,19 @@ def study_cells(study: Study) -> list[Cell]:
         learned = [
             Learn(source=source, recovery=recovery)
             for recovery in study.recoveries
+            if recovery.learned
             for label in study.sources
             for source in compressed[label]
         ]
-        out += [*targets, *learned]
+        dense = Compress(model=model, compression=Dense())
+        imported = [Learn(source=dense, recovery=r) for r in study.recoveries if not r.learned]
+        out += [*targets, *learned, *imported]
         for target in targets:
             prompts = [p for p in learned if study.transfer == "all" or p.source == target]
             out += [
                 Evaluate(target=target, recovery=prompt, measure=measure)
                 for measure in study.measures
-                for prompt in (None, *prompts)
+                for prompt in (None, *prompts, *imported)
             ]
     return out
 
@@ -110,7 +113,7 @@ def _model_of(cell: Cell) -> Any:
 
 
 def _misfits(node: Node) -> list[str]:
-    """What cannot work on this model: windows beyond the context, groups that do not divide the inputs."""
+    """What cannot work on this model: windows beyond the context, sizes that do not fit its layers."""
     cell, facts = node.cell, node.facts
     name = _model_of(cell).name
     out = []
@@ -138,6 +141,10 @@ def _misfits(node: Node) -> list[str]:
         fits("recovery.validation.seq_len", cell.recovery.validation.seq_len, cell.recovery.k)
         if cell.recovery.precision == "fp32" and cell.source.model.dtype == "float16":
             out.append(f"recovery.precision = 'fp32': {name} is float16, whose gradients underflow: use bf16 or fp16")
+    elif isinstance(cell, Learn) and isinstance(cell.recovery, Adapter):
+        if cell.recovery.width not in (0, facts.width):
+            out.append(f"recovery.path = {cell.recovery.path}: a prompt of width {cell.recovery.width} does not fit "
+                       f"{name}, whose embedding has {facts.width}")  # fmt: skip
     elif isinstance(cell, Evaluate) and isinstance(cell.measure, Perplexity):
         k = getattr(cell.recovery.recovery, "k", 0) if cell.recovery else 0
         fits("measures.text.seq_len", cell.measure.text.seq_len, k)

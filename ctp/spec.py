@@ -3,7 +3,7 @@
 Three kinds of cell make up every study:
 
     Compress(model, compression, calibration)  -> a compressed model
-    Learn(source: Compress, recovery)          -> a soft prompt
+    Learn(source: Compress, recovery)          -> a soft prompt, or an adapter that was made elsewhere
     Evaluate(target: Compress, recovery, measure) -> numbers
 
 Everything here can change a result and therefore enters a key. What cannot (device, batch size of an
@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ctp.methods import AnyCompression, AnyMeasure, AnyRecovery, Model, PositiveInt, Solver, Spec, Windows
+from ctp.methods import AnyCompression, AnyMeasure, AnyRecovery, Model, Pinned, PositiveInt, Solver, Spec, Windows
 
 
 class Cell(Spec):
@@ -113,7 +113,7 @@ def canonical(value: Any) -> str:
 def key(cell: Cell) -> str:
     """sha256 (hex) of kind, VERSION, own fields and the keys of the inputs.
 
-    Raises ValueError where a model or text is not pinned to a revision: such a key would not name one result.
+    Raises ValueError where a model, text or adapter is not pinned to a revision: such a key would not name one result.
     """
     fields: dict[str, Any] = {}
     for name in type(cell).model_fields:
@@ -128,9 +128,9 @@ def key(cell: Cell) -> str:
 
 
 def _check_pinned(value: Any) -> None:
-    if isinstance(value, Model | Windows) and not value.revision:
-        name = value.name if isinstance(value, Model) else value.dataset
-        raise ValueError(f"{name!r} has no revision: pin it before taking a key")
+    """Raise ValueError where something inside `value` has no revision."""
+    if isinstance(value, Pinned):
+        _ = value.pinned_name
     if isinstance(value, Spec):
         for name in type(value).model_fields:
             _check_pinned(getattr(value, name))
@@ -144,7 +144,7 @@ class Runtime(Spec):
 
     device: "auto", "cpu" or "cuda". batch: windows per forward pass in evaluation and calibration.
     checkpoint_seconds: least time between two checkpoints of a prompt that is being learned.
-    locations: where a pinned model or text lies ("name@revision" -> path, `package:…` or hub id).
+    locations: where a pinned model, text or adapter lies ("name@revision" -> path, `package:…` or hub id).
     datasets: descriptions of the grid file's own texts, by name.
     """
 

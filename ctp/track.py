@@ -183,7 +183,7 @@ class Tracker:
             "peak_memory_bytes": manifest["peak_memory_bytes"],
         }
         metrics = [Metric(n, float(v), end, 0) for n, v in numbers.items()]
-        if isinstance(node.cell, Learn):
+        if isinstance(node.cell, Learn) and node.cell.recovery.learned:
             metrics += _curve(json.loads((self.store.fetch(node.cell) / "history.json").read_text())["history"], start)
         params = [Param(n, str(v)[:6000]) for n, v in _params(node).items()]
         text = manifest.get("text", {})

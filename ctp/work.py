@@ -3,9 +3,11 @@
 import json
 import platform
 import resource
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,15 +20,16 @@ from ctp import corpora, models
 from ctp.compression import compress_model
 from ctp.compression.artifact import Compressed
 from ctp.evaluate.perplexity import perplexity
-from ctp.methods import Dense, Perplexity, SoftPrompt, Solver, Windows
+from ctp.methods import Adapter, Dense, Perplexity, SoftPrompt, Solver, Windows
 from ctp.pins import location
+from ctp.recover import adapter
 from ctp.recover.soft_prompt import learn
-from ctp.recover.state import TrainState, load_prompt
+from ctp.recover.state import TrainState
 from ctp.spec import Cell, Compress, Evaluate, Learn, Runtime, key
 from ctp.store import Draft, Store
 
 Report = Callable[[dict[str, Any]], None]
-LIBRARIES = ("torch", "transformers", "accelerate", "ray", "mlflow", "safetensors")
+LIBRARIES = ("torch", "transformers", "accelerate", "ray", "mlflow", "peft", "safetensors")
 
 
 def execute(cell: Cell, store: Store, runtime: Runtime, report: Report) -> None:
@@ -78,6 +81,8 @@ def _compress(cell: Compress, draft: Draft, runtime: Runtime, device: str, repor
 
 def _learn(cell: Learn, draft: Draft, store: Store, runtime: Runtime, device: str, report: Report) -> dict[str, float]:
     spec = cell.recovery
+    if isinstance(spec, Adapter):
+        return _import(spec, draft, runtime)
     if not isinstance(spec, SoftPrompt):
         raise TypeError(f"nothing here learns {spec.method}")
     model, tokenizer = load_compressed(cell.source, store, runtime, device)
@@ -103,6 +108,14 @@ def _learn(cell: Learn, draft: Draft, store: Store, runtime: Runtime, device: st
     }
 
 
+def _import(spec: Adapter, draft: Draft, runtime: Runtime) -> dict[str, float]:
+    """Copy an adapter that was made elsewhere: its two files, whatever else lies beside them."""
+    folder = adapter.fetch(location(runtime.locations, spec), spec.revision)
+    for name in adapter.FILES:
+        shutil.copyfile(folder / name, draft.path / name)
+    return {"trainable_parameters": adapter.parameters(draft.path)}
+
+
 def _evaluate(
     cell: Evaluate, draft: Draft, store: Store, runtime: Runtime, device: str, report: Report
 ) -> dict[str, float]:
@@ -111,11 +124,11 @@ def _evaluate(
         raise TypeError(f"nothing here measures {measure.method}")
     model, tokenizer = load_compressed(cell.target, store, runtime, device)
     ids = token_windows(measure.text, tokenizer, runtime)
-    prompt = load_prompt(store.fetch(cell.recovery)).to(device) if cell.recovery else None
-    result = perplexity(
-        model, ids.to(device), prompt, batch=runtime.batch,
-        progress=lambda n, of: report({"step": n, "steps": of}),
-    )  # fmt: skip
+    with adapter.applied(model, store.fetch(cell.recovery)) if cell.recovery else nullcontext() as prompt:
+        result = perplexity(
+            model, ids.to(device), None if prompt is None else prompt.to(device), batch=runtime.batch,
+            progress=lambda n, of: report({"step": n, "steps": of}),
+        )  # fmt: skip
     draft.record["text"] = corpora.text_stats(ids, tokenizer)
     metrics = {
         "ppl": result.ppl,

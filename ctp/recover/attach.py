@@ -54,6 +54,11 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def context_of(model: PreTrainedModel) -> int | None:
+    """The model's longest input in tokens; None for BLOOM, to which ALiBi sets no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_fit(model: PreTrainedModel, windows: Tensor, k: int, width: int | None = None) -> None:
     """Raise ValueError unless `windows` are token windows (n, s) that fit the model behind k prompt rows of `width`."""
     if windows.dim() != 2 or windows.dtype != torch.long or len(windows) == 0 or windows.shape[1] < 2:
@@ -66,8 +71,7 @@ def check_fit(model: PreTrainedModel, windows: Tensor, k: int, width: int | None
         raise ValueError(f"token ids {low}..{high} do not fit a vocabulary of {embedding.num_embeddings}")
     if width is not None and width != embedding.embedding_dim:
         raise ValueError(f"prompt rows of {width} numbers do not fit embeddings of {embedding.embedding_dim}")
-    # BLOOM has no such field: ALiBi sets no limit.
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model)
     s = windows.shape[1]
     if context is not None and k + s > context:
         raise ValueError(f"{k} prompt rows + windows of {s} tokens = {k + s} exceed the model's context of {context}")

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ctp.recover.adapter import ADAPTER
+
 TENSORS, PROGRESS = "state.safetensors", "state.json"
-ADAPTER, HISTORY, KEY = "adapter_model.safetensors", "history.json", "prompt_embeddings"
+HISTORY, KEY = "history.json", "prompt_embeddings"
 
 
 @dataclass

@@ -1,0 +1,186 @@
+"""A soft prompt attached to a Hugging Face causal LM, which is then called, and generates, as it was before.
+
+The k rows stand between the left padding and the first token of every input. The caller's tokens, mask, positions,
+labels and logits do not count them; caches, hidden states and attentions do: they have k positions more.
+"""
+
+import inspect
+import itertools
+from functools import partial, update_wrapper
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
+
+from ctp.recover.attach import context_of, with_prompt
+
+IGNORED = -100  # the label that transformers' losses leave out
+HANDLE = "_attached_prompt"  # a model's attribute, its handle
+MARK = "_soft_prompt"  # a cache's: number of the handle whose prompt it holds, tokens of the call that put it there
+NEEDED = ("input_ids", "inputs_embeds", "attention_mask", "past_key_values", "logits_to_keep")
+MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
+# `generate` calls the second when every setting is resolved and nothing is computed yet, the third for a paged cache.
+# They are replaced on the instance, not hooked: PEFT and accelerate call `model.forward` itself, which passes hooks by.
+REPLACED = ("forward", "_prepare_cache_for_generation", "generate_batch")
+_numbers = itertools.count(1)
+
+
+def attach_prompt(model: PreTrainedModel, prompt: Tensor) -> "AttachedPrompt":
+    """Put the prompt (k, d), d the width of the embedding, in front of all that `model` reads, until `remove()`.
+
+    `model(input_ids, attention_mask=…, labels=…)` gives the logits of the given tokens, and the mean loss over the
+    given labels but those of each row's first token, as `ctp.evaluate.perplexity` counts. `model.generate` works
+    greedily, by sampling and by beams, with left padding, with and without a cache; `max_length` counts tokens only.
+    Class, configuration and weights stay as they are.
+
+    Raises ValueError if the prompt does not fit, or one is attached already. What cannot work raises it when asked of
+    the model: `inputs_embeds`, a mask that is not (b, tokens), a cache that is not dynamic or was filled without this
+    prompt, `generate` from a filled cache, assisted decoding, k + tokens beyond the context.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"a prompt is attached to a transformers.PreTrainedModel, not to a {type(model).__name__}")
+    if hasattr(model, HANDLE):
+        raise ValueError("the model has a prompt already: remove() that one first")
+    lacking = [n for n in NEEDED if n not in inspect.signature(model.forward).parameters]
+    if lacking or not all(hasattr(model, name) for name in REPLACED):
+        raise ValueError(
+            f"{type(model).__name__} cannot have a prompt attached: it does not generate, or its forward "
+            f"lacks one of {', '.join(NEEDED)}"
+        )
+    width = model.get_input_embeddings().embedding_dim
+    if prompt.dim() != 2 or len(prompt) == 0 or prompt.shape[1] != width:
+        raise ValueError(f"prompt of shape {tuple(prompt.shape)}: must be (k, {width}) for this model, with k > 0")
+    return AttachedPrompt(model, prompt)
+
+
+class AttachedPrompt:
+    """A prompt in front of a model, made by `attach_prompt`; `remove` ends it."""
+
+    def __init__(self, model: PreTrainedModel, prompt: Tensor) -> None:
+        self._model, self._prompt, self._k, self._number = model, prompt, len(prompt), next(_numbers)
+        self._plain, self._plain_cache, _ = (getattr(model, name) for name in REPLACED)
+        self._before = {name: vars(model).get(name) for name in REPLACED}
+        self._parameters = tuple(inspect.signature(self._plain).parameters)
+        for name, own in zip(REPLACED, (self._forward, self._prepare_cache, self._refuse_batch), strict=True):
+            # `generate` reads forward's signature. A partial: a deep copy of the model gets a handle of its own.
+            setattr(model, name, update_wrapper(partial(own), getattr(model, name)))
+        setattr(model, HANDLE, self)
+
+    def remove(self) -> None:
+        """Give the model back as it was before; a second call does nothing."""
+        if getattr(self._model, HANDLE, None) is not self:
+            return
+        for name, before in {**self._before, HANDLE: None}.items():
+            if before is None:
+                delattr(self._model, name)
+            else:
+                setattr(self._model, name, before)
+
+    # ------------------------------------------------------------- in the model's place
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(self._parameters, args, strict=False)) | kwargs
+        filled = self._check(given)
+        output = self._plain(**self._prompted(given, filled))
+        for part in output.values() if isinstance(output, dict) else output:
+            if isinstance(part, Cache) and not filled:
+                setattr(part, MARK, (self._number, given["input_ids"].shape[1]))
+        return output
+
+    def _prepare_cache(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], mode: Any, *args: Any
+    ) -> Any:
+        """Refuse what cannot work before anything is computed; then as the model does."""
+        length, context = self._k + generation_config.max_length, context_of(self._model)
+        if context is not None and length > context:
+            raise ValueError(
+                f"{self._k} prompt rows + input and new tokens ({generation_config.max_length}) = {length} exceed the "
+                f"model's context of {context}"
+            )
+        if mode not in MODES or generation_config.is_assistant:
+            allowed = ", ".join(m.value for m in MODES)
+            raise ValueError(f"{mode.value} does not work behind a soft prompt; allowed: {allowed}")
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation = {generation_config.cache_implementation!r} does not work behind a soft "
+                "prompt; allowed: 'dynamic', or use_cache=False"
+            )
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            raise ValueError(
+                "generate cannot go on from a filled cache behind a soft prompt: give all tokens, no cache"
+            )
+        return self._plain_cache(generation_config, model_kwargs, mode, *args)
+
+    def _refuse_batch(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("continuous batching (a paged cache) does not work behind a soft prompt: use generate")
+
+    # ----------------------------------------------------------------- what the model reads
+
+    def _prompted(self, given: dict[str, Any], filled: int) -> dict[str, Any]:
+        """The arguments of the plain forward pass that gives what the caller asked for."""
+        given = dict(given)
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        padding = None
+        if mask is not None:
+            first = getattr(given["past_key_values"], MARK)[1] if filled else mask.shape[1]
+            # No further than the first call reached: a long padding may have been read in several (chunked prefill).
+            padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True).clamp(max=first)
+            mask = given["attention_mask"] = _insert(mask.new_ones(len(mask), self._k), mask, padding)
+        if positions is not None and "position_ids" in self._parameters:
+            positions = positions.expand(len(given["input_ids"]), -1) + self._k
+            front = torch.arange(self._k, device=positions.device).expand(len(positions), -1)
+            given["position_ids"] = positions if filled else _insert(front, positions, padding)
+        elif mask is not None and "position_ids" in self._parameters:  # BLOOM's positions come from the mask
+            given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, filled:]
+        return given if filled else given | self._beginning(given, padding)
+
+    def _beginning(self, given: dict[str, Any], padding: Tensor | None) -> dict[str, Any]:
+        """What differs where the prompt itself is read, at the beginning."""
+        ids, labels = given["input_ids"], given.get("labels")
+        rows = with_prompt(self._model, ids, self._prompt)
+        new = {"input_ids": None, "inputs_embeds": _insert(rows[:, : self._k], rows[:, self._k :], padding)}
+        tokens = ids.shape[1]
+        new["logits_to_keep"] = min(given.get("logits_to_keep") or tokens, tokens)
+        if labels is not None and padding is not None:  # without padding the loss leaves the first label out itself
+            new["labels"] = labels.scatter(1, padding.clamp(max=tokens - 1).to(labels.device), IGNORED)
+        return new
+
+    def _check(self, given: dict[str, Any]) -> int:
+        """How many positions the cache holds, the prompt's included. Raises ValueError for what cannot work."""
+        ids, mask, cache = given.get("input_ids"), given.get("attention_mask"), given.get("past_key_values")
+        if given.get("inputs_embeds") is not None or ids is None or ids.dim() != 2 or ids.shape[1] == 0:
+            raise ValueError("behind a soft prompt the model takes input_ids (b, tokens > 0) and no inputs_embeds")
+        if "cache" in given or not isinstance(cache, DynamicCache | None):
+            kind = "a paged cache" if "cache" in given else f"a {type(cache).__name__}"
+            raise ValueError(f"{kind} does not work behind a soft prompt; allowed: DynamicCache")
+        filled = 0 if cache is None else cache.get_seq_length()
+        if filled and getattr(cache, MARK, (None,))[0] != self._number:
+            raise ValueError("past_key_values was filled without this soft prompt: start again from an empty cache")
+        if not isinstance(given.get("logits_to_keep", 0), int):
+            raise ValueError("logits_to_keep must be a number of tokens behind a soft prompt, not positions or a mask")
+        total = filled + ids.shape[1] + (0 if filled else self._k)
+        tokens, context = total - self._k, context_of(self._model)
+        if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != (len(ids), tokens)):
+            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"attention_mask {shape}: must be ({len(ids)}, {tokens}), what is cached included, no prompt"
+            )
+        if context is not None and total > context:
+            raise ValueError(
+                f"{self._k} prompt rows + {tokens} tokens = {total} exceed the model's context of {context}"
+            )
+        return filled
+
+
+def _insert(front: Tensor, back: Tensor, padding: Tensor | None) -> Tensor:
+    """`front` (b, k, …) put into `back` (b, n, …) behind its first `padding` (b, 1) positions: (b, k + n, …)."""
+    rows = torch.cat([front, back], dim=1)
+    if padding is None:
+        return rows
+    k, place = front.shape[1], torch.arange(rows.shape[1], device=rows.device)
+    start = padding.to(rows.device)
+    source = torch.where(place < start, place + k, torch.where(place < start + k, place - start, place))
+    return rows[torch.arange(len(rows), device=rows.device)[:, None], source]
