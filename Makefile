@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all foreign lint clean
 
 demo: $(STAMP) ## the whole path on a small real model, then the transfer matrix read from MLflow
 	$(BIN)/python -m ctp.grid demo
@@ -13,8 +13,16 @@ demo: $(STAMP) ## the whole path on a small real model, then the transfer matrix
 test: lint ## all tests but the slow ones
 	$(BIN)/python -m pytest
 
-test-all: lint
+test-all: lint foreign ## and the slow ones, against the real GPTQModel and llm-compressor too
 	$(BIN)/python -m pytest -m ""
+
+foreign: .foreign/gptqmodel/.installed .foreign/llmcompressor/.installed ## their environments; they do not fit into ctp's
+
+.foreign/%/.installed: tests/foreign/%.txt requirements.lock
+	$(PYTHON) -m venv .foreign/$*
+	.foreign/$*/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
+	.foreign/$*/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -32,4 +40,4 @@ $(STAMP): requirements.lock pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) results
+	rm -rf $(VENV) .foreign results

@@ -43,7 +43,7 @@ def measure(model: nn.Module, row: dict[str, Any], tokens: dict[str, Tensor], pl
     layers = compress_model(model, tokens["calibration"].long(), compression)
     seconds = time.perf_counter() - start
     ppl = perplexity(model, tokens["evaluation"].long()).ppl
-    return {"ppl": ppl, "seconds": seconds, **stats(pack(layers), {}, model.dtype)}
+    return {"ppl": ppl, "seconds": seconds, **stats(pack(layers), {}, torch.float32)}
 
 
 def best(row: dict[str, Any], columns: dict[str, str]) -> float | None:

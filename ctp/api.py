@@ -16,7 +16,8 @@ from ctp.compression import compress_model
 from ctp.compression.artifact import PACKED, Compressed
 from ctp.formats.checkpoint import open_checkpoint, quantization
 from ctp.gridfile import explain
-from ctp.methods import AnyCompression, SoftPrompt, Solver, Windows
+from ctp.inputs import Windows
+from ctp.methods import AnyCompression, AnyRecovery, Solver
 from ctp.recover.adapter import attach_adapter
 from ctp.recover.prompted import attach_prompt
 from ctp.recover.soft_prompt import learn
@@ -74,7 +75,13 @@ def learn_prompt(
 
     Raises ValueError where a setting is wrong or texts are too short, FloatingPointError where learning diverges.
     """
-    length = seq_len or min(1024, (_context(model) or 1024 + k) - k)
+    context = _context(model)
+    length = texts.shape[1] if isinstance(texts, Tensor) else seq_len or min(1024, (context or 1024 + k) - k)
+    if length < 2:
+        raise ValueError(f"k = {k}: leaves no room for text in the model's context of {context} tokens")
+    text = {"dataset": "given", "split": "train", "seq_len": length}
+    asked = {"method": "soft_prompt", "k": k, "text": text, **settings}
+    spec = _parsed(AnyRecovery, {"validate_every": max(1, settings.get("steps", 30_000) // 10), **asked}, "settings")
     train = _windows(model, tokenizer, texts, length, None)
     if validation is None:
         held = min(32, len(train) // 10)
@@ -83,9 +90,6 @@ def learn_prompt(
         train, held_out = train[:-held], train[-held:]
     else:
         held_out = _windows(model, tokenizer, validation, length, None)
-    text = {"dataset": "given", "split": "train", "seq_len": train.shape[1]}
-    asked = {"validate_every": max(1, settings.get("steps", 30_000) // 10), **settings}
-    spec = _parsed(SoftPrompt, {"k": k, "text": text, **asked}, "settings")
     return learn(model, train, held_out, spec, tokenizer=tokenizer, runtime=Runtime(device=device), report=progress)
 
 
@@ -99,7 +103,8 @@ def load(
     (default: CTP_STORE, else results/store). prompt: an adapter's folder, or rows (k, d), to put in front; a Learn key
     and an adapter's folder bring their own. `generate` and the forward pass of the model then work as without prompt.
 
-    Quantized weights come unpacked to ordinary ones, bit for bit. Raises ValueError or ctp.store.StoreError, in one
+    Quantized weights come unpacked to ordinary ones, bit for bit. The tokenizer pads on the left, with the end of text
+    where it has no token for that, so that batches can be generated. Raises ValueError or ctp.store.StoreError, in one
     sentence, where there is no such thing.
     """
     device = _device(device)
@@ -114,6 +119,9 @@ def load(
         attach_prompt(model, prompt)
     elif prompt is not None:
         model = attach_adapter(model, Path(prompt))
+    tokenizer.padding_side = "left"  # as generating in batches needs it
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctp import packaged_text
 from ctp.cache import sha256_file
-from ctp.methods import Windows
+from ctp.inputs import Windows
 from ctp.names import unknown
 from ctp.texts import CORPORA, SPLITS, Corpus, find, local_root, parse_corpus
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from ctp.inputs import Model, Spec, Windows
 from ctp.methods import (
     AnyCompression,
     AnyMeasure,
@@ -21,12 +22,10 @@ from ctp.methods import (
     Compression,
     Measure,
     Method,
-    Model,
     Perplexity,
     Recovery,
     SoftPrompt,
-    Spec,
-    Windows,
+    Solver,
 )
 from ctp.names import unknown
 from ctp.pins import Pins
@@ -203,7 +202,7 @@ def _study(name: str, raw: dict[str, Any], where: str, pins: Pins, problems: lis
     before = len(problems)
     models = items("models", Model)
     compressions = items("compression", AnyCompression)
-    calibration = items("calibration", Windows, required=any(c.method != "dense" for c in compressions))
+    calibration = items("calibration", Windows, required=any(isinstance(c, Solver) for c in compressions))
     recoveries = items("recovery", AnyRecovery, required=False)
     measures = items("measures", AnyMeasure, required=False)
     transfer = raw.get("transfer", "all")

@@ -1,118 +1,22 @@
-"""The settings that cells are made of: model, text windows, and the methods of compression, recovery and measure.
+"""The methods of compression, recovery and measure, and their settings.
 
 A method is a frozen class in one of three families; declaring it registers it under its `method` name, and grid files
 find it there. Values are strict: a string is no number, an unknown field is an error.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializeAsAny,
     ValidationInfo,
     model_validator,
 )
 
+from ctp.inputs import Bool, Finite, Pinned, PositiveInt, Seed, Spec, Windows
 from ctp.names import unknown
-
-Seed = Annotated[int, Field(strict=True, ge=0)]
-PositiveInt = Annotated[int, Field(strict=True, gt=0)]
-Finite = Field(strict=True, allow_inf_nan=False)
-Bool = Annotated[bool, Field(strict=True)]
-
-
-class Spec(BaseModel):
-    """Frozen data that refuses unknown fields. `extra="forbid"` turns a typo into an error, not a default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-    def changed(self) -> dict[str, Any]:
-        """The fields whose value differs from their default, in the order of declaration."""
-        fields = type(self).model_fields
-        return {n: v for n, f in fields.items() if (v := getattr(self, n)) != f.default}
-
-
-class Pinned(Spec):
-    """Settings that name what lies outside the grid, at one exact version.
-
-    NAMED_BY: the field with its name, a path or hub id at first. PINNED_BY: the method of `ctp.pins.Pins` that fills in
-    `revision` and the short name while a grid is validated, from the given fields to the pinned ones.
-    """
-
-    NAMED_BY: ClassVar[str]
-    PINNED_BY: ClassVar[str]
-    revision: str = ""
-
-    @property
-    def pinned_name(self) -> str:
-        """`name@revision`, which `Runtime.locations` goes by. Raises ValueError where there is no revision."""
-        name = getattr(self, self.NAMED_BY)
-        if not self.revision:
-            raise ValueError(f"{name!r} has no revision: pin it before taking a key")
-        return f"{name}@{self.revision}"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _pin(cls, data: Any, info: ValidationInfo) -> Any:
-        if isinstance(data, str):
-            data = {cls.NAMED_BY: data}
-        if info.context is not None and isinstance(data, Mapping) and isinstance(data.get(cls.NAMED_BY), str):
-            return getattr(info.context, cls.PINNED_BY)(dict(data))
-        return data
-
-
-class Model(Pinned):
-    """A causal language model at one exact version.
-
-    `revision` is the hub's commit, or `sha256:…` of the files of a folder or package: it is filled in when a grid is
-    planned, so that a key never stands for "whatever is there today". `dtype` "auto" becomes the checkpoint's own.
-    """
-
-    NAMED_BY: ClassVar[str] = "name"
-    PINNED_BY: ClassVar[str] = "pin_model"
-    name: str
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-
-
-class Windows(Pinned):
-    """Token windows of one text, specified to the token.
-
-    The documents of a split are joined by `join` (None: the data set's custom), tokenised in one go and cut into
-    windows of `seq_len` tokens without overlap; the tail is dropped. `sampling="crops"` takes a random window out of a
-    random document longer than the window instead (the calibration protocol of GPTQ and SparseGPT), drawn by `seed`.
-
-    count: number of windows, None for all. skip, documents: leave out the first documents, use only so many after them.
-    """
-
-    NAMED_BY: ClassVar[str] = "dataset"
-    PINNED_BY: ClassVar[str] = "pin_windows"
-    dataset: str
-    split: Literal["train", "validation", "test"]
-    seq_len: Annotated[int, Field(strict=True, ge=2)]
-    count: PositiveInt | None = None
-    skip: Annotated[int, Field(strict=True, ge=0)] = 0
-    documents: PositiveInt | None = None
-    join: str | None = None
-    sampling: Literal["sequential", "crops"] = "sequential"
-    seed: Seed = 0
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.sampling == "crops" and self.count is None:
-            raise ValueError("sampling 'crops' draws a stated number of windows: give count")
-        return self
-
-    def overlaps(self, other: "Windows") -> bool:
-        """Do both draw on a document that they share?"""
-        if (self.dataset, self.split) != (other.dataset, other.split):
-            return False
-        ends = [math.inf if w.documents is None else w.skip + w.documents for w in (self, other)]
-        return self.skip < ends[1] and other.skip < ends[0]
 
 
 class Method(Spec):
@@ -166,6 +70,26 @@ class Dense(Compression):
     """The model as it is: the reference row of every table."""
 
     method: Literal["dense"] = "dense"
+
+
+class Checkpoint(Pinned, Compression):
+    """The model as somebody else compressed it: AutoGPTQ's format, compressed-tensors, or a pruned folder.
+
+    `path` is a folder or hub id. `parameters` (of the model, uncompressed) and `width` (of its embedding) are read
+    from its configuration when a grid is planned, and must be those of the grid's model; `path` becomes its short name.
+    """
+
+    NAMED_BY: ClassVar[str] = "path"
+    PINNED_BY: ClassVar[str] = "pin_path"
+
+    method: Literal["checkpoint"] = "checkpoint"
+    path: Annotated[str, Field(min_length=1)]
+    parameters: Annotated[int, Field(strict=True, ge=0)] = 0
+    width: Annotated[int, Field(strict=True, ge=0)] = 0
+
+    @property
+    def label(self) -> str:
+        return f"checkpoint-{self.path}"
 
 
 class Solver(Compression):

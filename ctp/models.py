@@ -52,14 +52,22 @@ def locate(name: str, revision: str = "") -> tuple[str, str, str]:
 def load(location: str, revision: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
     """(model in eval mode on `device`, tokenizer) of a location that `locate` gave."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     where, extra = _source(location, revision)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     model = AutoModelForCausalLM.from_pretrained(where, dtype=kind, use_safetensors=True, **extra)
-    return place(model, device).eval(), AutoTokenizer.from_pretrained(where, **extra)
+    return place(model, device).eval(), load_tokenizer(location, revision)
+
+
+def load_tokenizer(location: str, revision: str) -> Any:
+    """The tokenizer of a location that `locate` gave."""
+    from transformers import AutoTokenizer
+
+    where, extra = _source(location, revision)
+    return AutoTokenizer.from_pretrained(where, **extra)
 
 
 @contextlib.contextmanager
@@ -119,7 +127,7 @@ def facts(location: str, revision: str) -> Facts:
 
 
 def skeleton(config: Any) -> Any:
-    """The model of a configuration without weights: its modules, names and shapes."""
+    """The ordinary model of a configuration, without weights: its modules, names and shapes."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ctp import corpora, models
-from ctp.methods import Model, Pinned
+from ctp.inputs import Model, Pinned
 from ctp.recover import adapter
 
 
@@ -13,9 +13,18 @@ def _adapter_fields(location: str, revision: str) -> dict[str, Any]:
     return asdict(adapter.adapter_facts(adapter.fetch(location, revision)))
 
 
+def _checkpoint_fields(location: str, revision: str) -> dict[str, Any]:
+    from ctp.formats import checkpoint  # torch takes seconds to import: where a grid names a checkpoint only
+
+    checkpoint.quantization(checkpoint.fetch(location, revision, weights=False))
+    known = models.facts(location, revision)
+    return {"parameters": known.parameters, "width": known.width}
+
+
 # Methods with a `path`: (path, revision) -> (short name, revision, location), and the fields that are read from there.
 PATHS: dict[str, tuple[Callable[[str, str], tuple[str, str, str]], Callable[[str, str], dict[str, Any]]]] = {
     "adapter": (adapter.locate, _adapter_fields),
+    "checkpoint": (models.locate, _checkpoint_fields),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ctp.gridfile import Grid, GridError, Study
 from ctp.labels import axes, slug
-from ctp.methods import Adapter, Dense, Perplexity, SoftPrompt, Solver, SparseGPT
+from ctp.methods import Adapter, Checkpoint, Dense, Perplexity, SoftPrompt, Solver, SparseGPT
 from ctp.models import Facts
 from ctp.names import unknown
 from ctp.pins import Pins
@@ -134,7 +134,11 @@ def _misfits(node: Node) -> list[str]:
             if bad:
                 out.append(f"compression.{field} = {size} ({cell.compression.label}): must divide the input sizes of "
                            f"{name}, not so for {bad[0]}")  # fmt: skip
-        if isinstance(cell.compression, Solver) and not facts.in_features:
+        spec = cell.compression
+        if isinstance(spec, Checkpoint) and (spec.parameters, spec.width) != (facts.parameters, facts.width):
+            out.append(f"compression.path = {spec.path}: {spec.parameters:,} parameters, width {spec.width}; not a "
+                       f"compressed {name}, which has {facts.parameters:,} and {facts.width}")  # fmt: skip
+        if isinstance(spec, Solver) and not facts.in_features:
             out.append(f"models: {name} has no linear layers in its decoder blocks that could be compressed")
     elif isinstance(cell, Learn) and isinstance(cell.recovery, SoftPrompt):
         fits("recovery.text.seq_len", cell.recovery.text.seq_len, cell.recovery.k)

@@ -18,7 +18,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ctp.methods import AnyCompression, AnyMeasure, AnyRecovery, Model, Pinned, PositiveInt, Solver, Spec, Windows
+from ctp.inputs import Model, Pinned, PositiveInt, Spec, Windows
+from ctp.methods import AnyCompression, AnyMeasure, AnyRecovery, Solver
 
 
 class Cell(Spec):

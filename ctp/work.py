@@ -20,7 +20,9 @@ from ctp import corpora, models
 from ctp.compression import compress_model
 from ctp.compression.artifact import Compressed
 from ctp.evaluate.perplexity import perplexity
-from ctp.methods import Adapter, Dense, Perplexity, SoftPrompt, Solver, Windows
+from ctp.formats import checkpoint
+from ctp.inputs import Windows
+from ctp.methods import Adapter, Checkpoint, Dense, Perplexity, SoftPrompt, Solver
 from ctp.pins import location
 from ctp.recover import adapter
 from ctp.recover.soft_prompt import learn
@@ -65,6 +67,10 @@ def _compress(cell: Compress, draft: Draft, runtime: Runtime, device: str, repor
         draft.record["location"] = location(runtime.locations, cell.model)
         size = models.facts(draft.record["location"], cell.model.revision).parameters
         return {"parameters": size, "sparsity": 0.0}
+    if isinstance(spec, Checkpoint):
+        small = _import_checkpoint(cell, spec, runtime)
+        small.save(draft.path)
+        return small.stats()
     if not isinstance(spec, Solver):
         raise TypeError(f"nothing here compresses by {spec.method}")
     assert cell.calibration is not None
@@ -79,6 +85,15 @@ def _compress(cell: Compress, draft: Draft, runtime: Runtime, device: str, repor
     return small.stats()
 
 
+def _import_checkpoint(cell: Compress, spec: Checkpoint, runtime: Runtime) -> Compressed:
+    """A model compressed elsewhere, with the base model's tokenizer: all cells of a model score the same tokens."""
+    folder = checkpoint.fetch(location(runtime.locations, spec), spec.revision)
+    tokenizer = models.load_tokenizer(location(runtime.locations, cell.model), cell.model.revision)
+    small = checkpoint.open_checkpoint(folder, cell.model.dtype, tokenizer)
+    small.model()  # raises where a weight is missing or odd
+    return small
+
+
 def _learn(cell: Learn, draft: Draft, store: Store, runtime: Runtime, device: str, report: Report) -> dict[str, float]:
     spec = cell.recovery
     if isinstance(spec, Adapter):
@@ -89,13 +104,13 @@ def _learn(cell: Learn, draft: Draft, store: Store, runtime: Runtime, device: st
     train = token_windows(spec.text, tokenizer, runtime)
     validation = token_windows(spec.validation, tokenizer, runtime)
 
-    def checkpoint(state: TrainState) -> None:
+    def keep(state: TrainState) -> None:
         store.save_partial(cell, state.step, state.save)
 
     with store.partial(cell) as resume:
         learned = learn(
             model, train, validation, spec, tokenizer=tokenizer, runtime=runtime,
-            resume=resume, checkpoint=checkpoint, report=report,
+            resume=resume, checkpoint=keep, report=report,
         )  # fmt: skip
     learned.save(draft.path, cell.source.model.name)
     first, best = learned.history[0]["val_loss"], learned.best_val_loss

@@ -102,8 +102,9 @@ def test_a_lora_adapter_is_loaded_with_its_base(tmp_path) -> None:
         (lambda m, t: ctp.compress(m, t, {"method": "dense"}, texts()), "calibrated methods only: gptq, sparsegpt"),
         (lambda m, t: ctp.compress(m, t, {"method": "gptq", "bits": 4}, "one text"), "texts: a list of documents"),
         (lambda m, t: ctp.compress(m, t, {"method": "gptq", "bits": 4}, ["short"]), "0 windows of 64"),
-        (lambda m, t: ctp.learn_prompt(m, t, texts(), stepz=3), "stepz: unknown key 'stepz'; did you mean 'steps'"),
-        (lambda m, t: ctp.learn_prompt(m, t, texts()[:1], seq_len=63, k=1), "10 are needed to hold one back"),
+        (lambda m, t: ctp.learn_prompt(m, t, texts(), k=4, stepz=3), "stepz: unknown key .*; did you mean 'steps'"),
+        (lambda m, t: ctp.learn_prompt(m, t, texts()), r"k = 100: leaves no room .* context of 64"),
+        (lambda m, t: ctp.learn_prompt(m, t, ["word " * 60], seq_len=60, k=1), "10 are needed to hold one back"),
         (lambda m, t: ctp.load("/nowhere"), "no key: 6 to 64 hex digits"),
         (lambda m, t: ctp.load("abcdef", store="memory://empty"), "no artifact in memory://empty"),
     ],
@@ -137,7 +138,7 @@ def test_models_and_prompts_are_loaded_by_key(bench) -> None:
             got = prompted(ids).logits
             assert got.shape == alone.shape
             assert not torch.equal(got, alone)
-            batch = tokenizer(["a b", "a longer one"], return_tensors="pt", padding=True, padding_side="left")
+            batch = tokenizer(["a b", "a longer one"], return_tensors="pt", padding=True)
             out = prompted.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)
             one = tokenizer(["a b"], return_tensors="pt")
             single = prompted.generate(**one, max_new_tokens=4, min_new_tokens=4, do_sample=False)

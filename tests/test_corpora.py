@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ctp import corpora, packaged_text
 from ctp.corpora import CORPORA, documents, find, locate, parse_corpus, text_stats, windows
-from ctp.methods import Windows
+from ctp.inputs import Windows
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not (DATA / "wikitext-2-raw").is_dir(), reason=f"no real data in {DATA}")

@@ -161,7 +161,7 @@ def test_the_perplexity_is_that_of_plain_peft(tmp_path, llama_folder, adapters):
         numbers = {"prompt": 4 * 32, "lora": 2 * 3 * ((32 + 32) + (32 + 64))}[cell.recovery.path]
         assert bench.store.manifest(cell)["metrics"]["trainable_parameters"] == numbers
     for cell in bench.all(Evaluate):
-        model, tokenizer = work.open_compressed(bench.store.fetch(cell.target))
+        model, tokenizer = work.open_model(cell.target, bench.store, bench.runtime, "cpu")
         ids = work.token_windows(cell.measure.text, tokenizer, bench.runtime)
         k = 0
         if cell.recovery:

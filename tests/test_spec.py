@@ -3,8 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
+from ctp.inputs import Model
 from ctp.labels import axes, slug
-from ctp.methods import GPTQ, Model, SparseGPT
+from ctp.methods import GPTQ, SparseGPT
 from ctp.spec import Compress, Evaluate, Learn, Runtime, canonical, from_json, key, to_json
 
 MODEL = Model(name="m", revision="r1", dtype="float32")

@@ -1,5 +1,6 @@
 """A compressed model without its modules, as it lies on disk, and back into an ordinary model."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,9 @@ class Compressed:
             if not torch.equal(layer.dense(weight.dtype), weight):
                 raise ArithmeticError(f"{name}: unpacking does not give the model's weight")
         rest = _rest(model, {f"{name}.weight" for name in layers})
-        return cls(packed, rest, model.config, tokenizer, model.generation_config)
+        config = copy.deepcopy(model.config)
+        config.dtype = model.dtype  # a model that was made and not loaded has none in its config
+        return cls(packed, rest, config, tokenizer, model.generation_config)
 
     @classmethod
     def open(cls, folder: str | Path) -> "Compressed":

@@ -17,9 +17,26 @@ from ctp.compression.blocks import decoder_blocks
 from ctp.compression.layer import Layer
 from ctp.compression.pack import pack
 from ctp.formats import compressed_tensors, gptq
-from ctp.models import skeleton
+from ctp.models import locate, skeleton
 
 READERS = {"gptq": gptq.layers, "compressed-tensors": compressed_tensors.layers}
+
+
+def fetch(location: str, revision: str, weights: bool = True) -> Path:
+    """The folder of a checkpoint that `ctp.models.locate` found. weights: False for its configuration alone.
+
+    Raises ValueError where it has changed since it was pinned, or is no folder of its own.
+    """
+    if location.startswith("hub:"):
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", *(["*.safetensors", "*.model", "*.txt"] if weights else [])]
+        return Path(snapshot_download(location.removeprefix("hub:"), revision=revision, allow_patterns=patterns))
+    if location.startswith("package:"):
+        raise ValueError("a checkpoint is a folder or a hub id, not a packaged model")
+    if locate(location)[1] != revision:
+        raise ValueError(f"the checkpoint in {location} has changed since it was pinned")
+    return Path(location)
 
 
 def quantization(folder: Path) -> dict[str, Any] | None:
@@ -43,7 +60,7 @@ def open_checkpoint(folder: Path, dtype: str = "auto", tokenizer: Any = None) ->
     tokenizer: the base model's; without one, the folder's own. Raises ValueError, in one sentence, where it is no
     compressed model, in a format that ctp does not read, or not whole.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     said = quantization(folder)
     config = AutoConfig.from_pretrained(folder)
@@ -61,7 +78,9 @@ def open_checkpoint(folder: Path, dtype: str = "auto", tokenizer: Any = None) ->
     if not packed:
         raise ValueError(f"{folder.name} holds no quantized and no pruned weights: it is a model, not a compressed one")
     rest = {n: t for n, t in tensors.items() if n not in used and not _leftover(n, t, bare)}
-    return Compressed(packed, rest, config, tokenizer or AutoTokenizer.from_pretrained(folder))
+    own = (folder / "generation_config.json").is_file()
+    generation = GenerationConfig.from_pretrained(folder) if own else None
+    return Compressed(packed, rest, config, tokenizer or AutoTokenizer.from_pretrained(folder), generation)
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

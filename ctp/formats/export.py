@@ -77,7 +77,7 @@ def _quantized(model: Compressed, folder: Path, format: str) -> list[str]:
     save_torch_state_dict(state, folder, metadata={"format": "pt"})
     if format == "gptq":  # where AutoGPTQ looks
         (folder / "quantize_config.json").write_text(json.dumps(said, indent=2) + "\n")
-    return _notes(format, bits, sym, 1 - kept / weights)
+    return _notes(format, bits, sym, act_order, 1 - kept / weights)
 
 
 def _group_size(name: str, layer: Layer) -> int | None:
@@ -89,7 +89,8 @@ def _group_size(name: str, layer: Layer) -> int | None:
     return columns // groups if groups > 1 else None
 
 
-def _notes(format: str, bits: int, sym: bool, sparsity: float) -> list[str]:
+def _notes(format: str, bits: int, sym: bool, act_order: bool, sparsity: float) -> list[str]:
+    """What the format, or a well-known reader of it, makes of this model."""
     notes = []
     if sparsity:
         notes.append(
@@ -97,4 +98,8 @@ def _notes(format: str, bits: int, sym: bool, sparsity: float) -> list[str]:
         )
     if format == "gptq" and not sym:
         notes.append("The asymmetric grid is written as version 2 (gptq_v2), which AutoGPTQ itself does not know.")
+    if format == "gptq" and (bits not in (4, 8) or not sym or act_order):
+        notes.append("vLLM reads this format with 4 or 8 bits, symmetric and without act-order only; transformers all.")
+    if format == "compressed-tensors" and bits not in (4, 8):
+        notes.append(f"vLLM has kernels for 4 and 8 bits of this format, not for {bits}; transformers reads all.")
     return notes

@@ -118,6 +118,23 @@ def applied(model: "PreTrainedModel", folder: str | Path) -> "Iterator[Tensor | 
         yield None
 
 
+def attach_adapter(model: "PreTrainedModel", folder: str | Path) -> Any:
+    """The model with the adapter for good: itself with a soft prompt attached, or a PeftModel around it with LoRA.
+
+    Raises ValueError as `applied` does.
+    """
+    from peft import PeftModel
+
+    from ctp.recover.prompted import attach_prompt
+
+    with applied(model, folder) as prompt:
+        pass  # it fits
+    if prompt is not None:
+        attach_prompt(model, prompt)
+        return model
+    return PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
+
+
 @contextmanager
 def _lora(model: "PreTrainedModel", folder: Path) -> Iterator[None]:
     from peft import PeftModel, get_peft_model_state_dict

@@ -1,0 +1,101 @@
+"""Against the real libraries, each in its own environment (`make foreign`): what they write ctp reads, and back."""
+
+import math
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_formats import SPECS, assert_logits
+from tinygrid import model_folder
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from ctp import models
+from ctp.compression import compress_model
+from ctp.compression.artifact import Compressed
+from ctp.formats.export import export
+from ctp.methods import GPTQ, SparseGPT
+
+pytestmark = pytest.mark.slow
+
+HERE = Path(__file__).parent
+BENCH = HERE.parent / "benchmarks" / "smollm2_wikitext2_256.safetensors"
+
+
+def run(library: str, script: str, *arguments: object) -> None:
+    """Run a script of tests/foreign inside a library's environment."""
+    python = HERE.parent / ".foreign" / library / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"{library} is not installed beside the project: make foreign")
+    command = [str(python), str(HERE / "foreign" / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("library", ["gptqmodel", "llmcompressor"])
+def test_what_the_library_writes_ctp_reads(tmp_path, library) -> None:
+    base = model_folder(tmp_path / "base", hidden=64)
+    run(library, f"write_{library}.py", base, tmp_path / "out")
+    found = sorted((tmp_path / "out").iterdir())
+    assert len(found) >= 7
+    for folder in found:
+        assert_logits(folder)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """A real model, and real token ids (windows, 256)."""
+    _, revision, location = models.locate("smollm2-135m")
+    return location, revision, load_file(BENCH)
+
+
+def perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    return math.exp(cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("4bit-sym", GPTQ(bits=4, group_size=64, sym=True)),
+        ("4bit", GPTQ(bits=4, group_size=64)),
+        ("4bit-act", GPTQ(bits=4, group_size=64, act_order=True)),
+        ("3bit", GPTQ(bits=3, group_size=64)),
+        ("2bit", GPTQ(bits=2, group_size=64)),
+        ("8bit-channel", GPTQ(bits=8, sym=True)),
+        ("joint", SparseGPT(sparsity=0.5, bits=4, group_size=64)),
+    ],
+)
+def test_ctps_gptq_export_is_read_by_gptqmodel(tmp_path, smollm2, name, spec) -> None:
+    """Perplexity within 0.1 %: in float16, whose rounding of weights and sums is far below that."""
+    location, revision, ids = smollm2
+    model, tokenizer = models.load(location, revision, "float16")
+    small = Compressed.of(model, compress_model(model, ids["calibration"][:4, :128].long(), spec), tokenizer)
+    export(small, tmp_path / "gptq", "gptq")
+    some = ids["evaluation"][:2].long()
+    save_file({"input_ids": some}, tmp_path / "ids.safetensors")
+    run("gptqmodel", "read_gptqmodel.py", tmp_path / "gptq", tmp_path / "ids.safetensors", tmp_path / "got.safetensors")
+    with torch.no_grad():
+        expected = perplexity(model(some).logits.float(), some)
+    got = load_file(tmp_path / "got.safetensors")
+    for loader in ("exact", "gptqmodel"):
+        assert perplexity(got[loader], some) == pytest.approx(expected, rel=1e-3), loader
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_ctps_compressed_tensors_export_is_read_by_llm_compressors_version(tmp_path, name) -> None:
+    base = model_folder(tmp_path / "base", hidden=64)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    ids = torch.randint(257, (9, 32), generator=torch.Generator().manual_seed(0))
+    small = Compressed.of(model, compress_model(model, ids[1:], SPECS[name]), models.load_tokenizer(str(base), ""))
+    export(small, tmp_path / "x", "compressed-tensors")
+    save_file({"input_ids": ids[:1]}, tmp_path / "ids.safetensors")
+    out = tmp_path / "got.safetensors"
+    run("llmcompressor", "read_compressed_tensors.py", tmp_path / "x", tmp_path / "ids.safetensors", out)
+    with torch.no_grad():
+        expected = model(ids[:1]).logits
+    for got in load_file(out).values():
+        # Another release of torch may sum in another order.
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
