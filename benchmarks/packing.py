@@ -6,7 +6,7 @@ With --sizes prints the bits per weight of all linears of SmolLM2-135M and of a 
 masks included, and what that saves against float16; both follow from the shapes. Else prints a markdown table of times:
 the median of each, half its range over it, and gigabytes of the dense float16 weight per second, next to clone() of
 that weight, which is the memory's speed, and where compressed-tensors is installed, to its pack_to_int32 and
-unpack_from_int32. Those handle the codes alone: unpacking does not compute weights, scales and zero points stay outside,
+unpack_from_int32. Those handle the codes alone: unpacking computes no weights, scales and zero points stay outside,
 and nothing is sparse: their peer is `unpack`, the step before `to float16`, which is unpacking and computing the dense
 weight. `x clone` is a time over the clone's.
 """
