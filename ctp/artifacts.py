@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ctp.cache import new_folder
 from ctp.labels import slug
 from ctp.methods import Dense
-from ctp.models import locate
+from ctp.models import locate, quiet
+from ctp.recover.adapter import FILES
 from ctp.spec import KINDS, Cell, Compress, Learn, Runtime, from_json, key
 from ctp.store import MANIFEST, Store, StoreError, default_store
 
 OK, USAGE, UNREACHABLE = 0, 2, 3
-PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 FORMATS = ("hf", "compressed-tensors", "gptq", "peft")
 
 
@@ -94,7 +95,7 @@ def load_key(text: str, uri: str | None, device: str) -> tuple[Any, Any]:
 def export_key(text: str, store: Store, folder: Path, format: str) -> list[str]:
     """Write the artifact with that key into `folder`; returns what a reader must know. Raises as `load_key`."""
     from ctp.compression.artifact import Compressed
-    from ctp.formats.export import check_empty, export
+    from ctp.formats.export import export
     from ctp.work import open_model
 
     cell, _ = find(store, text)
@@ -102,19 +103,18 @@ def export_key(text: str, store: Store, folder: Path, format: str) -> list[str]:
     if format not in allowed:
         why = ", ".join(allowed) if allowed else "none, it is an evaluation"
         raise ValueError(f"--format {format}: for {slug(cell)} allowed: {why}")
-    check_empty(folder)
-    if isinstance(cell, Learn):
+    if isinstance(cell, Compress) and not isinstance(cell.compression, Dense):
+        return export(Compressed.open(store.fetch(cell)), folder, format)
+    with quiet(), new_folder(folder) as work:
+        if isinstance(cell, Compress):
+            for part in open_model(cell, store, _runtime(cell, store), "cpu"):
+                part.save_pretrained(work)
+            return []
+        assert isinstance(cell, Learn)
         source = store.fetch(cell)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in PEFT_FILES:
-            shutil.copyfile(source / name, folder / name)
-        return [f"Learned through {slug(cell.source)}: PeftModel.from_pretrained(that model, {str(folder)!r})."]
-    assert isinstance(cell, Compress)
-    if isinstance(cell.compression, Dense):
-        for part in open_model(cell, store, _runtime(cell, store), "cpu"):
-            part.save_pretrained(folder)
-        return []
-    return export(Compressed.open(store.fetch(cell)), folder, format)
+        for name in FILES:
+            shutil.copyfile(source / name, work / name)
+    return [f"Learned through {slug(cell.source)}: PeftModel.from_pretrained(that model, {str(folder)!r})."]
 
 
 def _formats(cell: Cell) -> tuple[str, ...]:
@@ -145,7 +145,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         store = Store(args.store)
         if args.command == "ls":
-            print(table(entries(store, (args.kind,) if args.kind else tuple(KINDS))))
+            found = entries(store, (args.kind,) if args.kind else tuple(KINDS))
+            print(table(found) if found else f"No {args.kind or 'artifact'} is done in {store.uri}")
             return OK
         for note in export_key(args.key, store, args.folder, args.format):
             print(note)
@@ -161,11 +162,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m ctp.store", description="What lies in a store, and how to get it out.")
-    p.add_argument("--store", default=default_store(), metavar="URI", help="CTP_STORE; default %(default)s")
+    store: Any = {"metavar": "URI", "help": f"CTP_STORE; default {default_store()}"}
+    p.add_argument("--store", default=default_store(), **store)
     commands = p.add_subparsers(dest="command", required=True)
     ls = commands.add_parser("ls", help="every artifact, its size and what it saves against float16")
-    ls.add_argument("--kind", choices=tuple(KINDS))
     ex = commands.add_parser("export", help="a folder that other tools open")
+    for command in (ls, ex):  # on either side of the command
+        command.add_argument("--store", default=argparse.SUPPRESS, **store)
+    ls.add_argument("--kind", choices=tuple(KINDS))
     ex.add_argument("key", metavar="KEY", help="6 or more digits of an artifact's key, as ls prints it")
     ex.add_argument("folder", metavar="DIR", type=Path, help="new or empty")
     ex.add_argument("--format", required=True, choices=FORMATS, help="hf: an ordinary model; compressed-tensors: its "

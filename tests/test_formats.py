@@ -167,6 +167,7 @@ def test_what_a_format_cannot_hold_is_refused_in_words(tmp_path) -> None:
         export(ordered, tmp_path / "gptq", "hf")
     with pytest.raises(ValueError, match="awq"):
         export(ordered, tmp_path / "c", "awq")
+    assert [p.name for p in tmp_path.iterdir()] == ["gptq"]  # nothing half written is left
 
 
 def test_a_linear_that_does_not_fill_words_is_refused(tmp_path) -> None:

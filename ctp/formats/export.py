@@ -7,10 +7,11 @@ from pathlib import Path
 from huggingface_hub import save_torch_state_dict
 from torch import nn
 
+from ctp.cache import new_folder
 from ctp.compression.artifact import Compressed
 from ctp.compression.layer import Layer
 from ctp.formats import compressed_tensors, gptq
-from ctp.models import skeleton
+from ctp.models import quiet, skeleton
 from ctp.names import unknown
 
 FORMATS = ("hf", "compressed-tensors", "gptq")
@@ -25,23 +26,16 @@ def export(model: Compressed, folder: str | Path, format: str) -> list[str]:
     """
     if format not in FORMATS:
         raise ValueError(unknown("format", format, FORMATS))
-    folder = Path(folder)
-    check_empty(folder)
-    if format == "hf":
-        model.model().save_pretrained(folder)
-        notes = ["The weights are ordinary ones, of the size of the uncompressed model."]
-    else:
-        notes = _quantized(model, folder, format)
-    model.tokenizer.save_pretrained(folder)
-    if model.generation is not None:
-        model.generation.save_pretrained(folder)
+    with quiet(), new_folder(Path(folder)) as work:
+        if format == "hf":
+            model.model().save_pretrained(work)
+            notes = ["The weights are ordinary ones, of the size of the uncompressed model."]
+        else:
+            notes = _quantized(model, work, format)
+        model.tokenizer.save_pretrained(work)
+        if model.generation is not None:
+            model.generation.save_pretrained(work)
     return notes
-
-
-def check_empty(folder: Path) -> None:
-    """Raises ValueError where `folder` holds something: exporting overwrites nothing."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not empty: exporting overwrites nothing")
 
 
 def _quantized(model: Compressed, folder: Path, format: str) -> list[str]:
