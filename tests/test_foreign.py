@@ -69,7 +69,9 @@ def perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:
     ],
 )
 def test_ctps_gptq_export_is_read_by_gptqmodel(tmp_path, smollm2, name, spec) -> None:
-    """Perplexity within 0.1 %: in float16, whose rounding of weights and sums is far below that."""
+    """In float32 the same perplexity. In float16, and by kernels that round more still, sums differ: over two windows
+    by up to 0.2 %.
+    """
     location, revision, ids = smollm2
     model, tokenizer = models.load(location, revision, "float16")
     small = Compressed.of(model, compress_model(model, ids["calibration"][:4, :128].long(), spec), tokenizer)
@@ -78,10 +80,10 @@ def test_ctps_gptq_export_is_read_by_gptqmodel(tmp_path, smollm2, name, spec) ->
     save_file({"input_ids": some}, tmp_path / "ids.safetensors")
     run("gptqmodel", "read_gptqmodel.py", tmp_path / "gptq", tmp_path / "ids.safetensors", tmp_path / "got.safetensors")
     with torch.no_grad():
-        expected = perplexity(model(some).logits.float(), some)
-    got = load_file(tmp_path / "got.safetensors")
-    for loader in ("exact", "gptqmodel"):
-        assert perplexity(got[loader], some) == pytest.approx(expected, rel=1e-3), loader
+        expected = perplexity(model.float()(some).logits, some)
+    for loader, logits in load_file(tmp_path / "got.safetensors").items():
+        tolerance = 1e-5 if loader == "exact" else 3e-3
+        assert perplexity(logits, some) == pytest.approx(expected, rel=tolerance), loader
 
 
 @pytest.mark.parametrize("name", SPECS)
