@@ -25,20 +25,20 @@ HERE = Path(__file__).parent
 BENCH = HERE.parent / "benchmarks" / "smollm2_wikitext2_256.safetensors"
 
 
-def run(library: str, script: str, *arguments: object) -> None:
-    """Run a script of tests/foreign inside a library's environment."""
+def run(folder: Path, library: str, script: str, *arguments: object) -> None:
+    """Run a script of tests/foreign inside a library's environment, in `folder`: GPTQModel leaves logs there."""
     python = HERE.parent / ".foreign" / library / "bin" / "python"
     if not python.exists():
         pytest.skip(f"{library} is not installed beside the project: make foreign")
     command = [str(python), str(HERE / "foreign" / script), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 @pytest.mark.parametrize("library", ["gptqmodel", "llmcompressor"])
 def test_what_the_library_writes_ctp_reads(tmp_path, library) -> None:
     base = model_folder(tmp_path / "base", hidden=64)
-    run(library, f"write_{library}.py", base, tmp_path / "out")
+    run(tmp_path, library, f"write_{library}.py", base, tmp_path / "out")
     found = sorted((tmp_path / "out").iterdir())
     assert len(found) >= 7
     for folder in found:
@@ -78,7 +78,7 @@ def test_ctps_gptq_export_is_read_by_gptqmodel(tmp_path, smollm2, name, spec) ->
     export(small, tmp_path / "gptq", "gptq")
     some = ids["evaluation"][:2].long()
     save_file({"input_ids": some}, tmp_path / "ids.safetensors")
-    run("gptqmodel", "read_gptqmodel.py", tmp_path / "gptq", tmp_path / "ids.safetensors", tmp_path / "got.safetensors")
+    run(tmp_path, "gptqmodel", "read_gptqmodel.py", tmp_path / "gptq", tmp_path / "ids.safetensors", tmp_path / "got.safetensors")
     with torch.no_grad():
         expected = perplexity(model.float()(some).logits, some)
     for loader, logits in load_file(tmp_path / "got.safetensors").items():
@@ -95,7 +95,7 @@ def test_ctps_compressed_tensors_export_is_read_by_llm_compressors_version(tmp_p
     export(small, tmp_path / "x", "compressed-tensors")
     save_file({"input_ids": ids[:1]}, tmp_path / "ids.safetensors")
     out = tmp_path / "got.safetensors"
-    run("llmcompressor", "read_compressed_tensors.py", tmp_path / "x", tmp_path / "ids.safetensors", out)
+    run(tmp_path, "llmcompressor", "read_compressed_tensors.py", tmp_path / "x", tmp_path / "ids.safetensors", out)
     with torch.no_grad():
         expected = model(ids[:1]).logits
     for got in load_file(out).values():
