@@ -19,3 +19,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_WHERE.get(name, "ctp.api")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -3,28 +3,31 @@ is needed; everything here works on a Hugging Face causal language model and its
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctp import corpora, models
 from ctp.compression import compress_model
 from ctp.compression.artifact import PACKED, Compressed
-from ctp.formats.checkpoint import open_checkpoint, quantization
+from ctp.formats.checkpoint import fetch, open_checkpoint, quantization
 from ctp.gridfile import explain
 from ctp.inputs import Windows
 from ctp.methods import AnyCompression, AnyRecovery, Solver
 from ctp.recover.adapter import attach_adapter
-from ctp.recover.prompted import attach_prompt
+from ctp.recover.attach import check_fit, context_of
+from ctp.recover.prompted import HANDLE, attach_prompt
 from ctp.recover.soft_prompt import learn
 from ctp.recover.state import LearnedPrompt
 from ctp.spec import Runtime
 
-Texts = Sequence[str] | Tensor
+Texts = Iterable[str] | Tensor
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -44,8 +47,10 @@ def compress(
     first `count` windows of `seq_len` tokens (default: 2,048, or the model's context) are taken, or token ids
     (windows, tokens) as they are. progress is told (blocks done, blocks).
 
-    Raises ValueError where the spec is wrong, does not fit the model, or the texts hold no window.
+    Raises ValueError where the spec is wrong, does not fit the model, or the texts hold no window, RuntimeError where
+    the model is no plain chain of decoder blocks.
     """
+    _check_plain(model, tokenizer)
     solver = _parsed(AnyCompression, spec, "spec")
     if not isinstance(solver, Solver):
         raise ValueError(f"spec = {solver.label}: calibrated methods only: gptq, sparsegpt")
@@ -75,33 +80,46 @@ def learn_prompt(
 
     Raises ValueError where a setting is wrong or texts are too short, FloatingPointError where learning diverges.
     """
-    context = _context(model)
-    length = texts.shape[1] if isinstance(texts, Tensor) else seq_len or min(1024, (context or 1024 + k) - k)
-    if length < 2:
-        raise ValueError(f"k = {k}: leaves no room for text in the model's context of {context} tokens")
+    _check_plain(model, tokenizer)
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"k = {k!r}: should be a whole number above 0")
+    context, length = context_of(model), texts.shape[-1] if isinstance(texts, Tensor) else seq_len
+    if length is None:
+        length = min(1024, (context or 1024 + k) - k)
+        if length < 2:
+            raise ValueError(f"k = {k}: leaves no room for text in the model's context of {context} tokens")
+    if "text" in settings:
+        raise ValueError("settings.text: give the documents as texts")
+    steps = settings.get("steps", 30_000)
+    asked: dict[str, Any] = {"validate_every": max(1, steps // 10)} if isinstance(steps, int) else {}
     text = {"dataset": "given", "split": "train", "seq_len": length}
-    asked = {"method": "soft_prompt", "k": k, "text": text, **settings}
-    spec = _parsed(AnyRecovery, {"validate_every": max(1, settings.get("steps", 30_000) // 10), **asked}, "settings")
-    train = _windows(model, tokenizer, texts, length, None)
+    asked |= {"method": "soft_prompt", "k": k, "text": text, **settings}
+    spec, device = _parsed(AnyRecovery, asked, "settings"), _device(device)
+    train = _windows(model, tokenizer, texts, length, None, k)
     if validation is None:
         held = min(32, len(train) // 10)
         if not held:
             raise ValueError(f"texts give {len(train)} windows of {length} tokens: 10 are needed to hold one back")
         train, held_out = train[:-held], train[-held:]
     else:
-        held_out = _windows(model, tokenizer, validation, length, None)
+        held_out = _windows(model, tokenizer, validation, length, None, k)
     return learn(model, train, held_out, spec, tokenizer=tokenizer, runtime=Runtime(device=device), report=progress)
 
 
 def load(
-    what: str | Path, *, prompt: str | Path | Tensor | None = None, store: str | None = None, device: str = "auto"
+    what: str | Path,
+    *,
+    prompt: str | Path | Tensor | LearnedPrompt | None = None,
+    store: str | None = None,
+    device: str = "auto",
 ) -> tuple[Any, Any]:
     """A ready model in eval mode, and its tokenizer, from a folder or the key of a stored artifact.
 
     what: a folder with a model that ctp compressed or exported, a checkpoint of AutoGPTQ, GPTQModel or llm-compressor,
-    a plain model, or a PEFT adapter (its base model is loaded too); or a key (its first 6 digits or more) in `store`
-    (default: CTP_STORE, else results/store). prompt: an adapter's folder, or rows (k, d), to put in front; a Learn key
-    and an adapter's folder bring their own. `generate` and the forward pass of the model then work as without prompt.
+    a plain model, or a PEFT adapter whose base model is a folder; a hub id or packaged model; or a key (its first 6
+    digits or more) in `store` (default: CTP_STORE, else results/store). prompt: what `learn_prompt` gave, rows (k, d)
+    or an adapter's folder, to put in front; a Learn key and an adapter's folder bring their own. `generate` and the
+    forward pass of the model then work as without prompt; with LoRA it is a PeftModel.
 
     Quantized weights come unpacked to ordinary ones, bit for bit. The tokenizer pads on the left, with the end of text
     where it has no token for that, so that batches can be generated. Raises ValueError or ctp.store.StoreError, in one
@@ -111,58 +129,76 @@ def load(
     folder = Path(what).expanduser()
     if folder.is_dir():
         model, tokenizer = _load_folder(folder, device)
-    else:
+    elif re.fullmatch("[0-9a-fA-F]{6,64}", str(what)):
         from ctp.artifacts import load_key
 
         model, tokenizer = load_key(str(what), store, device)
-    if isinstance(prompt, Tensor):
-        attach_prompt(model, prompt)
-    elif prompt is not None:
+    else:
+        _, revision, location = models.locate(str(what))
+        if location.startswith("hub:"):
+            model, tokenizer = _load_folder(fetch(location, revision), device)
+        else:
+            model, tokenizer = models.load(location, revision, "auto", device)
+    if isinstance(prompt, str | Path):
         model = attach_adapter(model, Path(prompt))
+    elif prompt is not None:
+        attach_prompt(model, prompt)
     tokenizer.padding_side = "left"  # as generating in batches needs it
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:  # padding is masked: any token does
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.convert_ids_to_tokens(0)
     return model, tokenizer
 
 
 def _load_folder(folder: Path, device: str) -> tuple[Any, Any]:
-    if (folder / "adapter_config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-        if not base or not Path(base).is_dir():
-            raise ValueError(
-                f"{folder} is an adapter, and its base model {base!r} no folder: load(base, prompt=adapter)"
-            )
-        model, tokenizer = _load_folder(Path(base), device)
-        return attach_adapter(model, folder), tokenizer
-    if (folder / PACKED).is_file():
-        opened = Compressed.open(folder)
-        return opened.model(device), opened.tokenizer
-    location = models.locate(str(folder))[2]
-    if quantization(folder) is not None:
+    adapter = folder / "adapter_config.json"
+    own = (folder / PACKED).is_file() or (folder / "config.json").is_file()
+    if adapter.is_file() and not own:
+        base = str(json.loads(adapter.read_text()).get("base_model_name_or_path"))
+        places = [p for p in (Path(base), folder.parent / base) if p.is_dir() and p.resolve() != folder.resolve()]
+        if not places:
+            raise ValueError(f"{folder}: its base model {base!r} is no folder; say load(base, prompt={str(folder)!r})")
+        model, tokenizer = _load_folder(places[0], device)
+    elif (folder / PACKED).is_file() or quantization(folder) is not None:
         opened = open_checkpoint(folder)
-        return opened.model(device), opened.tokenizer
-    return models.load(location, "", "auto", device)
+        model, tokenizer = opened.model(device), opened.tokenizer
+    else:
+        model, tokenizer = models.load(models.locate(str(folder))[2], "", "auto", device)
+    return (attach_adapter(model, folder) if adapter.is_file() else model), tokenizer
 
 
 def _device(device: str) -> str:
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device = {device!r}: allowed: auto, cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device = 'cuda': no GPU is visible")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def _context(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _check_plain(model: Any, tokenizer: Any) -> None:
+    """Raises ValueError unless these are a plain transformers model and its tokenizer."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model: a {type(model).__name__}; a transformers.PreTrainedModel is needed, not wrapped")
+    if hasattr(model, HANDLE):
+        raise ValueError("the model has a soft prompt attached: remove() it first")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"tokenizer: a {type(tokenizer).__name__}; the model's transformers tokenizer is needed")
 
 
-def _windows(model: Any, tokenizer: Any, texts: Texts, seq_len: int | None, count: int | None) -> Tensor:
-    """Token windows (n, seq_len) of documents; token ids are taken as they are."""
+def _windows(model: Any, tokenizer: Any, texts: Texts, seq_len: int | None, count: int | None, k: int = 0) -> Tensor:
+    """Token windows (n, seq_len) of documents; token ids are taken as they are. They fit the model behind k rows."""
+    if count is not None and (not isinstance(count, int) or count < 1):
+        raise ValueError(f"count = {count!r}: should be a whole number above 0")
     if isinstance(texts, Tensor):
-        return texts[:count]
-    if isinstance(texts, str) or not all(isinstance(t, str) for t in texts):
-        raise ValueError("texts: a list of documents, or token ids (windows, tokens)")
-    length = seq_len or min(2048, _context(model) or 2048)
-    spec = Windows(dataset="given", split="train", seq_len=length, join="\n\n")
-    return corpora.windows(spec, texts, tokenizer)[:count]
+        windows = texts[:count]
+    else:
+        documents = [] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
+        if not documents or not all(isinstance(t, str) for t in documents):
+            raise ValueError("texts: a list of documents, or token ids (windows, tokens)")
+        length = min(2048, context_of(model) or 2048) if seq_len is None else seq_len
+        spec = _parsed(Windows, {"dataset": "given", "split": "train", "seq_len": length, "join": "\n\n"}, "texts")
+        windows = corpora.windows(spec, documents, tokenizer)[:count]
+    check_fit(model, windows, k)
+    return windows
 
 
 def _parsed(kind: Any, value: Any, place: str) -> Any:

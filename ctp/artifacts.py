@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ctp.cache import new_folder
 from ctp.labels import slug
 from ctp.methods import Dense
@@ -37,17 +39,25 @@ class Entry:
 
 def entries(store: Store, kinds: tuple[str, ...] = tuple(KINDS)) -> list[Entry]:
     """Every finished artifact, by kind and name. Raises StoreError where a manifest cannot be read."""
-    paths = sorted(path for kind in kinds for path in store.glob(f"{kind}/*/{MANIFEST}"))
     out = []
-    for path in paths:
-        try:
-            said = json.loads(store.fs.cat_file(path))
-            size = sum(f["size"] for f in said["files"].values())
-            name = path.split("/")[-2].removesuffix(f"-{said['key'][:12]}")
-            out.append(Entry(said["key"], said["kind"], name, size, said))
-        except (ValueError, KeyError) as e:
-            raise StoreError(f"{path} is no manifest ({type(e).__name__}: {e})") from e
+    for path in sorted(path for kind in kinds for path in store.glob(f"{kind}/*/{MANIFEST}")):
+        said = _read(store, path)
+        size = sum(f["size"] for f in said["files"].values())
+        name = path.split("/")[-2].removesuffix(f"-{said['key'][:12]}")
+        out.append(Entry(said["key"], said["kind"], name, size, said))
     return sorted(out, key=lambda e: (kinds.index(e.kind), e.name))
+
+
+def _read(store: Store, path: str) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads(store.fs.cat_file(path))
+        if manifest["kind"] in KINDS and manifest["key"] and manifest["files"] is not None:
+            return manifest
+    except (ValueError, KeyError, TypeError, OSError) as e:
+        raise StoreError(
+            f"{path} is no manifest ({type(e).__name__}: {e}); remove that folder to compute it again"
+        ) from e
+    raise StoreError(f"{path} is no manifest; remove that folder to compute it again")
 
 
 def find(store: Store, text: str) -> tuple[Cell, dict[str, Any]]:
@@ -55,10 +65,11 @@ def find(store: Store, text: str) -> tuple[Cell, dict[str, Any]]:
 
     Raises ValueError where there is none, several, or one of another version of ctp.
     """
+    text = text.lower()
     if len(text) < 6 or not set(text) <= set("0123456789abcdef"):
         raise ValueError(f"{text!r} is no key: 6 to 64 hex digits, as `python -m ctp.store ls` prints them")
     found = [p for kind in KINDS for p in store.glob(f"{kind}/*-{text[:12]}*/{MANIFEST}")]
-    manifests = [m for m in (json.loads(store.fs.cat_file(p)) for p in found) if m["key"].startswith(text)]
+    manifests = [m for m in (_read(store, p) for p in found) if m["key"].startswith(text)]
     if len(manifests) != 1:
         what = "no artifact" if not manifests else f"{len(manifests)} artifacts"
         raise ValueError(f"{what} in {store.uri} with a key that begins with {text!r}")
@@ -94,7 +105,9 @@ def load_key(text: str, uri: str | None, device: str) -> tuple[Any, Any]:
 
 def export_key(text: str, store: Store, folder: Path, format: str) -> list[str]:
     """Write the artifact with that key into `folder`; returns what a reader must know. Raises as `load_key`."""
-    from ctp.compression.artifact import Compressed
+    from transformers import PreTrainedModel
+
+    from ctp.compression.artifact import Compressed, save_model
     from ctp.formats.export import export
     from ctp.work import open_model
 
@@ -108,13 +121,14 @@ def export_key(text: str, store: Store, folder: Path, format: str) -> list[str]:
     with quiet(), new_folder(folder) as work:
         if isinstance(cell, Compress):
             for part in open_model(cell, store, _runtime(cell, store), "cpu"):
-                part.save_pretrained(work)
+                save_model(part, work) if isinstance(part, PreTrainedModel) else part.save_pretrained(work)
             return []
         assert isinstance(cell, Learn)
         source = store.fetch(cell)
         for name in FILES:
             shutil.copyfile(source / name, work / name)
-    return [f"Learned through {slug(cell.source)}: PeftModel.from_pretrained(that model, {str(folder)!r})."]
+    made = f"Learned through {slug(cell.source)}" if cell.recovery.learned else "Imported, not learned here"
+    return [f"{made}: PeftModel.from_pretrained(model, {str(folder)!r})."]
 
 
 def _formats(cell: Cell) -> tuple[str, ...]:
@@ -155,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as e:
         print(f"ctp.store: {e}", file=sys.stderr)
         return USAGE
-    except StoreError as e:
+    except (StoreError, OSError, SafetensorError) as e:
         print(f"ctp.store: {e}", file=sys.stderr)
         return UNREACHABLE
 

@@ -10,7 +10,7 @@ from test_formats import same_weights
 from test_work import Bench
 from tiny import tiny_llama
 from tinygrid import VOCAB, byte_tokenizer, model_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import ctp
 from ctp import artifacts
@@ -95,6 +95,9 @@ def test_a_lora_adapter_is_loaded_with_its_base(tmp_path) -> None:
     assert torch.equal(loaded(ids).logits, tuned.eval()(ids).logits)
 
 
+GPTQ4 = {"method": "gptq", "bits": 4, "group_size": 16}
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -105,13 +108,90 @@ def test_a_lora_adapter_is_loaded_with_its_base(tmp_path) -> None:
         (lambda m, t: ctp.learn_prompt(m, t, texts(), k=4, stepz=3), "stepz: unknown key .*; did you mean 'steps'"),
         (lambda m, t: ctp.learn_prompt(m, t, texts()), r"k = 100: leaves no room .* context of 64"),
         (lambda m, t: ctp.learn_prompt(m, t, ["word " * 60], seq_len=60, k=1), "10 are needed to hold one back"),
-        (lambda m, t: ctp.load("/nowhere"), "no key: 6 to 64 hex digits"),
+        (lambda m, t: ctp.load("/nowhere"), "there is no folder '/nowhere'"),
+        (lambda m, t: ctp.load("someone/nothing"), "'someone/nothing' is no folder, the hub cannot be reached"),
+        (lambda m, t: ctp.compress(m, None, GPTQ4, texts()), "tokenizer: a NoneType"),
+        (lambda m, t: ctp.compress(torch.nn.Linear(2, 2), t, GPTQ4, texts()), "model: a Linear"),
+        (lambda m, t: ctp.compress(m, t, GPTQ4, texts(), seq_len=-1), "texts.seq_len = -1: should be"),
+        (lambda m, t: ctp.compress(m, t, GPTQ4, texts(), seq_len=65), "windows of 65 tokens .* context of 64"),
+        (lambda m, t: ctp.compress(m, t, GPTQ4, texts(), count=-1), "count = -1"),
+        (lambda m, t: ctp.compress(m, t, GPTQ4, torch.full((2, 9), 300)), "token ids 300..300"),
+        (lambda m, t: ctp.learn_prompt(m, t, texts(), k="4"), "k = '4': should be a whole number"),
+        (lambda m, t: ctp.learn_prompt(m, t, texts(), k=4, steps="5"), "settings.steps = '5'"),
+        (lambda m, t: ctp.learn_prompt(m, t, texts(), k=4, device="gpu"), "device = 'gpu': allowed"),
+        (lambda m, t: ctp.learn_prompt(m, t, texts(), k=4, text={}), "give the documents as texts"),
+        (lambda m, t: ctp.export(m, "/tmp/x", "hf"), "a LlamaForCausalLM is neither"),
+        (lambda m, t: ctp.attach_prompt(m, torch.full((2, 32), torch.nan)), "finite"),
         (lambda m, t: ctp.load("abcdef", store="memory://empty"), "no artifact in memory://empty"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_in_one_sentence(call, message) -> None:
     with pytest.raises(ValueError, match=message):
         call(tiny_llama(vocab=VOCAB), byte_tokenizer())
+
+
+def test_a_wrapped_model_is_not_compressed() -> None:
+    model, tokenizer = tiny_llama(vocab=VOCAB), byte_tokenizer()
+    handle = ctp.attach_prompt(model, torch.zeros(2, 32))
+    for call in (ctp.compress, ctp.learn_prompt):
+        with pytest.raises(ValueError, match=r"soft prompt attached: remove\(\) it first"):
+            call(model, tokenizer, *([GPTQ4] if call is ctp.compress else []), texts())
+    handle.remove()
+    tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="model: a PeftModel"):
+        ctp.compress(tuned, tokenizer, GPTQ4, texts())
+
+
+def test_what_was_compressed_is_a_copy() -> None:
+    """Training the model on, or a second one opened from it, does not reach into what is saved."""
+    model = tiny_llama(vocab=VOCAB)
+    small = ctp.compress(model, byte_tokenizer(), GPTQ4, texts(), count=4, seq_len=24)
+    before = {n: t.clone() for n, t in small.rest.items()}
+    one, other = small.model(), small.model()
+    for each in (model, one):
+        each.get_input_embeddings().weight.data.zero_()
+    assert all(torch.equal(small.rest[n], t) for n, t in before.items())
+    assert other.get_input_embeddings().weight.any()
+    assert repr(small).startswith("<llama, 14 linears of 5.31 bits a weight: 3.01x smaller")
+
+
+def test_defaults_for_generating_survive_whatever_they_are(tmp_path) -> None:
+    """Published models say temperature without do_sample, which transformers itself refuses to save."""
+    model = tiny_llama(vocab=VOCAB)
+    model.generation_config = GenerationConfig(temperature=0.9, top_p=0.6, eos_token_id=2)
+    small = ctp.compress(model, byte_tokenizer(), GPTQ4, texts(), count=4, seq_len=24)
+    small.save(tmp_path / "small")
+    for format in ("hf", "gptq"):
+        ctp.export(tmp_path / "small", tmp_path / format, format)
+    for folder in ("small", "hf", "gptq"):
+        loaded, _ = ctp.load(tmp_path / folder, device="cpu")
+        assert (loaded.generation_config.temperature, loaded.generation_config.top_p) == (0.9, 0.6)
+
+
+def test_a_head_tied_by_hand_is_kept(tmp_path) -> None:
+    model = tiny_llama(vocab=VOCAB)
+    model.lm_head.weight = model.model.embed_tokens.weight  # and the configuration says that they are two
+    ctp.compress(model, byte_tokenizer(), GPTQ4, texts(), count=4, seq_len=24).save(tmp_path / "small")
+    assert same_weights(ctp.load(tmp_path / "small", device="cpu")[0], model)
+
+
+def test_a_prompt_finds_its_model(tmp_path, monkeypatch) -> None:
+    model, tokenizer = tiny_llama(vocab=VOCAB), byte_tokenizer()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    prompt = ctp.learn_prompt(model, tokenizer, texts(), k=2, seq_len=24, steps=1, device="cpu")
+    prompt.save(tmp_path / "prompt", "base")  # relative to the folder beside it, wherever one stands
+    ctp.compress(model, tokenizer, GPTQ4, texts(), count=4, seq_len=24).save(tmp_path / "small")
+    prompt.save(tmp_path / "small", str(tmp_path / "small"))  # in the model's own folder
+    ids = torch.arange(8)[None]
+    for what, plain in (("prompt", ctp.load(tmp_path / "base")[0]), ("small", model)):
+        loaded, _ = ctp.load(tmp_path / what, device="cpu")
+        with pytest.raises(ValueError, match="has a prompt already"):
+            ctp.attach_prompt(loaded, prompt)
+        ctp.attach_prompt(plain, prompt)
+        assert torch.equal(loaded(ids).logits, plain(ids).logits)
+        plain._attached_prompt.remove()
+    assert {"load", "compress", "learn_prompt"} <= set(dir(ctp))
 
 
 # ------------------------------------------------------------------------- the store

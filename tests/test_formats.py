@@ -1,6 +1,7 @@
 """Other tools' checkpoints: what ctp writes, the real libraries open; what they write, ctp opens."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tinygrid import ARCHITECTURES, VOCAB, byte_tokenizer, model_folder
 from transformers import AutoModelForCausalLM
 
 from ctp import work
-from ctp.compression import Layer, compress_model
+from ctp.compression import Layer, compress_model, pack
 from ctp.compression.artifact import Compressed
 from ctp.evaluate.perplexity import perplexity
 from ctp.formats import compressed_tensors, gptq
@@ -170,6 +171,36 @@ def test_what_a_format_cannot_hold_is_refused_in_words(tmp_path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["gptq"]  # nothing half written is left
 
 
+def test_a_group_as_wide_as_the_inputs_is_a_group(tmp_path) -> None:
+    model = compressed(GPTQ(bits=4, group_size=64))  # one group in attention, two in the MLP's last linear
+    for format in ("gptq", "compressed-tensors"):
+        export(model, tmp_path / format, format)
+        assert same_weights(open_checkpoint(tmp_path / format).model(), model.model())
+    assert ppl(AutoModelForCausalLM.from_pretrained(tmp_path / format)) == pytest.approx(ppl(model.model()), rel=1e-6)
+
+
+def test_only_the_blocks_linears_are_exported_quantized(tmp_path) -> None:
+    """Loaders would look for an embedding's or a head's ordinary weight, and start it at random."""
+    model = compressed(SPECS["4bit"])
+    table = model.rest.pop("model.embed_tokens.weight")
+    layer = Layer(tuple(table.shape), bits=8, codes=table.new_zeros(table.shape, dtype=torch.uint8),
+                  scale=torch.ones(len(table), 1).half())  # fmt: skip
+    odd = replace(model, packed=model.packed | pack({"model.embed_tokens": layer}))
+    for format in ("gptq", "compressed-tensors"):
+        with pytest.raises(ValueError, match=r"model.embed_tokens is no nn.Linear of a decoder block"):
+            export(odd, tmp_path / format, format)
+
+
+def test_ctps_own_folder_is_a_checkpoint_too(tmp_path) -> None:
+    model = compressed(SPECS["joint"])
+    model.save(tmp_path / "own")
+    assert same_weights(open_checkpoint(tmp_path / "own").model(), model.model())
+    path = tmp_path / "own" / "rest.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"rest.safetensors is missing or damaged"):
+        open_checkpoint(tmp_path / "own")
+
+
 def test_a_linear_that_does_not_fill_words_is_refused(tmp_path) -> None:
     model = ARCHITECTURES["llama"](vocab=VOCAB, hidden=32)  # keys have 16 outputs: of 3 bits, a word and a half
     small = Compressed.of(model, compress_model(model, random_windows(8, 24, VOCAB), GPTQ(bits=3)), byte_tokenizer())
@@ -227,6 +258,8 @@ def test_names_without_the_heads_prefix_and_idle_biases(tmp_path) -> None:
     [
         ({"quant_method": "awq"}, "quant_method = 'awq': allowed: gptq, compressed-tensors"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin': allowed: gptq, gptq_v2"),
+        ({"checkpoint_format": None, "format": "marlin"}, "checkpoint_format = 'marlin'"),
+        ({"bits": 5}, "bits = 5: allowed: 2, 3, 4, 8"),
     ],
 )
 def test_a_foreign_format_is_refused(tmp_path, change, message) -> None:
@@ -237,6 +270,28 @@ def test_a_foreign_format_is_refused(tmp_path, change, message) -> None:
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         open_checkpoint(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("strategy", "block", "strategy = 'block' of compressed-tensors: allowed: group, channel, tensor"),
+        ("num_bits", 6, "num_bits = 6 of compressed-tensors: allowed: 2, 3, 4, 8"),
+        ("type", "float", "integer weights only"),
+    ],
+)
+def test_what_compressed_tensors_can_say_and_ctp_not_read_is_refused(field, value, message) -> None:
+    config = compressed_tensors.settings(4, 16, True, [])
+    compressed_tensors.check(config)
+    config["config_groups"]["group_0"]["weights"][field] = value
+    with pytest.raises(ValueError, match=message):
+        compressed_tensors.check(config)
+    with pytest.raises(ValueError, match="transform_config"):
+        compressed_tensors.check(
+            {**compressed_tensors.settings(4, 16, True, []), "transform_config": {"config_groups": {"a": 1}}}
+        )
+    with pytest.raises(ValueError, match="format = marlin-24 of compressed-tensors: allowed: pack-quantized"):
+        compressed_tensors.check({"format": "marlin-24", "config_groups": {"a": {"weights": {}}}})
 
 
 def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path) -> None:

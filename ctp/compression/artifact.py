@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import GenerationConfig
 
 from ctp.compression.layer import Layer
 from ctp.compression.pack import pack, stats, unpack_each
 from ctp.models import place, quiet
 
-PACKED, REST = "compressed.safetensors", "rest.safetensors"
+PACKED, REST, GENERATION = "compressed.safetensors", "rest.safetensors", "generation_config.json"
 _MISLOADED = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Compressed:
     """What a compressed model consists of.
 
@@ -51,17 +53,25 @@ class Compressed:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Compressed":
-        """What `save` wrote into `folder`."""
+        """What `save` wrote into `folder`. Raises ValueError naming the file that is missing or damaged."""
         folder = Path(folder)
-        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+        from transformers import AutoConfig, AutoTokenizer
 
-        own = (folder / "generation_config.json").is_file()
+        packed, rest = read_tensors(folder / PACKED), read_tensors(folder / REST)
+        own = (folder / GENERATION).is_file()
         return cls(
-            load_file(folder / PACKED),
-            load_file(folder / REST),
+            packed,
+            rest,
             AutoConfig.from_pretrained(folder),
             AutoTokenizer.from_pretrained(folder),
             GenerationConfig.from_pretrained(folder) if own else None,
+        )
+
+    def __repr__(self) -> str:
+        sizes = self.stats()
+        return (
+            f"<{self.config.model_type}, {sizes['linears']} linears of {sizes['bits_per_weight']:.2f} bits a weight: "
+            f"{sizes['linear_ratio']:.2f}x smaller than float16, the model {sizes['model_ratio']:.2f}x>"
         )
 
     def save(self, folder: str | Path) -> None:
@@ -72,8 +82,7 @@ class Compressed:
         save_file(self.rest, folder / REST)
         self.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        if self.generation is not None:
-            self.generation.save_pretrained(folder)
+        save_generation(self.generation, folder)
 
     def layers(self, device: str = "cpu") -> Iterator[tuple[str, Layer]]:
         """The compressed linears by module name, unpacked on `device` one after the other."""
@@ -89,7 +98,7 @@ class Compressed:
         Raises ValueError where the weights are not those of the architecture.
         """
         dtype = self.config.dtype
-        state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in self.rest.items()}
+        state = {n: t.to(dtype if t.is_floating_point() else t.dtype, copy=True) for n, t in self.rest.items()}
         where = device if torch.cuda.device_count() < 2 else "cpu"  # several GPUs: one may not hold it all
         state |= {f"{name}.weight": layer.dense(dtype) for name, layer in self.layers(where)}
         model = build(self.config, state)
@@ -114,12 +123,36 @@ def build(config: Any, state: dict[str, Tensor]) -> Any:
     return model
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises ValueError naming it where it is missing or damaged."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"{path} is missing or damaged: {e}") from e
+    return tensors
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """`model.save_pretrained`, whatever its defaults for generating are."""
+    generation, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = generation
+    save_generation(generation, folder)
+
+
+def save_generation(generation: Any, folder: Path) -> None:
+    """Defaults for `generate` as they are: transformers' own way refuses what many published models say."""
+    if generation is not None:
+        (folder / GENERATION).write_text(generation.to_json_string())
+
+
 def _rest(model: Any, packed: set[str]) -> dict[str, Tensor]:
-    """Every weight that is not packed; of weights that share memory (a tied head) only the first."""
-    out: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if name not in packed and tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            out[name] = tensor.detach().cpu().contiguous()
-    return out
+    """A copy of every weight that is neither packed nor, as the configuration says, tied to another."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return {
+        n: t.detach().to("cpu", copy=True).contiguous()
+        for n, t in model.state_dict().items()
+        if n not in packed and n not in tied
+    }

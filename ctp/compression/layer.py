@@ -42,6 +42,14 @@ class Layer:
             return self.g_idx.long()
         return torch.arange(self.shape[1], device=self.scale.device) // (self.shape[1] // self.scale.shape[1])
 
+    def zero_points(self) -> Tensor:
+        """The zero points (outputs, groups), uint8, of a symmetric grid too."""
+        assert self.bits is not None
+        assert self.scale is not None
+        if self.zero is not None:
+            return self.zero
+        return torch.full_like(self.scale, 2 ** (self.bits - 1), dtype=torch.uint8)
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight as the model computes with it, (outputs, inputs), bit for bit: (code - zero) * scale in float32,
         0 where pruned, rounded once to dtype.

@@ -5,21 +5,21 @@ Their weights are unpacked by ctp's own code: no foreign kernel ever computes wi
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ctp.compression.artifact import Compressed
+from ctp.compression.artifact import GENERATION, PACKED, Compressed, read_tensors
 from ctp.compression.blocks import decoder_blocks
 from ctp.compression.layer import Layer
 from ctp.compression.pack import pack
 from ctp.formats import compressed_tensors, gptq
 from ctp.models import locate, skeleton
 
-READERS = {"gptq": gptq.layers, "compressed-tensors": compressed_tensors.layers}
+READERS = {"gptq": gptq, "compressed-tensors": compressed_tensors}
 
 
 def fetch(location: str, revision: str, weights: bool = True) -> Path:
@@ -42,26 +42,41 @@ def fetch(location: str, revision: str, weights: bool = True) -> Path:
 def quantization(folder: Path) -> dict[str, Any] | None:
     """The quantization config of a checkpoint, from config.json or AutoGPTQ's quantize_config.json; None without one.
 
-    Raises ValueError where ctp cannot read that method.
+    Raises ValueError, naming the file and field, where ctp cannot read what it says.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = _json(folder / "config.json")
     found: dict[str, Any] | None = config.get("quantization_config") or config.get("compression_config")
     beside = folder / "quantize_config.json"
     if found is None and beside.is_file():
-        found = {"quant_method": "gptq", **json.loads(beside.read_text())}
-    if found is not None and found.get("quant_method") not in READERS:
+        found = {"quant_method": "gptq", **_json(beside)}
+    if found is None:
+        return None
+    if found.get("quant_method") not in READERS:
         raise ValueError(f"quant_method = {found.get('quant_method')!r}: allowed: {', '.join(READERS)}")
+    READERS[found["quant_method"]].check(found)
     return found
 
 
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        read: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path} is missing or damaged: {e}") from e
+    return read
+
+
 def open_checkpoint(folder: Path, dtype: str = "auto", tokenizer: Any = None) -> Compressed:
-    """The compressed model in `folder`. dtype: what it computes in, "auto" as its config says.
+    """The compressed model in `folder`, ctp's own included. dtype: what it computes in, "auto" as its config says.
 
     tokenizer: the base model's; without one, the folder's own. Raises ValueError, in one sentence, where it is no
     compressed model, in a format that ctp does not read, or not whole.
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+    if (folder / PACKED).is_file():  # ctp's own
+        opened = Compressed.open(folder)
+        opened.config.dtype = opened.config.dtype if dtype == "auto" else getattr(torch, dtype)
+        return replace(opened, tokenizer=tokenizer or opened.tokenizer)
     said = quantization(folder)
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
@@ -69,7 +84,7 @@ def open_checkpoint(folder: Path, dtype: str = "auto", tokenizer: Any = None) ->
     config.dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     bare = skeleton(config)
     tensors = {_module_name(n, bare): t for n, t in _tensors(folder).items()}
-    found = _pruned(tensors, bare) if said is None else READERS[said["quant_method"]](tensors, said)
+    found = _pruned(tensors, bare) if said is None else READERS[said["quant_method"]].layers(tensors, said)
     packed: dict[str, Tensor] = {}
     used: set[str] = set()
     for name, layer, parts in found:
@@ -78,7 +93,7 @@ def open_checkpoint(folder: Path, dtype: str = "auto", tokenizer: Any = None) ->
     if not packed:
         raise ValueError(f"{folder.name} holds no quantized and no pruned weights: it is a model, not a compressed one")
     rest = {n: t for n, t in tensors.items() if n not in used and not _leftover(n, t, bare)}
-    own = (folder / "generation_config.json").is_file()
+    own = (folder / GENERATION).is_file()
     generation = GenerationConfig.from_pretrained(folder) if own else None
     return Compressed(packed, rest, config, tokenizer or AutoTokenizer.from_pretrained(folder), generation)
 
@@ -87,17 +102,16 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors: those of the index, else of model.safetensors, else of every .safetensors file."""
     index = sorted(folder.glob("*.safetensors.index.json"))
     if index:
-        names = sorted(set(json.loads(index[0].read_text())["weight_map"].values()))
+        names = sorted(set(_json(index[0]).get("weight_map", {}).values()))
     elif (folder / "model.safetensors").is_file():
         names = ["model.safetensors"]
     else:
         names = sorted(f.name for f in folder.glob("*.safetensors"))
     out: dict[str, Tensor] = {}
     for name in names:
-        path = folder / name
-        if path.parent.resolve() != folder.resolve() or not path.is_file():
+        if Path(name).name != name:
             raise ValueError(f"{index[0].name} names {name!r}, which is no file of {folder.name}")
-        out |= load_file(path)
+        out |= read_tensors(folder / name)
     return out
 
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ctp.compression.layer import Layer
-from ctp.formats.words import from_words, stored_codes, to_words, zero_points
+from ctp.formats.words import from_words, stored_codes, to_words
 
 PACK, INT = "pack-quantized", "int-quantized"
 BITS = (2, 3, 4, 8)
+STRATEGIES = ("group", "channel", "tensor")
 PARTS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
 
@@ -29,7 +30,7 @@ def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator
     config: the checkpoint's quantization config. Raises ValueError naming what is not supported, or the linear whose
     tensors do not fit.
     """
-    widths = _widths(config)
+    widths = sorted({int(g["weights"]["num_bits"]) for g in config["config_groups"].values()})
     for name in [n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")]:
         own = {n: tensors[f"{name}.{n}"] for n in PARTS if f"{name}.{n}" in tensors}
         try:
@@ -38,17 +39,22 @@ def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator
             raise ValueError(f"{name}: no layer of compressed-tensors: {e}") from e
 
 
-def _widths(config: Mapping[str, Any]) -> list[int]:
-    """The bit widths that the config's groups speak of."""
+def check(config: Mapping[str, Any]) -> None:
+    """Raises ValueError naming what in a quantization config ctp does not read."""
     groups = list((config.get("config_groups") or {}).values())
-    formats = {g.get("format") or config.get("format") for g in groups}
-    if not formats <= {PACK, INT} or not groups:
-        said = ", ".join(sorted(map(str, formats))) or "none"
-        raise ValueError(f"format = {said!r} of compressed-tensors: allowed: {PACK}, {INT}")
+    formats = {str(g.get("format") or config.get("format")) for g in groups}
+    if not formats or not formats <= {PACK, INT}:
+        raise ValueError(f"format = {', '.join(sorted(formats)) or None} of compressed-tensors: allowed: {PACK}, {INT}")
+    if (config.get("transform_config") or {}).get("config_groups"):
+        raise ValueError("transform_config of compressed-tensors: ctp reads weights that are not transformed only")
     for group in groups:
-        if group.get("input_activations") or group["weights"].get("type", "int") != "int":
-            raise ValueError("compressed-tensors with quantized activations or float weights: only integer weights")
-    return sorted({int(g["weights"]["num_bits"]) for g in groups})
+        weights = group.get("weights") or {}
+        if group.get("input_activations") or weights.get("type", "int") != "int":
+            raise ValueError("input_activations or float weights of compressed-tensors: ctp reads integer weights only")
+        for field, allowed in (("num_bits", BITS), ("strategy", STRATEGIES)):
+            if weights.get(field) not in allowed:
+                choice = ", ".join(map(str, allowed))
+                raise ValueError(f"{field} = {weights.get(field)!r} of compressed-tensors: allowed: {choice}")
 
 
 def _read(own: Mapping[str, Tensor], widths: Sequence[int]) -> Layer:
@@ -94,7 +100,7 @@ def write(name: str, layer: Layer, sym: bool) -> dict[str, Tensor]:
         "weight_shape": torch.tensor(layer.shape),
     }
     if not sym:
-        out["weight_zero_point"] = to_words(zero_points(layer).T, layer.bits).T
+        out["weight_zero_point"] = to_words(layer.zero_points().T, layer.bits).T
     return {f"{name}.{part}": t.clone(memory_format=torch.contiguous_format) for part, t in out.items()}
 
 

@@ -8,17 +8,20 @@ from huggingface_hub import save_torch_state_dict
 from torch import nn
 
 from ctp.cache import new_folder
-from ctp.compression.artifact import Compressed
-from ctp.compression.layer import Layer
+from ctp.compression.artifact import Compressed, save_generation, save_model
+from ctp.compression.blocks import decoder_blocks
 from ctp.formats import compressed_tensors, gptq
+from ctp.formats.checkpoint import open_checkpoint
 from ctp.models import quiet, skeleton
 from ctp.names import unknown
 
 FORMATS = ("hf", "compressed-tensors", "gptq")
 
 
-def export(model: Compressed, folder: str | Path, format: str) -> list[str]:
-    """Write `model` into the empty or new `folder`; returns what a reader must know, a sentence each.
+def export(model: Compressed | str | Path, folder: str | Path, format: str) -> list[str]:
+    """Write `model` (what `ctp.compress` gave, or a folder with a compressed one) into a new or empty folder.
+
+    Returns what a reader must know, a sentence each.
 
     hf: an ordinary Hugging Face folder. compressed-tensors: its pack-quantized format. gptq: AutoGPTQ's format.
     `AutoModelForCausalLM.from_pretrained(folder)` opens each, where compressed-tensors or GPTQModel is installed.
@@ -26,15 +29,18 @@ def export(model: Compressed, folder: str | Path, format: str) -> list[str]:
     """
     if format not in FORMATS:
         raise ValueError(unknown("format", format, FORMATS))
+    if isinstance(model, str | Path):
+        model = open_checkpoint(Path(model))
+    if not isinstance(model, Compressed):
+        raise ValueError(f"a {type(model).__name__} is neither what ctp.compress gave nor a folder with such a model")
     with quiet(), new_folder(Path(folder)) as work:
         if format == "hf":
-            model.model().save_pretrained(work)
+            save_model(model.model(), work)
             notes = ["The weights are ordinary ones, of the size of the uncompressed model."]
         else:
             notes = _quantized(model, work, format)
         model.tokenizer.save_pretrained(work)
-        if model.generation is not None:
-            model.generation.save_pretrained(work)
+        save_generation(model.generation, work)
     return notes
 
 
@@ -44,27 +50,25 @@ def _quantized(model: Compressed, folder: Path, format: str) -> list[str]:
     sym = not any(n.endswith(".zero") for n in model.packed)
     act_order = any(n.endswith(".g_idx") for n in model.packed)
     state = {n: t.to(model.config.dtype) if t.is_floating_point() else t for n, t in model.rest.items()}
-    grids: set[tuple[int, int | None]] = set()
-    names, kept, weights = set(), 0, 0
+    config = copy.deepcopy(model.config)
+    bare = skeleton(config)
+    inside = decoder_blocks(bare)[0]
+    grids: dict[str, tuple[int, int, int]] = {}
+    kept = weights = 0
     for name, layer in model.layers():
         if layer.bits is None:
             raise ValueError(f"{format} has no form for pruned weights that are not quantized ({name}): export hf")
+        if not name.startswith(f"{inside}.") or type(bare.get_submodule(name)) is not nn.Linear:
+            raise ValueError(f"{format}: {name} is no nn.Linear of a decoder block, which loaders expect: export hf")
         state |= writer(name, layer, sym)
-        grids.add((layer.bits, _group_size(name, layer)))
-        names.add(name)
+        grids[name] = layer.bits, layer.shape[1], layer.zero_points().shape[1]
         kept, weights = kept + layer.kept, weights + layer.shape[0] * layer.shape[1]
-    if len(grids) > 1:
-        raise ValueError(
-            f"{format}: (bits, group size) differ from linear to linear, {sorted(grids, key=str)}: export hf"
-        )
-    ((bits, group_size),) = grids
-    config = copy.deepcopy(model.config)
-    bare = skeleton(config)
+    bits, group_size = _common(format, grids)
     if format == "gptq":
         said = gptq.settings(bits, group_size, sym, act_order)
     else:
         linears = [n for n, m in bare.named_modules() if isinstance(m, nn.Linear)]
-        said = compressed_tensors.settings(bits, group_size, sym, [n for n in linears if n not in names])
+        said = compressed_tensors.settings(bits, group_size, sym, [n for n in linears if n not in grids])
     config.quantization_config = said
     config.architectures = [type(bare).__name__]
     config.save_pretrained(folder)
@@ -74,13 +78,17 @@ def _quantized(model: Compressed, folder: Path, format: str) -> list[str]:
     return _notes(format, bits, sym, act_order, 1 - kept / weights)
 
 
-def _group_size(name: str, layer: Layer) -> int | None:
-    """Inputs that share a scale; None for one scale per output channel."""
-    assert layer.scale is not None
-    columns, groups = layer.shape[1], layer.scale.shape[1]
-    if columns % groups:
-        raise ValueError(f"{name}: {columns} inputs in {groups} groups are no groups of one size: export hf")
-    return columns // groups if groups > 1 else None
+def _common(format: str, grids: dict[str, tuple[int, int, int]]) -> tuple[int, int | None]:
+    """(bits, group size) of all linears, from (bits, inputs, groups) of each; None for one scale per output channel."""
+    uneven = [name for name, (_, columns, groups) in grids.items() if columns % groups]
+    if uneven:
+        raise ValueError(f"{format}: the groups of {uneven[0]} are not of one size: export hf")
+    widths = {bits for bits, _, _ in grids.values()}
+    sizes = {columns // groups for _, columns, groups in grids.values() if groups > 1}
+    sizes |= {columns for _, columns, groups in grids.values() if groups == 1} if sizes else set()
+    if len(widths) > 1 or len(sizes) > 1:
+        raise ValueError(f"{format}: linears differ in bits {sorted(widths)} or group size {sorted(sizes)}: export hf")
+    return widths.pop(), sizes.pop() if sizes else None
 
 
 def _notes(format: str, bits: int, sym: bool, act_order: bool, sparsity: float) -> list[str]:

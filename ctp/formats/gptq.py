@@ -16,10 +16,22 @@ import torch
 from torch import Tensor
 
 from ctp.compression.layer import Layer
-from ctp.formats.words import from_words, stored_codes, to_words, zero_points
+from ctp.formats.words import from_words, stored_codes, to_words
 
 BITS = (2, 3, 4, 8)
 V1, V2 = "gptq", "gptq_v2"
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raises ValueError naming what in a quantization config ctp does not read."""
+    if (version := _version(config)) not in (V1, V2):
+        raise ValueError(f"checkpoint_format = {version!r}: allowed: {V1}, {V2}")
+    if config.get("bits") not in BITS:
+        raise ValueError(f"bits = {config.get('bits')!r}: allowed: {', '.join(map(str, BITS))}")
+
+
+def _version(config: Mapping[str, Any]) -> str:
+    return str(config.get("checkpoint_format") or config.get("format") or V1)
 
 
 def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Layer, set[str]]]:
@@ -27,9 +39,7 @@ def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator
 
     config: the checkpoint's quantization config. Raises ValueError naming the linear whose tensors do not fit.
     """
-    version = str(config.get("checkpoint_format") or V1)
-    if version not in (V1, V2):
-        raise ValueError(f"checkpoint_format = {version!r}: allowed: {V1}, {V2}")
+    version = _version(config)
     for name in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
         own = {n: tensors[f"{name}.{n}"] for n in ("qweight", "qzeros", "scales", "g_idx") if f"{name}.{n}" in tensors}
         try:
@@ -80,7 +90,7 @@ def write(name: str, layer: Layer, sym: bool) -> dict[str, Tensor]:
         raise ValueError(f"{name}: its scales are no float16 numbers, which the GPTQ format stores")
     out = {
         "qweight": to_words(stored_codes(layer), layer.bits).T,
-        "qzeros": to_words(zero_points(layer).T - int(sym), layer.bits),
+        "qzeros": to_words(layer.zero_points().T - int(sym), layer.bits),
         "scales": scales.T,
         "g_idx": layer.groups().to(torch.int32),
     }

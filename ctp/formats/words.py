@@ -33,13 +33,4 @@ def stored_codes(layer: Layer) -> Tensor:
     assert layer.codes is not None
     if layer.mask is None:
         return layer.codes
-    return torch.where(layer.mask, layer.codes, zero_points(layer).index_select(1, layer.groups()))
-
-
-def zero_points(layer: Layer) -> Tensor:
-    """The zero points (outputs, groups), uint8, of a symmetric grid too."""
-    assert layer.bits is not None
-    assert layer.scale is not None
-    if layer.zero is not None:
-        return layer.zero
-    return torch.full_like(layer.scale, 2 ** (layer.bits - 1), dtype=torch.uint8)
+    return torch.where(layer.mask, layer.codes, layer.zero_points().index_select(1, layer.groups()))

@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 
 from ctp.recover.attach import context_of, with_prompt
+from ctp.recover.state import LearnedPrompt
 
 IGNORED = -100  # the label that transformers' losses leave out
 HANDLE = "_attached_prompt"  # a model's attribute, its handle
@@ -27,13 +28,14 @@ REPLACED = ("forward", "_prepare_cache_for_generation", "generate_batch")
 _numbers = itertools.count(1)
 
 
-def attach_prompt(model: PreTrainedModel, prompt: Tensor) -> "AttachedPrompt":
-    """Put the prompt (k, d), d the width of the embedding, in front of all that `model` reads, until `remove()`.
+def attach_prompt(model: PreTrainedModel, prompt: Tensor | LearnedPrompt) -> "AttachedPrompt":
+    """Put the prompt, rows (k, d) with d the width of the embedding, or what `learn` gave, in front of all that `model`
+    reads, until `remove()`.
 
     `model(input_ids, attention_mask=…, labels=…)` gives the logits of the given tokens, and the mean loss over the
     given labels but those of each row's first token, as `ctp.evaluate.perplexity` counts. `model.generate` works
     greedily, by sampling and by beams, with left padding, with and without a cache; `max_length` counts tokens only.
-    Class, configuration and weights stay as they are.
+    Class, configuration and weights stay as they are, and `save_pretrained` saves those: the prompt has its own folder.
 
     Raises ValueError if the prompt does not fit, or one is attached already. What cannot work raises it when asked of
     the model: `inputs_embeds`, a mask that is not (b, tokens), a cache that is not dynamic or was filled without this
@@ -49,9 +51,13 @@ def attach_prompt(model: PreTrainedModel, prompt: Tensor) -> "AttachedPrompt":
             f"{type(model).__name__} cannot have a prompt attached: it does not generate, or its forward "
             f"lacks one of {', '.join(NEEDED)}"
         )
+    if isinstance(prompt, LearnedPrompt):
+        prompt = prompt.embeddings
     width = model.get_input_embeddings().embedding_dim
     if prompt.dim() != 2 or len(prompt) == 0 or prompt.shape[1] != width:
         raise ValueError(f"prompt of shape {tuple(prompt.shape)}: must be (k, {width}) for this model, with k > 0")
+    if not prompt.is_floating_point() or not bool(torch.isfinite(prompt).all()):
+        raise ValueError("a prompt's rows must be finite floating-point numbers")
     return AttachedPrompt(model, prompt)
 
 
