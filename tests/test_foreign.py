@@ -61,6 +61,7 @@ def perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:
     [
         ("4bit-sym", GPTQ(bits=4, group_size=64, sym=True)),
         ("4bit", GPTQ(bits=4, group_size=64)),
+        ("4bit-channel", GPTQ(bits=4)),
         ("4bit-act", GPTQ(bits=4, group_size=64, act_order=True)),
         ("3bit", GPTQ(bits=3, group_size=64)),
         ("2bit", GPTQ(bits=2, group_size=64)),

@@ -179,6 +179,18 @@ def test_a_group_as_wide_as_the_inputs_is_a_group(tmp_path) -> None:
     assert ppl(AutoModelForCausalLM.from_pretrained(tmp_path / format)) == pytest.approx(ppl(model.model()), rel=1e-6)
 
 
+def test_asymmetric_channels_of_4_bits_are_written_as_groups_for_gptq(tmp_path) -> None:
+    """GPTQModel's CPU kernel opens them, its own too, as noise; the same scales in groups it reads."""
+    model = compressed(GPTQ(bits=4))
+    notes = export(model, tmp_path / "x", "gptq")
+    assert any("64 inputs at a time" in n for n in notes)
+    assert json.loads((tmp_path / "x" / "config.json").read_text())["quantization_config"]["group_size"] == 64
+    assert same_weights(open_checkpoint(tmp_path / "x").model(), model.model())
+    notes = export(compressed(GPTQ(bits=4, sym=True)), tmp_path / "sym", "gptq")
+    assert notes == []
+    assert json.loads((tmp_path / "sym" / "config.json").read_text())["quantization_config"]["group_size"] == -1
+
+
 def test_only_the_blocks_linears_are_exported_quantized(tmp_path) -> None:
     """Loaders would look for an embedding's or a head's ordinary weight, and start it at random."""
     model = compressed(SPECS["4bit"])

@@ -2,7 +2,9 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from torch import nn
@@ -10,6 +12,7 @@ from torch import nn
 from ctp.cache import new_folder
 from ctp.compression.artifact import Compressed, save_generation, save_model
 from ctp.compression.blocks import decoder_blocks
+from ctp.compression.layer import Layer
 from ctp.formats import compressed_tensors, gptq
 from ctp.formats.checkpoint import open_checkpoint
 from ctp.models import quiet, skeleton
@@ -46,12 +49,40 @@ def export(model: Compressed | str | Path, folder: str | Path, format: str) -> l
 
 def _quantized(model: Compressed, folder: Path, format: str) -> list[str]:
     """Write weights and config in one of the quantized formats."""
-    writer = gptq.write if format == "gptq" else compressed_tensors.write
-    sym = not any(n.endswith(".zero") for n in model.packed)
-    act_order = any(n.endswith(".g_idx") for n in model.packed)
-    state = {n: t.to(model.config.dtype) if t.is_floating_point() else t for n, t in model.rest.items()}
     config = copy.deepcopy(model.config)
     bare = skeleton(config)
+    columns, sparsity = _survey(model, format, bare)
+    bits, group_size = _common(format, columns)
+    sym = not any(n.endswith(".zero") for n in model.packed)
+    act_order = any(n.endswith(".g_idx") for n in model.packed)
+    notes = _notes(format, bits, sym, act_order, sparsity)
+    state = {n: t.to(model.config.dtype) if t.is_floating_point() else t for n, t in model.rest.items()}
+    if format == "gptq":
+        split = _split(columns) if bits == 4 and not sym and group_size is None else None
+        if split:
+            notes.append(f"Each channel's scale is written for {split} inputs at a time: {_MISREAD}.")
+        for name, layer in model.layers():
+            state |= gptq.write(name, _regrouped(layer, split) if split else layer, sym)
+        said = gptq.settings(bits, split or group_size, sym, act_order)
+        (folder / "quantize_config.json").write_text(json.dumps(said, indent=2) + "\n")  # where AutoGPTQ looks
+    else:
+        for name, layer in model.layers():
+            state |= compressed_tensors.write(name, layer, sym)
+        linears = [n for n, m in bare.named_modules() if isinstance(m, nn.Linear)]
+        said = compressed_tensors.settings(bits, group_size, sym, [n for n in linears if n not in columns])
+    config.quantization_config = said
+    config.architectures = [type(bare).__name__]
+    config.save_pretrained(folder)
+    save_torch_state_dict(state, folder, metadata={"format": "pt"})
+    return notes
+
+
+# Seen with 7.6, its own checkpoints included: logits without any likeness.
+_MISREAD = "GPTQModel's default kernel for CPUs misreads 4 bit asymmetric channels"
+
+
+def _survey(model: Compressed, format: str, bare: Any) -> tuple[dict[str, tuple[int, int, int]], float]:
+    """(bits, inputs, groups) of every linear, and the share pruned. Raises ValueError where the format has no form."""
     inside = decoder_blocks(bare)[0]
     grids: dict[str, tuple[int, int, int]] = {}
     kept = weights = 0
@@ -60,22 +91,9 @@ def _quantized(model: Compressed, folder: Path, format: str) -> list[str]:
             raise ValueError(f"{format} has no form for pruned weights that are not quantized ({name}): export hf")
         if not name.startswith(f"{inside}.") or type(bare.get_submodule(name)) is not nn.Linear:
             raise ValueError(f"{format}: {name} is no nn.Linear of a decoder block, which loaders expect: export hf")
-        state |= writer(name, layer, sym)
         grids[name] = layer.bits, layer.shape[1], layer.zero_points().shape[1]
         kept, weights = kept + layer.kept, weights + layer.shape[0] * layer.shape[1]
-    bits, group_size = _common(format, grids)
-    if format == "gptq":
-        said = gptq.settings(bits, group_size, sym, act_order)
-    else:
-        linears = [n for n, m in bare.named_modules() if isinstance(m, nn.Linear)]
-        said = compressed_tensors.settings(bits, group_size, sym, [n for n in linears if n not in grids])
-    config.quantization_config = said
-    config.architectures = [type(bare).__name__]
-    config.save_pretrained(folder)
-    save_torch_state_dict(state, folder, metadata={"format": "pt"})
-    if format == "gptq":  # where AutoGPTQ looks
-        (folder / "quantize_config.json").write_text(json.dumps(said, indent=2) + "\n")
-    return _notes(format, bits, sym, act_order, 1 - kept / weights)
+    return grids, 1 - kept / weights
 
 
 def _common(format: str, grids: dict[str, tuple[int, int, int]]) -> tuple[int, int | None]:
@@ -89,6 +107,21 @@ def _common(format: str, grids: dict[str, tuple[int, int, int]]) -> tuple[int, i
     if len(widths) > 1 or len(sizes) > 1:
         raise ValueError(f"{format}: linears differ in bits {sorted(widths)} or group size {sorted(sizes)}: export hf")
     return widths.pop(), sizes.pop() if sizes else None
+
+
+def _split(grids: dict[str, tuple[int, int, int]]) -> int:
+    """A group size that divides the inputs of all linears."""
+    for size in (128, 64, 32):
+        if all(columns % size == 0 for _, columns, _ in grids.values()):
+            return size
+    raise ValueError(f"gptq: {_MISREAD}, and no group of 128, 64 or 32 divides the inputs of all linears: export hf")
+
+
+def _regrouped(layer: Layer, size: int) -> Layer:
+    """The same weights with a channel's scale and zero point repeated for every `size` inputs."""
+    assert layer.scale is not None
+    times = layer.shape[1] // size
+    return replace(layer, scale=layer.scale.repeat(1, times), zero=layer.zero_points().repeat(1, times))
 
 
 def _notes(format: str, bits: int, sym: bool, act_order: bool, sparsity: float) -> list[str]:
