@@ -37,7 +37,7 @@ class Entry:
 
 def entries(store: Store, kinds: tuple[str, ...] = tuple(KINDS)) -> list[Entry]:
     """Every finished artifact, by kind and name. Raises StoreError where a manifest cannot be read."""
-    paths = sorted(path for kind in kinds for path in store.glob(f"{kind}/*/{MANIFEST}"))
+    paths = sorted(path for kind in kinds for path in store.glob(kind, f"*/{MANIFEST}"))
     out = []
     for path in paths:
         try:
@@ -57,7 +57,7 @@ def find(store: Store, text: str) -> tuple[Cell, dict[str, Any]]:
     """
     if len(text) < 6 or not set(text) <= set("0123456789abcdef"):
         raise ValueError(f"{text!r} is no key: 6 to 64 hex digits, as `python -m ctp.store ls` prints them")
-    found = [p for kind in KINDS for p in store.glob(f"{kind}/*-{text[:12]}*/{MANIFEST}")]
+    found = [p for kind in KINDS for p in store.glob(kind, f"*-{text[:12]}*/{MANIFEST}")]
     manifests = [m for m in (json.loads(store.fs.cat_file(p)) for p in found) if m["key"].startswith(text)]
     if len(manifests) != 1:
         what = "no artifact" if not manifests else f"{len(manifests)} artifacts"
