@@ -40,7 +40,7 @@ class Entry:
 def entries(store: Store, kinds: tuple[str, ...] = tuple(KINDS)) -> list[Entry]:
     """Every finished artifact, by kind and name. Raises StoreError where a manifest cannot be read."""
     out = []
-    for path in sorted(path for kind in kinds for path in store.glob(f"{kind}/*/{MANIFEST}")):
+    for path in sorted(path for kind in kinds for path in store.glob(kind, f"*/{MANIFEST}")):
         said = _read(store, path)
         size = sum(f["size"] for f in said["files"].values())
         name = path.split("/")[-2].removesuffix(f"-{said['key'][:12]}")
@@ -68,7 +68,7 @@ def find(store: Store, text: str) -> tuple[Cell, dict[str, Any]]:
     text = text.lower()
     if len(text) < 6 or not set(text) <= set("0123456789abcdef"):
         raise ValueError(f"{text!r} is no key: 6 to 64 hex digits, as `python -m ctp.store ls` prints them")
-    found = [p for kind in KINDS for p in store.glob(f"{kind}/*-{text[:12]}*/{MANIFEST}")]
+    found = [p for kind in KINDS for p in store.glob(kind, f"*-{text[:12]}*/{MANIFEST}")]
     manifests = [m for m in (_read(store, p) for p in found) if m["key"].startswith(text)]
     if len(manifests) != 1:
         what = "no artifact" if not manifests else f"{len(manifests)} artifacts"

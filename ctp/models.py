@@ -29,6 +29,7 @@ class Facts:
     parameters: int
     in_features: tuple[int, ...]  # of the linears in the decoder blocks, without repetition
     width: int  # of the embedding: numbers per row of a soft prompt
+    uncompressible: str  # name of the first matrix in the blocks that is not the weight of an nn.Linear, "" if none
 
 
 def locate(name: str, revision: str = "") -> tuple[str, str, str]:
@@ -108,19 +109,22 @@ def facts(location: str, revision: str) -> Facts:
     import torch
     from transformers import AutoConfig
 
+    from ctp.compression.blocks import not_linear
+
     where, extra = _source(location, revision)
     try:
         config = AutoConfig.from_pretrained(where, **extra)
     except (OSError, ValueError, KeyError) as e:
         raise ValueError(f"the configuration of {location} cannot be read: {e}") from e
     model = skeleton(config)
-    inside = [m for n, m in model.named_modules() if ".layers." in n or ".h." in n]
+    inside = [(n, m) for n, m in model.named_modules() if ".layers." in n or ".h." in n]
     found = Facts(
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),
         context=getattr(config, "max_position_embeddings", None),
         parameters=sum(p.numel() for p in model.parameters()),
-        in_features=tuple(sorted({m.in_features for m in inside if isinstance(m, torch.nn.Linear)})),
+        in_features=tuple(sorted({m.in_features for _, m in inside if isinstance(m, torch.nn.Linear)})),
         width=model.get_input_embeddings().embedding_dim,
+        uncompressible=not_linear(inside),
     )
     write_json(memo, asdict(found))
     return found

@@ -140,6 +140,9 @@ def _misfits(node: Node) -> list[str]:
                        f"compressed {name}, which has {facts.parameters:,} and {facts.width}")  # fmt: skip
         if isinstance(spec, Solver) and not facts.in_features:
             out.append(f"models: {name} has no linear layers in its decoder blocks that could be compressed")
+        elif isinstance(spec, Solver) and facts.uncompressible:
+            out.append(f"models: {name} cannot be compressed: {facts.uncompressible} is not the weight of an nn.Linear "
+                       f"(mixtures of experts and their like are not supported)")  # fmt: skip
     elif isinstance(cell, Learn) and isinstance(cell.recovery, SoftPrompt):
         fits("recovery.text.seq_len", cell.recovery.text.seq_len, cell.recovery.k)
         fits("recovery.validation.seq_len", cell.recovery.validation.seq_len, cell.recovery.k)

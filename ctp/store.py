@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +87,20 @@ class Store:
         """Where the cell's artifact lies or will lie."""
         return f"{self.root}/{cell.kind}/{_name(cell)}"
 
-    def glob(self, pattern: str) -> list[str]:
-        """Paths below the root, as they are now. Raises StoreError where the store does not answer."""
+    def glob(self, folder: str, pattern: str) -> list[str]:
+        """Paths of the files in a folder of the store, as they are now; * ? [ are wildcards in `pattern` only.
+
+        Raises StoreError where the store does not answer.
+        """
+        base = f"{self.root}/{folder}"
         try:
             self.fs.invalidate_cache()
-            return [str(p) for p in self.fs.glob(f"{self.root}/{pattern}")]
+            # Not fs.glob: it searches from the last folder before a bracket, which may be all of a bucket, and asks
+            # object stores folder by folder.
+            paths = [str(p) for p in self.fs.find(base)]
         except Exception as e:  # whatever the object store's client raises
             raise StoreError(f"store {self.uri!r} cannot be read: {type(e).__name__}: {e}") from e
+        return [p for p in paths if _matches(p[len(base) + 1 :], pattern)]
 
     def has(self, cell: Cell) -> bool:
         """Is the cell done?"""
@@ -100,7 +108,7 @@ class Store:
 
     def done(self, cells: Iterable[Cell]) -> set[str]:
         """The keys of those cells that are done: one listing per kind, not one request per cell."""
-        found = {path.split("/")[-2] for kind in KINDS for path in self.glob(f"{kind}/*/{MANIFEST}")}
+        found = {path.split("/")[-2] for kind in KINDS for path in self.glob(kind, f"*/{MANIFEST}")}
         return {key(c) for c in cells if _name(c) in found}
 
     def manifest(self, cell: Cell) -> dict[str, Any]:
@@ -199,7 +207,7 @@ class Store:
     def failures(self) -> dict[str, str]:
         """key -> the last error, of every cell whose last try failed."""
         found = {}
-        for path in self.glob("failed/*.json"):
+        for path in self.glob("failed", "*.json"):
             try:
                 record = json.loads(self.fs.cat_file(path))
                 found[record["key"]] = record["error"]
@@ -209,7 +217,7 @@ class Store:
 
     def started(self) -> dict[str, int]:
         """Folder name of a cell -> the step it had reached, of every cell that was interrupted."""
-        paths = self.glob(f"partial/*/step-*/{MANIFEST}")
+        paths = self.glob("partial", f"*/step-*/{MANIFEST}")
         return {p.split("/")[-3]: int(p.split("/")[-2].removeprefix("step-")) for p in sorted(paths)}
 
     # ---------------------------------------------------------------------- within
@@ -218,7 +226,7 @@ class Store:
         return f"{self.root}/partial/{_name(cell)}"
 
     def _partial_steps(self, cell: Cell) -> list[str]:
-        found = self.glob(f"partial/{_name(cell)}/step-*/{MANIFEST}")
+        found = self.glob(f"partial/{_name(cell)}", f"step-*/{MANIFEST}")
         return sorted(p.removesuffix(f"/{MANIFEST}") for p in found)
 
     def _failure(self, cell: Cell) -> str:
@@ -269,8 +277,12 @@ class Store:
                 raise StoreError(f"{source}/{place} is missing, though the manifest names it: remove {source}") from e
 
     def _remove(self, path: str) -> None:
-        if self.fs.exists(path):
-            self.fs.rm(path, recursive=True)
+        if self.local:
+            if os.path.exists(path):
+                shutil.rmtree(path)
+            return
+        for file in self.fs.find(path):  # fs.rm would take brackets in a name for a pattern
+            self.fs.rm_file(file)
 
 
 def _move(work: Path, target: Path) -> None:
@@ -284,6 +296,12 @@ def _move(work: Path, target: Path) -> None:
             return
         target.rename(work.with_name(f"unfinished-{uuid.uuid4().hex[:12]}"))
         work.rename(target)
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """As a shell does: a * ends at the next slash."""
+    parts, wanted = path.split("/"), pattern.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
 
 
 def _name(cell: Cell) -> str:

@@ -58,6 +58,17 @@ def test_dense_needs_no_calibration_and_no_key_from_it(tmp_path, llama_folder):
     assert len(set(one.nodes) & set(two.nodes)) == 2  # dense and its evaluation without a prompt
 
 
+def test_a_mixture_of_experts_is_refused_before_any_work(tmp_path):
+    from tinygrid import model_folder
+
+    folder = model_folder(tmp_path / "tiny-mixtral", "mixtral")
+    with pytest.raises(GridError, match=r"tiny-mixtral .*model\.layers\.0\.mlp\.gate\.weight") as e:
+        make(tmp_path / "g.yaml", **grid(folder))
+    assert len(e.value.problems) == 1
+    dense = grid(folder, compression="dense", sources=["dense"])
+    assert kinds(make(tmp_path / "g.yaml", **dense)) == {"compress": 1, "learn": 1, "evaluate": 2}
+
+
 @pytest.mark.parametrize(
     ("expression", "expected"),
     [

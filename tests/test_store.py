@@ -4,9 +4,11 @@ import json
 import uuid
 
 import pytest
-from test_spec import compress, evaluate, learn
+from test_spec import CALIBRATION, MODEL, compress, evaluate, learn
 
-from ctp.spec import key
+from ctp.artifacts import entries, find
+from ctp.methods import GPTQ
+from ctp.spec import KINDS, Compress, key
 from ctp.store import Store, StoreError
 
 
@@ -171,3 +173,44 @@ def test_long_names_still_fit_a_file_system(store):
     cell = evaluate(recovery=learn(compress(damping=0.0123, act_order=True, group_size=128, scale="mse")))
     publish(store, cell)
     assert len(store.folder(cell).rsplit("/", 1)[-1]) < 200
+
+
+@pytest.mark.parametrize("name", ["llama [v2]", "l*a?", "[[]"])
+def test_names_with_glob_characters_are_names(store, name):
+    store = Store(store.uri + " st[1]*")
+    model = MODEL.model_copy(update={"name": name})
+    cell = learn(Compress(model=model, compression=GPTQ(bits=3), calibration=CALIBRATION))
+    for step in (5, 10):
+        store.save_partial(cell, step, lambda folder, step=step: (folder / "s.txt").write_text(f"at {step}"))
+    assert [p.rsplit("/", 1)[-1] for p in store._partial_steps(cell)] == ["step-000000010"]
+    assert list(store.started().values()) == [10]
+    with store.partial(cell) as found:
+        assert (found / "s.txt").read_text() == "at 10"
+    store.record_failure(cell, "ValueError: boom", "trace")
+    assert store.failures() == {key(cell): "ValueError: boom"}
+    publish(store, cell)
+    assert (store.failures(), store.started()) == ({}, {})
+    assert store.done([cell, compress()]) == {key(cell)}
+    assert store.manifest(cell)["key"] == key(cell)
+    assert (store.fetch(cell) / "sub" / "a.txt").read_text() == "payload"
+    assert [e.key for e in entries(store)] == [key(cell)]
+    assert find(store, key(cell)[:8])[0] == cell
+
+
+def test_racers_in_a_root_with_brackets_leave_one_artifact(store):
+    store = Store(store.uri + "[1]")
+    with store.publish(compress()) as slow:
+        (slow.path / "a.txt").write_text("slow")
+        publish(store, compress(), "fast")
+    assert (store.fetch(compress()) / "sub" / "a.txt").read_text() == "fast"
+    assert len([p for p in store.fs.find(store.folder(compress())) if p.endswith("a.txt")]) == 1
+
+
+def test_what_is_done_takes_one_listing_a_kind(store, monkeypatch):
+    for bits in (2, 3, 4):
+        publish(store, compress(bits=bits))
+    calls, find = [], store.fs.find
+    monkeypatch.setattr(store.fs, "find", lambda path, **how: calls.append((path, how)) or find(path, **how))
+    assert len(store.done([compress(bits=2), compress(bits=4)])) == 2
+    # Without a depth: with one, object stores are asked folder by folder.
+    assert calls == [(f"{store.root}/{kind}", {}) for kind in KINDS]

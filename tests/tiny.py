@@ -8,6 +8,8 @@ from transformers import (
     BloomForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
 )
@@ -64,6 +66,24 @@ def tiny_bloom(vocab: int = 61, hidden: int = 32, layers: int = 2, seed: int = 0
     torch.manual_seed(seed)
     config = BloomConfig(vocab_size=vocab, hidden_size=hidden, n_layer=layers, n_head=4, bos_token_id=1, eos_token_id=2)
     return _spread(BloomForCausalLM(config))
+
+
+def tiny_mixtral(vocab: int = 61, hidden: int = 32, layers: int = 2, seed: int = 0) -> MixtralForCausalLM:
+    """A mixture of four experts, held as 3-D parameters."""
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return _spread(MixtralForCausalLM(config))
 
 
 def _spread(model):

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import yaml
-from tiny import tiny_bloom, tiny_llama, tiny_opt
+from tiny import tiny_bloom, tiny_llama, tiny_mixtral, tiny_opt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-ARCHITECTURES = {"llama": tiny_llama, "opt": tiny_opt, "bloom": tiny_bloom}
+ARCHITECTURES = {"llama": tiny_llama, "opt": tiny_opt, "bloom": tiny_bloom, "mixtral": tiny_mixtral}
 VOCAB = 257
 
 

@@ -1,6 +1,6 @@
 """A causal language model as a chain of decoder blocks, each run on its own."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,18 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         names = [n for n, _ in found]
         raise ValueError(f"{type(model).__name__}: no single list of {count} decoder blocks; candidates: {names}")
     return found[0]
+
+
+def not_linear(modules: Iterable[tuple[str, nn.Module]]) -> str:
+    """The name of the first parameter of 2 or more dimensions that is not the weight of an nn.Linear; "" if none.
+
+    Experts of a mixture are such: 3-D parameters, which no walk over linears sees.
+    """
+    for name, module in modules:
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim >= 2 and not (isinstance(module, nn.Linear) and own == "weight"):
+                return f"{name}.{own}"
+    return ""
 
 
 class _Stop(Exception):

@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctp.compression.blocks import Batch, capture, check_chain, decoder_blocks, shared_inputs, stop, stopping
+from ctp.compression.blocks import (
+    Batch,
+    capture,
+    check_chain,
+    decoder_blocks,
+    not_linear,
+    shared_inputs,
+    stop,
+    stopping,
+)
 from ctp.compression.layer import Layer, check
 from ctp.compression.solver import check_shape, factorise, solve
 from ctp.methods import Solver
@@ -23,8 +32,9 @@ def compress_model(
     model: a causal language model of transformers on any device. windows: token ids (n, tokens). batch: windows per
     forward pass. progress is told (blocks done, blocks). Returns the compressed form of every weight by module name.
 
-    Raises ValueError naming the linear where a group size does not fit or a Hessian cannot be factorised, RuntimeError
-    where the model is no plain chain of blocks, ArithmeticError where the result is not what the spec promises.
+    Raises ValueError naming the linear where a group size does not fit or a Hessian cannot be factorised, or the
+    matrix in a block that is not a linear's; RuntimeError where the model is no plain chain of blocks; ArithmeticError
+    where the result is not what the spec promises.
     """
     if windows.ndim != 2 or not windows.numel():
         raise ValueError(f"windows must be token ids (n, tokens), at least one; got shape {tuple(windows.shape)}")
@@ -116,11 +126,14 @@ def _add_gram(total: Tensor, x: Tensor) -> None:
 
 
 def _check_shapes(prefix: str, blocks: nn.ModuleList, compression: Solver) -> None:
-    """Before hours of work: every block has linears, and group size and pattern fit them."""
+    """Before hours of work: every block has linears and no other matrices, and group size and pattern fit them."""
     for i, block in enumerate(blocks):
         linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
         if not linears:
             raise ValueError(f"{prefix}.{i}: {type(block).__name__} has no nn.Linear to compress")
+        if other := not_linear(block.named_modules(prefix=f"{prefix}.{i}")):
+            raise ValueError(f"{other} is not the weight of an nn.Linear: mixtures of experts and their like are not "
+                             f"supported")  # fmt: skip
         for name, linear in linears.items():
             with _naming(f"{prefix}.{i}.{name}"):
                 check_shape(linear.in_features, compression)
