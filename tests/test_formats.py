@@ -127,7 +127,7 @@ def test_gptq_layers_come_back(bits: int, sym: bool, ordered: bool) -> None:
 # ------------------------------------------------------------------------------ export
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "opt", "bloom"])
 @pytest.mark.parametrize("name", SPECS)
 def test_exports_open_elsewhere_with_the_same_perplexity(tmp_path, architecture, name) -> None:
     """transformers alone opens hf and compressed-tensors; in float32 nothing is rounded, so nothing may differ."""
