@@ -3,7 +3,6 @@ is needed; everything here works on a Hugging Face causal language model and its
 """
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctp import corpora, models
+from ctp.artifacts import KEY, load_key
 from ctp.compression import compress_model
 from ctp.compression.artifact import PACKED, Compressed
 from ctp.formats.checkpoint import fetch, open_checkpoint, quantization
 from ctp.gridfile import explain
 from ctp.inputs import Windows
-from ctp.methods import AnyCompression, AnyRecovery, Solver
+from ctp.methods import AnyCompression, AnyRecovery, SoftPrompt, Solver
 from ctp.recover.adapter import attach_adapter
 from ctp.recover.attach import check_fit, context_of
 from ctp.recover.prompted import HANDLE, attach_prompt
@@ -81,6 +81,21 @@ def learn_prompt(
     Raises ValueError where a setting is wrong or texts are too short, FloatingPointError where learning diverges.
     """
     _check_plain(model, tokenizer)
+    spec, device = _prompt_spec(model, texts, k, seq_len, settings), _device(device)
+    length = spec.text.seq_len
+    train = _windows(model, tokenizer, texts, length, None, k)
+    if validation is None:
+        held = min(32, len(train) // 10)
+        if not held:
+            raise ValueError(f"texts give {len(train)} windows of {length} tokens: 10 are needed to hold one back")
+        train, held_out = train[:-held], train[-held:]
+    else:
+        held_out = _windows(model, tokenizer, validation, length, None, k)
+    return learn(model, train, held_out, spec, tokenizer=tokenizer, runtime=Runtime(device=device), report=progress)
+
+
+def _prompt_spec(model: Any, texts: Texts, k: int, seq_len: int | None, settings: dict[str, Any]) -> SoftPrompt:
+    """What to learn on `texts`: the settings, checked, with windows as long as asked for or as there is room."""
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k = {k!r}: should be a whole number above 0")
     context, length = context_of(model), texts.shape[-1] if isinstance(texts, Tensor) else seq_len
@@ -94,16 +109,8 @@ def learn_prompt(
     asked: dict[str, Any] = {"validate_every": max(1, steps // 10)} if isinstance(steps, int) else {}
     text = {"dataset": "given", "split": "train", "seq_len": length}
     asked |= {"method": "soft_prompt", "k": k, "text": text, **settings}
-    spec, device = _parsed(AnyRecovery, asked, "settings"), _device(device)
-    train = _windows(model, tokenizer, texts, length, None, k)
-    if validation is None:
-        held = min(32, len(train) // 10)
-        if not held:
-            raise ValueError(f"texts give {len(train)} windows of {length} tokens: 10 are needed to hold one back")
-        train, held_out = train[:-held], train[-held:]
-    else:
-        held_out = _windows(model, tokenizer, validation, length, None, k)
-    return learn(model, train, held_out, spec, tokenizer=tokenizer, runtime=Runtime(device=device), report=progress)
+    spec: SoftPrompt = _parsed(AnyRecovery, asked, "settings")
+    return spec
 
 
 def load(
@@ -129,9 +136,7 @@ def load(
     folder = Path(what).expanduser()
     if folder.is_dir():
         model, tokenizer = _load_folder(folder, device)
-    elif re.fullmatch("[0-9a-fA-F]{6,64}", str(what)):
-        from ctp.artifacts import load_key
-
+    elif KEY.fullmatch(str(what)):
         model, tokenizer = load_key(str(what), store, device)
     else:
         _, revision, location = models.locate(str(what))

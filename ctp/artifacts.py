@@ -6,7 +6,7 @@ export KEY DIR --format   a folder that Hugging Face, vLLM, GPTQModel or PEFT op
 
 import argparse
 import json
-import shutil
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +15,16 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ctp.cache import new_folder
+from ctp.formats import FORMATS
 from ctp.labels import slug
 from ctp.methods import Dense
 from ctp.models import locate, quiet
-from ctp.recover.adapter import FILES
+from ctp.recover.adapter import copy_adapter
 from ctp.spec import KINDS, Cell, Compress, Learn, Runtime, from_json, key
 from ctp.store import MANIFEST, Store, StoreError, default_store
 
 OK, USAGE, UNREACHABLE = 0, 2, 3
-FORMATS = ("hf", "compressed-tensors", "gptq", "peft")
+KEY = re.compile("[0-9a-fA-F]{6,64}")  # what stands for an artifact: its key, or how that begins
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ def find(store: Store, text: str) -> tuple[Cell, dict[str, Any]]:
 
     Raises ValueError where there is none, several, or one of another version of ctp.
     """
-    text = text.lower()
-    if len(text) < 6 or not set(text) <= set("0123456789abcdef"):
+    if not KEY.fullmatch(text):
         raise ValueError(f"{text!r} is no key: 6 to 64 hex digits, as `python -m ctp.store ls` prints them")
+    text = text.lower()
     found = [p for kind in KINDS for p in store.glob(kind, f"*-{text[:12]}*/{MANIFEST}")]
     manifests = [m for m in (_read(store, p) for p in found) if m["key"].startswith(text)]
     if len(manifests) != 1:
@@ -124,9 +125,7 @@ def export_key(text: str, store: Store, folder: Path, format: str) -> list[str]:
                 save_model(part, work) if isinstance(part, PreTrainedModel) else part.save_pretrained(work)
             return []
         assert isinstance(cell, Learn)
-        source = store.fetch(cell)
-        for name in FILES:
-            shutil.copyfile(source / name, work / name)
+        copy_adapter(store.fetch(cell), work)
     made = f"Learned through {slug(cell.source)}" if cell.recovery.learned else "Imported, not learned here"
     return [f"{made}: PeftModel.from_pretrained(model, {str(folder)!r})."]
 
@@ -136,7 +135,7 @@ def _formats(cell: Cell) -> tuple[str, ...]:
         return ("peft",)
     if not isinstance(cell, Compress):
         return ()
-    return ("hf",) if isinstance(cell.compression, Dense) else ("hf", "compressed-tensors", "gptq")
+    return ("hf",) if isinstance(cell.compression, Dense) else FORMATS
 
 
 def _runtime(cell: Compress, store: Store) -> Runtime:
@@ -186,8 +185,8 @@ def parser() -> argparse.ArgumentParser:
     ls.add_argument("--kind", choices=tuple(KINDS))
     ex.add_argument("key", metavar="KEY", help="6 or more digits of an artifact's key, as ls prints it")
     ex.add_argument("folder", metavar="DIR", type=Path, help="new or empty")
-    ex.add_argument("--format", required=True, choices=FORMATS, help="hf: an ordinary model; compressed-tensors: its "
-                    "pack-quantized; gptq: AutoGPTQ's; peft: a prompt or adapter")  # fmt: skip
+    ex.add_argument("--format", required=True, choices=(*FORMATS, "peft"), help="hf: an ordinary model; "
+                    "compressed-tensors: its pack-quantized; gptq: AutoGPTQ's; peft: a prompt or adapter")  # fmt: skip
     return p
 
 

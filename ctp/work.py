@@ -3,7 +3,6 @@
 import json
 import platform
 import resource
-import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -124,10 +123,8 @@ def _learn(cell: Learn, draft: Draft, store: Store, runtime: Runtime, device: st
 
 
 def _import(spec: Adapter, draft: Draft, runtime: Runtime) -> dict[str, float]:
-    """Copy an adapter that was made elsewhere: its two files, whatever else lies beside them."""
-    folder = adapter.fetch(location(runtime.locations, spec), spec.revision)
-    for name in adapter.FILES:
-        shutil.copyfile(folder / name, draft.path / name)
+    """Copy an adapter that was made elsewhere."""
+    adapter.copy_adapter(adapter.fetch(location(runtime.locations, spec), spec.revision), draft.path)
     return {"trainable_parameters": adapter.parameters(draft.path)}
 
 

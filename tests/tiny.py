@@ -26,18 +26,22 @@ def tiny_llama(
 ) -> LlamaForCausalLM:
     """Grouped keys and values, untied head."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=context,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return _spread(LlamaForCausalLM(config))
+    return _spread(LlamaForCausalLM(LlamaConfig(**_grouped(vocab, hidden, layers, context))))
+
+
+def _grouped(vocab: int, hidden: int, layers: int, context: int) -> dict[str, int]:
+    """What the configurations of Llama and Mixtral share."""
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": context,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
 
 
 def tiny_opt(
@@ -71,18 +75,7 @@ def tiny_bloom(vocab: int = 61, hidden: int = 32, layers: int = 2, seed: int = 0
 def tiny_mixtral(vocab: int = 61, hidden: int = 32, layers: int = 2, seed: int = 0) -> MixtralForCausalLM:
     """A mixture of four experts, held as 3-D parameters."""
     torch.manual_seed(seed)
-    config = MixtralConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    config = MixtralConfig(**_grouped(vocab, hidden, layers, 64), num_local_experts=4)
     return _spread(MixtralForCausalLM(config))
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ctp.compression.layer import Layer
 from ctp.compression.pack import pack, stats, unpack_each
@@ -55,16 +55,12 @@ class Compressed:
     def open(cls, folder: str | Path) -> "Compressed":
         """What `save` wrote into `folder`. Raises ValueError naming the file that is missing or damaged."""
         folder = Path(folder)
-        from transformers import AutoConfig, AutoTokenizer
-
-        packed, rest = read_tensors(folder / PACKED), read_tensors(folder / REST)
-        own = (folder / GENERATION).is_file()
         return cls(
-            packed,
-            rest,
+            read_tensors(folder / PACKED),
+            read_tensors(folder / REST),
             AutoConfig.from_pretrained(folder),
             AutoTokenizer.from_pretrained(folder),
-            GenerationConfig.from_pretrained(folder) if own else None,
+            read_generation(folder),
         )
 
     def __repr__(self) -> str:
@@ -109,8 +105,6 @@ class Compressed:
 
 def build(config: Any, state: dict[str, Tensor]) -> Any:
     """A model with these weights. Raises ValueError naming a weight that is missing, unknown or of another shape."""
-    from transformers import AutoModelForCausalLM
-
     kind = AutoModelForCausalLM._model_mapping[type(config)]
     with quiet():
         model, info = kind.from_pretrained(
@@ -140,6 +134,11 @@ def save_model(model: Any, folder: Path) -> None:
     finally:
         model.generation_config = generation
     save_generation(generation, folder)
+
+
+def read_generation(folder: Path) -> Any:
+    """The defaults for `generate` in a folder, None where it has none."""
+    return GenerationConfig.from_pretrained(folder) if (folder / GENERATION).is_file() else None
 
 
 def save_generation(generation: Any, folder: Path) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer
 
-from ctp.compression.artifact import GENERATION, PACKED, Compressed, read_tensors
+from ctp.compression.artifact import PACKED, Compressed, read_generation, read_tensors
 from ctp.compression.blocks import decoder_blocks
 from ctp.compression.layer import Layer
 from ctp.compression.pack import pack
@@ -71,8 +72,6 @@ def open_checkpoint(folder: Path, dtype: str = "auto", tokenizer: Any = None) ->
     tokenizer: the base model's; without one, the folder's own. Raises ValueError, in one sentence, where it is no
     compressed model, in a format that ctp does not read, or not whole.
     """
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
     if (folder / PACKED).is_file():  # ctp's own
         opened = Compressed.open(folder)
         opened.config.dtype = opened.config.dtype if dtype == "auto" else getattr(torch, dtype)
@@ -93,9 +92,8 @@ def open_checkpoint(folder: Path, dtype: str = "auto", tokenizer: Any = None) ->
     if not packed:
         raise ValueError(f"{folder.name} holds no quantized and no pruned weights: it is a model, not a compressed one")
     rest = {n: t for n, t in tensors.items() if n not in used and not _leftover(n, t, bare)}
-    own = (folder / GENERATION).is_file()
-    generation = GenerationConfig.from_pretrained(folder) if own else None
-    return Compressed(packed, rest, config, tokenizer or AutoTokenizer.from_pretrained(folder), generation)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
+    return Compressed(packed, rest, config, tokenizer, read_generation(folder))
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

@@ -13,12 +13,10 @@ from ctp.cache import new_folder
 from ctp.compression.artifact import Compressed, save_generation, save_model
 from ctp.compression.blocks import decoder_blocks
 from ctp.compression.layer import Layer
-from ctp.formats import compressed_tensors, gptq
+from ctp.formats import FORMATS, compressed_tensors, gptq
 from ctp.formats.checkpoint import open_checkpoint
 from ctp.models import quiet, skeleton
 from ctp.names import unknown
-
-FORMATS = ("hf", "compressed-tensors", "gptq")
 
 
 def export(model: Compressed | str | Path, folder: str | Path, format: str) -> list[str]:
@@ -51,14 +49,14 @@ def _quantized(model: Compressed, folder: Path, format: str) -> list[str]:
     """Write weights and config in one of the quantized formats."""
     config = copy.deepcopy(model.config)
     bare = skeleton(config)
-    columns, sparsity = _survey(model, format, bare)
-    bits, group_size = _common(format, columns)
+    grids, sparsity = _survey(model, format, bare)
+    bits, group_size = _common(format, grids)
     sym = not any(n.endswith(".zero") for n in model.packed)
     act_order = any(n.endswith(".g_idx") for n in model.packed)
     notes = _notes(format, bits, sym, act_order, sparsity)
     state = {n: t.to(model.config.dtype) if t.is_floating_point() else t for n, t in model.rest.items()}
     if format == "gptq":
-        split = _split(columns) if bits == 4 and not sym and group_size is None else None
+        split = _split(grids) if bits == 4 and not sym and group_size is None else None
         if split:
             notes.append(f"Each channel's scale is written for {split} inputs at a time: {_MISREAD}.")
         for name, layer in model.layers():
@@ -69,7 +67,7 @@ def _quantized(model: Compressed, folder: Path, format: str) -> list[str]:
         for name, layer in model.layers():
             state |= compressed_tensors.write(name, layer, sym)
         linears = [n for n, m in bare.named_modules() if isinstance(m, nn.Linear)]
-        said = compressed_tensors.settings(bits, group_size, sym, [n for n in linears if n not in columns])
+        said = compressed_tensors.settings(bits, group_size, sym, [n for n in linears if n not in grids])
     config.quantization_config = said
     config.architectures = [type(bare).__name__]
     config.save_pretrained(folder)

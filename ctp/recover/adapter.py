@@ -5,6 +5,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,12 @@ def adapter_facts(folder: str | Path) -> AdapterFacts:
         if (value := config.get(name, allowed[0])) not in allowed:
             raise ValueError(f"{CONFIG}: {name} = {value!r}, allowed: {', '.join(map(str, allowed))}")
     return AdapterFacts("lora", 0, 0)
+
+
+def copy_adapter(folder: Path, to: Path) -> None:
+    """Copy an adapter's two files, whatever else lies beside them."""
+    for name in FILES:
+        shutil.copyfile(folder / name, to / name)
 
 
 def parameters(folder: str | Path) -> int:
