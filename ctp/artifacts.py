@@ -90,8 +90,8 @@ def load_key(text: str, uri: str | None, device: str) -> tuple[Any, Any]:
 
     Raises ValueError where it is no model, or the base model is not where it was; StoreError from the store.
     """
+    from ctp.job import open_model
     from ctp.recover.adapter import attach_adapter  # torch and transformers: not for `ls`
-    from ctp.work import open_model
 
     store = Store(uri or default_store())
     cell, _ = find(store, text)
@@ -110,7 +110,7 @@ def export_key(text: str, store: Store, folder: Path, format: str) -> list[str]:
 
     from ctp.compression.artifact import Compressed, save_model
     from ctp.formats.export import export
-    from ctp.work import open_model
+    from ctp.job import open_model
 
     cell, _ = find(store, text)
     allowed = _formats(cell)

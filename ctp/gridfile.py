@@ -20,12 +20,11 @@ from ctp.methods import (
     AnyMeasure,
     AnyRecovery,
     Compression,
+    Learned,
     Measure,
     Method,
     Perplexity,
     Recovery,
-    SoftPrompt,
-    Solver,
 )
 from ctp.names import unknown
 from ctp.pins import Pins
@@ -202,7 +201,7 @@ def _study(name: str, raw: dict[str, Any], where: str, pins: Pins, problems: lis
     before = len(problems)
     models = items("models", Model)
     compressions = items("compression", AnyCompression)
-    calibration = items("calibration", Windows, required=any(isinstance(c, Solver) for c in compressions))
+    calibration = items("calibration", Windows, required=any(c.calibrated for c in compressions))
     recoveries = items("recovery", AnyRecovery, required=False)
     measures = items("measures", AnyMeasure, required=False)
     transfer = raw.get("transfer", "all")
@@ -227,7 +226,7 @@ def _reported(recoveries: tuple[Recovery, ...], measures: tuple[Measure, ...], w
         f"{where}recovery.{field} = {own.dataset} {own.split}: measures report on the same documents; take another "
         "split or skip some, or say on_reported: true"
         for recovery in recoveries
-        if isinstance(recovery, SoftPrompt) and not recovery.on_reported
+        if isinstance(recovery, Learned) and not recovery.on_reported
         for field, own in (("text", recovery.text), ("validation", recovery.validation))
         if any(own.overlaps(text) for text in texts)
     ]

@@ -2,13 +2,15 @@
 
 from typing import Any
 
-from ctp.methods import Adapter, SoftPrompt
+from ctp.methods import Adapter, Learned, Untrained
 from ctp.spec import Cell, Compress, Evaluate, Learn
 
 
 def origin(cell: Learn) -> str:
-    """What a prompt was learned through: a compression's label, or "imported"."""
-    return cell.source.compression.label if cell.recovery.learned else "imported"
+    """What a recovery was learned through: a compression's label, "untrained" or "imported"."""
+    if cell.recovery.learned:
+        return cell.source.compression.label
+    return "untrained" if isinstance(cell.recovery, Untrained) else "imported"
 
 
 def slug(cell: Cell) -> str:
@@ -34,16 +36,19 @@ def axes(cell: Cell) -> dict[str, str | int | float | bool]:
         base = cell.target
         measure = cell.measure.model_dump(mode="json")
         out |= {"measure": measure.pop("method"), "target": base.compression.label}
-        out |= {n: v for n, v in measure.pop("text", {}).items() if n in ("dataset", "split", "seq_len")}
+        out |= {n: v for n, v in measure.pop("text", measure).items() if n in ("dataset", "split", "seq_len")}
+        if out["measure"] == "task":
+            out |= {"task": measure["name"], "shots": measure["shots"]}
         out |= {"source": "none", "recovery": "none", "k": 0}
     learned = cell if isinstance(cell, Learn) else cell.recovery if isinstance(cell, Evaluate) else None
     if learned is not None:
         recovery = learned.recovery
-        out |= {"source": origin(learned), "recovery": recovery.method, "k": 0}
-        if isinstance(recovery, SoftPrompt):
-            out |= {"k": recovery.k, "learned_on": recovery.text.dataset, "seed": recovery.seed}
+        out |= {"source": origin(learned), "recovery": recovery.method, "k": getattr(recovery, "k", 0)}
+        out |= {"seed": getattr(recovery, "seed", None), "rank": getattr(recovery, "r", None)}
+        if isinstance(recovery, Learned):
+            out["learned_on"] = recovery.text.dataset
         if isinstance(recovery, Adapter):
-            out |= {"k": recovery.k, "adapter": recovery.path}
+            out["adapter"] = recovery.path
         out["recovery_label"] = recovery.label
     assert isinstance(base, Compress)
     out |= {"model": base.model.name, "dtype": base.model.dtype, "compression": base.compression.label}

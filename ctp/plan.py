@@ -8,7 +8,7 @@ from typing import Any
 
 from ctp.gridfile import Grid, GridError, Study
 from ctp.labels import axes, slug
-from ctp.methods import Adapter, Checkpoint, Dense, Perplexity, SoftPrompt, Solver, SparseGPT
+from ctp.methods import Adapter, Checkpoint, Dense, Learned, NoRecovery, Solver, SparseGPT
 from ctp.models import Facts
 from ctp.names import unknown
 from ctp.pins import Pins
@@ -77,7 +77,7 @@ def study_cells(study: Study) -> list[Cell]:
         compressed = {
             spec.label: [
                 Compress(model=model, compression=spec, calibration=text)
-                for text in (study.calibration if isinstance(spec, Solver) else (None,))
+                for text in (study.calibration if spec.calibrated else (None,))
             ]
             for spec in study.compressions
         }
@@ -90,14 +90,17 @@ def study_cells(study: Study) -> list[Cell]:
             for source in compressed[label]
         ]
         dense = Compress(model=model, compression=Dense())
-        imported = [Learn(source=dense, recovery=r) for r in study.recoveries if not r.learned]
-        out += [*targets, *learned, *imported]
+        given = [
+            Learn(source=dense, recovery=r) for r in study.recoveries if not r.learned and not isinstance(r, NoRecovery)
+        ]
+        out += [*targets, *learned, *given]
         for target in targets:
-            prompts = [p for p in learned if study.transfer == "all" or p.source == target]
+            own = [p for p in learned if study.transfer == "all" or p.source == target]
             out += [
-                Evaluate(target=target, recovery=prompt, measure=measure)
+                Evaluate(target=target, recovery=recovery, measure=measure)
                 for measure in study.measures
-                for prompt in (None, *prompts, *imported)
+                for recovery in (None, *own, *given)
+                if not measure.prompts_only or (recovery is not None and recovery.recovery.in_front)
             ]
     return out
 
@@ -143,18 +146,20 @@ def _misfits(node: Node) -> list[str]:
         elif isinstance(spec, Solver) and facts.uncompressible:
             out.append(f"models: {name} cannot be compressed: {facts.uncompressible} is not the weight of an nn.Linear "
                        f"(mixtures of experts and their like are not supported)")  # fmt: skip
-    elif isinstance(cell, Learn) and isinstance(cell.recovery, SoftPrompt):
-        fits("recovery.text.seq_len", cell.recovery.text.seq_len, cell.recovery.k)
-        fits("recovery.validation.seq_len", cell.recovery.validation.seq_len, cell.recovery.k)
+    elif isinstance(cell, Learn) and isinstance(cell.recovery, Learned):
+        rows = cell.recovery.prompt_rows
+        fits("recovery.text.seq_len", cell.recovery.text.seq_len, rows)
+        fits("recovery.validation.seq_len", cell.recovery.validation.seq_len, rows)
         if cell.recovery.precision == "fp32" and cell.source.model.dtype == "float16":
             out.append(f"recovery.precision = 'fp32': {name} is float16, whose gradients underflow: use bf16 or fp16")
     elif isinstance(cell, Learn) and isinstance(cell.recovery, Adapter):
         if cell.recovery.width not in (0, facts.width):
             out.append(f"recovery.path = {cell.recovery.path}: a prompt of width {cell.recovery.width} does not fit "
                        f"{name}, whose embedding has {facts.width}")  # fmt: skip
-    elif isinstance(cell, Evaluate) and isinstance(cell.measure, Perplexity):
+    elif isinstance(cell, Evaluate):
         k = getattr(cell.recovery.recovery, "k", 0) if cell.recovery else 0
-        fits("measures.text.seq_len", cell.measure.text.seq_len, k)
+        field = "text.seq_len" if hasattr(cell.measure, "text") else "seq_len + new_tokens"
+        fits(f"measures.{field}", cell.measure.needed_tokens, k)
     return out
 
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from ctp.inputs import Model, Pinned, PositiveInt, Spec, Windows
-from ctp.methods import AnyCompression, AnyMeasure, AnyRecovery, Solver
+from ctp.methods import AnyCompression, AnyMeasure, AnyRecovery
 
 
 class Cell(Spec):
@@ -44,7 +44,7 @@ class Compress(Cell):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if isinstance(self.compression, Solver) != (self.calibration is not None):
+        if self.compression.calibrated != (self.calibration is not None):
             raise ValueError(f"calibration text is for methods that calibrate; here: {self.compression.label}")
         return self
 

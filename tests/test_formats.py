@@ -14,7 +14,7 @@ from tiny import random_windows
 from tinygrid import ARCHITECTURES, VOCAB, byte_tokenizer, model_folder
 from transformers import AutoModelForCausalLM
 
-from ctp import work
+from ctp import job
 from ctp.compression import Layer, compress_model, pack
 from ctp.compression.artifact import Compressed
 from ctp.evaluate.perplexity import perplexity
@@ -368,9 +368,9 @@ def test_a_checkpoint_is_a_compression_of_a_grid(tmp_path) -> None:
     assert slug(stored) == "base_checkpoint-small-gptq"
     metrics = bench.store.manifest(stored)["metrics"]
     assert metrics["bits_per_weight"] == pytest.approx(small.stats()["bits_per_weight"])
-    assert same_weights(work.open_model(stored, bench.store, bench.runtime, "cpu")[0], model)
+    assert same_weights(job.open_model(stored, bench.store, bench.runtime, "cpu")[0], model)
     plain = next(c for c in bench.all(Evaluate) if c.recovery is None and c.target == stored)
-    ids = work.token_windows(plain.measure.text, byte_tokenizer(), bench.runtime)
+    ids = job.token_windows(plain.measure.text, byte_tokenizer(), bench.runtime)
     expected = perplexity(model, ids).ppl
     assert bench.store.manifest(plain)["metrics"]["ppl"] == pytest.approx(expected, rel=1e-6)
     assert len([c for c in bench.all(Learn) if c.source == stored]) == 1

@@ -14,7 +14,7 @@ from test_work import Bench
 from tiny import tiny_llama
 from tinygrid import VOCAB, grid, model_folder, write_grid
 
-from ctp import gridfile, models, plan, work
+from ctp import gridfile, job, models, plan
 from ctp.gridfile import GridError
 from ctp.labels import axes, slug
 from ctp.methods import Adapter
@@ -161,8 +161,8 @@ def test_the_perplexity_is_that_of_plain_peft(tmp_path, llama_folder, adapters):
         numbers = {"prompt": 4 * 32, "lora": 2 * 3 * ((32 + 32) + (32 + 64))}[cell.recovery.path]
         assert bench.store.manifest(cell)["metrics"]["trainable_parameters"] == numbers
     for cell in bench.all(Evaluate):
-        model, tokenizer = work.open_model(cell.target, bench.store, bench.runtime, "cpu")
-        ids = work.token_windows(cell.measure.text, tokenizer, bench.runtime)
+        model, tokenizer = job.open_model(cell.target, bench.store, bench.runtime, "cpu")
+        ids = job.token_windows(cell.measure.text, tokenizer, bench.runtime)
         k = 0
         if cell.recovery:
             k = cell.recovery.recovery.k

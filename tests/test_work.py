@@ -7,7 +7,7 @@ import torch
 from tiny import STORIES
 from tinygrid import grid, model_folder, write_grid
 
-from ctp import gridfile, plan, work
+from ctp import gridfile, job, plan, work
 from ctp.compression import artifact, compress_model, pack
 from ctp.evaluate.perplexity import perplexity
 from ctp.models import load
@@ -65,9 +65,9 @@ def test_the_whole_graph(bench):
 def test_a_stored_model_is_bit_for_bit_the_one_that_was_compressed(bench):
     for cell in bench.all(Compress)[1:]:
         bench.execute(cell)
-        stored, _ = work.load_compressed(cell, bench.store, bench.runtime, "cpu")
+        stored, _ = job.load_compressed(cell, bench.store, bench.runtime, "cpu")
         model, tokenizer = load(bench.pins.locations[f"{cell.model.name}@{cell.model.revision}"], cell.model.revision)
-        ids = work.token_windows(cell.calibration, tokenizer, bench.runtime)
+        ids = job.token_windows(cell.calibration, tokenizer, bench.runtime)
         compress_model(model, ids, cell.compression)
         ours, theirs = stored.state_dict(), model.state_dict()
         assert ours.keys() == theirs.keys()
@@ -94,8 +94,8 @@ def test_numbers_are_those_of_the_stored_artifacts(bench):
     cell = next(c for c in bench.all(Evaluate) if c.recovery and c.target.compression.label == "gptq-3bit")
     for each in (*cell.recovery.inputs, cell.recovery, cell):
         bench.execute(each)
-    model, tokenizer = work.open_model(cell.target, bench.store, bench.runtime, "cpu")
-    ids = work.token_windows(cell.measure.text, tokenizer, bench.runtime)
+    model, tokenizer = job.open_model(cell.target, bench.store, bench.runtime, "cpu")
+    ids = job.token_windows(cell.measure.text, tokenizer, bench.runtime)
     prompt = load_prompt(bench.store.fetch(cell.recovery))
     again = perplexity(model, ids, prompt, batch=bench.runtime.batch)
     assert again.nll_sum == bench.store.manifest(cell)["metrics"]["nll_sum"]

@@ -7,12 +7,17 @@ see `PerplexityResult.ppl_paper`. Conclusions rest on `ppl`.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ctp.methods import Perplexity
 from ctp.recover.attach import check_fit, frozen, scored_logits, summed_nll
+
+if TYPE_CHECKING:
+    from ctp.job import EvaluateJob
 
 
 @dataclass(frozen=True)
@@ -69,3 +74,11 @@ def perplexity(
             if progress is not None:
                 progress(min(start + batch, n), n)
     return PerplexityResult(total.item(), n * (s - 1), n * (s - 1 + k))
+
+
+def measure(spec: Perplexity, job: "EvaluateJob") -> dict[str, float]:
+    """Perplexity of the job's model over the windows of `spec.text`."""
+    ids = job.windows(spec.text)
+    result = perplexity(job.model, ids, job.prompt, batch=job.runtime.batch, progress=job.progress)
+    sums = {n: getattr(result, n) for n in ("nll_sum", "scored_tokens", "positions")}
+    return {"ppl": result.ppl, "ppl_paper": result.ppl_paper, **sums}

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,9 @@ from ctp.recover.attach import check_fit, frozen, scored_logits, summed_nll
 from ctp.recover.state import LearnedPrompt, TrainState, load_prompt
 from ctp.recover.steps import batch_rows, generator, learning_rate
 from ctp.spec import Runtime
+
+if TYPE_CHECKING:
+    from ctp.job import LearnJob
 
 __all__ = ["LearnedPrompt", "TrainState", "initial_prompt", "learn", "load_prompt"]
 
@@ -267,3 +270,21 @@ def _accelerator(precision: str, device: str) -> Iterator[Accelerator]:
         for s, old in zip(shared, before, strict=True):
             s.clear()
             s.update(old)
+
+
+def recover(spec: SoftPrompt, job: "LearnJob") -> dict[str, float]:
+    """Learn the prompt through the job's model, going on from its last saved state."""
+    train, validation = job.windows(spec.text), job.windows(spec.validation)
+    with job.partial() as resume:
+        learned = learn(
+            job.model, train, validation, spec, tokenizer=job.tokenizer, runtime=job.runtime,
+            resume=resume, checkpoint=job.keep, report=job.report,
+        )  # fmt: skip
+    learned.save(job.folder, job.model_name)
+    job.record["train_seconds"] = learned.seconds
+    return {
+        "best_step": learned.best_step,
+        "best_val_loss": learned.best_val_loss,
+        "initial_val_loss": learned.history[0]["val_loss"],
+        "trainable_parameters": learned.embeddings.numel(),
+    }

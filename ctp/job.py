@@ -1,0 +1,188 @@
+"""What a method is given to do its work with: models, token windows, a folder for what it makes, a place to report."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ctp import corpora, models
+from ctp.inputs import Model, Pinned, Windows
+from ctp.methods import Dense
+from ctp.pins import location
+from ctp.recover import adapter
+from ctp.recover.state import TrainState
+from ctp.spec import Compress, Evaluate, Learn, Runtime, key
+from ctp.store import Store
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Job:
+    """One cell being done. folder: its payload, empty at first. record: what its manifest says beside the metrics."""
+
+    store: Store
+    runtime: Runtime
+    device: str
+    folder: Path
+    record: dict[str, Any]
+    report: Report
+
+    def progress(self, done: int, of: int) -> None:
+        """Tell how many steps are done."""
+        self.report({"step": done, "steps": of})
+
+    def location(self, thing: Pinned) -> str:
+        """Where a pinned thing lies on this machine."""
+        return location(self.runtime.locations, thing)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """A payload file. Raises ValueError on a number that is not finite."""
+        (self.folder / name).write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+@dataclass
+class CompressJob(Job):
+    """cell: what is to be compressed and how."""
+
+    cell: Compress
+
+    @property
+    def base(self) -> Model:
+        """The model before compression."""
+        return self.cell.model
+
+    def load_base(self) -> tuple[Any, Any]:
+        """(model, tokenizer) before compression, for this job to change."""
+        forget()  # the model of the cell before would stay in memory beside the one to compress
+        return _load_base(self.cell, self.runtime, self.device)
+
+    def base_tokenizer(self) -> Any:
+        """The tokenizer of the model before compression."""
+        return models.load_tokenizer(self.location(self.base), self.base.revision)
+
+    def calibration(self, tokenizer: Any) -> Tensor:
+        """The token windows (n, seq_len) to calibrate with, on the job's device."""
+        assert self.cell.calibration is not None
+        return token_windows(self.cell.calibration, tokenizer, self.runtime).to(self.device)
+
+
+@dataclass
+class LearnJob(Job):
+    """cell: what is to be recovered, and how. The model is the compressed one, unpacked."""
+
+    cell: Learn
+
+    @cached_property
+    def loaded(self) -> tuple[Any, Any]:
+        """(model in eval mode, tokenizer)."""
+        return load_compressed(self.cell.source, self.store, self.runtime, self.device)
+
+    @property
+    def model(self) -> Any:
+        """The compressed model on the job's device: give it back as it was."""
+        return self.loaded[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.loaded[1]
+
+    @property
+    def model_name(self) -> str:
+        return self.cell.source.model.name
+
+    def windows(self, spec: Windows) -> Tensor:
+        """Token windows (n, seq_len) on the CPU."""
+        return token_windows(spec, self.tokenizer, self.runtime)
+
+    def partial(self) -> Any:
+        """Context manager: the folder of the last saved state of this cell, or None."""
+        return self.store.partial(self.cell)
+
+    def keep(self, state: TrainState) -> None:
+        """Save a state to go on from."""
+        self.store.save_partial(self.cell, state.step, state.save)
+
+
+@dataclass
+class EvaluateJob(Job):
+    """cell: what is to be measured. prompt: rows (k, d) in front, None without; LoRA is inside the model already."""
+
+    cell: Evaluate
+    model: Any
+    tokenizer: Any
+    prompt: Tensor | None
+
+    def windows(self, spec: Windows) -> Tensor:
+        """Token windows (n, seq_len) on the CPU. What they are enters the record: numbers on others do not compare."""
+        ids = token_windows(spec, self.tokenizer, self.runtime)
+        self.record["text"] = corpora.text_stats(ids, self.tokenizer)
+        return ids
+
+
+@contextmanager
+def evaluating(cell: Evaluate, **base: Any) -> Iterator[EvaluateJob]:
+    """The job of an Evaluate cell, its target loaded and its recovery applied; taken off again on the way out."""
+    store, runtime, device = base["store"], base["runtime"], base["device"]
+    model, tokenizer = load_compressed(cell.target, store, runtime, device)
+    if cell.recovery is None:
+        yield EvaluateJob(**base, cell=cell, model=model, tokenizer=tokenizer, prompt=None)
+        return
+    with adapter.applied(model, store.fetch(cell.recovery)) as prompt:
+        rows = None if prompt is None else prompt.to(device)
+        yield EvaluateJob(**base, cell=cell, model=model, tokenizer=tokenizer, prompt=rows)
+
+
+# ------------------------------------------------------------------ what they read
+
+_held: tuple[str, Any, Any] | None = None
+
+
+def forget() -> None:
+    """Free the model that stayed loaded."""
+    global _held
+    _held = None
+
+
+def load_compressed(cell: Compress, store: Store, runtime: Runtime, device: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of a finished Compress cell. The last one stays loaded: cells of one target come together."""
+    global _held
+    if _held is None or _held[0] != key(cell):
+        forget()  # the old weights before the new ones come
+        _held = key(cell), *open_model(cell, store, runtime, device)
+    return _held[1], _held[2]
+
+
+def open_model(cell: Compress, store: Store, runtime: Runtime, device: str) -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer) of a finished Compress cell, unpacked to ordinary weights bit for bit."""
+    if isinstance(cell.compression, Dense):
+        return _load_base(cell, runtime, device)
+    from ctp.compression.artifact import Compressed
+
+    small = Compressed.open(store.fetch(cell))
+    return small.model(device), small.tokenizer
+
+
+def _load_base(cell: Compress, runtime: Runtime, device: str) -> tuple[Any, Any]:
+    where = location(runtime.locations, cell.model)
+    return models.load(where, cell.model.revision, cell.model.dtype, device)
+
+
+_windows: dict[tuple[Windows, str], Tensor] = {}
+
+
+def token_windows(spec: Windows, tokenizer: Any, runtime: Runtime) -> Tensor:
+    """The token ids (n, seq_len) that the spec names, kept for the next cell that asks."""
+    memo = (spec, corpora.tokenizer_sha256(tokenizer))
+    if memo not in _windows:
+        custom = {n: corpora.parse_corpus(n, d) for n, d in runtime.datasets.items()}
+        corpus = corpora.find(spec.dataset, custom)
+        last = None if spec.documents is None else spec.skip + spec.documents
+        documents = corpora.documents(location(runtime.locations, spec), corpus, spec.split, last)
+        _windows[memo] = corpora.windows(spec, documents, tokenizer)
+    return _windows[memo]
