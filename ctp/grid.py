@@ -10,11 +10,10 @@ import os
 import shlex
 import sys
 import time
-from collections import Counter
 from typing import Any
 
-from ctp import gridfile
-from ctp.gridfile import GridError
+from ctp import gridfile, preview
+from ctp.gridtext import GridError
 from ctp.labels import slug
 from ctp.pins import Pins
 from ctp.plan import BUILD, TRANSFER, Plan, keep, make, states, where
@@ -71,6 +70,9 @@ def parser() -> argparse.ArgumentParser:
                    help="least time between two saved states of a prompt being learned (default 60)")  # fmt: skip
     p.add_argument("--gpu-memory", type=_positive, metavar="GIB",
                    help="memory of one GPU (default: that of the GPU here, else 24)")  # fmt: skip
+    p.add_argument("--tflops", type=_positive, default=100, metavar="N",
+                   help="10^12 operations a second that a GPU sustains, for the hours of --plan (default 100: "
+                   "a third of an A100's peak in bfloat16)")  # fmt: skip
     return p
 
 
@@ -87,8 +89,9 @@ def command(args: argparse.Namespace) -> int:
     if args.stage:
         todo = {k for k in todo if plan.nodes[k].stage == args.stage}
         plan = keep(plan, {k for k, n in plan.nodes.items() if n.stage == args.stage})
-    describe(plan, state, todo, verbose=args.plan)
+    preview.describe(plan, state, todo)
     if args.plan:
+        preview.detail(plan, state, todo, gpu_memory(args.gpu_memory), args.tflops, args.batch)
         return OK
     tracker = Tracker(tracking_uri(store.uri), plan, store)
     tracker.sync(whole=not (args.where or args.stage))
@@ -97,7 +100,7 @@ def command(args: argparse.Namespace) -> int:
         return OK
     runtime = Runtime(
         device=args.device, batch=args.batch, checkpoint_seconds=args.checkpoint_seconds, locations=pins.locations,
-        datasets=pins.datasets,
+        datasets=pins.datasets, plugins=dict(plan.grid.plugins),
     )  # fmt: skip
     return run(plan, todo, state, store, tracker, runtime, args)
 
@@ -137,27 +140,6 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
     if interrupted:
         return _fail(INTERRUPTED, "interrupted; running the same command again goes on from here")
     return FAILED if outcome.failed or outcome.skipped or outcome.unfinished else OK
-
-
-def describe(plan: Plan, state: dict[str, str], todo: set[str], verbose: bool) -> None:
-    """How many cells there are, done and missing, and why; with `verbose` a line for each that would run."""
-    done = sum(state[k] == "done" for k in plan.nodes)
-    kinds = Counter(plan.nodes[k].cell.kind for k in plan.nodes)
-    listing = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-    print(f"{plan.name}: {len(plan.nodes)} cells ({listing}): {done} done, {len(todo)} to run")
-    why = Counter(state[k].split(":")[0] if state[k].startswith("failed") else _short(state[k]) for k in todo)
-    for reason, n in why.most_common():
-        print(f"  {n:>5}  {reason}")
-    if verbose:
-        for k in plan.nodes:
-            if k in todo:
-                node = plan.nodes[k]
-                print(f"  {node.cell.kind:<9} {k[:12]}  {slug(node.cell)}  ({state[k]})")
-    sys.stdout.flush()
-
-
-def _short(reason: str) -> str:
-    return "wait for an input that is to be computed" if reason.startswith("needs ") else reason
 
 
 def summarise(plan: Plan, outcome: Any, seconds: float) -> None:

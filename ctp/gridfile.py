@@ -1,11 +1,10 @@
 """A grid file, read and validated: YAML in, studies out, one error per mistake.
 
 A study names models, compressions, recoveries and measures; every list below a field is an axis. Keys at the top level
-are what all `studies` share; a file without `studies` is one study itself. `extends` builds on another file.
+are what all `studies` share; a study in several parts is a list of them; a file without `studies` is one study itself.
 """
 
 import itertools
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from ctp import plugins
+from ctp.gridtext import GridError, assign, define, find, merge, read
 from ctp.inputs import Model, Spec, Windows
 from ctp.methods import (
     AnyCompression,
@@ -29,24 +30,17 @@ from ctp.methods import (
 from ctp.names import unknown
 from ctp.pins import Pins
 
-STUDY_KEYS = ("models", "compression", "calibration", "recovery", "sources", "targets", "transfer", "measures")
-FILE_KEYS = ("description", "extends", "datasets", "studies", *STUDY_KEYS)
+STUDY_KEYS = ("title", "models", "compression", "calibration", "recovery", "sources", "targets", "transfer", "measures")
+FILE_KEYS = ("description", "extends", "define", "plugins", "datasets", "studies", *STUDY_KEYS)
 Transfer = Literal["all", "own"]
-
-
-class GridError(Exception):
-    """What is wrong with a grid file: `problems` holds one line per mistake, each naming its place."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
 
 
 @dataclass(frozen=True)
 class Study:
-    """One study, validated and pinned. `sources` and `targets` are labels of `compressions`."""
+    """One part of a study, validated and pinned. `sources` and `targets` are labels of `compressions`."""
 
     name: str
+    title: str
     models: tuple[Model, ...]
     compressions: tuple[Compression, ...]
     calibration: tuple[Windows, ...]
@@ -65,106 +59,7 @@ class Grid:
     path: Path
     text: str  # the file after `extends` and `--set`, as YAML
     studies: tuple[Study, ...]
-
-
-# ---------------------------------------------------------------- finding, reading
-
-
-def grid_folders() -> list[Path]:
-    """Where a bare NAME is looked for: ./grid, the checkout's grid, the grids installed with the package."""
-    here = Path(__file__).parent
-    return [Path("grid"), here.parent / "grid", here / "grids"]
-
-
-def find(name: str) -> Path:
-    """The file of a grid given by name or path. Raises GridError."""
-    if name.endswith((".yaml", ".yml")) or "/" in name:
-        path = Path(name)
-        if not path.is_file():
-            raise GridError([f"there is no grid file {name!r}"])
-        return path
-    for folder in grid_folders():
-        if (path := folder / f"{name}.yaml").is_file():
-            return path
-    names = {p.stem for f in grid_folders() for p in f.glob("*.yaml")}
-    raise GridError([unknown("grid", name, names)])
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with 1e-3 as a number, and a repeated key as an error."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _unique(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [k.value for k, _ in node.value if k.tag != "tag:yaml.org,2002:merge"]
-    for k in keys:
-        if keys.count(k) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {k!r} appears twice", node.start_mark)
-    loader.flatten_mapping(node)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _unique)
-
-
-def parse_yaml(text: str) -> Any:
-    """YAML as grid files and `--set` understand it. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
-
-
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    try:
-        raw = parse_yaml(path.read_text())
-    except (yaml.YAMLError, OSError, ValueError) as e:  # a date that no calendar has is a ValueError
-        raise GridError([f"{path}: {' '.join(str(e).split())}"]) from e
-    if not isinstance(raw, dict):
-        raise GridError([f"{path}: a grid file is a mapping; allowed keys: {', '.join(FILE_KEYS)}"])
-    if "extends" not in raw:
-        return raw
-    base = str(raw.pop("extends"))
-    beside = path.parent / (base if base.endswith((".yaml", ".yml")) else f"{base}.yaml")
-    base_path = beside if beside.is_file() else find(base)
-    if base_path.resolve() in seen:
-        raise GridError([f"{path}: extends = {base!r} comes back to itself"])
-    return merge(_read(base_path, (*seen, path.resolve())), raw)
-
-
-def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """`top` over `base`: mappings are merged key by key, everything else is replaced."""
-    out = dict(base)
-    for name, value in top.items():
-        old = out.get(name)
-        out[name] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return out
-
-
-def assign(raw: dict[str, Any], setting: str) -> None:
-    """Apply one `--set path=value`; the path's steps are keys and list indices, joined by dots. Raises GridError."""
-    path, eq, text = setting.partition("=")
-    if not eq or not path:
-        raise GridError([f"--set {setting!r}: write path=value, for example recovery.0.steps=10"])
-    if path == "extends":
-        raise GridError([f"--set {setting!r}: what a file extends is part of the file"])
-    at: Any = raw
-    steps = path.split(".")
-    for i, step in enumerate(steps):
-        last = i == len(steps) - 1
-        here = ".".join(steps[: i + 1])
-        try:
-            index: Any = int(step) if isinstance(at, list) else step
-            if last:
-                at[index] = parse_yaml(text)
-            else:
-                at = at[index] if isinstance(at, list) else at.setdefault(step, {})
-        except yaml.YAMLError as e:
-            raise GridError([f"--set {setting}: the value is not YAML: {' '.join(str(e).split())}"]) from e
-        except (ValueError, IndexError, TypeError, AttributeError) as e:
-            size = f"a list of {len(at)}" if isinstance(at, list) else type(at).__name__
-            raise GridError([f"--set {setting}: no {here!r} here (its parent is {size})"]) from e
+    plugins: Mapping[str, str]  # name -> source of the user's own Python files
 
 
 # ------------------------------------------------------------------- validation
@@ -173,25 +68,41 @@ def assign(raw: dict[str, Any], setting: str) -> None:
 def load(name: str, settings: list[str], pins: Pins) -> Grid:
     """Read, override, validate and pin a grid. Raises GridError with every mistake found."""
     path = find(name)
-    raw = _read(path)
+    raw, pins.folders = read(path)
     for setting in settings:
         assign(raw, setting)
+    text = yaml.safe_dump(raw, sort_keys=False)
     problems: list[str] = [f"{k}: {unknown('key', k, FILE_KEYS)}" for k in raw if k not in FILE_KEYS]
+    try:
+        raw = define(raw)
+    except GridError as e:
+        raise GridError([f"{path}: {p}" for p in (*problems, *e.problems)]) from e
+    own = plugins.read(raw.get("plugins"), pins.folders, problems)
     problems += pins.add_datasets(raw.get("datasets") or {})
     shared = {k: v for k, v in raw.items() if k in STUDY_KEYS}
-    studies = raw.get("studies", {path.stem: {}})
-    if not isinstance(studies, dict) or not studies or not all(isinstance(s, dict) for s in studies.values()):
-        problems.append(f"studies = {studies!r}: a mapping of study names to mappings, at least one")
-        studies = {}
-    found = []
-    for study, own in studies.items():
-        where = f"studies.{study}." if "studies" in raw else ""
-        problems += [f"{where}{k}: {unknown('key', k, STUDY_KEYS)}" for k in own if k not in STUDY_KEYS]
-        found.append(_study(str(study), merge(shared, own), where, pins, problems))
+    found = [
+        _study(study, merge(shared, part), where, pins, problems)
+        for study, part, where in _parts(raw.get("studies", {path.stem: {}}), "studies" in raw, problems)
+    ]
     if problems:
         raise GridError([f"{path}: {p}" for p in dict.fromkeys(problems)])
-    text = yaml.safe_dump(raw, sort_keys=False)
-    return Grid(path.stem, path, text, tuple(s for s in found if s is not None))
+    return Grid(path.stem, path, text, tuple(s for s in found if s is not None), own)
+
+
+def _parts(studies: Any, named: bool, problems: list[str]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """(study, its settings, its place in the file) of every part of every study."""
+    if not isinstance(studies, dict) or not studies:
+        problems.append(f"studies = {studies!r}: a mapping of study names to mappings, at least one")
+        return
+    for study, own in studies.items():
+        several = isinstance(own, list)
+        for i, part in enumerate(own if several else [own]):
+            where = f"studies.{study}{f'[{i}]' if several else ''}." if named else ""
+            if isinstance(part, dict):
+                problems += [f"{where}{k}: {unknown('key', k, STUDY_KEYS)}" for k in part if k not in STUDY_KEYS]
+                yield str(study), part, where
+            else:
+                problems.append(f"{where[:-1]} = {part!r}: a mapping; allowed keys: {', '.join(STUDY_KEYS)}")
 
 
 def _study(name: str, raw: dict[str, Any], where: str, pins: Pins, problems: list[str]) -> Study | None:
@@ -216,7 +127,8 @@ def _study(name: str, raw: dict[str, Any], where: str, pins: Pins, problems: lis
     problems += _reported(recoveries, measures, where)
     sources = _labels(raw, "sources", labels, where, problems)
     targets = _labels(raw, "targets", labels, where, problems)
-    return Study(name, models, compressions, calibration, recoveries, sources, targets, transfer, measures)
+    title = str(raw.get("title") or "")
+    return Study(name, title, models, compressions, calibration, recoveries, sources, targets, transfer, measures)
 
 
 def _reported(recoveries: tuple[Recovery, ...], measures: tuple[Measure, ...], where: str) -> list[str]:

@@ -1,9 +1,10 @@
 """How a cell is named to people: a slug for folders and lines, axes to filter and pivot by."""
 
+import hashlib
 from typing import Any
 
 from ctp.methods import Adapter, Learned, Untrained
-from ctp.spec import Cell, Compress, Evaluate, Learn
+from ctp.spec import Cell, Compress, Evaluate, Learn, canonical
 
 
 def origin(cell: Learn) -> str:
@@ -57,3 +58,19 @@ def axes(cell: Cell) -> dict[str, str | int | float | bool]:
     if base.calibration is not None:
         out |= {"calibration": base.calibration.dataset, "calibration_seed": base.calibration.seed}
     return {n: v for n, v in out.items() if v is not None}
+
+
+def protocol(cell: Cell) -> dict[str, str]:
+    """What was measured on and how, as short hashes: rows that differ in one do not belong in one table."""
+    if not isinstance(cell, Evaluate):
+        return {}
+    how = cell.measure.model_dump(mode="json")
+    data = {n: how.pop(n) for n in ("text", "questions", "name", "revision") if n in how}
+    if "text" in data:  # the window's length is the protocol's too
+        how["seq_len"] = data["text"]["seq_len"]
+    how["version"] = cell.VERSION
+    return {"data": _short_hash(data), "protocol": _short_hash(how)}
+
+
+def _short_hash(value: Any) -> str:
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:12]

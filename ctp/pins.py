@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ctp import corpora, models
+from ctp.gridtext import beside
 from ctp.inputs import Model, Pinned
 from ctp.recover import adapter
 
@@ -36,6 +38,7 @@ class Pins:
 
     def __init__(self, data_dir: str | None = None) -> None:
         self.data_dir = data_dir
+        self.folders: list[Path] = []  # of the grid file and what it extends: paths may be relative to them
         self.locations: dict[str, str] = {}
         self.datasets: dict[str, dict[str, Any]] = {}  # descriptions of texts that are not built in
         self._corpora: dict[str, corpora.Corpus] = {}
@@ -87,6 +90,19 @@ class Pins:
             raise ValueError(f"revision = {revision!r}: {name} is {found} here")
         self.locations[f"{name}@{found}"] = location
         return name, found, location
+
+    def pin_task(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Fill in revision and short name of a task of lm-evaluation-harness. Raises ValueError where there is none."""
+        from ctp import tasks  # the harness takes seconds to import: where a grid names a task only
+
+        def locate(name: str, _: str) -> tuple[str, str, str]:
+            return tasks.locate(str(beside(name, self.folders)), self.data_dir)
+
+        try:
+            name, revision, _ = self._locate("task", locate, data["name"], data.get("revision"))
+        except ValueError as e:
+            raise ValueError(f"name = {data['name']!r}: {e}") from e
+        return {**data, "name": name, "revision": revision}
 
     def pin_windows(self, data: dict[str, Any]) -> dict[str, Any]:
         """Fill in revision and join. Raises ValueError on an unknown text or split, or a missing file."""

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ctp.gridfile import Grid, GridError, Study
+from ctp.gridfile import Grid, Study
+from ctp.gridtext import GridError
 from ctp.labels import axes, slug
 from ctp.methods import Adapter, Checkpoint, Dense, Learned, NoRecovery, Solver, SparseGPT
 from ctp.models import Facts

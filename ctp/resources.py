@@ -13,15 +13,14 @@ class Resources:
     cpus: int = 1
     gpu_memory: int = 24 * GIB
 
-    def of(self, parameters: int, dtype: str, gpus: bool) -> dict[str, float]:
-        """Bundle for a model of this size: GPUs in quarters up to one, then whole ones (Tune takes nothing between).
-
-        One and a half times the weights and 4 GiB: activations, logits, the Hessians of the block being compressed.
+    def of(self, memory: float, gpus: bool, alone: float = 0) -> dict[str, float]:
+        """Bundle for a cell of so many bytes at its peak: GPUs in quarters up to one, then whole ones, as Tune takes
+        nothing between. alone: CPUs of a machine, for a cell that nothing may run beside: it takes them, or whole GPUs.
         """
         if not gpus:
-            return {"CPU": self.cpus}
-        need = (1.5 * parameters * (4 if dtype == "float32" else 2) + 4 * GIB) / self.gpu_memory
-        share = math.ceil(4 * need) / 4 if need <= 1 else math.ceil(need)
+            return {"CPU": alone or self.cpus}
+        need = (1.25 * memory + GIB) / self.gpu_memory  # the model of it is an estimate, and CUDA itself takes some
+        share = math.ceil(4 * need) / 4 if need <= 1 and not alone else math.ceil(need)
         return {"CPU": self.cpus, "GPU": float(share)}
 
 

@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from ctp import cost, plugins
 from ctp.labels import slug
 from ctp.plan import Plan, runnable
 from ctp.resources import Resources
-from ctp.spec import Compress, Evaluate, Learn, Runtime, from_json, key, to_json
+from ctp.spec import Evaluate, Runtime, from_json, key, to_json
 from ctp.store import Store
 
 # Tune reads these when it is imported. Its own progress tables and result files are not for thousands of short trials.
@@ -95,7 +96,11 @@ class GraphSearch(Searcher):
         if not isinstance(cell, Evaluate):
             return ready[:1]
         others = (self.plan.nodes[k].cell for k in ready)
-        mates = [k for k, c in zip(ready, others, strict=True) if isinstance(c, Evaluate) and c.target == cell.target]
+        mates = [
+            k
+            for k, c in zip(ready, others, strict=True)
+            if isinstance(c, Evaluate) and c.target == cell.target and _alone(c) == _alone(cell)
+        ]
         return mates[: math.ceil(len(ready) / self.slots)]  # no slot idles while another has all the rest
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -163,10 +168,7 @@ def run(plan: Plan, todo: set[str], done: set[str], *, store: str, runtime: Runt
         address: str | None, fail_fast: bool, on_event: Callable[[Event], None]) -> Outcome:  # fmt: skip
     """Run the cells in `todo`. Raises ResourceError before anything starts where a cell fits no machine."""
     with _cluster(address) as total:
-        bundles = {
-            k: resources.of(n.facts.parameters, _dtype(n.cell), total.get("GPU", 0) > 0 and runtime.device != "cpu")
-            for k, n in plan.nodes.items()
-        }
+        bundles = _bundles(plan, resources, total.get("GPU", 0) > 0 and runtime.device != "cpu", runtime.batch)
         if runtime.device == "cuda" and not total.get("GPU"):
             raise ResourceError("--device cuda, but no machine here has a GPU")
         _check(plan, todo, bundles)
@@ -197,6 +199,7 @@ def run(plan: Plan, todo: set[str], done: set[str], *, store: str, runtime: Runt
 def _trial(config: dict[str, Any], store: str, runtime: dict[str, Any]) -> None:
     """One task, in a worker: its cells in turn, each reported as it starts, goes on, and ends."""
     place, how = Store(store), Runtime.model_validate(runtime)
+    plugins.load(how.plugins)
     for data in json.loads(config["cells"]):
         cell = from_json(data)
         k = key(cell)
@@ -234,11 +237,19 @@ def _throttled(k: str, seconds: float = 1.0) -> Callable[[dict[str, Any]], None]
     return report
 
 
-def _dtype(cell: Any) -> str:
-    while isinstance(cell, Learn | Evaluate):
-        cell = cell.inputs[0]
-    assert isinstance(cell, Compress)
-    return cell.model.dtype
+def _bundles(plan: Plan, resources: Resources, gpus: bool, batch: int) -> dict[str, dict[str, float]]:
+    """What each cell's trial takes. A cell that must run alone gets all the cores of the smallest machine."""
+    cores = min(n["Resources"].get("CPU", 1) for n in ray.nodes() if n["Alive"])
+    return {
+        k: resources.of(
+            cost.of(n.cell, n.facts, batch).memory, gpus, max(cores, resources.cpus) if _alone(n.cell) else 0
+        )
+        for k, n in plan.nodes.items()
+    }
+
+
+def _alone(cell: Any) -> bool:
+    return isinstance(cell, Evaluate) and cell.measure.alone
 
 
 def _check(plan: Plan, todo: set[str], bundles: dict[str, dict[str, float]]) -> None:

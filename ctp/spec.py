@@ -146,7 +146,7 @@ class Runtime(Spec):
     device: "auto", "cpu" or "cuda". batch: windows per forward pass in evaluation and calibration.
     checkpoint_seconds: least time between two checkpoints of a prompt that is being learned.
     locations: where a pinned model, text or adapter lies ("name@revision" -> path, `package:…` or hub id).
-    datasets: descriptions of the grid file's own texts, by name.
+    datasets: descriptions of the grid file's own texts, by name. plugins: sources of its Python files, by name.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -154,3 +154,4 @@ class Runtime(Spec):
     checkpoint_seconds: Annotated[float, Field(strict=True, ge=0)] = 60.0
     locations: dict[str, str] = Field(default_factory=dict)
     datasets: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    plugins: dict[str, str] = Field(default_factory=dict)

@@ -25,15 +25,17 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.tracking import MlflowClient
 
 from ctp import gridfile
-from ctp.labels import axes, slug
+from ctp.gridtext import GridError
+from ctp.labels import axes, protocol, slug
 from ctp.pins import Pins
 from ctp.plan import Node, Plan, make
-from ctp.spec import Learn
+from ctp.spec import Evaluate, Learn
 from ctp.store import DEFAULT_STORE, Store, StoreError, default_store
 
 for _name in ("alembic", "mlflow.store.db.utils"):  # they tell of every table they make
     logging.getLogger(_name).setLevel(logging.WARNING)
 
+ATTACHED = 2**20  # bytes of a file that MLflow gets a copy of
 KEY, KIND, CURRENT, STUDIES, PARENT = "ctp.key", "ctp.kind", "ctp.current", "ctp.studies", "mlflow.parentRunId"
 
 
@@ -183,21 +185,31 @@ class Tracker:
             "peak_memory_bytes": manifest["peak_memory_bytes"],
         }
         metrics = [Metric(n, float(v), end, 0) for n, v in numbers.items()]
-        if isinstance(node.cell, Learn) and node.cell.recovery.learned:
+        if isinstance(node.cell, Learn) and "history.json" in manifest["files"]:
             metrics += _curve(json.loads((self.store.fetch(node.cell) / "history.json").read_text())["history"], start)
         params = [Param(n, str(v)[:6000]) for n, v in _params(node).items()]
         text = manifest.get("text", {})
         extra = {CURRENT: "yes", "ctp.device": manifest["device"], "ctp.git_commit": manifest["git_commit"] or ""}
-        extra |= {f"ctp.{n}": str(v) for n, v in text.items()}
+        extra |= {f"ctp.{n}": str(v) for n, v in (text | protocol(node.cell)).items()}
         tags = [RunTag(n, v) for n, v in extra.items()]
         for i in range(0, len(metrics), 900):  # MLflow takes 1,000 metrics a call
             self.client.log_batch(run, metrics=metrics[i : i + 900])
         self.client.log_batch(run, params=params, tags=tags)
+        self._attach(run, node, manifest)
         if "ctp.error" in self.runs[node.key].data.tags:
             self.client.delete_tag(run, "ctp.error")
         self.client.set_terminated(run, "FINISHED", end)
         self._live.discard(node.key)
         self.runs[node.key] = self.client.get_run(run)
+
+    def _attach(self, run: str, node: Node, manifest: dict[str, Any]) -> None:
+        """What an evaluation says in files (answers, single timings, neighbours), so that MLflow alone tells it all."""
+        small = [n for n, f in manifest["files"].items() if n.endswith(".json") and f["size"] <= ATTACHED]
+        # The numbers of result.json are metrics already.
+        if isinstance(node.cell, Evaluate) and small != ["result.json"]:
+            folder = self.store.fetch(node.cell)
+            for name in small:
+                self.client.log_artifact(run, str(folder / name))
 
     def _known_runs(self) -> dict[str, Run]:
         found: dict[str, Run] = {}
@@ -278,9 +290,9 @@ def main(argv: list[str] | None = None) -> int:
         store = Store(args.store)
         tracker = Tracker(tracking_uri(store.uri), plan, store)
         written = tracker.sync(whole=True)
-    except (gridfile.GridError, StoreError, TrackError) as e:
+    except (GridError, StoreError, TrackError) as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2 if isinstance(e, gridfile.GridError) else 3
+        return 2 if isinstance(e, GridError) else 3
     print(f"{plan.name}: {written} runs written, {len(store.done(plan.cells()))} there. MLflow: {tracker.uri}")
     return 0
 

@@ -22,7 +22,7 @@ from ctp.formats import compressed_tensors, gptq
 from ctp.formats.checkpoint import open_checkpoint
 from ctp.formats.export import export
 from ctp.formats.words import from_words, to_words
-from ctp.gridfile import GridError
+from ctp.gridtext import GridError
 from ctp.labels import slug
 from ctp.methods import GPTQ, Solver, SparseGPT
 from ctp.spec import Compress, Evaluate, Learn

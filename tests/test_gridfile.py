@@ -5,7 +5,7 @@ import yaml
 from tinygrid import grid, model_folder, write_grid
 
 from ctp import gridfile, plan
-from ctp.gridfile import GridError
+from ctp.gridtext import GridError, parse_yaml
 from ctp.pins import Pins
 
 
@@ -98,7 +98,7 @@ def test_set_goes_through_the_same_validation(file):
 
 
 def test_numbers_may_be_written_in_scientific_notation(tmp_path):
-    assert gridfile.parse_yaml("[1e-3, 2E4, 1.5e-2, 1e]") == [0.001, 20000.0, 0.015, "1e"]
+    assert parse_yaml("[1e-3, 2E4, 1.5e-2, 1e]") == [0.001, 20000.0, 0.015, "1e"]
 
 
 @pytest.mark.parametrize(
@@ -188,3 +188,18 @@ def test_a_changed_weight_file_is_another_model(tmp_path):
     data[-1] ^= 1
     file.write_bytes(bytes(data))
     assert load(path)[0].studies[0].models[0].revision != before
+
+
+def test_a_study_in_parts_is_one_study(tmp_path, llama_folder):
+    whole = grid(llama_folder)
+    parts = [{"title": "Two", "targets": "dense"}, {"targets": "gptq-3bit", "transfer": "own"}]
+    found, graph = load(write_grid(tmp_path / "g.yaml", {**whole, "studies": {"both": parts}}))
+    assert [(s.name, s.title, s.targets) for s in found.studies] == [
+        ("both", "Two", ("dense",)), ("both", "", ("gptq-3bit",))]  # fmt: skip
+    assert {n.studies for n in graph.nodes.values()} == {("both",)}
+    bad = write_grid(tmp_path / "b.yaml", {**whole, "studies": {"both": [{"targets": "dens"}, 3]}})
+    assert problems(bad) == [
+        "studies.both[0].targets: unknown compression 'dens'; did you mean 'dense'? "
+        "Allowed: dense, gptq-3bit, sparsegpt-50-4bit",
+        "studies.both[1] = 3: a mapping; allowed keys: " + ", ".join(gridfile.STUDY_KEYS),
+    ]

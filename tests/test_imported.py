@@ -15,7 +15,7 @@ from tiny import tiny_llama
 from tinygrid import VOCAB, grid, model_folder, write_grid
 
 from ctp import gridfile, job, models, plan
-from ctp.gridfile import GridError
+from ctp.gridtext import GridError
 from ctp.labels import axes, slug
 from ctp.methods import Adapter
 from ctp.pins import Pins

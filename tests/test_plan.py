@@ -4,7 +4,7 @@ import pytest
 from tinygrid import grid, write_grid
 
 from ctp import gridfile, plan
-from ctp.gridfile import GridError
+from ctp.gridtext import GridError
 from ctp.pins import Pins
 from ctp.spec import Compress, Evaluate, Learn
 from ctp.store import Store

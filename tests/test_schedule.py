@@ -138,17 +138,13 @@ def test_a_report_that_comes_twice_counts_once(plan):
     assert [e["event"] for e in walk.events] == ["done"]
 
 
-@pytest.mark.parametrize(
-    ("parameters", "dtype", "memory", "share"),
-    [
-        (135_000_000, "float32", 24, 0.25),
-        (1_300_000_000, "float16", 24, 0.5),
-        (6_700_000_000, "float16", 80, 0.5),
-        (13_000_000_000, "float16", 80, 0.75),
-        (6_700_000_000, "float16", 24, 1.0),
-        (13_000_000_000, "float16", 24, 2.0),
-    ],
-)
-def test_gpu_shares_are_quarters_or_whole(parameters, dtype, memory, share):
-    assert Resources(1, memory * GIB).of(parameters, dtype, gpus=True) == {"CPU": 1, "GPU": share}
-    assert Resources(2).of(parameters, dtype, gpus=False) == {"CPU": 2}
+@pytest.mark.parametrize(("needed", "device", "share"), [(0.5, 24, 0.25), (8, 24, 0.5), (13, 80, 0.25), (18, 24, 1.0),
+                                                        (24, 24, 2.0)])  # fmt: skip
+def test_gpu_shares_are_quarters_or_whole(needed, device, share):
+    assert Resources(1, device * GIB).of(needed * GIB, gpus=True) == {"CPU": 1, "GPU": share}
+    assert Resources(2).of(needed * GIB, gpus=False) == {"CPU": 2}
+
+
+def test_what_runs_alone_gets_a_machine():
+    assert Resources(1).of(GIB, gpus=False, alone=8) == {"CPU": 8}
+    assert Resources(1, 24 * GIB).of(GIB, gpus=True, alone=8) == {"CPU": 1, "GPU": 1.0}

@@ -23,6 +23,9 @@ class Method(Spec):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         default = cls.model_fields["method"].default
         if isinstance(default, str):
+            known = cls.registry.get(default)
+            if known is not None and known.__module__ != cls.__module__:
+                raise ValueError(f"method {default!r} is there already: {known.__module__}.{known.__name__}")
             cls.registry[default] = cls
 
     @classmethod

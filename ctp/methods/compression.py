@@ -105,9 +105,9 @@ class Solver(Compression):
     def _suffix(self, known: set[str]) -> str:
         short = {"act_order": "act", "true_sequential": "seq", "static_groups": "static"}
         rest = {n: v for n, v in self.changed().items() if n not in known}
+        whole = {"group_size": "g{}", "scale": "{}", "refit": "plain"}
         return "".join(
-            f"-g{v}" if n == "group_size" else f"-{v}" if n == "scale" else f"-{tag(short.get(n, n), v)}"
-            for n, v in rest.items()
+            f"-{whole[n].format(v)}" if n in whole else f"-{tag(short.get(n, n), v)}" for n, v in rest.items()
         )
 
 
