@@ -11,7 +11,7 @@ from ctp.resources import GIB
 
 MODEL = (
     "Cost model: 2 N T operations a forward pass, 4 N T a learning step (no gradients of weights), at "
-    "{tflops:g} TFLOP/s a GPU;\nmemory: weights, activations and logits of what is fed at once. ctp/cost.py has the formulas."
+    "{tflops:g} TFLOP/s\na GPU; memory: weights, activations and logits of what is fed at once (formulas: ctp/cost.py)."
 )
 
 

@@ -32,8 +32,15 @@ def test_a_prompt_of_the_paper_costs_what_four_n_t_says():
     assert found.stored == 4 * 409_600
 
 
-@pytest.mark.parametrize(("method", "bits"), [(GPTQ(bits=4), 4), (SparseGPT(sparsity=0.75), 5.0),
-                                              (SparseGPT(sparsity=0.5, bits=4), 3.0), (SparseGPT(pattern="2:4"), 9.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "bits"),
+    [
+        (GPTQ(bits=4), 4),
+        (SparseGPT(sparsity=0.75), 5.0),
+        (SparseGPT(sparsity=0.5, bits=4), 3.0),
+        (SparseGPT(pattern="2:4"), 9.0),
+    ],
+)
 def test_bits_a_weight(method, bits):
     assert cost.bits(method, 16) == bits
     stored = cost.of(compress(method), LLAMA).stored
