@@ -42,10 +42,10 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", "float32"), ("bf16", "float32"), ("bf16", "bfloat16")])
 @pytest.mark.parametrize("stop", [1, 3, 4])
-def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, precision, stop):
-    fields = {"precision": precision, "schedule": "cosine", "warmup": 2, "accumulate": 2, "steps": 7}
+def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, precision, dtype, stop):
+    fields = {"precision": precision, "dtype": dtype, "schedule": "cosine", "warmup": 2, "accumulate": 2, "steps": 7}
     whole = run(**fields)
 
     def checkpoint(state):
