@@ -67,7 +67,7 @@ def test_only_the_prompt_learns_and_the_model_is_left_as_it_was(dtype, precision
 
 def by_hand(model, train, validation, spec):
     """The plainest loop that should give the same prompt: full batch, full logits, transformers' schedules."""
-    prompt = torch.nn.Parameter(initial_prompt(model, spec))
+    prompt = torch.nn.Parameter(initial_prompt(model, spec).to(getattr(torch, spec.dtype)))
     adamw = torch.optim.AdamW([prompt], lr=spec.lr, weight_decay=spec.weight_decay)
     schedule = {
         "constant": lambda: hf.get_constant_schedule_with_warmup(adamw, spec.warmup),
@@ -77,7 +77,9 @@ def by_hand(model, train, validation, spec):
 
     def nll(windows):
         embeds = model.get_input_embeddings()(windows)
-        logits = model(inputs_embeds=torch.cat([prompt.expand(len(windows), -1, -1), embeds], 1)).logits
+        logits = model(
+            inputs_embeds=torch.cat([prompt.to(embeds.dtype).expand(len(windows), -1, -1), embeds], 1)
+        ).logits
         logits = logits[:, spec.k : -1]
         return torch.nn.functional.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")
 
@@ -116,6 +118,29 @@ def test_it_equals_a_loop_written_by_hand(fields):
     assert [h["val_loss"] for h in learned.history] == pytest.approx([x[0] for x in seen], rel=1e-5)
     # Adam divides by the gradient's size: where an element is nearly 0, rounding moves it by a little of lr = 0.05.
     assert torch.allclose(learned.embeddings, prompt, atol=1e-3)
+
+
+def test_a_bfloat16_prompt_is_updated_in_bfloat16():
+    """Updates and moments are rounded as AdamW rounds them: small steps of large elements are lost."""
+    model, text, fields = tiny_llama(), random_windows(5, S, seed=2), {"dtype": "bfloat16", "steps": 12, "lr": 4e-4}
+    (_, step, prompt), seen = by_hand(model, text, text, spec(**fields))
+    learned = run(model, text, text, **fields)
+    assert learned.best_step == step > 0
+    # The same loop but for the order of sums: a gradient may be rounded the other way now and then.
+    assert (learned.embeddings == prompt.float()).float().mean() > 0.95
+    assert [h["val_loss"] for h in learned.history] == pytest.approx([x[0] for x in seen], rel=1e-3)
+    assert learned.embeddings.dtype == torch.float32
+    assert torch.equal(learned.embeddings, learned.embeddings.to(torch.bfloat16).float())
+    start, exact = initial_prompt(model, spec()), run(model, text, text, **fields | {"dtype": "float32"}).embeddings
+    large = start.abs() > 0.13  # neighbours in bfloat16 are 0.001 apart there, and an update is 0.0004
+    assert large.any()
+    assert torch.equal(learned.embeddings[large], start[large].to(torch.bfloat16).float())
+    assert (exact[large] - start[large]).abs().mean() > 1e-3
+
+
+def test_a_bfloat16_prompt_and_a_loss_scale_exclude_each_other():
+    with pytest.raises(ValueError, match=r"dtype = 'bfloat16' goes with precision fp32 or bf16, not with .* fp16"):
+        spec(dtype="bfloat16", precision="fp16")
 
 
 def test_accumulation_equals_the_full_batch():

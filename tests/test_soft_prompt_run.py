@@ -11,11 +11,11 @@ from prompts import S, run, spec
 from tiny import random_windows, tiny_llama
 
 from ctp.evaluate.perplexity import perplexity
-from ctp.recover import soft_prompt
+from ctp.recover import train
 from ctp.recover.soft_prompt import TrainState, learn
 from ctp.spec import Runtime
 
-ORDINARY = soft_prompt._accelerator
+ORDINARY = train.accelerated
 
 
 # ------------------------------------------------------- the run, and resuming
@@ -42,10 +42,10 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", "float32"), ("bf16", "float32"), ("bf16", "bfloat16")])
 @pytest.mark.parametrize("stop", [1, 3, 4])
-def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, precision, stop):
-    fields = {"precision": precision, "schedule": "cosine", "warmup": 2, "accumulate": 2, "steps": 7}
+def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path, precision, dtype, stop):
+    fields = {"precision": precision, "dtype": dtype, "schedule": "cosine", "warmup": 2, "accumulate": 2, "steps": 7}
     whole = run(**fields)
 
     def checkpoint(state):
@@ -155,14 +155,14 @@ def fp16_on_cpu(monkeypatch):
         yield made
         AcceleratorState._reset_state(reset_partial_state=True)
 
-    monkeypatch.setattr(soft_prompt, "_accelerator", accelerator)
+    monkeypatch.setattr(train, "accelerated", accelerator)
     return start
 
 
 def test_fp16_scales_the_loss_and_resumes_to_the_same_bytes(tmp_path, fp16_on_cpu):
     full = run(steps=5, accumulate=2)  # patched, so that fp16 is in force whatever the spec says
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(soft_prompt, "_accelerator", ORDINARY)
+        patch.setattr(train, "accelerated", ORDINARY)
         fp32 = run(steps=5, accumulate=2)
     assert not torch.equal(full.embeddings, fp32.embeddings)
     assert full.best_val_loss == pytest.approx(fp32.best_val_loss, rel=1e-2)

@@ -117,6 +117,8 @@ class SoftPrompt(Learned):
     def _check_init(self) -> Self:
         if (self.init == "text") != (self.init_text is not None):
             raise ValueError("init 'text' and init_text belong together: give both or neither")
+        if self.dtype == "bfloat16" and self.precision == "fp16":
+            raise ValueError("dtype = 'bfloat16' goes with precision fp32 or bf16, not with the loss scale of fp16")
         return self
 
     @property

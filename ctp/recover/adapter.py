@@ -149,7 +149,7 @@ def _lora(model: "PreTrainedModel", folder: Path) -> Iterator[None]:
     stored = _tensors(folder)
     if other := sorted(name for name in stored if "lora_" not in name):  # PEFT would write it into the model's own
         raise ValueError(f"{ADAPTER} in {folder} holds {other[0]}, allowed: LoRA's tensors only")
-    with _restored(model):
+    with restored(model):
         try:
             injected = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
         except (ValueError, RuntimeError) as e:  # no such layer, or a layer of another size
@@ -163,7 +163,7 @@ def _lora(model: "PreTrainedModel", folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _restored(model: "PreTrainedModel") -> Iterator[None]:
+def restored(model: "PreTrainedModel") -> Iterator[None]:
     """Every module gets back its children and loses new attributes: more than PEFT's unload, and on failure too."""
     before = [(module, dict(module._modules), set(vars(module))) for module in model.modules()]
     try:

@@ -1,8 +1,8 @@
-"""What learning a soft prompt leaves on disk: a checkpoint to go on from, and the prompt. safetensors and JSON only."""
+"""What learning leaves on disk: a checkpoint to go on from, and what was learned. safetensors and JSON only."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,17 @@ HISTORY, KEY = "history.json", "prompt_embeddings"
 class TrainState:
     """All that a run needs to go on to the same bytes.
 
-    Batches and learning rates are functions of the step, so that no sampler or scheduler appears here. identity: names
-    spec and text, compared on resume. prompt, best (k, d): now, and at the lowest validation loss. moments: AdamW's,
-    empty before the first update. scaler: of the fp16 loss, else empty. loss_sum over loss_count updates: training loss
-    since the last validation. seconds: spent so far, all interrupted runs together.
+    Batches, dropout and learning rates are functions of the step, so that no sampler or scheduler appears here.
+    identity: names spec and text, compared on resume. values, best: the trainable parameters by name, as of the last
+    checkpoint and at the lowest validation loss. moments: AdamW's by parameter and name, empty before the first update.
+    scaler: of the fp16 loss, else empty. loss_sum over loss_count updates: training loss since the last validation.
+    seconds: spent so far, all interrupted runs together.
     """
 
     identity: str
-    prompt: Tensor
-    best: Tensor
+    values: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     best_loss: float = float("inf")
     best_step: int = 0
     step: int = 0
@@ -36,60 +38,103 @@ class TrainState:
     loss_count: int = 0
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
-    moments: dict[str, Tensor] = field(default_factory=dict)
     scaler: dict[str, float] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:
         """Write the state into `folder`, the JSON file last."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {"prompt": self.prompt, "best": self.best, **{f"adamw.{n}": t for n, t in self.moments.items()}}
+        tensors = {f"{kind}:{n}": t for kind in ("values", "best") for n, t in getattr(self, kind).items()}
+        tensors |= {f"{stat}:{n}": t for n, each in self.moments.items() for stat, t in each.items()}
         save_file({n: t.detach().cpu().clone() for n, t in tensors.items()}, folder / TENSORS)
         _write(folder / PROGRESS, {n: getattr(self, n) for n in _PLAIN})
 
     @classmethod
     def load(cls, folder: str | Path) -> "TrainState":
         """The state that `save` wrote. Raises FileNotFoundError where there is none."""
-        plain = json.loads((Path(folder) / PROGRESS).read_text())
-        tensors = load_file(Path(folder) / TENSORS)
-        moments = {n.removeprefix("adamw."): t for n, t in tensors.items() if n.startswith("adamw.")}
-        return cls(prompt=tensors["prompt"], best=tensors["best"], moments=moments, **plain)
+        state = cls(**json.loads((Path(folder) / PROGRESS).read_text()))
+        for name, tensor in load_file(Path(folder) / TENSORS).items():
+            kind, _, own = name.partition(":")
+            if kind in ("values", "best"):
+                getattr(state, kind)[own] = tensor
+            else:
+                state.moments.setdefault(own, {})[kind] = tensor
+        return state
+
+    def outcome(self) -> dict[str, Any]:
+        """The fields of an `Outcome`."""
+        numbers = {"best_step": self.best_step, "best_val_loss": self.best_loss}
+        return {**numbers, "history": self.history, "seconds": self.seconds}
 
 
-_PLAIN = [n for n in TrainState.__dataclass_fields__ if n not in ("prompt", "best", "moments")]
+_PLAIN = [n for n in TrainState.__dataclass_fields__ if n not in ("values", "best", "moments")]
 
 
-@dataclass(frozen=True, eq=False)
-class LearnedPrompt:
-    """The prompt (k, d) in fp32 on the CPU at the step with the lowest validation loss.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Outcome:
+    """How learning went. best_val_loss and the losses in `history` are nats per scored token: exp gives a perplexity.
 
-    best_val_loss and the losses in `history` are nats per scored token: exp(best_val_loss) is a perplexity. history:
-    one entry per validation with step, val_loss, loss (mean training loss since the one before, None at step 0), lr.
+    history: one entry per validation with step, val_loss, loss (mean training loss since the one before, None at step
+    0), lr. seconds: all interrupted runs together.
     """
 
-    embeddings: Tensor
     best_step: int
     best_val_loss: float
     history: list[dict[str, Any]]
     seconds: float
 
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers were learned."""
+        raise NotImplementedError
+
     def save(self, folder: str | Path, base_model_name: str) -> None:
         """Write PEFT's two files, which `PeftModel.from_pretrained(model, folder)` reads, and history.json."""
-        from peft import PromptTuningConfig, TaskType  # heavy, and needed here only
+        raise NotImplementedError
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        k, d = self.embeddings.shape
-        save_file({KEY: self.embeddings.contiguous()}, folder / ADAPTER, metadata={"format": "pt"})
-        PromptTuningConfig(
-            task_type=TaskType.CAUSAL_LM,
-            num_virtual_tokens=k,
-            token_dim=d,
-            num_transformer_submodules=1,
-            base_model_name_or_path=base_model_name,
-            inference_mode=True,
-        ).save_pretrained(str(folder))
-        _write(folder / HISTORY, {n: v for n, v in asdict(self).items() if n != "embeddings"})
+    def write_history(self, folder: str | Path) -> None:
+        """Write history.json: the best step and how it came to it."""
+        _write(Path(folder) / HISTORY, {n: getattr(self, n) for n in Outcome.__dataclass_fields__})
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedPrompt(Outcome):
+    """The prompt (k, d) in fp32 on the CPU at the step with the lowest validation loss."""
+
+    embeddings: Tensor
+
+    @property
+    def trainable_parameters(self) -> int:
+        return self.embeddings.numel()
+
+    def save(self, folder: str | Path, base_model_name: str) -> None:
+        """Write PEFT's two files, which `PeftModel.from_pretrained(model, folder)` reads, and history.json."""
+        save_prompt(folder, self.embeddings, base_model_name)
+        self.write_history(folder)
+
+
+def save_prompt(folder: str | Path, rows: Tensor, base_model_name: str) -> None:
+    """Write the rows (k, d) of a prompt as PEFT's two files, fp32; d is the width of the model's embedding.
+
+    Raises ValueError unless they are k > 0 rows of finite numbers.
+    """
+    from peft import PromptTuningConfig, TaskType  # heavy, and needed here only
+
+    if rows.dim() != 2 or rows.numel() == 0 or not rows.is_floating_point() or not bool(torch.isfinite(rows).all()):
+        raise ValueError(f"a prompt is k > 0 rows (k, d) of finite numbers; got {rows.dtype} {tuple(rows.shape)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    k, d = rows.shape
+    stored = rows.detach().to("cpu", torch.float32).contiguous()
+    save_file({KEY: stored}, folder / ADAPTER, metadata={"format": "pt"})
+    PromptTuningConfig(
+        task_type=TaskType.CAUSAL_LM,
+        num_virtual_tokens=k,
+        token_dim=d,
+        num_transformer_submodules=1,
+        base_model_name_or_path=base_model_name,
+        inference_mode=True,
+    ).save_pretrained(str(folder))
 
 
 def load_prompt(folder: str | Path) -> Tensor:

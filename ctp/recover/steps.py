@@ -1,4 +1,4 @@
-"""What a step of learning a prompt does, as functions of spec and step: resuming needs no sampler, no scheduler."""
+"""What a step of learning does, as functions of spec and step: resuming needs no sampler, no scheduler."""
 
 import hashlib
 import math
@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctp.methods import SoftPrompt
+from ctp.methods import Learned
 
 
-def learning_rate(spec: SoftPrompt, done: int) -> float:
+def learning_rate(spec: Learned, done: int) -> float:
     """The rate of the update after `done` updates: linear warm-up from 0, then constant, linear or cosine to 0.
 
     Step for step the schedules of transformers (get_linear_schedule_with_warmup …), which the paper's code uses.
@@ -24,7 +24,7 @@ def learning_rate(spec: SoftPrompt, done: int) -> float:
     return spec.lr * (1 - math.cos(math.pi * left)) / 2 if spec.schedule == "cosine" else spec.lr
 
 
-def batch_rows(n: int, spec: SoftPrompt, done: int) -> Tensor:
+def batch_rows(n: int, spec: Learned, done: int) -> Tensor:
     """The windows (batch,) out of n that the update after `done` updates takes: every epoch is its own permutation."""
     places = range(done * spec.batch, (done + 1) * spec.batch)
     return torch.stack([_epoch(n, spec.seed, place // n)[place % n] for place in places])

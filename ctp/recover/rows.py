@@ -1,0 +1,67 @@
+"""Rows of a model's own embedding: what a soft prompt starts from, and prompts that are not trained at all."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ctp.methods import Bos, HardPrompt, RandomPrompt, Untrained
+from ctp.recover.state import save_prompt
+from ctp.recover.steps import generator
+
+if TYPE_CHECKING:  # torch itself is needed above
+    from transformers import PreTrainedModel
+
+    from ctp.job import LearnJob
+
+
+def embedding_rows(model: "PreTrainedModel", ids: Sequence[int]) -> Tensor:
+    """The embeddings (k, d) of k token ids, fp32 on the CPU, as the model's first block is given them.
+
+    d is the width of the embedding, which in some OPT models is not the hidden size. Raises ValueError for ids that the
+    vocabulary does not have.
+    """
+    embedding = model.get_input_embeddings()
+    size = embedding.num_embeddings
+    if out := [i for i in ids if not 0 <= i < size]:
+        raise ValueError(f"token {out[0]} is not in the model's vocabulary of {size}")
+    with torch.no_grad():
+        rows = embedding(torch.tensor(list(ids), device=embedding.weight.device))
+    return rows.to("cpu", torch.float32, copy=True)
+
+
+def distinct_rows(model: "PreTrainedModel", k: int, seed: int | None) -> Tensor:
+    """Embeddings (k, d) of k distinct vocabulary entries: drawn by `seed`, or the first k where it is None.
+
+    Raises ValueError if there are too few.
+    """
+    size = model.get_input_embeddings().num_embeddings
+    if k > size:
+        raise ValueError(f"k = {k} rows cannot be distinct entries of a vocabulary of {size}")
+    if seed is None:
+        return embedding_rows(model, range(k))
+    return embedding_rows(model, torch.randperm(size, generator=generator("init", seed))[:k].tolist())
+
+
+def untrained_rows(spec: Untrained, model: "PreTrainedModel", tokenizer: Any) -> Tensor:
+    """The rows (k, d), fp32 on the CPU, that an untrained prompt stands for. Raises ValueError where there are none."""
+    if isinstance(spec, RandomPrompt):
+        return distinct_rows(model, spec.k, spec.seed)
+    if isinstance(spec, HardPrompt):
+        ids = tokenizer(spec.text)["input_ids"]
+        if not ids:
+            raise ValueError(f"text = {spec.text!r} has no tokens")
+        return embedding_rows(model, ids)
+    if isinstance(spec, Bos):
+        if tokenizer.bos_token_id is None:
+            raise ValueError("method = 'bos': the model's tokenizer has no beginning-of-text token")
+        return embedding_rows(model, [tokenizer.bos_token_id])
+    raise TypeError(f"nothing here gives the rows of {spec.method}")
+
+
+def recover(spec: Untrained, job: "LearnJob") -> dict[str, float]:
+    """Write the rows as a soft prompt's adapter, which every target then takes like a learned one."""
+    rows = untrained_rows(spec, job.model, job.tokenizer)
+    save_prompt(job.folder, rows, job.model_name)
+    return {"trainable_parameters": 0, "prompt_tokens": len(rows)}
