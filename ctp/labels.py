@@ -3,7 +3,7 @@
 import hashlib
 from typing import Any
 
-from ctp.methods import Adapter, Learned, Untrained
+from ctp.methods import Adapter, Learned
 from ctp.spec import Cell, Compress, Evaluate, Learn, canonical
 
 
@@ -11,7 +11,7 @@ def origin(cell: Learn) -> str:
     """What a recovery was learned through: a compression's label, "untrained" or "imported"."""
     if cell.recovery.learned:
         return cell.source.compression.label
-    return "untrained" if isinstance(cell.recovery, Untrained) else "imported"
+    return "imported" if isinstance(cell.recovery, Adapter) else "untrained"
 
 
 def slug(cell: Cell) -> str:
