@@ -25,16 +25,20 @@ def with_prompt(model: PreTrainedModel, ids: Tensor, prompt: Tensor) -> Tensor:
     return torch.cat([rows.expand(len(ids), -1, -1), tokens], dim=1)
 
 
-def scored_logits(model: PreTrainedModel, windows: Tensor, prompt: Tensor | None = None) -> Tensor:
-    """Logits (b, s - 1, V) that predict x_1 .. x_{s-1} of each window (b, s), in whatever dtype the model computes.
+def token_logits(model: PreTrainedModel, ids: Tensor, prompt: Tensor | None = None) -> Tensor:
+    """Logits (b, t, V) at the tokens `ids` (b, t) behind the prompt (k, d), in whatever dtype the model computes.
 
     The head runs at these positions only, where the architecture can say so.
     """
-    ids, kept = windows[:, :-1], windows.shape[1] - 1
     inputs = {"input_ids": ids} if prompt is None else {"inputs_embeds": with_prompt(model, ids, prompt)}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(**inputs, use_cache=False, logits_to_keep=kept).logits
-    return model(**inputs, use_cache=False).logits[:, -kept:]
+        return model(**inputs, use_cache=False, logits_to_keep=ids.shape[1]).logits
+    return model(**inputs, use_cache=False).logits[:, -ids.shape[1] :]
+
+
+def scored_logits(model: PreTrainedModel, windows: Tensor, prompt: Tensor | None = None) -> Tensor:
+    """Logits (b, s - 1, V) that predict x_1 .. x_{s-1} of each window (b, s)."""
+    return token_logits(model, windows[:, :-1], prompt)
 
 
 def summed_nll(logits: Tensor, windows: Tensor) -> Tensor:

@@ -1,0 +1,237 @@
+"""Tasks of lm-evaluation-harness, run on a model with or without a soft prompt in front of every request."""
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import math
+import os
+import random
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ctp import tasks
+from ctp.methods import Task
+from ctp.recover.attach import frozen, token_logits
+from ctp.recover.prompted import attach_prompt
+from ctp.taskfiles import INSTALL, harness_version
+
+try:
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks._yaml_loader import load_yaml
+except ImportError as e:
+    raise ImportError(INSTALL) from e
+
+if TYPE_CHECKING:
+    from ctp.job import EvaluateJob
+
+SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "examples": 1234}  # the harness's own
+BOOTSTRAP = 1000  # draws for the standard error of metrics that have no formula for it
+OURS = ("score", "score_stderr", "documents")
+
+
+class SoftPromptLM(HFLM):
+    """The harness's Hugging Face model, with the k rows of `prompt` (k, d) in front of whatever it reads.
+
+    They stand where a text begins: behind the padding of a batch, before the beginning-of-text token of tokenizers that
+    write one. The context is k tokens shorter: what is too long loses its beginning, as in the harness; the prompt
+    never does. Without a prompt it is HFLM. rows: called with the number of sequences read so far; `cut` counts the
+    log-likelihood requests that lost their beginning. The tokenizer is copied: the harness sets its padding.
+
+    Raises ValueError where the prompt leaves no room for two tokens.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: Tensor | None = None,
+        *,
+        batch: int = 1,
+        rows: Callable[[int], None] | None = None,
+    ) -> None:
+        self._prompt, self._report, self._rows, self.cut = prompt, rows, 0, 0
+        super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch)
+        if self.max_length < 2:
+            raise ValueError(f"{self._k} prompt rows leave no room in a context of {super().max_length} tokens")
+
+    @property
+    def _k(self) -> int:
+        return 0 if self._prompt is None else len(self._prompt)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that fit behind the prompt."""
+        return int(super().max_length) - self._k
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Logits (b, t, V) of the tokens `inps` (b, t), padded on the right."""
+        if self._prompt is None:
+            logits = super()._model_call(inps, attn_mask, labels)
+        else:
+            with torch.no_grad():
+                logits = token_logits(self.model, inps, self._prompt)
+        self._count(len(inps))
+        return logits
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+        """Tokens (b, at most max_length) that begin with `context` (b, t), padded on the left."""
+        prompted = None if self._prompt is None else attach_prompt(self.model, self._prompt)
+        try:
+            tokens = super()._model_generate(context, max_length, stop, **options)
+        finally:
+            if prompted is not None:
+                prompted.remove()
+        self._count(len(context))
+        return tokens
+
+    def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
+        self.cut += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
+        return super()._loglikelihood_tokens(requests, **options)
+
+    def _count(self, rows: int) -> None:
+        self._rows += rows
+        if self._report is not None:
+            self._report(self._rows)
+
+
+def measure(spec: Task, job: "EvaluateJob") -> dict[str, float]:
+    """Every metric that the task reports, its standard error where there is one, `documents`, and `score`: `acc_norm`
+    where the task has it, else `acc`, else its first metric.
+
+    `samples.jsonl` has a line a document: its hash, and that of what was asked, the responses (log-likelihood and
+    whether greedy decoding gives it, for each choice; or the text), its metrics. Seeds are fixed; no chat template.
+
+    Raises ValueError where the task has changed or cannot be run, FloatingPointError where a number is not finite.
+    """
+    task = build(job.location(spec), spec.revision, spec.shots)
+    name = task.config.task
+    with quiet(), frozen(job.model), _seeded():
+        lm = SoftPromptLM(
+            job.model,
+            job.tokenizer,
+            job.prompt,
+            batch=job.runtime.batch,
+            rows=lambda n: job.progress(min(n, len(task.instances)), len(task.instances)),
+        )
+        task.set_fewshot_seed(SEEDS["examples"])
+        try:
+            results = evaluate(
+                lm, task_dict={"tasks": {name: task}}, limit=spec.limit, bootstrap_iters=BOOTSTRAP, log_samples=True
+            )
+        except AssertionError as e:  # an answer longer than the context, no room to generate
+            raise ValueError(f"the task {name} does not fit a context of {lm.max_length} tokens: {e}") from e
+        finally:
+            task._instances = None  # the task stays, for other cells; what it was asked does not
+    _write_samples(results["samples"][name], job)
+    metrics = _metrics(results["results"][name], name)
+    chosen = next((n for n in ("acc_norm", "acc") if n in metrics), next(iter(metrics), None))
+    if chosen is None:
+        raise ValueError(f"the task {name} reports no metric")
+    documents = results["n-samples"][name]["effective"]
+    about = {"name": name, "metric": chosen, "version": task.VERSION, "documents": documents}
+    job.record["task"] = {**about, "shots": spec.shots, "harness": harness_version(), "cut": lm.cut}
+    score = {f"score{end}": metrics[f"{chosen}{end}"] for end in ("", "_stderr") if f"{chosen}{end}" in metrics}
+    return {**score, **metrics, "documents": documents}
+
+
+def _metrics(reported: dict[str, Any], name: str) -> dict[str, float]:
+    """The harness's `metric,filter` keys as names for MLflow: filter "none" is left out, so is a stderr "N/A"."""
+    metrics: dict[str, float] = {}
+    for key, value in reported.items():
+        metric, comma, kept = key.partition(",")
+        error = "_stderr" if metric.endswith("_stderr") else ""
+        if not comma or (error and value == "N/A"):
+            continue
+        label = metric.removesuffix("_stderr") + ("" if kept == "none" else f"_{kept}")
+        label = re.sub(r"[^\w.-]", "_", f"task_{label}" if label in OURS else label) + error
+        if isinstance(value, str | bool) or not isinstance(value, int | float | np.number):
+            raise ValueError(f"the task {name}: {key} = {value!r} is no number")
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the task {name}: {key} = {value}")
+        metrics[label] = float(value)
+    return metrics
+
+
+def _write_samples(samples: list[dict[str, Any]], job: "EvaluateJob") -> None:
+    with (job.folder / "samples.jsonl").open("w", encoding="utf-8") as f:
+        for sample in samples:
+            for value in _floats(sample["filtered_resps"]):
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"document {sample['doc_id']}: a log-likelihood is {value}")
+            line = {"doc": sample["doc_id"], **{n: sample[n] for n in ("doc_hash", "prompt_hash", "target")}}
+            line |= {} if sample["filter"] == "none" else {"filter": sample["filter"]}
+            line |= {"responses": sample["filtered_resps"], **{n: sample[n] for n in sample["metrics"]}}
+            f.write(json.dumps(line, default=str) + "\n")
+
+
+def _floats(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    for inner in value if isinstance(value, list | tuple) else ():
+        yield from _floats(inner)
+
+
+# ------------------------------------------------------------ the harness's objects
+
+_built: dict[tuple[str, str, int], Any] = {}
+
+
+def build(location: str, revision: str, shots: int) -> Any:
+    """The harness's object of a pinned task, kept: cells that ask for it again find its documents read.
+
+    Raises ValueError where the task has changed since it was pinned, or the harness cannot make it.
+    """
+    defined = tasks.read(location, revision)
+    defined.check_shots(shots)
+    memo = (location, revision, shots)
+    if memo not in _built:
+        config = {**load_yaml(defined.path), **defined.changes, "num_fewshot": shots}
+        for key in ("tag", "group", "task_list"):  # they say where it belongs, not what it is
+            config.pop(key, None)
+        try:
+            with quiet():
+                _built[memo] = ConfigurableTask(config=copy.deepcopy(config))
+        except Exception as e:  # a template, a field, a split, a function: whatever is wrong in it
+            why = " ".join(f"{type(e).__name__}: {e}".split())
+            raise ValueError(f"the harness cannot make the task {defined.name}: {why}") from e
+    return _built[memo]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No log lines, progress bars or prints of the harness, and no processes of its own for bootstrapping."""
+    logger, serial = logging.getLogger("lm_eval"), "DISABLE_MULTIPROC"
+    level, before = logger.level, os.environ.get(serial)
+    logger.setLevel(logging.ERROR)
+    os.environ[serial] = "1"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+        os.environ.pop(serial) if before is None else os.environ.update({serial: before})
+
+
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
+    """Every generator seeded as the harness does; put back on the way out."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(SEEDS["random"])
+        np.random.seed(SEEDS["numpy"])
+        torch.manual_seed(SEEDS["torch"])
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
