@@ -93,13 +93,16 @@ class Pins:
 
     def pin_task(self, data: dict[str, Any]) -> dict[str, Any]:
         """Fill in revision and short name of a task of lm-evaluation-harness. Raises ValueError where there is none."""
-        from ctp import tasks  # the harness takes seconds to import: where a grid names a task only
+        from ctp import tasks  # finds the harness's files: where a grid names a task only
+
+        shots = data.get("shots", 0)
 
         def locate(name: str, _: str) -> tuple[str, str, str]:
-            return tasks.locate(str(beside(name, self.folders)), self.data_dir)
+            own = name.endswith((".yaml", ".yml"))
+            return tasks.locate(str(beside(name, self.folders)) if own else name, self.data_dir, shots=shots)
 
         try:
-            name, revision, _ = self._locate("task", locate, data["name"], data.get("revision"))
+            name, revision, _ = self._locate(f"task with {shots} shots", locate, data["name"], data.get("revision"))
         except ValueError as e:
             raise ValueError(f"name = {data['name']!r}: {e}") from e
         return {**data, "name": name, "revision": revision}

@@ -122,7 +122,7 @@ def test_mistakes_in_a_task_of_ones_own(tmp_path, fields, error):
 
 def test_shots_that_a_task_cannot_be_put_with():
     with pytest.raises(ValueError, match=r"shots = 1: the task ctp_piqa is defined without examples"):
-        tasks.locate("piqa.yaml", base=SHIPPED, shots=1)
+        tasks.locate("ctp_piqa.yaml", base=SHIPPED, shots=1)
 
 
 def test_the_hubs_commit_is_pinned(monkeypatch):
@@ -145,7 +145,7 @@ def test_the_hubs_commit_is_pinned(monkeypatch):
 def test_planning_imports_neither_torch_nor_the_harness(monkeypatch):
     code = (
         "import sys; from pathlib import Path; from ctp import tasks; "
-        f"tasks.locate('piqa.yaml', base=Path({str(SHIPPED)!r})); "
+        f"tasks.locate('ctp_piqa.yaml', base=Path({str(SHIPPED)!r})); "
         "print({'torch', 'lm_eval', 'datasets', 'transformers'} & set(sys.modules))"
     )
     root = Path(__file__).parents[1]

@@ -184,7 +184,7 @@ def test_openbookqa_counted_by_hand(tmp_path):
     model = untied(tiny_llama(VOCAB, context=1024))
     prompt, ids = prompt_for(model), lambda text: byte_tokenizer()(text)["input_ids"]
     seen = []
-    metrics, job = run(tmp_path, "openbookqa.yaml", model, prompt, limit=6, seen=seen)
+    metrics, job = run(tmp_path, "ctp_openbookqa.yaml", model, prompt, limit=6, seen=seen)
     right, normed = [], []
     for line, sample in zip((SHIPPED / "openbookqa.jsonl").read_text().splitlines(), samples(job), strict=False):
         row = json.loads(line)
@@ -218,14 +218,15 @@ def test_the_shipped_tasks_are_the_harness_on_their_rows(tmp_path, own, harness)
     model = untied(tiny_llama(VOCAB, context=512))
     prompt = prompt_for(model)
     limit = 5 if own == "european_history" else 10
-    ours, our_job = run(tmp_path, f"{own}.yaml", model, prompt, limit=limit)
+    ours, our_job = run(tmp_path, f"ctp_{own}.yaml", model, prompt, limit=limit)
     theirs, their_job = run(tmp_path, harness, model, prompt, limit=limit, data=DATA)
     assert ours == theirs
     assert [s["responses"] for s in samples(our_job)] == [s["responses"] for s in samples(their_job)]
     assert [s["prompt_hash"] for s in samples(our_job)] == [s["prompt_hash"] for s in samples(their_job)]
     assert our_job.record["task"]["cut"] == (4 * limit if own == "european_history" else 0)
     asked_ours, asked_theirs = (build(tasks.locate(n, DATA, SHIPPED)[2], *rest) for n, *rest in (
-        (f"{own}.yaml", tasks.locate(f"{own}.yaml", DATA, SHIPPED)[1], 0), (harness, tasks.locate(harness, DATA)[1], 0)
+        (f"ctp_{own}.yaml", tasks.locate(f"ctp_{own}.yaml", DATA, SHIPPED)[1], 0),
+        (harness, tasks.locate(harness, DATA)[1], 0),
     ))  # fmt: skip
     rows = 20 if own == "european_history" else 40
     for task in (asked_ours, asked_theirs):
@@ -241,7 +242,7 @@ def test_measuring_again_gives_the_same_and_changes_nothing(tmp_path):
     python_state = torch.get_rng_state()
     found = []
     for prompt, shots in [(None, 0), (prompt_for(model), 2), (None, 0), (prompt_for(model), 2)]:
-        spec, job = job_for(tmp_path, "european_history.yaml", model, prompt, limit=2, shots=shots)
+        spec, job = job_for(tmp_path, "ctp_european_history.yaml", model, prompt, limit=2, shots=shots)
         metrics = measure(spec, job)
         found.append((metrics, [(s["prompt_hash"], s["responses"]) for s in samples(job)]))
         assert job.tokenizer.pad_token is None
@@ -305,14 +306,16 @@ def test_numbers_that_are_none_are_errors(tmp_path):
     model = untied(tiny_llama(VOCAB, context=1024))
     with torch.no_grad():
         model.lm_head.weight[7] = float("nan")
-    spec, job = job_for(tmp_path, "piqa.yaml", model, limit=2)
+    spec, job = job_for(tmp_path, "ctp_piqa.yaml", model, limit=2)
     with pytest.raises(FloatingPointError, match="document 0: a log-likelihood is nan"):
         measure(spec, job)
 
 
 def test_what_cannot_fit_is_one_sentence(tmp_path):
     model = tiny_opt(VOCAB, context=64)
-    spec, job = job_for(tmp_path, "piqa.yaml", model, prompt_for(model, 40), limit=2)  # answers longer than 24 tokens
+    spec, job = job_for(
+        tmp_path, "ctp_piqa.yaml", model, prompt_for(model, 40), limit=2
+    )  # answers longer than 24 tokens
     with pytest.raises(ValueError, match="the task ctp_piqa does not fit a context of 24 tokens"):
         measure(spec, job)
     path = own_task(tmp_path / "own", generation_kwargs={"until": ["\n"], "max_gen_toks": 99})
