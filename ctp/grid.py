@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def command(args: argparse.Namespace) -> int:
-    pins = Pins(args.data)
+    pins = Pins(args.data, provisional=args.plan)
     grid = gridfile.load(args.grid, args.settings, pins)
     whole = make(grid, pins)
     plan = where(whole, args.where) if args.where else whole
@@ -89,6 +89,8 @@ def command(args: argparse.Namespace) -> int:
         plan = keep(plan, {k for k, n in plan.nodes.items() if n.stage == args.stage})
     describe(plan, state, todo, verbose=args.plan)
     if args.plan:
+        if pins.unpinned:
+            print(f"not pinned, the hub cannot be reached: {', '.join(pins.unpinned)}: keys are provisional")
         return OK
     tracker = Tracker(tracking_uri(store.uri), plan, store)
     tracker.sync(whole=not (args.where or args.stage))
