@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -86,8 +87,10 @@ def load(location: str, revision: str, dtype: str = "auto", device: str = "cpu")
     logging.disable_progress_bar()
     folder, safe = _folder(location, revision)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    # A .bin is read by torch.load with weights_only; from a folder transformers asks nobody to convert it.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, use_safetensors=safe, local_files_only=True)
+    try:  # A .bin is read by torch.load with weights_only; from a folder transformers asks nobody to convert it.
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, use_safetensors=safe, local_files_only=True)
+    except pickle.UnpicklingError as e:
+        raise ValueError(f"a .bin file of {location} holds more than tensors, and code in it is not run") from e
     return place(model, device).eval(), load_tokenizer(location, revision)
 
 

@@ -365,7 +365,7 @@ def test_hub_texts_are_pinned_and_loaded_by_commit(hub):
 def test_a_hub_text_that_cannot_be_read_says_so_in_one_sentence():
     """Without a network, as all tests are: a worker that has the commit but not the files."""
     location, _ = locate(CORPORA["wikitext2"], "test")
-    with pytest.raises(ValueError, match="the hub cannot be reached .* the data set 'Salesforce/wikitext' at b08601e"):
+    with pytest.raises(ValueError, match=r"the hub cannot be reached .* the data set 'Salesforce/wikitext' at b08601e"):
         documents(location, CORPORA["wikitext2"], "test")
 
 
