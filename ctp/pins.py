@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ctp import corpora, models
+from ctp import corpora, hub, models
 from ctp.gridtext import beside
 from ctp.inputs import Model, Pinned
 from ctp.recover import adapter
@@ -33,12 +33,16 @@ PATHS: dict[str, tuple[Callable[[str, str], tuple[str, str, str]], Callable[[str
 class Pins:
     """The validation context of a grid: resolves names to revisions and remembers where each one lies.
 
-    data_dir: a folder with local copies of texts (also CTP_DATA_DIR), preferred to the hub.
+    data_dir: a folder with local copies of texts (also CTP_DATA_DIR), preferred to the hub. provisional: for planning
+    only: where the hub cannot be reached, texts and known models get the revision "unpinned" and their names go into
+    `unpinned`; otherwise that raises ValueError.
     """
 
-    def __init__(self, data_dir: str | None = None) -> None:
+    def __init__(self, data_dir: str | None = None, provisional: bool = False) -> None:
         self.data_dir = data_dir
         self.folders: list[Path] = []  # of the grid file and what it extends: paths may be relative to them
+        self.provisional = provisional
+        self.unpinned: list[str] = []
         self.locations: dict[str, str] = {}
         self.datasets: dict[str, dict[str, Any]] = {}  # descriptions of texts that are not built in
         self._corpora: dict[str, corpora.Corpus] = {}
@@ -60,10 +64,26 @@ class Pins:
 
     def pin_model(self, data: dict[str, Any]) -> dict[str, Any]:
         """Fill in revision, dtype and the short name. Raises ValueError where there is no such model."""
-        name, revision, location = self._locate("model", models.locate, data["name"], data.get("revision"))
+        name, revision, location = self._locate("model", self._find_model, data["name"], data.get("revision"))
         known = models.facts(location, revision)
         dtype = data.get("dtype", "auto")
         return {**data, "name": name, "revision": revision, "dtype": known.dtype if dtype == "auto" else dtype}
+
+    def _find_model(self, name: str, revision: str) -> tuple[str, str, str]:
+        try:
+            short, found, location = models.locate(name, revision)
+        except hub.Unreachable:
+            if not self.provisional or name not in models.known_models():
+                raise
+            return name, self._unpinned(name), f"hub:{name}"
+        if location.startswith("hub:") and not self.provisional:
+            hub.check_access(name, found)  # now, and not hours later on a worker
+        return short, found, location
+
+    def _unpinned(self, name: str) -> str:
+        if name not in self.unpinned:
+            self.unpinned.append(name)
+        return models.UNPINNED
 
     def pin_path(self, data: dict[str, Any]) -> dict[str, Any]:
         """Fill in revision, short name and what is read from a method's `path`. Raises ValueError naming the field."""
@@ -99,7 +119,12 @@ class Pins:
 
         def locate(name: str, _: str) -> tuple[str, str, str]:
             own = name.endswith((".yaml", ".yml"))
-            return tasks.locate(str(beside(name, self.folders)) if own else name, self.data_dir, shots=shots)
+            try:
+                return tasks.locate(str(beside(name, self.folders)) if own else name, self.data_dir, shots=shots)
+            except hub.Unreachable:
+                if not self.provisional:
+                    raise
+                return name, self._unpinned(name), ""
 
         try:
             name, revision, _ = self._locate(f"task with {shots} shots", locate, data["name"], data.get("revision"))
@@ -116,13 +141,22 @@ class Pins:
         if not isinstance(split, str):
             return data  # the missing split is validation's to report
         if (name, split) not in self._texts:
-            self._texts[name, split] = corpora.locate(corpus, split, self.data_dir)
+            self._texts[name, split] = self._find_text(corpus, split)
         location, revision = self._texts[name, split]
-        if data.get("revision") and data["revision"] != revision:
+        if data.get("revision") and revision != models.UNPINNED and data["revision"] != revision:
             raise ValueError(f"revision = {data['revision']!r}: {name} {split} is {revision} here")
         self.locations[f"{name}@{revision}"] = location
         join = corpus.join if data.get("join") is None else data["join"]
         return {**data, "revision": revision, "join": join}
+
+    def _find_text(self, corpus: corpora.Corpus, split: str) -> tuple[str, str]:
+        try:
+            return corpora.locate(corpus, split, self.data_dir)
+        except hub.Unreachable:
+            if not self.provisional:
+                raise
+            revision = self._unpinned(corpus.name)
+            return f"hub:{corpus.hub}@{revision}", revision
 
     def facts(self, model: Model) -> models.Facts:
         """Size and limits of a pinned model."""

@@ -43,12 +43,20 @@ CORPORA: dict[str, Corpus] = {
             splits=("train", "validation"),  # C4 has no test split: everyone evaluates on validation
             folder="c4",
             hub="allenai/c4",
+            revision="1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
             data_files={
                 "train": "en/c4-train.00000-of-01024.json.gz",
                 "validation": "en/c4-validation.00000-of-00008.json.gz",
             },
         ),
-        Corpus("wikitext2", "\n\n", folder="wikitext-2-raw", hub="Salesforce/wikitext", config="wikitext-2-raw-v1"),
+        Corpus(
+            "wikitext2",
+            "\n\n",
+            folder="wikitext-2-raw",
+            hub="Salesforce/wikitext",
+            config="wikitext-2-raw-v1",
+            revision="b08601e04326c79dfdd32d625aee71d232d685c3",
+        ),
         Corpus(
             "ptb",
             " ",

@@ -105,9 +105,10 @@ def test_a_hub_adapter_is_two_files_at_a_commit(monkeypatch, lora):
         def model_info(self, name, revision, timeout):
             return type("Info", (), {"sha": f"commit-of-{name}-{revision}"})
 
-    def download(name, revision, allow_patterns):
+    def download(name, revision, allow_patterns, ignore_patterns):
         assert (name, revision) == ("some/lora", "commit-of-some/lora-v2")
         assert allow_patterns == ["adapter_config.json", "adapter_model.safetensors"]
+        assert ignore_patterns == ["*/*"]
         return str(lora)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)

@@ -339,25 +339,34 @@ def hub(monkeypatch):
 
 
 def test_hub_texts_are_pinned_and_loaded_by_commit(hub):
-    sha = "f" * 40
+    sha = "1588ec454efa1a09f29cd18ddd04fe05fc8653a2"
     location, revision = locate(CORPORA["c4"], "validation")
     assert (location, revision) == (f"hub:allenai/c4@{sha}", sha)
+    assert not hub  # the commit is ctp's own: no question
     assert documents(location, CORPORA["c4"], "validation") == ["t1", "t2"]
     files = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
-    assert hub[1] == (("allenai/c4",), {"split": "validation", "revision": sha, "data_files": files})
+    assert hub == [(("allenai/c4",), {"split": "validation", "revision": sha, "data_files": files})]
     hub.clear()
     documents(locate(CORPORA["c4"], "train")[0], CORPORA["c4"], "train")
-    assert hub[1][1]["data_files"] == {"train": "en/c4-train.00000-of-01024.json.gz"}
+    assert hub[0][1]["data_files"] == {"train": "en/c4-train.00000-of-01024.json.gz"}
     hub.clear()
     documents(locate(CORPORA["wikitext2"], "test")[0], CORPORA["wikitext2"], "test")
+    sha = "b08601e04326c79dfdd32d625aee71d232d685c3"
     expected = {"split": "test", "revision": sha, "name": "wikitext-2-raw-v1"}
-    assert hub[1] == (("Salesforce/wikitext",), expected)
+    assert hub == [(("Salesforce/wikitext",), expected)]
     hub.clear()
     ptb = CORPORA["ptb"]
     assert documents(locate(ptb, "test")[0], ptb, "test", first=1) == ["s1"]
     assert hub[0][0] == ("ptb-text-only/ptb_text_only",)
     assert hub[0][1]["revision"] == "refs/convert/parquet"
-    assert hub[1] == (("ptb-text-only/ptb_text_only",), {"split": "test", "revision": sha})
+    assert hub[1] == (("ptb-text-only/ptb_text_only",), {"split": "test", "revision": "f" * 40})
+
+
+def test_a_hub_text_that_cannot_be_read_says_so_in_one_sentence():
+    """Without a network, as all tests are: a worker that has the commit but not the files."""
+    location, _ = locate(CORPORA["wikitext2"], "test")
+    with pytest.raises(ValueError, match=r"the hub cannot be reached .* the data set 'Salesforce/wikitext' at b08601e"):
+        documents(location, CORPORA["wikitext2"], "test")
 
 
 def test_a_grid_files_hub_text(hub):
@@ -377,7 +386,7 @@ def test_an_unreachable_hub_fails_fast(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     with pytest.raises(ValueError, match=r"cannot be reached; give --data DIR or CTP_DATA_DIR"):
-        locate(CORPORA["c4"], "train")
+        locate(CORPORA["ptb"], "train")
 
 
 # ----------------------------------------------------------------- real data

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
-from ctp import tiny_models
+from ctp import hub, tiny_models
 from ctp.compression.artifact import PACKED, Compressed, read_generation, read_tensors
 from ctp.compression.blocks import decoder_blocks
 from ctp.compression.layer import Layer
@@ -30,10 +30,8 @@ def fetch(location: str, revision: str, weights: bool = True) -> Path:
     Raises ValueError where it has changed since it was pinned, or is no folder of its own.
     """
     if location.startswith("hub:"):
-        from huggingface_hub import snapshot_download
-
-        patterns = ["*.json", *(["*.safetensors", "*.model", "*.txt"] if weights else [])]
-        return Path(snapshot_download(location.removeprefix("hub:"), revision=revision, allow_patterns=patterns))
+        files = (*hub.CONFIG, "*.safetensors") if weights else hub.CONFIG
+        return hub.fetch(location.removeprefix("hub:"), revision, files, "checkpoint")
     if location.startswith(("package:", tiny_models.SCHEME)):
         raise ValueError("a checkpoint is a folder or a hub id, not a tiny or packaged model")
     if locate(location)[1] != revision:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ctp import hub
 from ctp.cache import digest
-from ctp.models import hub_commit
 
 if TYPE_CHECKING:  # torch takes seconds to import, and pinning a grid needs none of it
     from torch import Tensor
@@ -49,7 +49,7 @@ def locate(path: str, revision: str = "") -> tuple[str, str, str]:
         return folder.resolve().name, _revision(folder), str(folder.resolve())
     if path.startswith(("/", ".", "~")):
         raise ValueError(f"there is no folder {path!r}")
-    return path, hub_commit(path, revision, "adapter"), f"hub:{path}"
+    return path, hub.commit(path, revision, "adapter"), f"hub:{path}"
 
 
 def fetch(location: str, revision: str) -> Path:
@@ -60,9 +60,7 @@ def fetch(location: str, revision: str) -> Path:
         if _revision(folder) != revision:
             raise ValueError(f"the adapter in {location} has changed since it was pinned")
         return folder
-    from huggingface_hub import snapshot_download
-
-    folder = Path(snapshot_download(location.removeprefix("hub:"), revision=revision, allow_patterns=list(FILES)))
+    folder = hub.fetch(location.removeprefix("hub:"), revision, FILES, "adapter")
     _check_files(folder)
     return folder
 
