@@ -11,7 +11,8 @@ from ctp.resources import GIB
 
 MODEL = (
     "Cost model: 2 N T operations a forward pass, 4 N T a learning step (no gradients of weights), at "
-    "{tflops:g} TFLOP/s\na GPU; memory: weights, activations and logits of what is fed at once (formulas: ctp/cost.py)."
+    "{tflops:g} TFLOP/s\na GPU; memory: weights, activations and logits of what is fed at once (see ctp/cost.py).\n"
+    "! is more than one GPU of {gib:.0f} GiB (--gpu-memory) holds: such a cell takes several."
 )
 
 
@@ -33,10 +34,12 @@ def detail(plan: Plan, state: dict[str, str], todo: set[str], device: int, tflop
     for k in plan.nodes:
         if k in todo:
             node, c = plan.nodes[k], costs[k]
-            over = f" > {device / GIB:.0f} of one GPU" if c.memory > device else ""
-            print(f"  {node.cell.kind:<8} {k[:12]}  {c.hours(tflops):>7.3f} h {c.memory / GIB:>6.1f} GiB{over}  "
+            over = "!" if c.memory > device else " "
+            print(f"  {node.cell.kind:<8} {k[:12]}  {c.hours(tflops):>7.3f} h {c.memory / GIB:>6.1f} GiB{over} "
                   f"{slug(node.cell)}  ({state[k]})")  # fmt: skip
-    print("\n".join(["", *studies(plan, costs, todo, device, tflops), "", MODEL.format(tflops=tflops)]))
+    print(
+        "\n".join(["", *studies(plan, costs, todo, device, tflops), "", MODEL.format(tflops=tflops, gib=device / GIB)])
+    )
 
 
 def studies(plan: Plan, costs: dict[str, Cost], todo: set[str], device: int, tflops: float) -> list[str]:
