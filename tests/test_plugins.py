@@ -1,5 +1,7 @@
 """Methods in a user's own file."""
 
+from pathlib import Path
+
 import pytest
 from test_gridfile import load, problems
 from tinygrid import grid, write_grid
@@ -54,3 +56,10 @@ def test_no_method_is_replaced_and_mistakes_name_the_file(tmp_path, llama_folder
     assert found[1].startswith("plugins = 'broken.py': ModuleNotFoundError: No module named 'nothing_like_that'")
     assert found[2] == "plugins = 'gone.py': there is no such file, here or beside the grid file"
     assert found[3] == "plugins = 5: the path of a .py file, or the name of an installed module"
+
+
+def test_the_readme_shows_the_plugin_that_is_tested():
+    root = Path(__file__).parents[1]
+    shown = (root / "tests" / "plugins" / "mean_prompt.py").read_text()
+    assert f"```python\n{shown}```" in (root / "README.md").read_text()
+    assert len(shown.splitlines()) <= 30
