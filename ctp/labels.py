@@ -1,9 +1,12 @@
 """How a cell is named to people: a slug for folders and lines, axes to filter and pivot by."""
 
+import hashlib
 from typing import Any
 
 from ctp.methods import Adapter, Learned, Untrained
-from ctp.spec import Cell, Compress, Evaluate, Learn
+from ctp.spec import Cell, Compress, Evaluate, Learn, canonical
+
+DATA_FIELDS = {"text", "name", "revision", "questions"}  # of a measure: what is read; the rest says how it is asked
 
 
 def origin(cell: Learn) -> str:
@@ -57,3 +60,21 @@ def axes(cell: Cell) -> dict[str, str | int | float | bool]:
     if base.calibration is not None:
         out |= {"calibration": base.calibration.dataset, "calibration_seed": base.calibration.seed}
     return {n: v for n, v in out.items() if v is not None}
+
+
+def fingerprints(cell: Evaluate) -> dict[str, str]:
+    """`data` and `protocol` of an evaluation, 12 hex digits each: numbers of which one differs belong in no one table.
+
+    data: the documents (a text's windows but for their length, a task's revision, the questions). protocol: all other
+    settings of the measure, and the version of evaluations.
+    """
+    settings = cell.measure.model_dump(mode="json")
+    data: dict[str, Any] = {n: settings.pop(n) for n in sorted(DATA_FIELDS & settings.keys())}
+    if "text" in data:
+        settings["seq_len"] = data["text"].pop("seq_len")
+    protocol = {"version": cell.VERSION, **settings}
+    return {"data": _short_hash(data), "protocol": _short_hash(protocol)}
+
+
+def _short_hash(value: Any) -> str:
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:12]

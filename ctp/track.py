@@ -25,16 +25,18 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.tracking import MlflowClient
 
 from ctp import gridfile
-from ctp.labels import axes, slug
+from ctp.labels import axes, fingerprints, slug
 from ctp.pins import Pins
 from ctp.plan import Node, Plan, make
-from ctp.spec import Learn
+from ctp.spec import Evaluate, Learn
 from ctp.store import DEFAULT_STORE, Store, StoreError, default_store
 
 for _name in ("alembic", "mlflow.store.db.utils"):  # they tell of every table they make
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 KEY, KIND, CURRENT, STUDIES, PARENT = "ctp.key", "ctp.kind", "ctp.current", "ctp.studies", "mlflow.parentRunId"
+
+MAX_ARTIFACT_BYTES = 4 << 20
 
 
 class TrackError(Exception):
@@ -108,8 +110,9 @@ class Tracker:
                 if known is None or known.info.status != "FINISHED":
                     self._finish(self.plan.nodes[k])
                     written += 1
-                elif known.data.tags.get(CURRENT) != "yes":
-                    self.client.set_tag(known.info.run_id, CURRENT, "yes")
+                    continue
+                for name, value in _asked(self.plan.nodes[k]).items() - known.data.tags.items():
+                    self.client.set_tag(known.info.run_id, name, value)
             if whole:
                 for k, run in self.runs.items():
                     if k not in self.plan.nodes and run.data.tags.get(CURRENT) == "yes":
@@ -177,18 +180,15 @@ class Tracker:
         end = int(1000 * manifest["created"])
         start = end - int(1000 * manifest["seconds"])
         run = self._run(node, start)
-        numbers = {
-            **manifest["metrics"],
-            "seconds": manifest["seconds"],
-            "peak_memory_bytes": manifest["peak_memory_bytes"],
-        }
+        numbers = manifest["metrics"] | {n: manifest[n] for n in ("seconds", "peak_memory_bytes")}
         metrics = [Metric(n, float(v), end, 0) for n, v in numbers.items()]
         if isinstance(node.cell, Learn) and node.cell.recovery.learned:
             metrics += _curve(json.loads((self.store.fetch(node.cell) / "history.json").read_text())["history"], start)
         params = [Param(n, str(v)[:6000]) for n, v in _params(node).items()]
-        text = manifest.get("text", {})
-        extra = {CURRENT: "yes", "ctp.device": manifest["device"], "ctp.git_commit": manifest["git_commit"] or ""}
-        extra |= {f"ctp.{n}": str(v) for n, v in text.items()}
+        extra = {"ctp.device": manifest["device"], "ctp.git_commit": manifest["git_commit"] or ""}
+        extra |= {f"ctp.{n}": str(v) for n, v in manifest.get("text", {}).items()} | _asked(node)
+        if isinstance(node.cell, Evaluate):
+            self._log_files(node, run)
         tags = [RunTag(n, v) for n, v in extra.items()]
         for i in range(0, len(metrics), 900):  # MLflow takes 1,000 metrics a call
             self.client.log_batch(run, metrics=metrics[i : i + 900])
@@ -198,6 +198,12 @@ class Tracker:
         self.client.set_terminated(run, "FINISHED", end)
         self._live.discard(node.key)
         self.runs[node.key] = self.client.get_run(run)
+
+    def _log_files(self, node: Node, run: str) -> None:
+        """The payload of an evaluation as artifacts: answers, single timings, nearest words."""
+        for file in sorted(self.store.fetch(node.cell).glob("*.json")):
+            if file.name != "manifest.json" and file.stat().st_size <= MAX_ARTIFACT_BYTES:
+                self.client.log_artifact(run, str(file))
 
     def _known_runs(self) -> dict[str, Run]:
         found: dict[str, Run] = {}
@@ -231,11 +237,16 @@ def _tags(plan: Plan, node: Node) -> dict[str, str]:
     return {
         KEY: node.key,
         KIND: node.cell.kind,
-        CURRENT: "yes",
-        STUDIES: ",".join(node.studies),
         "ctp.grid": plan.name,
         "mlflow.runName": slug(node.cell),
+        **_asked(node),
     }
+
+
+def _asked(node: Node) -> dict[str, str]:
+    """Tags that follow the grid as it is now, and what an evaluation may be compared with."""
+    own = fingerprints(node.cell) if isinstance(node.cell, Evaluate) else {}
+    return {CURRENT: "yes", STUDIES: ",".join(node.studies), **{f"ctp.{n}": v for n, v in own.items()}}
 
 
 def _params(node: Node) -> dict[str, Any]:
