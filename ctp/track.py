@@ -171,8 +171,8 @@ class Tracker:
         if node.key not in self.runs:
             tags = _tags(self.plan, node) | ({PARENT: self.parent} if self.parent else {})
             self.runs[node.key] = self.client.create_run(self.experiment, start_time=start, tags=tags)
-            params = [Param(n, str(v)[:6000]) for n, v in _params(node).items()]
-            self.client.log_batch(self.runs[node.key].info.run_id, params=params)
+            settings = [Param(n, str(v)[:6000]) for n, v in params(node).items()]
+            self.client.log_batch(self.runs[node.key].info.run_id, params=settings)
         return str(self.runs[node.key].info.run_id)
 
     def _finish(self, node: Node) -> None:
@@ -184,7 +184,7 @@ class Tracker:
         metrics = [Metric(n, float(v), end, 0) for n, v in numbers.items()]
         if isinstance(node.cell, Learn) and node.cell.recovery.learned:
             metrics += _curve(json.loads((self.store.fetch(node.cell) / "history.json").read_text())["history"], start)
-        params = [Param(n, str(v)[:6000]) for n, v in _params(node).items()]
+        settings = [Param(n, str(v)[:6000]) for n, v in params(node).items()]
         extra = {"ctp.device": manifest["device"], "ctp.git_commit": manifest["git_commit"] or ""}
         extra |= {f"ctp.{n}": str(v) for n, v in manifest.get("text", {}).items()} | _asked(node)
         if isinstance(node.cell, Evaluate):
@@ -192,7 +192,7 @@ class Tracker:
         tags = [RunTag(n, v) for n, v in extra.items()]
         for i in range(0, len(metrics), 900):  # MLflow takes 1,000 metrics a call
             self.client.log_batch(run, metrics=metrics[i : i + 900])
-        self.client.log_batch(run, params=params, tags=tags)
+        self.client.log_batch(run, params=settings, tags=tags)
         if "ctp.error" in self.runs[node.key].data.tags:
             self.client.delete_tag(run, "ctp.error")
         self.client.set_terminated(run, "FINISHED", end)
@@ -249,7 +249,7 @@ def _asked(node: Node) -> dict[str, str]:
     return {CURRENT: "yes", STUDIES: ",".join(node.studies), **{f"ctp.{n}": v for n, v in own.items()}}
 
 
-def _params(node: Node) -> dict[str, Any]:
+def params(node: Node) -> dict[str, Any]:
     """The axes, by which people filter and pivot, and every setting of the cell and its inputs by its path."""
     return dict(axes(node.cell)) | _flat(node.cell.model_dump(mode="json"), "spec")
 
