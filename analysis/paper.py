@@ -21,8 +21,8 @@ class PaperNumber:
 
     where: the axes of the measurement that it is, in roles: measure, model, target, source (compressions as `level`
     calls them), recovery, k, rank, learned_on, dataset or task. value: None where the paper draws a point and prints no
-    number. stderr: None where none is printed. rounding: half a unit of the last printed digit. exact: the value is a
-    count that must be met exactly.
+    number. stderr: None where none is printed. printed: the number as it stands there. rounding: half a unit of its
+    last digit. exact: the value is a count that must be met exactly.
     """
 
     table: str
@@ -33,6 +33,7 @@ class PaperNumber:
     value: float | None = None
     stderr: float | None = None
     rounding: float = 0.0
+    printed: str = "-"
     exact: bool = False
 
     @property
@@ -65,6 +66,13 @@ def tables() -> list[str]:
     return list(document()["tables"])
 
 
+def spec(table: str) -> dict[str, Any]:
+    """What the file says of one table or figure."""
+    found = document()["tables"][table]
+    assert isinstance(found, dict)
+    return found
+
+
 def protocol(name: str) -> int:
     """A number of the paper's protocol: k, seq_len, shots, lora_rank."""
     return int(document()["protocol"][name])
@@ -89,13 +97,13 @@ def numbers() -> list[PaperNumber]:
 
 
 def _entries(table: str) -> Iterator[PaperNumber]:
-    spec = document()["tables"][table]
-    columns = spec["columns"]
-    for row in spec.get("rows", [{"label": []}]):
+    own = spec(table)
+    columns = own["columns"]
+    for row in own.get("rows", [{"label": []}]):
         values = iter(row.get("values", ["~"] * len(columns)))
         for column in columns:
             label = column.get("label") or title(next(iter(column.values())))
-            settings = {n: v for n, v in {**spec["where"], **row, **column}.items() if n not in ("label", "values")}
+            settings = {n: v for n, v in {**own["where"], **row, **column}.items() if n not in ("label", "values")}
             if column.get("metric") == "trainable_parameters":
                 if (number := _parameters(table, row, label, settings)) is not None:
                     yield number
@@ -134,9 +142,9 @@ def _parameters(table: str, row: Mapping[str, Any], label: str, settings: Mappin
         return None
     kind = "lora" if "lora" in settings else "soft_prompt"
     del where["target"]
-    value = float(known[kind]["exact"])
     base: dict[str, Any] = {"table": table, "row": tuple(row["label"]), "column": label}
-    return PaperNumber(**base, where=where | {"recovery": kind}, metric="trainable_parameters", value=value, exact=True)
+    base |= {"where": where | {"recovery": kind}, "metric": "trainable_parameters", "exact": True}
+    return PaperNumber(**base, value=float(known[kind]["exact"]), printed=f"{known[kind]['printed']} M")
 
 
 def _printed(text: str) -> dict[str, Any]:
@@ -146,4 +154,5 @@ def _printed(text: str) -> dict[str, Any]:
     value, _, stderr = text.partition(" ")
     exponent = Decimal(value).as_tuple().exponent
     assert isinstance(exponent, int)
-    return {"value": float(value), "stderr": float(stderr) if stderr else None, "rounding": 0.5 * 10.0**exponent}
+    return {"value": float(value), "stderr": float(stderr) if stderr else None, "rounding": 0.5 * 10.0**exponent,
+            "printed": text.replace(" ", " ± ")}  # fmt: skip

@@ -1,6 +1,6 @@
 """From an entry of the paper to the runs that answer it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,20 @@ class Measured:
         return self.rows.iloc[0]
 
 
+def stand_ins(found: Mapping[PaperNumber, Measured | None]) -> str:
+    """One sentence where something else plays the part of the paper's model, text, task, k or rank; "" where not."""
+    parts: dict[str, str] = {}
+    for entry, measured in found.items():
+        if measured is None:
+            continue
+        for axis, wanted in entry.where.items():
+            if axis in IN_ROLES and measured.first[axis] != roles.own_name(wanted):
+                parts[paper.title(wanted)] = str(measured.first[axis])
+            elif axis in SIZES and measured.first[axis] != wanted:
+                parts[f"{axis} = {wanted}"] = str(measured.first[axis])
+    return f"Not the paper's: {', '.join(f'{v} for {n}' for n, v in parts.items())}." if parts else ""
+
+
 class Results:
     """The finished cells of a grid, asked by entries of the paper.
 
@@ -68,11 +82,11 @@ class Results:
         Raises AnalysisError where runs that differ in more than seeds claim it.
         """
         rows = self.rows(entry)
-        if rows.empty:
-            return None
+        if len(rows) < 2:
+            return None if rows.empty else Measured(rows)
         seeds = [c for c in rows.columns if c.startswith("spec.") and c.endswith(".seed")]
         other = varied(rows)
-        if len(rows) > 1 and (other or not seeds or rows.duplicated(seeds).any()):
+        if other or not seeds or rows.duplicated(seeds).any():
             some = ", ".join(rows.run_id[:2])
             raise AnalysisError(f"{entry.name}: {len(rows)} runs claim it ({some}, …); they differ in {told(other)}")
         return Measured(rows)
@@ -88,10 +102,12 @@ class Results:
     def rows(self, entry: PaperNumber) -> pd.DataFrame:
         """The runs of an entry."""
         rows = self.study(entry.table, entry.where["measure"])
+        fits = pd.Series(True, index=rows.index)
         for axis, wanted in entry.where.items():
             if axis not in ("measure", *SIZES):
                 names = self.roles.names(wanted) if axis in IN_ROLES else {wanted}
-                rows = rows[rows[COLUMN.get(axis, axis)].isin(names)]
+                fits &= rows[COLUMN.get(axis, axis)].isin(names)
+        rows = rows[fits]
         for axis in SIZES:
             if axis in entry.where:
                 rows = rows[rows[axis] == self._size(entry, axis, rows)]
