@@ -1,6 +1,7 @@
 """From a real grid through the tracker into a table, and from a grid file to what it covers."""
 
 import json
+from types import SimpleNamespace
 
 import mlflow
 import pandas as pd
@@ -13,7 +14,6 @@ from analysis import compare, coverage, paper, tables
 from analysis.results import Results
 from analysis.runs import AnalysisError, artifact, evaluations, of_measure, typed
 from ctp import gridfile, pins
-from ctp.models import Facts
 from ctp.plan import make
 from ctp.spec import Evaluate, Learn
 from ctp.track import Tracker
@@ -165,7 +165,8 @@ def test_the_whole_paper_is_planned(monkeypatch, capsys):
         gridfile.find("full_paper")
     except gridfile.GridError:
         pytest.skip("there is no grid/full_paper.yaml")
-    facts = Facts("float16", None, 7_000_000_000, (4096,), 4096, "")
+    facts = SimpleNamespace(context=None, parameters=7_000_000_000, in_features=(4096,), width=4096, vocab=32000,
+                            uncompressible="")  # fmt: skip
     fill = {"pin_model": {"dtype": "float16"}, "pin_windows": {"join": " "}, "pin_task": {}}
     for name, more in fill.items():
         pin = lambda self, data, more=more: {**data, **more, "revision": "x"}  # noqa: E731
