@@ -1,6 +1,7 @@
 """What the commands of this package share: which grid, whose MLflow."""
 
 import argparse
+from typing import Any
 
 import mlflow
 
@@ -10,12 +11,13 @@ from ctp.store import Store, default_store
 from ctp.track import tracking_uri
 
 
-def parser(module: str, doc: str | None) -> argparse.ArgumentParser:
-    """The parser of `python -m analysis.MODULE`, with GRID and --store."""
+def parser(module: str, doc: str | None, default: str | None = None) -> argparse.ArgumentParser:
+    """The parser of `python -m analysis.MODULE`, with GRID (default: what it is where it is left out) and --store."""
     p = argparse.ArgumentParser(
         prog=f"python -m analysis.{module}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("grid", metavar="GRID", help="name of the grid, which is its MLflow experiment")
+    optional: dict[str, Any] = {"nargs": "?", "default": default} if default else {}
+    p.add_argument("grid", metavar="GRID", help="name of the grid, which is its MLflow experiment", **optional)
     p.add_argument("--store", default=default_store(), metavar="URI", help="whose neighbour mlflow.db is read, without "
                    "MLFLOW_TRACKING_URI (default %(default)s)")  # fmt: skip
     return p

@@ -161,7 +161,7 @@ def _tolerance(text: str) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the comparison; returns 1 where a comparable number is worse, 2 where nothing can be read, else 0."""
-    p = command.parser("compare", __doc__)
+    p = command.parser("compare", __doc__, default="full_paper")
     p.add_argument("--tolerance", type=_tolerance, default=0.05, help="relative, of perplexities (default %(default)s)")
     p.add_argument("--csv", metavar="FILE", type=Path, help="write the lines there too")
     p.add_argument("--coverage", action="store_true", help="only check that the grid file has a cell for every number; "

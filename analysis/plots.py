@@ -172,10 +172,11 @@ def _latency(results: Results) -> Figure | None:
     for ax, metric, what in zip(axes, ("prefill_seconds", "decode_seconds_per_token"),
                                 ("Prefill (ms)", "Decode (ms per token)"), strict=True):  # fmt: skip
         for i, (role, r) in enumerate(own.items()):
-            means = r.groupby("k")[[metric, f"{metric}_iqr"]].mean() * 1000
+            numbers = r.reindex(columns=["k", metric, f"{metric}_iqr"]).groupby("k").mean() * 1000
             colour, marker = SERIES[i % len(SERIES)]
-            ax.errorbar(means.index + 0.7 * (i - 1.5), means[metric], means[f"{metric}_iqr"] / 2, color=colour,
-                        marker=marker, capsize=3, label=paper.title(role))  # fmt: skip
+            spread = numbers[f"{metric}_iqr"].fillna(0) / 2  # one round alone has none
+            ax.errorbar(numbers.index + 0.7 * (i - 1.5), numbers[metric], spread, color=colour, marker=marker,
+                        capsize=3, label=paper.title(role))  # fmt: skip
         ax.set_xlabel("Prompt vectors k")
         ax.set_ylabel(what)
         ax.set_ylim(0, 1.1 * ax.get_ylim()[1])

@@ -20,7 +20,7 @@ NUMBERS = ["ppl", "ppl_paper", "nll_sum", "scored_tokens", "positions"]
 REQUIRED = {
     "perplexity": NUMBERS,
     "task": ["score"],
-    "latency": ["prefill_seconds", "prefill_seconds_iqr", "decode_seconds_per_token", "decode_seconds_per_token_iqr"],
+    "latency": ["prefill_seconds", "decode_seconds_per_token"],
     "generation": ["questions"],
     "neighbours": ["fraction_below_0.16"],
     "learn": ["trainable_parameters"],

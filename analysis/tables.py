@@ -144,7 +144,7 @@ def nearest_words(name: str, results: Results) -> Table:
     [(_, measured)] = found.items()
     body = []
     if measured is not None:
-        words = [str(row["word"]) for row in _json(measured, "neighbours.json")["rows"]]
+        words = [_readable(row) for row in _json(measured, "neighbours.json")["nearest"]]
         below = paper.spec(name)["below"]
         body = [
             ["nearest words", ", ".join(f'"{w}"' for w in words)],
@@ -153,6 +153,12 @@ def nearest_words(name: str, results: Results) -> Table:
             [f"cosines below {below}", f"{100 * measured.mean('fraction_below_0.16'):.1f} %; in the paper nearly all"],
         ]
     return Table(name, paper.spec(name)["title"], ["", ""], body, 1, True, _notes(found))
+
+
+def _readable(row: dict[str, Any]) -> str:
+    """A word as text; as the tokenizer writes it where it is a part of a character, or nothing that can be seen."""
+    word = str(row["word"])
+    return word if word.strip() and word.isprintable() and "\ufffd" not in word else str(row["token"])
 
 
 def _json(measured: Measured, name: str) -> Any:

@@ -44,10 +44,10 @@ def uri(tmp_path_factory):
                       for s, v in (("", v), ("_iqr", v / 10))}  # fmt: skip
             writer.write(e, timing, {"k": k, "seq_len": 1024}, {"ctp.data": "l"})
     [nine] = paper.entries("figure9")
-    words = [{"word": w, "id": 1, "cosine": 0.1} for w in ("<s>", "état", "<s>")]
+    words = [{"word": w, "token": "<0x0A>", "id": 1, "cosine": 0.1} for w in ("<s>", "état", "<s>", "\n", "\ufffd")]
     bars = {"edges": EDGES, "counts": np.histogram(COSINES, EDGES)[0].tolist()}
     writer.write(nine, {"fraction_below_0.16": 0.99, "max_cosine": 0.17}, tags={"ctp.data": "n"},
-                 files={"neighbours.json": {"rows": words, "histogram": bars}})  # fmt: skip
+                 files={"neighbours.json": {"nearest": words, "histogram": bars}})  # fmt: skip
     return uri
 
 
@@ -187,7 +187,10 @@ def test_answers_side_by_side(stored):
 
 def test_nearest_words(stored):
     table = tables.build("figure9", stored)
-    assert table.body[:2] == [["nearest words", '"<s>", "état", "<s>"'], ["different words", "2 of 3"]]
+    assert table.body[:2] == [
+        ["nearest words", '"<s>", "état", "<s>", "<0x0A>", "<0x0A>"'],
+        ["different words", "3 of 5"],
+    ]
 
 
 # ------------------------------------------------- what does not belong in one table
