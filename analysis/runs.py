@@ -1,4 +1,4 @@
-"""The finished evaluations of a grid, read from MLflow as one table."""
+"""The finished cells of a grid, read from MLflow as one table a measure."""
 
 import os
 from pathlib import Path
@@ -7,13 +7,29 @@ from typing import Any
 import pandas as pd
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 
 import mlflow
 
+from analysis.paper import level
+
 AXES = ["model", "dataset", "split", "seq_len"]  # one matrix each
 SOURCE = ["source", "recovery", "adapter", "k", "learned_on"]  # one row each
 NUMBERS = ["ppl", "ppl_paper", "nll_sum", "scored_tokens", "positions"]
+REQUIRED = {
+    "perplexity": NUMBERS,
+    "task": ["score"],
+    "latency": ["prefill_seconds", "decode_seconds_per_token"],
+    "generation": ["questions"],
+    "neighbours": ["fraction_below_0.16"],
+    "learn": ["trainable_parameters"],
+}
+WORDS = ("model", "target", "source", "recovery", "recovery_label", "learned_on", "dataset", "split", "task", "adapter",
+         "seed", "dtype")  # fmt: skip
+COUNTS = ("k", "rank", "seq_len", "shots")
+TAGS = {"tags.ctp.tokenizer_sha256": "tokenizer", "tags.ctp.data": "data", "tags.ctp.protocol": "protocol",
+        "tags.ctp.device": "device"}  # fmt: skip
 
 
 class AnalysisError(Exception):
@@ -29,13 +45,27 @@ def existing(uri: str) -> str:
     return uri
 
 
-def evaluations(grid: str, where: str = "") -> pd.DataFrame:
-    """One row a finished perplexity evaluation of the grid, as it was last run.
+def evaluations(grid: str, where: str = "", measure: str = "perplexity") -> pd.DataFrame:
+    """One row a finished evaluation of the grid by this measure, as it was last run.
 
-    Columns: every param of the run, the numbers, `tokenizer` and `run_id`. `where` is one more MLflow filter. Raises
-    AnalysisError where there is no such experiment, no run, a run without a number, or rows of different tokenizers.
+    Columns as `finished` gives them. Raises AnalysisError where there is no such experiment, no run, or a run without
+    one of the measure's REQUIRED numbers.
     """
-    wanted = "attributes.status = 'FINISHED' and params.measure = 'perplexity' and tags.`ctp.current` = 'yes'"
+    runs = finished(grid, f"params.measure = '{measure}'" + (f" and {where}" if where else ""))
+    if runs.empty:
+        raise AnalysisError(f"{grid}: no finished {measure} evaluation" + (f" where {where}" if where else ""))
+    return of_measure(runs, measure)
+
+
+def finished(grid: str, where: str = "") -> pd.DataFrame:
+    """One row a finished run of a cell that the grid still has; no rows where there are none.
+
+    Columns: every param of the run (`k`, `rank`, `seq_len`, `shots` as int, 0 where it has none; words as str, "" where
+    it has none), every metric, the tags `tokenizer`, `data`, `protocol`, `device`, `studies` (a tuple of names),
+    `run_id`, and the compressions in the paper's words: `target_level`, `source_level`. `where` is one more MLflow
+    filter. Raises AnalysisError where there is no such experiment or MLflow does not answer.
+    """
+    wanted = "attributes.status = 'FINISHED' and tags.`ctp.current` = 'yes' and tags.`ctp.kind` != 'grid'"
     try:
         if mlflow.get_experiment_by_name(grid) is None:
             raise AnalysisError(f"MLflow at {mlflow.get_tracking_uri()} has no experiment {grid!r}")
@@ -44,20 +74,104 @@ def evaluations(grid: str, where: str = "") -> pd.DataFrame:
         )
     except mlflow.exceptions.MlflowException as e:
         raise AnalysisError(f"MLflow at {mlflow.get_tracking_uri()}: {e}") from e
-    if runs.empty:
-        raise AnalysisError(f"{grid}: no finished perplexity evaluation" + (f" where {where}" if where else ""))
     params = {c: c.removeprefix("params.") for c in runs.columns if c.startswith("params.")}
-    numbers = {f"metrics.{n}": n for n in NUMBERS}
-    table = runs[[*params, *numbers, "tags.ctp.tokenizer_sha256", "run_id"]].rename(columns=params | numbers)
-    table = table.rename(columns={"tags.ctp.tokenizer_sha256": "tokenizer"})
-    lacking = table[table[NUMBERS].isna().any(axis=1)]
-    if len(lacking):
-        raise AnalysisError(f"run {lacking.iloc[0].run_id} is finished but lacks one of {', '.join(NUMBERS)}")
-    mixed = table.groupby("model").tokenizer.nunique()
-    if (mixed > 1).any():
-        raise AnalysisError(f"{mixed.idxmax()}: runs with different tokenizers do not belong in one table")
-    for name in ("k", "seq_len"):
-        table[name] = table[name].astype(int)
-    for name in ("adapter", "learned_on", "seed"):
-        table[name] = table[name].fillna("") if name in table else ""
-    return table
+    metrics = {c: c.removeprefix("metrics.") for c in runs.columns if c.startswith("metrics.")}
+    metrics = {c: n for c, n in metrics.items() if n not in params.values()}
+    tags = {c: n for c, n in TAGS.items() if c in runs.columns}
+    studies = runs["tags.ctp.studies"] if "tags.ctp.studies" in runs else pd.Series("", index=runs.index)
+    table = runs[[*params, *metrics, *tags, "run_id"]].rename(columns=params | metrics | tags)
+    return typed(table.assign(studies=studies.fillna("").str.split(",").map(tuple)))
+
+
+def typed(table: pd.DataFrame) -> pd.DataFrame:
+    """The same rows with the columns that `finished` promises."""
+    fixed: dict[str, Any] = {}
+    for name in (*WORDS, "measure", *TAGS.values()):
+        fixed[name] = table[name].fillna("").astype(str) if name in table else ""
+    for name in COUNTS:
+        fixed[name] = pd.to_numeric(table[name]).fillna(0).astype(int) if name in table else 0
+    table = table.assign(**fixed)
+    target = _levels(table, "spec.target.compression", table["target"])
+    own = table["source"].isin(["none", "untrained", "imported"])
+    learned = [_levels(table, path, table["source"]) for path in ("spec.recovery.source.compression",
+                                                                  "spec.source.compression")]  # fmt: skip
+    is_learn = table["kind"].eq("learn") if "kind" in table else pd.Series(False, index=table.index)
+    source = learned[0].where(~is_learn, learned[1]).where(~own, table["source"])
+    measure = table["measure"].where(~is_learn, "learn")
+    return table.assign(target_level=target, source_level=source, measure=measure)
+
+
+def _levels(table: pd.DataFrame, path: str, labels: pd.Series) -> pd.Series:
+    """A compression in the paper's words; the label of one that the paper has no word for."""
+
+    def one(label: str, method: Any, bits: Any, sparsity: Any, pattern: Any) -> str:
+        if method not in ("dense", "gptq", "sparsegpt") or not pd.isna(pattern):
+            return label
+        return level(method, None if pd.isna(bits) else int(bits), None if pd.isna(sparsity) else float(sparsity))
+
+    names = [f"{path}.{n}" for n in ("method", "bits", "sparsity", "pattern")]
+    columns = [table[n] if n in table else pd.Series(float("nan"), index=table.index) for n in names]
+    return pd.Series([one(*row) for row in zip(labels, *columns, strict=True)], index=table.index, dtype=object)
+
+
+def of_measure(table: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """The rows of one measure (or "learn"). Raises AnalysisError where one lacks a REQUIRED number or a tag."""
+    rows = table[table.measure == measure]
+    for name in REQUIRED.get(measure, []):
+        lacking = rows if name not in rows else rows[rows[name].isna()]
+        if len(lacking):
+            raise AnalysisError(f"run {lacking.iloc[0].run_id} ({measure}) is finished but lacks {name}")
+    for name in () if measure == "learn" else ("data", "protocol"):
+        lacking = rows[rows[name] == ""]
+        if len(lacking):
+            raise AnalysisError(
+                f"run {lacking.iloc[0].run_id} has no tag ctp.{name}: `python -m ctp.track sync GRID` writes it"
+            )
+    return rows
+
+
+def check_alike(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, which are to stand in one table.
+
+    Raises AnalysisError where two of a model have different tokenizers, or two of a text, task or other measure
+    different data or another protocol; latencies must come from one kind of device.
+    """
+    rows = rows.reset_index(drop=True)
+    subject = rows.measure + " " + rows.dataset.where(rows.dataset != "", rows.task)
+    tokenized, timed = rows.tokenizer != "", rows.measure == "latency"
+    _same(rows[tokenized], "tokenizer", rows.model[tokenized])
+    _same(rows, "data", subject)
+    _same(rows, "protocol", subject)
+    _same(rows[timed], "device", subject[timed])
+    return rows
+
+
+def _same(rows: pd.DataFrame, what: str, by: pd.Series) -> None:
+    for name, group in rows.groupby(by):
+        if group[what].nunique() > 1:
+            one = group.iloc[0]
+            other = group[group[what] != one[what]].iloc[0]
+            raise AnalysisError(
+                f"{str(name).strip()}: runs with different {what} do not belong in one table: {one.run_id} has "
+                f"{one[what]}, {other.run_id} has {other[what]}; they differ in "
+                f"{told(varied(group.loc[[one.name, other.name]]))}"
+            )
+
+
+def varied(rows: pd.DataFrame) -> dict[str, list[str]]:
+    """The settings (`spec.…` params) in which rows differ, with their values; seeds are left out."""
+    names = [c for c in rows.columns if c.startswith("spec.") and not c.endswith(".seed")]
+    return {c: sorted(rows[c].fillna("-").unique()) for c in names if rows[c].nunique(dropna=False) > 1}
+
+
+def told(differences: dict[str, list[str]]) -> str:
+    """`varied` as words."""
+    return ", ".join(f"{c} ({' | '.join(v[:3])})" for c, v in differences.items()) or "nothing that is a param"
+
+
+def artifact(run_id: str, name: str) -> str:
+    """The text of a run's artifact. Raises AnalysisError where the run has none of that name."""
+    try:
+        return str(mlflow.artifacts.load_text(f"runs:/{run_id}/{name}"))
+    except Exception as e:  # each artifact store raises its own
+        raise AnalysisError(f"run {run_id} has no readable artifact {name}: {type(e).__name__}: {e}") from e

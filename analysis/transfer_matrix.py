@@ -11,7 +11,7 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 
-from analysis.runs import AXES, NUMBERS, SOURCE, AnalysisError, evaluations, existing
+from analysis.runs import AXES, NUMBERS, SOURCE, AnalysisError, check_alike, evaluations, existing
 from ctp.store import Store, StoreError, default_store
 from ctp.track import tracking_uri
 
@@ -30,8 +30,9 @@ def label(row: pd.Series) -> str:
 def matrix(table: pd.DataFrame, number: str) -> pd.DataFrame:
     """Sources x targets of one model and data set; mean over seeds. A pair that was not evaluated stays empty.
 
-    Raises AnalysisError where two runs that differ in more than the seed claim one entry.
+    Raises AnalysisError where two runs that differ in more than the seed claim one entry, or do not belong together.
     """
+    check_alike(table)
     entry = [*SOURCE, "target"]
     twice = table[table.duplicated([*entry, "seed"], keep=False)]
     if len(twice):

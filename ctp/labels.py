@@ -6,6 +6,8 @@ from typing import Any
 from ctp.methods import Adapter, Learned
 from ctp.spec import Cell, Compress, Evaluate, Learn, canonical
 
+DATA_FIELDS = {"text", "name", "revision", "questions"}  # of a measure: what is read; the rest says how it is asked
+
 
 def origin(cell: Learn) -> str:
     """What a recovery was learned through: a compression's label, "untrained" or "imported"."""
@@ -60,16 +62,18 @@ def axes(cell: Cell) -> dict[str, str | int | float | bool]:
     return {n: v for n, v in out.items() if v is not None}
 
 
-def protocol(cell: Cell) -> dict[str, str]:
-    """What was measured on and how, as short hashes: rows that differ in one do not belong in one table."""
-    if not isinstance(cell, Evaluate):
-        return {}
-    how = cell.measure.model_dump(mode="json")
-    data = {n: how.pop(n) for n in ("text", "questions", "name", "revision") if n in how}
-    if "text" in data:  # the window's length is the protocol's too
-        how["seq_len"] = data["text"]["seq_len"]
-    how["version"] = cell.VERSION
-    return {"data": _short_hash(data), "protocol": _short_hash(how)}
+def fingerprints(cell: Evaluate) -> dict[str, str]:
+    """`data` and `protocol` of an evaluation, 12 hex digits each: numbers of which one differs belong in no one table.
+
+    data: the documents (a text's windows but for their length, a task's revision, the questions). protocol: all other
+    settings of the measure, and the version of evaluations.
+    """
+    settings = cell.measure.model_dump(mode="json")
+    data: dict[str, Any] = {n: settings.pop(n) for n in sorted(DATA_FIELDS & settings.keys())}
+    if "text" in data:
+        settings["seq_len"] = data["text"].pop("seq_len")
+    protocol = {"version": cell.VERSION, **settings}
+    return {"data": _short_hash(data), "protocol": _short_hash(protocol)}
 
 
 def _short_hash(value: Any) -> str:

@@ -26,7 +26,7 @@ from mlflow.tracking import MlflowClient
 
 from ctp import gridfile
 from ctp.gridtext import GridError
-from ctp.labels import axes, protocol, slug
+from ctp.labels import axes, fingerprints, slug
 from ctp.pins import Pins
 from ctp.plan import Node, Plan, make
 from ctp.spec import Evaluate, Learn
@@ -35,7 +35,7 @@ from ctp.store import DEFAULT_STORE, Store, StoreError, default_store
 for _name in ("alembic", "mlflow.store.db.utils"):  # they tell of every table they make
     logging.getLogger(_name).setLevel(logging.WARNING)
 
-ATTACHED = 2**20  # bytes of a file that MLflow gets a copy of
+ATTACHED = 4 * 2**20  # bytes of a file that MLflow gets a copy of
 KEY, KIND, CURRENT, STUDIES, PARENT = "ctp.key", "ctp.kind", "ctp.current", "ctp.studies", "mlflow.parentRunId"
 
 
@@ -110,8 +110,9 @@ class Tracker:
                 if known is None or known.info.status != "FINISHED":
                     self._finish(self.plan.nodes[k])
                     written += 1
-                elif known.data.tags.get(CURRENT) != "yes":
-                    self.client.set_tag(known.info.run_id, CURRENT, "yes")
+                    continue
+                for name, value in _asked(self.plan.nodes[k]).items() - known.data.tags.items():
+                    self.client.set_tag(known.info.run_id, name, value)
             if whole:
                 for k, run in self.runs.items():
                     if k not in self.plan.nodes and run.data.tags.get(CURRENT) == "yes":
@@ -170,8 +171,8 @@ class Tracker:
         if node.key not in self.runs:
             tags = _tags(self.plan, node) | ({PARENT: self.parent} if self.parent else {})
             self.runs[node.key] = self.client.create_run(self.experiment, start_time=start, tags=tags)
-            params = [Param(n, str(v)[:6000]) for n, v in _params(node).items()]
-            self.client.log_batch(self.runs[node.key].info.run_id, params=params)
+            settings = [Param(n, str(v)[:6000]) for n, v in params(node).items()]
+            self.client.log_batch(self.runs[node.key].info.run_id, params=settings)
         return str(self.runs[node.key].info.run_id)
 
     def _finish(self, node: Node) -> None:
@@ -179,34 +180,29 @@ class Tracker:
         end = int(1000 * manifest["created"])
         start = end - int(1000 * manifest["seconds"])
         run = self._run(node, start)
-        numbers = {
-            **manifest["metrics"],
-            "seconds": manifest["seconds"],
-            "peak_memory_bytes": manifest["peak_memory_bytes"],
-        }
+        numbers = manifest["metrics"] | {n: manifest[n] for n in ("seconds", "peak_memory_bytes")}
         metrics = [Metric(n, float(v), end, 0) for n, v in numbers.items()]
         if isinstance(node.cell, Learn) and "history.json" in manifest["files"]:
             metrics += _curve(json.loads((self.store.fetch(node.cell) / "history.json").read_text())["history"], start)
-        params = [Param(n, str(v)[:6000]) for n, v in _params(node).items()]
-        text = manifest.get("text", {})
-        extra = {CURRENT: "yes", "ctp.device": manifest["device"], "ctp.git_commit": manifest["git_commit"] or ""}
-        extra |= {f"ctp.{n}": str(v) for n, v in (text | protocol(node.cell)).items()}
+        settings = [Param(n, str(v)[:6000]) for n, v in params(node).items()]
+        extra = {"ctp.device": manifest["device"], "ctp.git_commit": manifest["git_commit"] or ""}
+        extra |= {f"ctp.{n}": str(v) for n, v in manifest.get("text", {}).items()} | _asked(node)
+        if isinstance(node.cell, Evaluate):
+            self._log_files(node, run, manifest["files"])
         tags = [RunTag(n, v) for n, v in extra.items()]
         for i in range(0, len(metrics), 900):  # MLflow takes 1,000 metrics a call
             self.client.log_batch(run, metrics=metrics[i : i + 900])
-        self.client.log_batch(run, params=params, tags=tags)
-        self._attach(run, node, manifest)
+        self.client.log_batch(run, params=settings, tags=tags)
         if "ctp.error" in self.runs[node.key].data.tags:
             self.client.delete_tag(run, "ctp.error")
         self.client.set_terminated(run, "FINISHED", end)
         self._live.discard(node.key)
         self.runs[node.key] = self.client.get_run(run)
 
-    def _attach(self, run: str, node: Node, manifest: dict[str, Any]) -> None:
-        """What an evaluation says in files (answers, single timings, neighbours), so that MLflow alone tells it all."""
-        small = [n for n, f in manifest["files"].items() if n.endswith(".json") and f["size"] <= ATTACHED]
-        # The numbers of result.json are metrics already.
-        if isinstance(node.cell, Evaluate) and small != ["result.json"]:
+    def _log_files(self, node: Node, run: str, files: dict[str, Any]) -> None:
+        """An evaluation's answers, single timings, nearest words as artifacts: MLflow alone tells it all."""
+        small = [n for n, f in files.items() if n.endswith(".json") and f["size"] <= ATTACHED]
+        if small != ["result.json"]:  # whose numbers are metrics already
             folder = self.store.fetch(node.cell)
             for name in small:
                 self.client.log_artifact(run, str(folder / name))
@@ -243,14 +239,19 @@ def _tags(plan: Plan, node: Node) -> dict[str, str]:
     return {
         KEY: node.key,
         KIND: node.cell.kind,
-        CURRENT: "yes",
-        STUDIES: ",".join(node.studies),
         "ctp.grid": plan.name,
         "mlflow.runName": slug(node.cell),
+        **_asked(node),
     }
 
 
-def _params(node: Node) -> dict[str, Any]:
+def _asked(node: Node) -> dict[str, str]:
+    """Tags that follow the grid as it is now, and what an evaluation may be compared with."""
+    own = fingerprints(node.cell) if isinstance(node.cell, Evaluate) else {}
+    return {CURRENT: "yes", STUDIES: ",".join(node.studies), **{f"ctp.{n}": v for n, v in own.items()}}
+
+
+def params(node: Node) -> dict[str, Any]:
     """The axes, by which people filter and pivot, and every setting of the cell and its inputs by its path."""
     return dict(axes(node.cell)) | _flat(node.cell.model_dump(mode="json"), "spec")
 

@@ -203,3 +203,40 @@ def test_matrix_survives_an_emptied_mlflow(finished, uri, tmp_path, monkeypatch)
     Tracker(again, finished.plan, finished.store).sync()
     assert transfer_matrix.matrix(evaluations("g"), "ppl").equals(before)
     shutil.rmtree(tmp_path / "mlartifacts", ignore_errors=True)
+
+
+def test_runs_say_what_they_may_be_compared_with(finished, uri):
+    """A run that an older ctp wrote gets the tags by the next sync; a study that was renamed is renamed there too."""
+    Tracker(uri, finished.plan, finished.store).sync()
+    before = {r.data.tags["ctp.key"]: r for r in runs(uri)}
+    evaluations_ = [before[key(c)] for c in finished.all(Evaluate)]
+    for name in ("ctp.data", "ctp.protocol"):
+        assert len({r.data.tags[name] for r in evaluations_}) == 1
+        assert len(evaluations_[0].data.tags[name]) == 12
+    client, one = MlflowClient(uri), evaluations_[0].info.run_id
+    assert client.list_artifacts(one) == []  # a perplexity's only file repeats its metrics
+    client.delete_tag(one, "ctp.data")
+    client.set_tag(one, "ctp.studies", "old")
+    assert Tracker(uri, finished.plan, finished.store).sync() == 0
+    tags = client.get_run(one).data.tags
+    assert (tags["ctp.data"], tags["ctp.studies"]) == (evaluations_[1].data.tags["ctp.data"], "g")
+
+
+def test_data_and_protocol_tell_other_texts_from_other_ways_of_asking():
+    from ctp.labels import fingerprints
+    from ctp.methods import Dense, Perplexity, Task
+    from ctp.spec import Compress
+
+    target = Compress(model={"name": "m", "revision": "r"}, compression=Dense())
+
+    def prints(method, **fields):
+        found = fingerprints(Evaluate(target=target, measure=method(**fields)))
+        return found["data"], found["protocol"]
+
+    text = {"dataset": "c4", "split": "validation", "seq_len": 1024, "revision": "a"}
+    base = prints(Perplexity, text=text)
+    other, longer = (prints(Perplexity, text=text | c) for c in ({"revision": "b"}, {"seq_len": 2048}))
+    assert (other[0] != base[0], other[1]) == (True, base[1])
+    assert (longer[0], longer[1] != base[1]) == (base[0], True)
+    zero, five = prints(Task, name="piqa", revision="r"), prints(Task, name="piqa", revision="r", shots=5)
+    assert (zero[0], zero[1] != five[1]) == (five[0], True)

@@ -1,0 +1,61 @@
+"""Does a grid file have a cell for every number of the paper? Needs no run, no MLflow and no network."""
+
+import inspect
+import sys
+
+import pandas as pd
+
+from analysis import paper
+from analysis.paper import PaperNumber
+from analysis.results import Results
+from analysis.roles import of_grid
+from analysis.runs import AnalysisError, typed
+from ctp import gridfile
+from ctp.pins import Pins
+from ctp.plan import Plan, make
+from ctp.track import params
+
+
+def planned(plan: Plan) -> Results:
+    """The cells of a plan, asked as if they were finished runs; they have no numbers."""
+    rows = [
+        {n: str(v) for n, v in params(node).items()} | {"run_id": node.key[:12], "studies": node.studies}
+        for node in plan.nodes.values()
+    ]
+    return Results(typed(pd.DataFrame(rows)), of_grid(plan.grid.text), {s.name for s in plan.grid.studies})
+
+
+def covered(plan: Plan) -> dict[PaperNumber, str]:
+    """Every entry of the paper -> "" where the plan has its cell, else what is wrong."""
+    results = planned(plan)
+    out = {}
+    for table in paper.tables():
+        for entry in paper.entries(table):
+            try:
+                out[entry] = "" if results.of(entry) is not None else "no cell"
+            except AnalysisError as e:
+                out[entry] = str(e)
+    return out
+
+
+def main(grid: str, data: str | None) -> int:
+    """Print how many entries of each table have their cell, and which have none; returns 1 where one has none."""
+    provisional = {"provisional": True} if "provisional" in inspect.signature(Pins).parameters else {}
+    pins = Pins(data, **provisional)
+    try:
+        plan = make(gridfile.load(grid, [], pins), pins)
+    except gridfile.GridError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    found = covered(plan)
+    print(f"{plan.name}: {len(plan.nodes)} cells\n\n{'':9} numbers  drawn  cells")
+    for table in paper.tables():
+        own = [e for e in found if e.table == table]
+        printed = sum(e.value is not None for e in own)
+        print(f"{table:9} {printed:7}  {len(own) - printed:5}  {sum(not found[e] for e in own):5}")
+    missing = {e: why for e, why in found.items() if why}
+    for entry, why in missing.items():
+        print(f"missing: {entry.name}: {why}")
+    numbers = sum(e.value is not None for e in found)
+    print(f"\n{len(found)} entries ({numbers} printed numbers), {len(found) - len(missing)} with their cell")
+    return 1 if missing else 0

@@ -1,0 +1,45 @@
+"""`python -m analysis.figures GRID`: the paper's figures from our runs, as PNG and PDF, read from MLflow alone.
+
+Perplexities are over scored tokens. Figures 1, 7 and 8 are answers in words: see analysis.tables.
+"""
+
+import sys
+from pathlib import Path
+
+from analysis import command
+from analysis.runs import AnalysisError
+from ctp.store import StoreError
+
+FIGURES = ("figure2", "figure3", "figure4", "figure5", "figure6", "figure9")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw the figures; returns 1 where the runs make none, or none of the chosen one."""
+    p = command.parser("figures", __doc__)
+    p.add_argument("--figure", choices=FIGURES, help="this one only")
+    p.add_argument("--out", type=Path, default=Path("results/figures"), metavar="DIR", help="default %(default)s")
+    args = p.parse_args(argv)
+    try:
+        from analysis import plots
+    except ImportError as e:
+        print(f"error: figures need matplotlib (pip install 'ctp[figures]'): {e}", file=sys.stderr)
+        return 1
+    drawn = 0
+    try:
+        results = command.results(args)
+        for name in [args.figure] if args.figure else FIGURES:
+            figure = plots.draw(name, results)
+            if figure is None:
+                print(f"{name}: nothing that it shows has run")
+                continue
+            drawn += 1
+            for file in plots.save(figure, args.out / name):
+                print(file)
+    except (AnalysisError, StoreError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    return 0 if drawn else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

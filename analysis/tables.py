@@ -1,0 +1,206 @@
+"""`python -m analysis.tables GRID`: the paper's tables, ours beside the paper's, read from MLflow alone.
+
+`ppl` is over scored tokens and is the one to compare; `ppl_paper` counts the prompt's positions too, as the paper's
+numbers do. Figure 5's matrices, the case studies (figures 1, 7, 8) and the nearest words (figure 9) are tables too.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from analysis import command, paper
+from analysis.paper import PaperNumber
+from analysis.render import FORMATS, Table, markdown
+from analysis.results import Measured, Results, stand_ins
+from analysis.runs import AnalysisError, artifact
+from ctp.store import StoreError
+
+TABLES = ("table1", "table2", "table3", "table5", "table6", "table7", "table8", "figure5")
+CASES = ("figure1", "figure7", "figure8")
+WORDS = "figure9"
+ALL = (*TABLES, *CASES, WORDS)
+SHOWN = {"ppl": ("ppl", "ppl_paper", "paper"), "score": ("ours", "paper"), "trainable_parameters": ("ours", "paper")}
+DATA_HEAD: list[object] = ["table", "row", "column", "metric", "ours", "ppl_paper", "std", "runs", "stderr", "paper",
+                           "paper_stderr", "run_ids"]  # fmt: skip
+
+
+def build(name: str, results: Results) -> Table:
+    """One table of the paper. Raises AnalysisError where runs do not belong in one table."""
+    if name in TABLES:
+        found = results.table(paper.entries(name))
+        return _stacked(name, found) if name == "figure5" else _side_by_side(name, found)
+    return nearest_words(name, results) if name == WORDS else case_study(name, results)
+
+
+# ------------------------------------------------------------------------ numbers
+
+
+def _side_by_side(name: str, found: dict[PaperNumber, Measured | None]) -> Table:
+    """In the paper's layout, each of its columns as ours and the paper's."""
+    columns = {e.column: e.metric for e in found}
+    order = [c for c in _columns(name) if c in columns]
+    rows = list(dict.fromkeys(_rows(name)))
+    labels = max(map(len, rows))
+    by_place = {(e.row, e.column): e for e in found}
+    body = []
+    for row in rows:
+        cells = [*row, *[""] * (labels - len(row))]
+        for column in order:
+            entry = by_place.get((row, column))
+            shown = SHOWN[columns[column]]
+            cells += ["NA"] * len(shown) if entry is None else [_cell(entry, found[entry], what) for what in shown]
+        body.append(cells)
+    head = [""] * labels + [f"{c} {what}" for c in order for what in SHOWN[columns[c]]]
+    return Table(name, paper.spec(name)["title"], head, body, labels, False, _notes(found), _data(found))
+
+
+def _stacked(name: str, found: dict[PaperNumber, Measured | None]) -> Table:
+    """Matrices: each row of the paper's as three, ppl, ppl_paper and the paper's."""
+    columns = _columns(name)
+    by_place = {(e.row, e.column): e for e in found}
+    body = [
+        [*(row if i == 0 else [""] * len(row)), what, *(_cell(e, found[e], what) for e in entries)]
+        for row in dict.fromkeys(_rows(name))
+        for entries in [[by_place[row, c] for c in columns]]
+        for i, what in enumerate(SHOWN["ppl"])
+    ]
+    head = ["text", "source", "", *columns]
+    return Table(name, paper.spec(name)["title"], head, body, 3, False, _notes(found), _data(found))
+
+
+def _columns(name: str) -> list[str]:
+    columns = paper.spec(name)["columns"]
+    return [c.get("label") or paper.title(next(iter(c.values()))) for c in columns]
+
+
+def _rows(name: str) -> list[tuple[str, ...]]:
+    return [tuple(row["label"]) for row in paper.spec(name)["rows"]]
+
+
+def _cell(entry: PaperNumber, measured: Measured | None, what: str) -> str:
+    if what == "paper":
+        return entry.printed
+    if measured is None:
+        return "-"
+    metric = "ppl_paper" if what == "ppl_paper" else entry.metric
+    value, std = measured.mean(metric), measured.std(metric)
+    if entry.exact:
+        return f"{value:,.0f}"
+    spread = f" ± {std:.2g} ({measured.n})" if measured.n > 1 else ""
+    if metric == "score" and not spread and "score_stderr" in measured.rows:
+        spread = f" ± {measured.mean('score_stderr'):.3f}"
+    return (f"{value:.3f}" if metric == "score" else f"{value:.2f}" if value < 100_000 else f"{value:.3g}") + spread
+
+
+def _notes(found: dict[PaperNumber, Measured | None]) -> list[str]:
+    notes = [said] if (said := stand_ins(found)) else []
+    if any(e.metric == "ppl" for e in found):
+        notes.append(
+            "ppl: over scored tokens. ppl_paper: over all positions, the prompt's too, as the paper's numbers."
+        )
+    if any(m is not None and m.n > 1 for m in found.values()):
+        notes.append("Means ± standard deviations over seeds, their number in brackets.")
+    missing = [e.name.removeprefix(f"{e.table}: ") for e, m in found.items() if m is None]
+    return notes + ([f"Not run ({len(missing)} of {len(found)}): {'; '.join(missing)}."] if missing else [])
+
+
+def _data(found: dict[PaperNumber, Measured | None]) -> list[list[object]]:
+    rows: list[list[object]] = [DATA_HEAD]
+    for e, m in found.items():
+        ours: list[Any] = [""] * 5
+        if m is not None:
+            is_ppl, is_score = e.metric == "ppl", "score_stderr" in m.rows and e.metric == "score"
+            ours = [m.mean(e.metric), m.mean("ppl_paper") if is_ppl else "", m.std(e.metric), m.n,
+                    m.mean("score_stderr") if is_score else ""]  # fmt: skip
+        ids = "" if m is None else " ".join(m.rows.run_id)
+        rows.append([e.table, ", ".join(e.row), e.column, e.metric, *ours, e.value, e.stderr, ids])
+    return rows
+
+
+# -------------------------------------------------------------------------- words
+
+
+def case_study(name: str, results: Results) -> Table:
+    """Questions down, models across; the answers of the first seed. The paper's questions for it, else all."""
+    found = results.table(paper.entries(name))
+    answers: dict[str, dict[str, str]] = {}
+    for entry, measured in found.items():
+        if measured is not None:
+            for one in _json(measured, "answers.json"):
+                answers.setdefault(one["question"], {})[entry.column] = one["answer"].strip()
+    wanted = paper.spec(name)["questions"]
+    own = [q for word in wanted for q in answers if word in q]
+    head = ["Question", *(e.column for e in found)]
+    body = [[q, *(answers[q].get(c, "-") for c in head[1:])] for q in own or answers]
+    title = paper.spec(name)["title"]
+    return Table(name, title, head, body, 0, True, _notes(found))
+
+
+def nearest_words(name: str, results: Results) -> Table:
+    """Each prompt vector's nearest word, and how near the vocabulary comes at all."""
+    found = results.table(paper.entries(name))
+    [(_, measured)] = found.items()
+    body = []
+    if measured is not None:
+        words = [_readable(row) for row in _json(measured, "neighbours.json")["nearest"]]
+        below = paper.spec(name)["below"]
+        body = [
+            ["nearest words", ", ".join(f'"{w}"' for w in words)],
+            ["different words", f"{len(set(words))} of {len(words)}"],
+            ["largest cosine", f"{measured.mean('max_cosine'):.3f}"],
+            [f"cosines below {below}", f"{100 * measured.mean('fraction_below_0.16'):.1f} %; in the paper nearly all"],
+        ]
+    return Table(name, paper.spec(name)["title"], ["", ""], body, 1, True, _notes(found))
+
+
+def _readable(row: dict[str, Any]) -> str:
+    """A word as text; as the tokenizer writes it where it is a part of a character, or nothing that can be seen."""
+    word = str(row["word"])
+    return word if word.strip() and word.isprintable() and "\ufffd" not in word else str(row["token"])
+
+
+def _json(measured: Measured, name: str) -> Any:
+    run = str(measured.first.run_id)
+    try:
+        return json.loads(artifact(run, name))
+    except ValueError as e:
+        raise AnalysisError(f"run {run}: {name} is not JSON: {e}") from e
+
+
+# ------------------------------------------------------------------------ command
+
+
+def formats(text: str) -> list[str]:
+    """`md,tex` -> names of formats."""
+    chosen = text.split(",")
+    if unknown := [f for f in chosen if f not in FORMATS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: allowed: {', '.join(FORMATS)}")
+    return chosen
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the tables and write the files; returns 1 where the runs make no table."""
+    p = command.parser("tables", __doc__)
+    p.add_argument("--table", choices=ALL, help="this one only")
+    p.add_argument("--out", type=Path, default=Path("results/tables"), metavar="DIR", help="default %(default)s")
+    p.add_argument("--format", type=formats, default=list(FORMATS), help=f"default {','.join(FORMATS)}")
+    args = p.parse_args(argv)
+    try:
+        results = command.results(args)
+        tables = [build(name, results) for name in ([args.table] if args.table else ALL)]
+    except (AnalysisError, StoreError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    args.out.mkdir(parents=True, exist_ok=True)
+    for table in tables:
+        print(markdown(table))
+        for kind in args.format:
+            (args.out / f"{table.name}.{kind}").write_text(FORMATS[kind](table))
+    print(f"Written to {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
