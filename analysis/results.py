@@ -116,7 +116,9 @@ class Results:
     def study(self, table: str, measure: str) -> pd.DataFrame:
         """The runs by one measure that a table may use."""
         rows = self._frames[measure]
-        return rows[rows.studies.map(lambda names: table in names)] if table in self.studies else rows
+        if table not in self.studies:
+            return rows
+        return rows[rows.studies.map(lambda names: table in names).astype(bool)]  # of no rows, map makes no bools
 
     def _size(self, entry: PaperNumber, axis: str, rows: pd.DataFrame) -> int:
         """The grid's k or rank in the place of the paper's; -1 where none is."""

@@ -175,6 +175,8 @@ def test_a_table_with_a_study_of_its_name_reads_that_study_alone(rows):
     moved = rows.assign(studies=[("table2",)] * len(rows))
     assert of(moved, "table2").of(entry("table2", "Full model", "C4")) is not None
     assert of(moved, "table3").of(entry("table3", "Full", "C4")) is None
+    none = moved[moved.measure != "task"]
+    assert of(none, "table5").of(entry("table5", "Full", "w/o prompt", "PIQA")) is None
 
 
 def test_answers_side_by_side(stored):
