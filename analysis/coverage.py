@@ -11,15 +11,15 @@ from analysis.results import Results
 from analysis.roles import of_grid
 from analysis.runs import AnalysisError, typed
 from ctp import gridfile
+from ctp.labels import params
 from ctp.pins import Pins
 from ctp.plan import Plan, make
-from ctp.track import params
 
 
 def planned(plan: Plan) -> Results:
     """The cells of a plan, asked as if they were finished runs; they have no numbers."""
     rows = [
-        {n: str(v) for n, v in params(node).items()} | {"run_id": node.key[:12], "studies": node.studies}
+        {n: str(v) for n, v in params(node.cell).items()} | {"run_id": node.key[:12], "studies": node.studies}
         for node in plan.nodes.values()
     ]
     return Results(typed(pd.DataFrame(rows)), of_grid(plan.grid.text), {s.name for s in plan.grid.studies})

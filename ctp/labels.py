@@ -62,6 +62,17 @@ def axes(cell: Cell) -> dict[str, str | int | float | bool]:
     return {n: v for n, v in out.items() if v is not None}
 
 
+def params(cell: Cell) -> dict[str, Any]:
+    """The axes, by which people filter and pivot, and every setting of the cell and its inputs by its path."""
+    return dict(axes(cell)) | _flat(cell.model_dump(mode="json"), "spec")
+
+
+def _flat(value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {} if value is None else {path: value}
+    return {n: v for name, inner in value.items() for n, v in _flat(inner, f"{path}.{name}").items()}
+
+
 def fingerprints(cell: Evaluate) -> dict[str, str]:
     """`data` and `protocol` of an evaluation, 12 hex digits each: numbers of which one differs belong in no one table.
 

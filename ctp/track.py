@@ -26,7 +26,7 @@ from mlflow.tracking import MlflowClient
 
 from ctp import gridfile
 from ctp.gridtext import GridError
-from ctp.labels import axes, fingerprints, slug
+from ctp.labels import fingerprints, params, slug
 from ctp.pins import Pins
 from ctp.plan import Node, Plan, make
 from ctp.spec import Evaluate, Learn
@@ -80,6 +80,13 @@ class Tracker:
             raise TrackError(f"MLflow at {self.uri}: {type(e).__name__}: {_first_line(e)}") from e
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
+
+    def knows_grid(self) -> bool:
+        """Is there a parent run, whose grid.yaml says what the cells' runs stand for?"""
+        try:
+            return bool(self.client.search_runs([self.experiment], f"tags.`{KIND}` = 'grid'", max_results=1))
+        except Exception as e:
+            raise self._lost(e) from e
 
     def tell(self, event: dict[str, Any]) -> None:
         """Hand over an event; returns at once."""
@@ -171,7 +178,7 @@ class Tracker:
         if node.key not in self.runs:
             tags = _tags(self.plan, node) | ({PARENT: self.parent} if self.parent else {})
             self.runs[node.key] = self.client.create_run(self.experiment, start_time=start, tags=tags)
-            settings = [Param(n, str(v)[:6000]) for n, v in params(node).items()]
+            settings = [Param(n, str(v)[:6000]) for n, v in params(node.cell).items()]
             self.client.log_batch(self.runs[node.key].info.run_id, params=settings)
         return str(self.runs[node.key].info.run_id)
 
@@ -184,7 +191,7 @@ class Tracker:
         metrics = [Metric(n, float(v), end, 0) for n, v in numbers.items()]
         if isinstance(node.cell, Learn) and "history.json" in manifest["files"]:
             metrics += _curve(json.loads((self.store.fetch(node.cell) / "history.json").read_text())["history"], start)
-        settings = [Param(n, str(v)[:6000]) for n, v in params(node).items()]
+        settings = [Param(n, str(v)[:6000]) for n, v in params(node.cell).items()]
         extra = {"ctp.device": manifest["device"], "ctp.git_commit": manifest["git_commit"] or ""}
         extra |= {f"ctp.{n}": str(v) for n, v in manifest.get("text", {}).items()} | _asked(node)
         if isinstance(node.cell, Evaluate):
@@ -251,17 +258,6 @@ def _asked(node: Node) -> dict[str, str]:
     return {CURRENT: "yes", STUDIES: ",".join(node.studies), **{f"ctp.{n}": v for n, v in own.items()}}
 
 
-def params(node: Node) -> dict[str, Any]:
-    """The axes, by which people filter and pivot, and every setting of the cell and its inputs by its path."""
-    return dict(axes(node.cell)) | _flat(node.cell.model_dump(mode="json"), "spec")
-
-
-def _flat(value: Any, path: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {} if value is None else {path: value}
-    return {n: v for name, inner in value.items() for n, v in _flat(inner, f"{path}.{name}").items()}
-
-
 def _curve(history: list[dict[str, Any]], at: int) -> list[Metric]:
     """Learning curve as metrics by step: loss (training) and val_loss."""
     return [
@@ -291,6 +287,9 @@ def main(argv: list[str] | None = None) -> int:
         store = Store(args.store)
         tracker = Tracker(tracking_uri(store.uri), plan, store)
         written = tracker.sync(whole=True)
+        if not tracker.knows_grid():
+            tracker.begin(f"python -m ctp.track sync {args.grid}")
+            tracker.close("FINISHED")
     except (GridError, StoreError, TrackError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, GridError) else 3

@@ -111,6 +111,12 @@ def test_track_sync_command(finished, uri, tmp_path, capsys):
     file = finished.plan.grid.path
     assert track.main(["sync", str(file), "--store", finished.store.uri]) == 0
     assert "10 runs written" in capsys.readouterr().out
+    [parent] = mlflow.search_runs(
+        experiment_names=["g"], filter_string="tags.`ctp.kind` = 'grid'", output_format="list"
+    )
+    assert "compression:" in mlflow.artifacts.load_text(f"{parent.info.artifact_uri}/grid.yaml")
+    assert track.main(["sync", str(file), "--store", finished.store.uri]) == 0
+    assert len(mlflow.search_runs(experiment_names=["g"])) == 11  # a second time changes nothing
     assert track.main(["sync", str(tmp_path / "no.yaml")]) == 2
 
 
