@@ -5,6 +5,7 @@ to compare; `ppl_paper` counts the prompt's positions too, as the paper's tables
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def label(row: pd.Series) -> str:
         return NO_PROMPT
     if row.adapter:
         return f"{row.source} {row.recovery}-{row.adapter}" + (f", k={row.k}" if row.k else "")
+    if row.recovery != "soft_prompt":  # LoRA and what is not trained: their own names, whatever the seed
+        return f"{row.source} {re.sub('-seed[0-9]+$', '', row.recovery_label)}"
     return f"{row.source} prompt, k={row.k}" + (f", {row.learned_on}" if row.learned_on else "")
 
 
@@ -33,7 +36,8 @@ def matrix(table: pd.DataFrame, number: str) -> pd.DataFrame:
     Raises AnalysisError where two runs that differ in more than the seed claim one entry, or do not belong together.
     """
     check_alike(table)
-    entry = [*SOURCE, "target"]
+    table = table.assign(row=table.apply(label, axis=1))
+    entry = ["row", "target"]
     twice = table[table.duplicated([*entry, "seed"], keep=False)]
     if len(twice):
         first = twice[(twice[entry] == twice.iloc[0][entry]).all(axis=1)].drop(columns=[*NUMBERS, "run_id"])
@@ -42,7 +46,7 @@ def matrix(table: pd.DataFrame, number: str) -> pd.DataFrame:
             f"{len(first)} runs claim the entry {label(twice.iloc[0])} -> {twice.iloc[0].target}; they differ in "
             f"{', '.join(differ) or 'nothing'}: pick one with --where \"params.NAME = 'VALUE'\""
         )
-    pivot = table.assign(row=table.apply(label, axis=1)).pivot_table(index="row", columns="target", values=number)
+    pivot = table.pivot_table(index="row", columns="target", values=number)
     prompts = [r for r in pivot.index if r != NO_PROMPT]
     targets = sorted(pivot.columns, key=lambda t: (t != "dense", t))
     out = pivot.reindex(index=[NO_PROMPT, *prompts], columns=targets)

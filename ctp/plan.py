@@ -148,7 +148,9 @@ def _misfits(node: Node) -> list[str]:
             out.append(f"models: {name} cannot be compressed: {facts.uncompressible} is not the weight of an nn.Linear "
                        f"(mixtures of experts and their like are not supported)")  # fmt: skip
     elif isinstance(cell, Learn) and isinstance(cell.recovery, Learned):
-        rows = cell.recovery.prompt_rows
+        rows, blocks = cell.recovery.prompt_rows, getattr(cell.recovery, "layers", None) or 0
+        if blocks > facts.layers:
+            out.append(f"recovery.layers = {blocks}: {name} has {facts.layers} decoder blocks")
         fits("recovery.text.seq_len", cell.recovery.text.seq_len, rows)
         fits("recovery.validation.seq_len", cell.recovery.validation.seq_len, rows)
         if cell.recovery.precision == "fp32" and cell.source.model.dtype == "float16":

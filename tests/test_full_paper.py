@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ctp import gridfile, plan
 from ctp.pins import Pins
@@ -127,3 +128,26 @@ def test_the_whole_paper_runs_small(tmp_path):
     run("analysis.tables", "full_paper_small", cwd=tmp_path)
     run("analysis.figures", "full_paper_small", cwd=tmp_path)
     assert "not run" not in run("analysis.compare", "full_paper_small", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_the_controls_run_on_tiny_models(tmp_path):
+    small = yaml.safe_load((ROOT / "grid" / "full_paper_small.yaml").read_text())
+    small["define"] |= {
+        "llama-7b": {"name": "tiny-llama"},
+        "prompt": {"steps": 2, "batch": 2, "validate_every": 1, "lr": 0.03},
+        "lora": {"steps": 2, "batch": 2, "validate_every": 1},
+        "prompt_sized_lora": {"layers": 1},
+    }
+    file = tmp_path / "tiny_controls.yaml"
+    text = {
+        "extends": str(ROOT / "grid" / "controls.yaml"),
+        "define": small["define"],
+        "calibration": small["calibration"],
+    }
+    file.write_text(yaml.safe_dump(text))
+    run("ctp.grid", str(file), cwd=tmp_path)
+    said = run("analysis.transfer_matrix", "tiny_controls", cwd=tmp_path)
+    rows = ["untrained bos", "untrained hard_prompt", "untrained random_prompt-k100", "dense prompt, k=100, newswire"]
+    for row in (*rows, "gptq-3bit-plain lora-r1-last1-newswire", "gptq-3bit-plain lora-r32-newswire"):
+        assert row in said

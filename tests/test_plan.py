@@ -123,3 +123,24 @@ def test_runnable_blocks_whole_chains(graph):
     builds = set(graph.nodes) - evaluations
     assert plan.runnable(graph, evaluations, builds) == {}
     assert plan.runnable(graph, set(graph.nodes), set()) == {}
+
+
+def test_none_is_measured_whether_said_or_not(tmp_path, llama_folder):
+    whole = grid(llama_folder)
+    said = make(tmp_path / "g.yaml", **{**whole, "recovery": ["none", whole["recovery"]]})
+    assert set(said.nodes) == set(make(tmp_path / "h.yaml", **whole).nodes)
+
+
+def test_prompts_only_measures_skip_what_has_no_rows(tmp_path, llama_folder):
+    whole = grid(llama_folder)
+    lora = {**{n: v for n, v in whole["recovery"].items() if n != "k"}, "method": "lora"}
+    graph = make(tmp_path / "g.yaml", **{**whole, "recovery": [lora, "bos"], "measures": "neighbours"})
+    measured = [n.cell for n in graph.nodes.values() if isinstance(n.cell, Evaluate)]
+    assert {c.recovery.recovery.method for c in measured} == {"bos"}
+
+
+def test_lora_on_more_blocks_than_there_are_is_told_before_anything_starts(tmp_path, llama_folder):
+    whole = grid(llama_folder)
+    lora = {**{n: v for n, v in whole["recovery"].items() if n != "k"}, "method": "lora", "layers": 9}
+    with pytest.raises(GridError, match=r"recovery\.layers = 9: tiny-llama has 2 decoder blocks"):
+        make(tmp_path / "g.yaml", **{**whole, "recovery": lora})
