@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from analysis import command, coverage, paper
+from analysis.comparable import incomparable
 from analysis.paper import HIGHER_IS_BETTER, PaperNumber
 from analysis.results import Measured, Results
-from analysis.roles import own_name
 from analysis.runs import AnalysisError
 from ctp.store import StoreError
 
@@ -86,28 +84,6 @@ def judge(number: PaperNumber, measured: Measured | None, tolerance: float) -> L
         return line
     good = not number.exact and (gap > 0) == (metric in HIGHER_IS_BETTER)
     return Line(number, BETTER if good else WORSE, **facts)
-
-
-def incomparable(number: PaperNumber, run: Any) -> str:
-    """Why this run is not what the paper measured; "" where it is."""
-    where = number.where
-    for axis in ("model", "dataset", "task", "learned_on"):
-        if axis in where and run[axis] != own_name(where[axis]):
-            return f"{axis} {run[axis]}"
-    for axis in ("k", "rank"):
-        if run[axis] != where.get(axis, run[axis]):
-            return f"{axis} {run[axis]}"
-    if "dataset" in where:
-        if run["split"] != paper.document()["datasets"][where["dataset"]]["split"]:
-            return f"split {run['split']}"
-        if run.seq_len != paper.protocol("seq_len"):
-            return f"windows of {run.seq_len}"
-    if "task" in where and run.shots != paper.protocol("shots"):
-        return f"{run.shots} shots"
-    for setting, what in (("text.count", "windows"), ("limit", "documents")):
-        if not pd.isna(some := run.get(f"spec.measure.{setting}", None)):
-            return f"the first {some} {what} only"
-    return ""
 
 
 def _number(value: float | None, number: PaperNumber) -> str:

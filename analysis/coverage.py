@@ -1,16 +1,17 @@
 """Does a grid file have a cell for every number of the paper? Needs no run, no MLflow and no network."""
 
-import inspect
 import sys
 
 import pandas as pd
 
 from analysis import paper
+from analysis.comparable import incomparable
 from analysis.paper import PaperNumber
 from analysis.results import Results
 from analysis.roles import of_grid
 from analysis.runs import AnalysisError, typed
 from ctp import gridfile
+from ctp.gridtext import GridError
 from ctp.labels import params
 from ctp.pins import Pins
 from ctp.plan import Plan, make
@@ -26,13 +27,14 @@ def planned(plan: Plan) -> Results:
 
 
 def covered(plan: Plan) -> dict[PaperNumber, str]:
-    """Every entry of the paper -> "" where the plan has its cell, else what is wrong."""
+    """Every entry of the paper -> "" where the plan has its cell, by the paper's settings; else what is wrong."""
     results = planned(plan)
     out = {}
     for table in paper.tables():
         for entry in paper.entries(table):
             try:
-                out[entry] = "" if results.of(entry) is not None else "no cell"
+                measured = results.of(entry)
+                out[entry] = "no cell" if measured is None else incomparable(entry, measured.first)
             except AnalysisError as e:
                 out[entry] = str(e)
     return out
@@ -40,11 +42,10 @@ def covered(plan: Plan) -> dict[PaperNumber, str]:
 
 def main(grid: str, data: str | None) -> int:
     """Print how many entries of each table have their cell, and which have none; returns 1 where one has none."""
-    provisional = {"provisional": True} if "provisional" in inspect.signature(Pins).parameters else {}
-    pins = Pins(data, **provisional)
+    pins = Pins(data, provisional=True)
     try:
         plan = make(gridfile.load(grid, [], pins), pins)
-    except gridfile.GridError as e:
+    except GridError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     found = covered(plan)

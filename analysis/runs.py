@@ -29,7 +29,7 @@ WORDS = ("model", "target", "source", "recovery", "recovery_label", "learned_on"
          "seed", "dtype")  # fmt: skip
 COUNTS = ("k", "rank", "seq_len", "shots")
 TAGS = {"tags.ctp.tokenizer_sha256": "tokenizer", "tags.ctp.data": "data", "tags.ctp.protocol": "protocol",
-        "tags.ctp.device": "device"}  # fmt: skip
+        "tags.ctp.device": "device", "tags.ctp.machine": "machine", "tags.ctp.metric": "metric"}  # fmt: skip
 
 
 class AnalysisError(Exception):
@@ -134,7 +134,7 @@ def check_alike(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows, which are to stand in one table.
 
     Raises AnalysisError where two of a model have different tokenizers, or two of a text, task or other measure
-    different data or another protocol; latencies must come from one kind of device.
+    different data or another protocol; latencies must come from one kind of machine.
     """
     rows = rows.reset_index(drop=True)
     subject = rows.measure + " " + rows.dataset.where(rows.dataset != "", rows.task)
@@ -143,6 +143,7 @@ def check_alike(rows: pd.DataFrame) -> pd.DataFrame:
     _same(rows, "data", subject)
     _same(rows, "protocol", subject)
     _same(rows[timed], "device", subject[timed])
+    _same(rows[timed], "machine", subject[timed])
     return rows
 
 

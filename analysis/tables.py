@@ -102,6 +102,9 @@ def _notes(found: dict[PaperNumber, Measured | None]) -> list[str]:
         )
     if any(m is not None and m.n > 1 for m in found.values()):
         notes.append("Means ± standard deviations over seeds, their number in brackets.")
+    other = sorted({m.first.task for m in found.values() if m is not None and m.first.metric not in ("", "acc_norm")})
+    if any(e.metric == "score" for e in found) and other:
+        notes.append(f"Accuracy, not normalised, of which the harness has none there: {', '.join(other)}.")
     missing = [e.name.removeprefix(f"{e.table}: ") for e, m in found.items() if m is None]
     return notes + ([f"Not run ({len(missing)} of {len(found)}): {'; '.join(missing)}."] if missing else [])
 

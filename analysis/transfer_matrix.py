@@ -56,6 +56,18 @@ def matrix(table: pd.DataFrame, number: str) -> pd.DataFrame:
     return out.rename_axis(index="source", columns="target")
 
 
+def spread(table: pd.DataFrame, number: str) -> pd.DataFrame:
+    """`matrix` as text: the mean and, of several seeds, ± their standard deviation (n - 1) and how many they are."""
+    table = table.assign(row=table.apply(label, axis=1))
+    out = matrix(table, number).map(lambda v: "-" if pd.isna(v) else _short(v))
+    for _, group in table.groupby(["row", "target"]):
+        if len(group) > 1:
+            row, target = str(group.row.iloc[0]), str(group.target.iloc[0])
+            mean = _short(float(group[number].mean()))
+            out.at[row, target] = f"{mean} ± {_short(float(group[number].std(ddof=1)))} ({len(group)})"
+    return out
+
+
 def show(grid: str, table: pd.DataFrame) -> None:
     """Print every matrix of the table, both perplexities."""
     for group, rows in table.groupby(AXES):
@@ -64,7 +76,7 @@ def show(grid: str, table: pd.DataFrame) -> None:
         print(f"\n{grid}: {model} on {dataset} ({split}, windows of {seq_len}, {tokens:,} scored tokens)")
         for number, note in (("ppl", "over scored tokens"), ("ppl_paper", "the paper's denominator, for its tables")):
             print(f"\n{number} ({note})")
-            print(matrix(rows, number).to_string(float_format=_short, na_rep="-"))
+            print(spread(rows, number).to_string(na_rep="-"))
 
 
 def _short(value: float) -> str:

@@ -81,7 +81,8 @@ def find(store: Store, text: str) -> tuple[Cell, dict[str, Any]]:
     except (ValueError, KeyError):
         same = False
     if not same:
-        raise ValueError(f"{text} was made by another version of ctp, which meant something else by it")
+        raise ValueError(f"{text} was made by another version of ctp, which meant something else by it, or by a "
+                         "plugin's method, which only its grid knows")  # fmt: skip
     return cell, manifest
 
 

@@ -7,7 +7,8 @@ N parameters, T tokens fed (prompt rows included), h wide, L blocks, V vocabular
     calibration                   2 x 2 N T for inputs and outputs, 2 T (3 h^2 + f^2) L for Hessians (f: widest input),
                                   and about 2 N h for the solver
     a decoded token               2 N, but bound by memory: counted 20 times
-    memory of learning            N b + 34 h L T b / 2 (Korthikanti et al. 2022, no attention matrices) + 2 V T b
+    memory of learning            N b + 34 h L T b / 2 (Korthikanti et al. 2022, no attention matrices) + 2 V T b, and
+                                  the linears once more where autocast computes in another dtype than theirs
     memory of the rest            N b + what is fed: V T b of logits, 2 h L T b of keys and values, the Hessians
 
 Tokens of whole texts are their bytes / 4; a task has 1,000 documents unless known here, of four choices.
@@ -95,11 +96,15 @@ def _learn(cell: Learn, facts: Facts) -> Cost:
     judged = (spec.validation.count or _tokens(spec.validation) // spec.validation.seq_len) * (
         spec.validation.seq_len + spec.prompt_rows
     )
-    rank = getattr(spec, "r", 0)
-    trained = spec.prompt_rows * facts.width + 4 * rank * _hidden(facts) * facts.layers
+    rank, blocks = getattr(spec, "r", 0), getattr(spec, "layers", None) or facts.layers
+    trained = spec.prompt_rows * facts.width + 4 * rank * _hidden(facts) * blocks
+    computed = {"fp32": cell.source.model.dtype, "bf16": "bfloat16", "fp16": "float16"}[spec.precision]
+    cast = BYTES[computed] * facts.linear_parameters if computed != cell.source.model.dtype else 0
     fed = tokens / spec.accumulate
     activations = 34 * _hidden(facts) * facts.layers * fed * b / 2 + 2 * facts.vocab * fed * b
-    return Cost(4 * n * tokens * spec.steps + 2 * n * judged * looks, 4 * trained, n * b + activations + 16 * trained)
+    return Cost(
+        4 * n * tokens * spec.steps + 2 * n * judged * looks, 4 * trained, n * b + cast + activations + 16 * trained
+    )
 
 
 def _evaluate(cell: Evaluate, facts: Facts, batch: int) -> Cost:

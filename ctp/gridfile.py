@@ -5,6 +5,7 @@ are what all `studies` share; a study in several parts is a list of them; a file
 """
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +86,20 @@ def load(name: str, settings: list[str], pins: Pins) -> Grid:
         for study, part, where in _parts(raw.get("studies", {path.stem: {}}), "studies" in raw, problems)
     ]
     if problems:
-        raise GridError([f"{path}: {p}" for p in dict.fromkeys(problems)])
+        raise GridError([f"{path}: {p}" for p in _once(problems)])
     return Grid(path.stem, path, text, tuple(s for s in found if s is not None), own)
+
+
+def _once(problems: list[str]) -> list[str]:
+    """Each mistake once: what is wrong with one model or text in several studies is one mistake, named at the first."""
+    places: dict[str, list[str]] = {}
+    for problem in dict.fromkeys(problems):
+        path = re.match(r"[\w.\[\]-]*", problem)
+        places.setdefault(problem[path.end() if path else 0 :], []).append(problem)  # the same value, the same mistake
+    more = {
+        n: f" (and in {n - 1} more place{'s' if n > 2 else ''})" for n in {len(p) for p in places.values()} if n > 1
+    }
+    return [found[0] + more.get(len(found), "") for found in places.values()]
 
 
 def _parts(studies: Any, named: bool, problems: list[str]) -> Iterator[tuple[str, dict[str, Any], str]]:

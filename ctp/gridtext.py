@@ -86,7 +86,20 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[
     if base_path.resolve() in seen:
         raise GridError([f"{path}: extends = {base!r} comes back to itself"])
     below, folders = read(base_path, (*seen, path.resolve()))
-    return merge({k: v for k, v in below.items() if k not in without}, raw), [path.parent, *folders]
+    if odd := [str(k) for k in without if k not in below]:
+        raise GridError([f"{path}: extends.without: {unknown('key', odd[0], map(str, below))}"])
+    whole = merge({k: v for k, v in below.items() if k not in without}, raw)
+    _check_new(raw.get("define"), below.get("define"), whole, path)
+    return whole, [path.parent, *folders]
+
+
+def _check_new(own: Any, below: Any, whole: dict[str, Any], path: Path) -> None:
+    """Raise GridError for a definition that is new and used by nothing: a mistyped name, which would change nothing."""
+    known = below if isinstance(below, Mapping) else {}
+    used = set(_NAME_ANYWHERE.findall(yaml.safe_dump(whole)))
+    for name in own if isinstance(own, Mapping) else ():
+        if name not in known and str(name) not in used:
+            raise GridError([f"{path}: define.{name}: nothing uses it; {unknown('definition', name, map(str, known))}"])
 
 
 def _extends(value: Any, path: Path) -> tuple[str, list[str]]:
@@ -117,6 +130,11 @@ def assign(raw: dict[str, Any], setting: str) -> None:
         raise GridError([f"--set {setting!r}: what a file extends is part of the file"])
     at: Any = raw
     steps = path.split(".")
+    named = raw.get("define")
+    if steps[0] == "define" and isinstance(named, dict):
+        rest = ".".join(steps[1:])
+        if not any(rest == str(n) or rest.startswith(f"{n}.") for n in named):
+            raise GridError([f"--set {setting}: {unknown('definition', steps[1] if len(steps) > 1 else '', named)}"])
     while steps:
         # A name may hold dots itself (opt-1.3b): the longest that is there is meant.
         known = at if isinstance(at, dict) else {}
@@ -182,4 +200,5 @@ def define(raw: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+_NAME_ANYWHERE = re.compile(r"\$([\w.-]+)")
 _NAME = re.compile(r"\$([\w.-]+)")

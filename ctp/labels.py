@@ -39,7 +39,9 @@ def axes(cell: Cell) -> dict[str, str | int | float | bool]:
         base = cell.target
         measure = cell.measure.model_dump(mode="json")
         out |= {"measure": measure.pop("method"), "target": base.compression.label}
-        out |= {n: v for n, v in measure.pop("text", measure).items() if n in ("dataset", "split", "seq_len")}
+        text = measure.get("text")
+        said = text if isinstance(text, dict) else measure
+        out |= {n: v for n, v in said.items() if n in ("dataset", "split", "seq_len")}
         if out["measure"] == "task":
             out |= {"task": measure["name"], "shots": measure["shots"]}
         out |= {"source": "none", "recovery": "none", "k": 0}
@@ -81,7 +83,7 @@ def fingerprints(cell: Evaluate) -> dict[str, str]:
     """
     settings = cell.measure.model_dump(mode="json")
     data: dict[str, Any] = {n: settings.pop(n) for n in sorted(DATA_FIELDS & settings.keys())}
-    if "text" in data:
+    if isinstance(data.get("text"), dict):
         settings["seq_len"] = data["text"].pop("seq_len")
     protocol = {"version": cell.VERSION, **settings}
     return {"data": _short_hash(data), "protocol": _short_hash(protocol)}

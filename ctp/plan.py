@@ -9,7 +9,7 @@ from typing import Any
 from ctp.gridfile import Grid, Study
 from ctp.gridtext import GridError
 from ctp.labels import axes, slug
-from ctp.methods import Adapter, Checkpoint, Dense, Learned, NoRecovery, Solver, SparseGPT
+from ctp.methods import Adapter, Checkpoint, Dense, Learned, Neighbours, NoRecovery, RandomPrompt, Solver, SparseGPT
 from ctp.models import Facts
 from ctp.names import unknown
 from ctp.pins import Pins
@@ -159,9 +159,15 @@ def _misfits(node: Node) -> list[str]:
         if cell.recovery.width not in (0, facts.width):
             out.append(f"recovery.path = {cell.recovery.path}: a prompt of width {cell.recovery.width} does not fit "
                        f"{name}, whose embedding has {facts.width}")  # fmt: skip
+    elif isinstance(cell, Learn) and isinstance(cell.recovery, RandomPrompt):
+        if cell.recovery.k > facts.vocab:
+            out.append(f"recovery.k = {cell.recovery.k}: the vocabulary of {name} has {facts.vocab} entries")
     elif isinstance(cell, Evaluate):
+        if isinstance(cell.measure, Neighbours) and cell.measure.top > facts.vocab:
+            out.append(f"measures.top = {cell.measure.top}: the vocabulary of {name} has {facts.vocab} entries")
         k = getattr(cell.recovery.recovery, "k", 0) if cell.recovery else 0
-        field = "text.seq_len" if hasattr(cell.measure, "text") else "seq_len + new_tokens"
+        fields = [n for n in ("seq_len", "new_tokens") if hasattr(cell.measure, n)]
+        field = "text.seq_len" if hasattr(cell.measure, "text") else " + ".join(fields) or "tokens"
         fits(f"measures.{field}", cell.measure.needed_tokens, k)
     return out
 

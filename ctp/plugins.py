@@ -25,14 +25,14 @@ def read(given: Any, folders: Sequence[Path], problems: list[str]) -> dict[str, 
         if item.endswith(".py") and not path.is_file():
             problems.append(f"{place}: there is no such file, here or beside the grid file")
             continue
-        name, source = (path.stem, path.read_text()) if item.endswith(".py") else (item, "")
+        name = path.stem if item.endswith(".py") else item
         if name in out:
             problems.append(f"{place}: two plugins are called {name}")
             continue
-        out[name] = source
         try:
-            load({name: source})
-        except Exception as e:  # whatever the file itself raises
+            out[name] = path.read_text("utf-8") if item.endswith(".py") else ""
+            load({name: out[name]})
+        except (Exception, SystemExit) as e:  # whatever the file itself raises
             problems.append(f"{place}: {type(e).__name__}: {e}")
     return out
 

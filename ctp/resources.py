@@ -15,19 +15,19 @@ class Resources:
 
     def of(self, memory: float, gpus: bool, alone: float = 0) -> dict[str, float]:
         """Bundle for a cell of so many bytes at its peak: GPUs in quarters up to one, then whole ones, as Tune takes
-        nothing between. alone: CPUs of a machine, for a cell that nothing may run beside: it takes them, or whole GPUs.
+        nothing between. alone: all CPUs of a machine, for a cell that nothing may run beside: no other trial finds one.
         """
         if not gpus:
             return {"CPU": alone or self.cpus}
         need = (1.25 * memory + GIB) / self.gpu_memory  # the model of it is an estimate, and CUDA itself takes some
         share = math.ceil(4 * need) / 4 if need <= 1 and not alone else math.ceil(need)
-        return {"CPU": self.cpus, "GPU": float(share)}
+        return {"CPU": alone or self.cpus, "GPU": float(share)}
 
 
 def gpu_memory(gib: int | None) -> int:
     """Bytes of one GPU: as given in GiB, else as found on this machine, else 24 GiB."""
+    if gib is not None:
+        return gib * GIB
     import torch
 
-    if gib is None and torch.cuda.is_available():
-        return int(torch.cuda.get_device_properties(0).total_memory)
-    return (gib or 24) * GIB
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 24 * GIB

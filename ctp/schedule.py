@@ -83,7 +83,7 @@ class GraphSearch(Searcher):
         if task:
             self.waiting.difference_update(task)
             self.tasks[trial_id] = task
-            cells = [to_json(self.plan.nodes[k].cell) for k in task]
+            cells = [to_json(self.plan.nodes[k].cell) | {"key": k} for k in task]
             return {"cells": json.dumps(cells), "bundle": self.resources[task[0]]}
         return None if self.tasks else Searcher.FINISHED
 
@@ -198,9 +198,15 @@ def run(plan: Plan, todo: set[str], done: set[str], *, store: str, runtime: Runt
 
 def _trial(config: dict[str, Any], store: str, runtime: dict[str, Any]) -> None:
     """One task, in a worker: its cells in turn, each reported as it starts, goes on, and ends."""
-    place, how = Store(store), Runtime.model_validate(runtime)
-    plugins.load(how.plugins)
-    for data in json.loads(config["cells"]):
+    place, how, tasks = Store(store), Runtime.model_validate(runtime), json.loads(config["cells"])
+    try:
+        plugins.load(how.plugins)
+    except Exception as e:  # one that this machine cannot run is no reason to say that the machine died
+        for data in tasks:
+            error = f"plugins: {type(e).__name__}: {e}"
+            tune.report({"event": "failed", "key": data["key"], "error": error, "traceback": traceback.format_exc()})
+        return
+    for data in tasks:
         cell = from_json(data)
         k = key(cell)
         tune.report({"event": "start", "key": k})
@@ -239,11 +245,10 @@ def _throttled(k: str, seconds: float = 1.0) -> Callable[[dict[str, Any]], None]
 
 def _bundles(plan: Plan, resources: Resources, gpus: bool, batch: int) -> dict[str, dict[str, float]]:
     """What each cell's trial takes. A cell that must run alone gets all the cores of the smallest machine."""
-    cores = min(n["Resources"].get("CPU", 1) for n in ray.nodes() if n["Alive"])
+    machines = [n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"]]
+    cores = min((n for n in machines if n >= resources.cpus), default=resources.cpus)  # a head may run no trials
     return {
-        k: resources.of(
-            cost.of(n.cell, n.facts, batch).memory, gpus, max(cores, resources.cpus) if _alone(n.cell) else 0
-        )
+        k: resources.of(cost.of(n.cell, n.facts, batch).memory, gpus, cores if _alone(n.cell) else 0)
         for k, n in plan.nodes.items()
     }
 

@@ -59,6 +59,8 @@ def merged(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], list[Pa
     files = [path, *_python_files(own, path.parent)]
     includes = own.pop("include", [])
     for include in includes if isinstance(includes, list) else [includes]:
+        if not isinstance(include, str):
+            raise ValueError(f"include = {include!r} in {path}: must be the name of a file")
         fields, more = merged((path.parent / include).resolve(), (*above, path))
         config |= fields
         files += more

@@ -193,6 +193,10 @@ class Tracker:
             metrics += _curve(json.loads((self.store.fetch(node.cell) / "history.json").read_text())["history"], start)
         settings = [Param(n, str(v)[:6000]) for n, v in params(node.cell).items()]
         extra = {"ctp.device": manifest["device"], "ctp.git_commit": manifest["git_commit"] or ""}
+        if "task" in manifest:
+            extra["ctp.metric"] = manifest["task"]["metric"]
+        if "machine_detail" in manifest:
+            extra["ctp.machine"] = _machine(manifest["machine_detail"])
         extra |= {f"ctp.{n}": str(v) for n, v in manifest.get("text", {}).items()} | _asked(node)
         if isinstance(node.cell, Evaluate):
             self._log_files(node, run, manifest["files"])
@@ -256,6 +260,12 @@ def _asked(node: Node) -> dict[str, str]:
     """Tags that follow the grid as it is now, and what an evaluation may be compared with."""
     own = fingerprints(node.cell) if isinstance(node.cell, Evaluate) else {}
     return {CURRENT: "yes", STUDIES: ",".join(node.studies), **{f"ctp.{n}": v for n, v in own.items()}}
+
+
+def _machine(detail: dict[str, Any]) -> str:
+    """The processor that a timing is of, in a few words."""
+    gpus = [g.get("name", "GPU") for g in detail.get("gpus") or []]
+    return ", ".join(gpus) or f"{detail.get('cpu')}, {detail.get('threads')} threads"
 
 
 def _curve(history: list[dict[str, Any]], at: int) -> list[Metric]:

@@ -29,7 +29,8 @@ def job_for(folder, model, tokenizer, prompt=None):
         (folder / name).write_text(json.dumps(value, allow_nan=False))
 
     return SimpleNamespace(
-        model=model, tokenizer=tokenizer, prompt=prompt, device="cpu", folder=folder, record={},
+        cell=SimpleNamespace(recovery=None), model=model, tokenizer=tokenizer, prompt=prompt, device="cpu",
+        folder=folder, record={},
         runtime=Runtime(device="cpu", batch=3), progress=lambda done, of: None, write_json=write_json,
     )  # fmt: skip
 

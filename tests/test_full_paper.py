@@ -1,5 +1,6 @@
 """The paper's grids: what they hold, planned without a network; and the small one run whole, with its analysis."""
 
+import json
 import os
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def test_prompts_are_the_papers_text(paper):
     assert {p.text.dataset for p in prompts} == {"c4", "wikitext2", "ptb"}
     for p in prompts:
         assert (p.steps, p.batch, p.lr, p.weight_decay, p.text.seq_len) == (30_000, 4, 1e-3, 1e-5, 1024)
-        assert (p.init, p.loss, p.dtype, p.on_reported) == ("random_rows", "token_mean", "float32", False)
+        assert (p.init, p.loss, p.dtype, p.on_reported, p.clip) == ("random_rows", "token_mean", "float32", False, None)
 
 
 def test_paper_code_differs_where_the_code_does(paper):
@@ -127,7 +128,11 @@ def test_the_whole_paper_runs_small(tmp_path):
     assert "Nothing to run" in run("ctp.grid", str(ROOT / "grid" / "full_paper_small.yaml"), cwd=tmp_path)
     run("analysis.tables", "full_paper_small", cwd=tmp_path)
     run("analysis.figures", "full_paper_small", cwd=tmp_path)
-    assert "not run" not in run("analysis.compare", "full_paper_small", cwd=tmp_path)
+    assert ", 0 not run" in run("analysis.compare", "full_paper_small", cwd=tmp_path).splitlines()[-1]
+    manifests = [json.loads(p.read_text()) for p in (tmp_path / "results" / "store" / "learn").glob("*/manifest.json")]
+    learned = [m for m in manifests if m["spec"]["recovery"]["method"] in ("soft_prompt", "lora")]
+    assert len(learned) == 40
+    assert sum(m["metrics"]["best_step"] > 0 for m in learned) > 30  # else the transfers compare starting points
 
 
 @pytest.mark.slow
@@ -135,8 +140,8 @@ def test_the_controls_run_on_tiny_models(tmp_path):
     small = yaml.safe_load((ROOT / "grid" / "full_paper_small.yaml").read_text())
     small["define"] |= {
         "llama-7b": {"name": "tiny-llama"},
-        "prompt": {"steps": 2, "batch": 2, "validate_every": 1, "lr": 0.03},
-        "lora": {"steps": 2, "batch": 2, "validate_every": 1},
+        "prompt": {"steps": 2, "batch": 2, "validate_every": 1, "lr": 0.03, "precision": "fp32"},
+        "lora": {"steps": 2, "batch": 2, "validate_every": 1, "precision": "fp32"},
         "prompt_sized_lora": {"layers": 1},
     }
     file = tmp_path / "tiny_controls.yaml"

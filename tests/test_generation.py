@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctp.evaluate import generation as module
 from ctp.evaluate.generation import answer_tokens, answers, repeated_4grams
-from ctp.methods import Generation
+from ctp.methods import Generation, HardPrompt
 from ctp.recover.adapter import applied
 from ctp.recover.attach import with_prompt
+from ctp.recover.rows import untrained_rows
 
 QUESTIONS = ["Where is Long Beach?", "What?", "What is asparagus, and who eats it?", "Why", "Where is Tulsa, Oklahoma?"]
 
@@ -183,4 +184,15 @@ def test_a_question_without_tokens_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"^the question '' has no tokens"):
         answers(model, byte_tokenizer(bos=False), ["Why", ""])
     with pytest.raises(ValueError, match=r"^number of questions = 0"):
-        module.measure(Generation(questions=" \n"), job_for(tmp_path, model, byte_tokenizer()))
+        answers(model, byte_tokenizer(), [])
+    with pytest.raises(ValueError, match="questions are blank lines only"):
+        Generation(questions=" \n")
+
+
+@pytest.mark.parametrize("name", ["tiny-opt-1", "tiny-llama", "tiny-bloom"])
+def test_a_question_is_attached_to_a_hard_prompt_as_one_text(name):
+    """No second beginning of text stands between them: the answer is that to the text and the question written out."""
+    model, tokenizer = loaded(name)
+    rows = untrained_rows(HardPrompt(text="Look closely."), model, tokenizer)
+    asked = module.answer_tokens(model, tokenizer, ["Why?"], rows, 6, before="Look closely.")
+    assert asked == module.answer_tokens(model, tokenizer, ["Look closely. Why?"], None, 6)

@@ -71,3 +71,20 @@ def test_a_path_finds_names_with_dots_in_them():
 def test_a_path_that_leads_nowhere_names_the_step():
     with pytest.raises(GridError, match=r"no 'recovery.7' here \(its parent is a list of 1\)"):
         assign({"recovery": [{"k": 1}]}, "recovery.7.k=2")
+
+
+def test_a_mistyped_definition_is_no_silence(tmp_path):
+    (tmp_path / "base.yaml").write_text("define: {prompt: {k: 5}}\nx: $prompt\n")
+    (tmp_path / "top.yaml").write_text("extends: base\ndefine: {promt: {k: 6}}\n")
+    with pytest.raises(GridError, match=r"define\.promt: nothing uses it; .* did you mean 'prompt'"):
+        gridtext.read(tmp_path / "top.yaml")
+    raw, _ = gridtext.read(tmp_path / "base.yaml")
+    with pytest.raises(GridError, match=r"--set define\.promt\.k=6: unknown definition 'promt'; did you mean 'prompt'"):
+        assign(raw, "define.promt.k=6")
+
+
+def test_what_is_left_out_must_be_there(tmp_path):
+    (tmp_path / "base.yaml").write_text("recovery: bos\n")
+    (tmp_path / "top.yaml").write_text("extends: {grid: base, without: recovry}\n")
+    with pytest.raises(GridError, match=r"extends\.without: unknown key 'recovry'; did you mean 'recovery'"):
+        gridtext.read(tmp_path / "top.yaml")

@@ -187,6 +187,7 @@ def test_an_adapter_that_changed_since_planning_is_not_imported(tmp_path, llama_
     assert not bench.store.has(cell)
 
 
+@pytest.mark.slow
 def test_the_command_and_the_matrix(tmp_path, llama_folder, adapters):
     """Through Ray and MLflow: an import has no history of losses, and a row of its own."""
     content = grid(llama_folder, compression=[GPTQ], sources="all", recovery=imports(adapters, "prompt", "lora"))

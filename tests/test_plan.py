@@ -144,3 +144,29 @@ def test_lora_on_more_blocks_than_there_are_is_told_before_anything_starts(tmp_p
     lora = {**{n: v for n, v in whole["recovery"].items() if n != "k"}, "method": "lora", "layers": 9}
     with pytest.raises(GridError, match=r"recovery\.layers = 9: tiny-llama has 2 decoder blocks"):
         make(tmp_path / "g.yaml", **{**whole, "recovery": lora})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"recovery": {"method": "random_prompt", "k": 300}}, "recovery.k = 300: the vocabulary of tiny-llama has 257"),
+        (
+            {"recovery": "bos", "measures": {"method": "neighbours", "top": 300}},
+            "measures.top = 300: the vocabulary of",
+        ),
+        ({"measures": {"method": "generation", "new_tokens": 70}}, "measures.new_tokens = 70: beyond the context of"),
+    ],
+)
+def test_what_a_model_is_too_small_for(tmp_path, llama_folder, change, said):
+    with pytest.raises(GridError) as caught:
+        make(tmp_path / "g.yaml", **grid(llama_folder, **change))
+    assert any(said in p for p in caught.value.problems)
+
+
+def test_one_missing_model_is_one_line(tmp_path, llama_folder):
+    studies = {"a": {}, "b": {}, "c": {}}
+    with pytest.raises(GridError) as caught:
+        make(tmp_path / "g.yaml", **grid(tmp_path / "gone", studies=studies))
+    [line] = caught.value.problems
+    assert line.endswith("(and in 2 more places)")
+    assert "studies.a.models" in line

@@ -147,4 +147,4 @@ def test_gpu_shares_are_quarters_or_whole(needed, device, share):
 
 def test_what_runs_alone_gets_a_machine():
     assert Resources(1).of(GIB, gpus=False, alone=8) == {"CPU": 8}
-    assert Resources(1, 24 * GIB).of(GIB, gpus=True, alone=8) == {"CPU": 1, "GPU": 1.0}
+    assert Resources(1, 24 * GIB).of(GIB, gpus=True, alone=8) == {"CPU": 8, "GPU": 1.0}

@@ -187,3 +187,9 @@ def test_fp16_skips_an_overflow_and_lowers_the_scale(tmp_path, fp16_on_cpu):
     assert states[-1][0] < 2.0**29
     assert states[-1][1]
     assert learned.best_val_loss < learned.history[0]["val_loss"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it works")
+def test_a_float16_model_on_a_cpu_is_refused_in_a_sentence():
+    with pytest.raises(ValueError, match="a float16 model learns on a GPU only"):
+        learn(tiny_llama().half(), random_windows(5, S), random_windows(5, S), spec(precision="bf16"))

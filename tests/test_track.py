@@ -4,6 +4,7 @@ import json
 import shutil
 
 import mlflow
+import pandas as pd
 import pytest
 from mlflow.tracking import MlflowClient
 from test_work import Bench
@@ -199,6 +200,16 @@ def test_default_database_lies_beside_the_store(monkeypatch, tmp_path):
     assert tracking_uri(str(tmp_path / "r" / "store")) == f"sqlite:///{tmp_path}/r/mlflow.db"
     monkeypatch.chdir(tmp_path)
     assert tracking_uri("s3://bucket/store") == f"sqlite:///{tmp_path}/results/mlflow.db"
+
+
+def test_several_seeds_are_a_mean_and_its_spread(finished, uri):
+    Tracker(uri, finished.plan, finished.store).sync()
+    table = evaluations("g")
+    again = table[table.source != "none"].assign(seed="1", ppl=lambda t: t.ppl + 2)
+    shown = transfer_matrix.spread(pd.concat([table, again]), "ppl")
+    prompted = table[(table.source != "none") & (table.target == "dense")].ppl.iloc[0]
+    assert shown.at["gptq-3bit prompt, k=4, pydoc", "dense"] == f"{prompted + 1:.2f} ± 1.41 (2)"
+    assert "±" not in shown.loc["no prompt", "dense"]
 
 
 def test_matrix_survives_an_emptied_mlflow(finished, uri, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ctp.methods import Generation
+from ctp.methods import Generation, HardPrompt
 from ctp.recover.attach import context_of, frozen
 from ctp.recover.prompted import attach_prompt
 
@@ -42,15 +42,17 @@ def answer_tokens(
     new_tokens: int = 64,
     batch: int = 4,
     progress: Callable[[int, int], None] | None = None,
+    before: str = "",
 ) -> list[list[int]]:
     """What `answers` gives, as token ids without the end of text.
 
     `batch` questions at a time, padded on the left: rounding apart, the answers are those of one at a time. The
     checkpoint's own settings for generating (sampling, penalties) do not count, but for its ends of text; model and
-    tokenizer are left as they were. Raises ValueError if there is no question, one is empty, or one does not fit the
-    context with k prompt rows and `new_tokens`.
+    tokenizer are left as they were. before: text whose tokens the prompt's rows are, to which questions are attached
+    by a space: no second beginning of text stands between. Raises ValueError if there is no question, one is empty, or
+    one does not fit the context with k prompt rows and `new_tokens`.
     """
-    read = [list(tokenizer(question, verbose=False)["input_ids"]) for question in questions]
+    read = [_read(tokenizer, question, before) for question in questions]
     _check_questions(model, questions, read, 0 if prompt is None else len(prompt), new_tokens, batch)
     ends = _ends(model, tokenizer)
     out: list[list[int]] = []
@@ -84,8 +86,10 @@ def measure(spec: Generation, job: "EvaluateJob") -> dict[str, float]:
     `repeated_4grams` is left out where no answer has four tokens.
     """
     questions = [line for line in spec.questions.splitlines() if line.strip()]
+    recovery = job.cell.recovery.recovery if job.cell.recovery else None
+    before = recovery.text if isinstance(recovery, HardPrompt) else ""
     made = answer_tokens(
-        job.model, job.tokenizer, questions, job.prompt, spec.new_tokens, job.runtime.batch, progress=job.progress
+        job.model, job.tokenizer, questions, job.prompt, spec.new_tokens, job.runtime.batch, job.progress, before
     )
     rows = [
         {"question": question, "answer": _text(job.tokenizer, ids), "tokens": len(ids)}
@@ -104,6 +108,15 @@ def measure(spec: Generation, job: "EvaluateJob") -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------- the parts
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, question: str, before: str) -> list[int]:
+    if not before:
+        return list(tokenizer(question, verbose=False)["input_ids"])
+    front, whole = (list(tokenizer(t, verbose=False)["input_ids"]) for t in (before, f"{before} {question}"))
+    if whole[: len(front)] == front:
+        return whole[len(front) :]
+    return list(tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

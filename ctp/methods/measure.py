@@ -1,9 +1,9 @@
 """Measures: what is asked of a target, with or without something that was learned."""
 
 import hashlib
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from ctp.inputs import Pinned, PositiveInt, Windows
 from ctp.methods.base import Method
@@ -132,6 +132,16 @@ class Generation(Measure):
     def label(self) -> str:
         own = self.questions != PAPER_QUESTIONS
         return "generation" + (f"-{hashlib.sha256(self.questions.encode()).hexdigest()[:6]}" if own else "")
+
+    @property
+    def needed_tokens(self) -> int:
+        return self.new_tokens
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.questions.strip():
+            raise ValueError("questions are blank lines only")
+        return self
 
     def measure(self, job: "EvaluateJob") -> dict[str, float]:
         from ctp.evaluate.generation import measure

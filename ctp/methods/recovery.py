@@ -46,7 +46,9 @@ class NoRecovery(Recovery):
 
 
 class Learned(Recovery):
-    """What soft prompts and LoRA share: next-token loss through frozen weights; the defaults are the paper's text.
+    """What soft prompts and LoRA share: next-token loss through frozen weights.
+
+    The defaults are the paper's text, but for `clip`, the largest norm of a gradient, which only its code has.
 
     batch counts sequences per optimiser step, `accumulate` the micro-batches it is split into. warmup: steps of linear
     warm-up from 0; "linear" and "cosine" then reach 0 at `steps`. loss: "token_mean", or "sequence_sum" (summed over
@@ -178,7 +180,10 @@ class Untrained(Recovery):
 
 
 class HardPrompt(Untrained):
-    """A text in front of every input: the embeddings of its tokens, with the tokenizer's own beginning of text."""
+    """A text in front of every input: the embeddings of its tokens, with the tokenizer's own beginning of text.
+
+    Questions are attached to it by a space, as one text; windows and tasks stand behind it as behind a learned prompt.
+    """
 
     method: Literal["hard_prompt"] = "hard_prompt"
     text: Annotated[str, Field(min_length=1)] = PAPER_HARD_PROMPT

@@ -22,7 +22,8 @@ def with_prompt(model: PreTrainedModel, ids: Tensor, prompt: Tensor) -> Tensor:
     """Embeddings (b, k + t, d) of the prompt (k, d) followed by the tokens `ids` (b, t), in the embedding's dtype."""
     tokens = model.get_input_embeddings()(ids)
     rows = prompt.to(tokens.device, tokens.dtype)
-    return torch.cat([rows.expand(len(ids), -1, -1), tokens], dim=1)
+    with torch.autocast(tokens.device.type, enabled=False):  # on a CPU it cannot join rows of float16
+        return torch.cat([rows.expand(len(ids), -1, -1), tokens], dim=1)
 
 
 def token_logits(model: PreTrainedModel, ids: Tensor, prompt: Tensor | None = None) -> Tensor:

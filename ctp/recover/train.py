@@ -108,6 +108,10 @@ def train(
             raise ValueError(f"{resume} is a checkpoint of another spec or other text")
         state = saved
     with accelerated(spec.precision, runtime.device) as accelerator, frozen(model):
+        if model.dtype == torch.float16 and accelerator.device.type == "cpu":
+            raise ValueError(
+                "a float16 model learns on a GPU only: on a CPU say dtype: bfloat16 or float32 of the model"
+            )
         if getattr(model, "hf_device_map", None) is None:
             model.to(accelerator.device)
         with make() as trainable:
