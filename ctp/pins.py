@@ -46,7 +46,7 @@ class Pins:
         self.locations: dict[str, str] = {}
         self.datasets: dict[str, dict[str, Any]] = {}  # descriptions of texts that are not built in
         self._corpora: dict[str, corpora.Corpus] = {}
-        self._found: dict[tuple[str, ...], tuple[str, str, str]] = {}
+        self._found: dict[tuple[str, ...], tuple[str, str, str] | ValueError] = {}
         self._texts: dict[tuple[str, str], tuple[str, str]] = {}
 
     def add_datasets(self, raw: Any) -> list[str]:
@@ -104,8 +104,14 @@ class Pins:
         """What `locate` gives, asked once a grid and remembered for `location`."""
         asked = (what, name, revision or "")
         if asked not in self._found:
-            self._found[asked] = locate(name, revision or "")
-        name, found, location = self._found[asked]
+            try:
+                self._found[asked] = locate(name, revision or "")
+            except ValueError as e:
+                self._found[asked] = e  # asked once, told alike wherever it stands
+        known = self._found[asked]
+        if isinstance(known, ValueError):
+            raise known
+        name, found, location = known
         if revision and revision != found and not location.startswith("hub:"):
             raise ValueError(f"revision = {revision!r}: {name} is {found} here")
         self.locations[f"{name}@{found}"] = location
