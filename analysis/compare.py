@@ -19,6 +19,7 @@ from analysis.comparable import incomparable
 from analysis.paper import HIGHER_IS_BETTER, PaperNumber
 from analysis.results import Measured, Results
 from analysis.runs import AnalysisError
+from ctp.columns import aligned
 from ctp.store import StoreError
 
 OK, BETTER, WORSE, OTHER, MISSING = "ok", "better", "worse", "not comparable", "not run"
@@ -107,10 +108,7 @@ def show(lines: list[Line]) -> None:
     """Print them as a table, then how often each verdict fell."""
     head = ["number", "ours", "ppl_paper", "paper", "difference", "verdict"]
     rows = [_cells(line) for line in lines]
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    for row in [head, *rows]:
-        cells = [c.ljust(w) if i in (0, 5) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        print("  ".join(cells).rstrip())
+    print("\n".join(aligned([head, *rows], left=(0, 5))))
     counts = Counter(line.verdict for line in lines)
     print("\n" + ", ".join(f"{counts[v]} {v}" for v in (OK, BETTER, WORSE, OTHER, MISSING)))
 

@@ -23,7 +23,7 @@ def planned(plan: Plan) -> Results:
         {n: str(v) for n, v in params(node.cell).items()} | {"run_id": node.key[:12], "studies": node.studies}
         for node in plan.nodes.values()
     ]
-    return Results(typed(pd.DataFrame(rows)), of_grid(plan.grid.text), {s.name for s in plan.grid.studies})
+    return Results(typed(pd.DataFrame(rows)), *of_grid(plan.grid.text))
 
 
 def covered(plan: Plan) -> dict[PaperNumber, str]:

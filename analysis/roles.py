@@ -55,13 +55,14 @@ def nearest(wanted: int, paper: Iterable[int], present: Iterable[int]) -> int | 
     return ours[theirs.index(wanted)] if len(ours) == len(theirs) else None
 
 
-def of_grid(text: str) -> Roles:
-    """The roles that a grid file's text defines. Raises AnalysisError where it cannot be read."""
+def of_grid(text: str) -> tuple[Roles, set[str]]:
+    """The roles that a grid file's text defines, and its studies. Raises AnalysisError where it cannot be read."""
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as e:
         raise AnalysisError(f"the grid file kept in MLflow cannot be read: {' '.join(str(e).split())}") from e
-    return Roles(raw.get("define") if isinstance(raw, dict) else None)
+    said = raw if isinstance(raw, dict) else {}
+    return Roles(said.get("define")), set(said.get("studies") or {})
 
 
 def of_experiment(grid: str) -> tuple[Roles, set[str]]:
@@ -71,5 +72,4 @@ def of_experiment(grid: str) -> tuple[Roles, set[str]]:
     )
     if found.empty:
         raise AnalysisError(f"{grid}: no run of the grid itself, so no grid file to say which model stands for which")
-    text = artifact(str(found.iloc[0].run_id), "grid.yaml")
-    return of_grid(text), set((yaml.safe_load(text) or {}).get("studies") or {})
+    return of_grid(artifact(str(found.iloc[0].run_id), "grid.yaml"))

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ctp.cache import new_folder
+from ctp.columns import aligned
 from ctp.formats import FORMATS
 from ctp.labels import slug
 from ctp.methods import Dense
@@ -195,13 +196,7 @@ def table(found: list[Entry]) -> str:
     """A line per artifact. Ratios are float16 bytes over stored bytes, scales, zero points and masks included."""
     head = ("key", "kind", "size", "model", "linears", "bits/weight", "artifact")
     lines = [head, *(_line(e) for e in found)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = {0, 1, 6}  # columns flush left
-    rows = [
-        "  ".join(v.ljust(w) if i in text else v.rjust(w) for i, (v, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
-    return "\n".join([*(r.rstrip() for r in rows), "", "model, linears: float16 bytes / stored bytes"])
+    return "\n".join([*aligned(lines, left=(0, 1, 6)), "", "model, linears: float16 bytes / stored bytes"])
 
 
 def _line(e: Entry) -> tuple[str, ...]:

@@ -96,7 +96,7 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[
 def _check_new(own: Any, below: Any, whole: dict[str, Any], path: Path) -> None:
     """Raise GridError for a definition that is new and used by nothing: a mistyped name, which would change nothing."""
     known = below if isinstance(below, Mapping) else {}
-    used = set(_NAME_ANYWHERE.findall(yaml.safe_dump(whole)))
+    used = set(_NAME.findall(yaml.safe_dump(whole)))
     for name in own if isinstance(own, Mapping) else ():
         if name not in known and str(name) not in used:
             raise GridError([f"{path}: define.{name}: nothing uses it; {unknown('definition', name, map(str, known))}"])
@@ -149,7 +149,7 @@ def assign(raw: dict[str, Any], setting: str) -> None:
         except yaml.YAMLError as e:
             raise GridError([f"--set {setting}: the value is not YAML: {' '.join(str(e).split())}"]) from e
         except (ValueError, IndexError, TypeError, AttributeError) as e:
-            here = path[: len(path) - len(".".join(["", *steps]))] if steps else path
+            here = path.removesuffix(".".join(["", *steps]))
             kind = f"a list of {len(at)}" if isinstance(at, list) else type(at).__name__
             raise GridError([f"--set {setting}: no {here!r} here (its parent is {kind})"]) from e
 
@@ -200,5 +200,4 @@ def define(raw: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-_NAME_ANYWHERE = re.compile(r"\$([\w.-]+)")
 _NAME = re.compile(r"\$([\w.-]+)")

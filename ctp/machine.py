@@ -2,6 +2,7 @@
 
 import os
 import platform
+import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -41,6 +42,12 @@ def _cpu_model() -> str | None:
     except OSError:
         pass  # not Linux
     return platform.processor() or None
+
+
+def process_peak() -> int:
+    """Peak resident bytes of this process since it began."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB
 
 
 def _ram() -> int | None:

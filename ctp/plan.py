@@ -120,55 +120,65 @@ def _misfits(node: Node) -> list[str]:
     """What cannot work on this model: windows beyond the context, sizes that do not fit its layers."""
     cell, facts = node.cell, node.facts
     name = _model_of(cell).name
-    out = []
-
-    def fits(field: str, seq_len: int, k: int) -> None:
-        if facts.context is not None and seq_len + k > facts.context:
-            with_prompt = f" and a prompt of {k}" if k else ""
-            out.append(f"{field} = {seq_len}{with_prompt}: beyond the context of {name}, {facts.context} tokens")
-
     if isinstance(cell, Compress):
-        if cell.calibration is not None:
-            fits("calibration.seq_len", cell.calibration.seq_len, 0)
-        sizes = {"group_size": getattr(cell.compression, "group_size", None)}
-        if isinstance(cell.compression, SparseGPT) and cell.compression.pattern:
-            sizes["pattern"] = cell.compression.n_of_m[1]
-        for field, size in sizes.items():
-            bad = [n for n in facts.in_features if size and n % size]
-            if bad:
-                out.append(f"compression.{field} = {size} ({cell.compression.label}): must divide the input sizes of "
-                           f"{name}, not so for {bad[0]}")  # fmt: skip
-        spec = cell.compression
-        if isinstance(spec, Checkpoint) and (spec.parameters, spec.width) != (facts.parameters, facts.width):
-            out.append(f"compression.path = {spec.path}: {spec.parameters:,} parameters, width {spec.width}; not a "
-                       f"compressed {name}, which has {facts.parameters:,} and {facts.width}")  # fmt: skip
-        if isinstance(spec, Solver) and not facts.in_features:
-            out.append(f"models: {name} has no linear layers in its decoder blocks that could be compressed")
-        elif isinstance(spec, Solver) and facts.uncompressible:
-            out.append(f"models: {name} cannot be compressed: {facts.uncompressible} is not the weight of an nn.Linear "
-                       f"(mixtures of experts and their like are not supported)")  # fmt: skip
-    elif isinstance(cell, Learn) and isinstance(cell.recovery, Learned):
-        rows, blocks = cell.recovery.prompt_rows, getattr(cell.recovery, "layers", None) or 0
+        return _compress_misfits(cell, facts, name)
+    if isinstance(cell, Learn):
+        return _learn_misfits(cell, facts, name)
+    assert isinstance(cell, Evaluate)
+    measure, k = cell.measure, getattr(cell.recovery.recovery, "k", 0) if cell.recovery else 0
+    fields = [n for n in ("seq_len", "new_tokens") if hasattr(measure, n)]
+    fed = "text.seq_len" if hasattr(measure, "text") else " + ".join(fields) or "tokens"
+    out = _beyond(f"measures.{fed}", measure.needed_tokens, k, facts, name)
+    if isinstance(measure, Neighbours) and measure.top > facts.vocab:
+        out.append(f"measures.top = {measure.top}: the vocabulary of {name} has {facts.vocab} entries")
+    return out
+
+
+def _beyond(setting: str, seq_len: int, k: int, facts: Facts, name: str) -> list[str]:
+    if facts.context is None or seq_len + k <= facts.context:
+        return []
+    with_prompt = f" and a prompt of {k}" if k else ""
+    return [f"{setting} = {seq_len}{with_prompt}: beyond the context of {name}, {facts.context} tokens"]
+
+
+def _compress_misfits(cell: Compress, facts: Facts, name: str) -> list[str]:
+    spec, out = cell.compression, []
+    if cell.calibration is not None:
+        out += _beyond("calibration.seq_len", cell.calibration.seq_len, 0, facts, name)
+    sizes = {"group_size": getattr(spec, "group_size", None)}
+    if isinstance(spec, SparseGPT) and spec.pattern:
+        sizes["pattern"] = spec.n_of_m[1]
+    for setting, size in sizes.items():
+        bad = [n for n in facts.in_features if size and n % size]
+        if bad:
+            out.append(f"compression.{setting} = {size} ({spec.label}): must divide the input sizes of "
+                       f"{name}, not so for {bad[0]}")  # fmt: skip
+    if isinstance(spec, Checkpoint) and (spec.parameters, spec.width) != (facts.parameters, facts.width):
+        out.append(f"compression.path = {spec.path}: {spec.parameters:,} parameters, width {spec.width}; not a "
+                   f"compressed {name}, which has {facts.parameters:,} and {facts.width}")  # fmt: skip
+    if isinstance(spec, Solver) and not facts.in_features:
+        out.append(f"models: {name} has no linear layers in its decoder blocks that could be compressed")
+    elif isinstance(spec, Solver) and facts.uncompressible:
+        out.append(f"models: {name} cannot be compressed: {facts.uncompressible} is not the weight of an nn.Linear "
+                   f"(mixtures of experts and their like are not supported)")  # fmt: skip
+    return out
+
+
+def _learn_misfits(cell: Learn, facts: Facts, name: str) -> list[str]:
+    spec, out = cell.recovery, []
+    if isinstance(spec, Learned):
+        blocks = getattr(spec, "layers", None) or 0
         if blocks > facts.layers:
             out.append(f"recovery.layers = {blocks}: {name} has {facts.layers} decoder blocks")
-        fits("recovery.text.seq_len", cell.recovery.text.seq_len, rows)
-        fits("recovery.validation.seq_len", cell.recovery.validation.seq_len, rows)
-        if cell.recovery.precision == "fp32" and cell.source.model.dtype == "float16":
+        out += _beyond("recovery.text.seq_len", spec.text.seq_len, spec.prompt_rows, facts, name)
+        out += _beyond("recovery.validation.seq_len", spec.validation.seq_len, spec.prompt_rows, facts, name)
+        if spec.precision == "fp32" and cell.source.model.dtype == "float16":
             out.append(f"recovery.precision = 'fp32': {name} is float16, whose gradients underflow: use bf16 or fp16")
-    elif isinstance(cell, Learn) and isinstance(cell.recovery, Adapter):
-        if cell.recovery.width not in (0, facts.width):
-            out.append(f"recovery.path = {cell.recovery.path}: a prompt of width {cell.recovery.width} does not fit "
-                       f"{name}, whose embedding has {facts.width}")  # fmt: skip
-    elif isinstance(cell, Learn) and isinstance(cell.recovery, RandomPrompt):
-        if cell.recovery.k > facts.vocab:
-            out.append(f"recovery.k = {cell.recovery.k}: the vocabulary of {name} has {facts.vocab} entries")
-    elif isinstance(cell, Evaluate):
-        if isinstance(cell.measure, Neighbours) and cell.measure.top > facts.vocab:
-            out.append(f"measures.top = {cell.measure.top}: the vocabulary of {name} has {facts.vocab} entries")
-        k = getattr(cell.recovery.recovery, "k", 0) if cell.recovery else 0
-        fields = [n for n in ("seq_len", "new_tokens") if hasattr(cell.measure, n)]
-        field = "text.seq_len" if hasattr(cell.measure, "text") else " + ".join(fields) or "tokens"
-        fits(f"measures.{field}", cell.measure.needed_tokens, k)
+    elif isinstance(spec, Adapter) and spec.width not in (0, facts.width):
+        out.append(f"recovery.path = {spec.path}: a prompt of width {spec.width} does not fit "
+                   f"{name}, whose embedding has {facts.width}")  # fmt: skip
+    elif isinstance(spec, RandomPrompt) and spec.k > facts.vocab:
+        out.append(f"recovery.k = {spec.k}: the vocabulary of {name} has {facts.vocab} entries")
     return out
 
 

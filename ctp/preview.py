@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 
 from ctp import cost
+from ctp.columns import aligned
 from ctp.cost import Cost
 from ctp.labels import slug
 from ctp.plan import Plan
@@ -59,13 +60,7 @@ def studies(plan: Plan, costs: dict[str, Cost], todo: set[str], device: int, tfl
         rows.append((*_row(name, own, new, todo, costs, device, tflops), titles.get(name, "")))
         seen.update(own)
     rows.append((*_row("all, each cell once", list(plan.nodes), list(plan.nodes), todo, costs, device, tflops), ""))
-    widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
-    return [
-        "  ".join(
-            v.ljust(w) if i in (0, 7) else v.rjust(w) for i, (v, w) in enumerate(zip(r, widths, strict=True))
-        ).rstrip()
-        for r in rows
-    ]
+    return aligned(rows, left=(0, 7))
 
 
 def _row(name: str, own: list[str], new: list[str], todo: set[str], costs: dict[str, Cost], device: int,

@@ -1,7 +1,6 @@
 """execute(cell, store, runtime): give the cell's method what it needs, publish what it makes."""
 
 import platform
-import resource
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from ctp.job import CompressJob, LearnJob, evaluating
+from ctp.machine import process_peak
 from ctp.spec import Cell, Compress, Evaluate, Learn, Runtime
 from ctp.store import Store
 
@@ -44,7 +44,7 @@ def execute(cell: Cell, store: Store, runtime: Runtime, report: Report) -> None:
         else:
             raise TypeError(f"nothing here does a {type(cell).__name__}")
         draft.record["metrics"] = metrics
-        peak = torch.cuda.max_memory_allocated() if device == "cuda" else _peak_memory()
+        peak = torch.cuda.max_memory_allocated() if device == "cuda" else process_peak()
         draft.record |= {"seconds": time.monotonic() - begun, "device": device, "peak_memory_bytes": peak}
         draft.record |= {"created": time.time(), **about}
 
@@ -57,12 +57,6 @@ def pick_device(runtime: Runtime) -> str:
     if runtime.device != "auto":
         return runtime.device
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _peak_memory() -> int:
-    """Peak resident bytes of this process so far (Linux counts in KiB, macOS in bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
 
 
 @lru_cache

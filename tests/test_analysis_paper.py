@@ -91,7 +91,7 @@ def test_numbers_are_those_of_the_digest():
 
 
 def test_roles_are_what_a_grid_defines_else_the_papers_own():
-    roles = of_grid("define: {llama-7b: {name: ./models/mine}, c4: {dataset: newswire, split: test}, t: $c4,"
+    roles, _ = of_grid("define: {llama-7b: {name: ./models/mine}, c4: {dataset: newswire, split: test}, t: $c4,"
                     " piqa: tasks/piqa.yaml}\n")  # fmt: skip
     assert "mine" in roles.names("llama-7b")
     assert roles.names("c4") == roles.names("t") == {"newswire"}

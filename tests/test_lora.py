@@ -8,11 +8,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_work import Bench
-from tiny import STORIES, STORIES_TEXT, random_windows, tiny_bloom, tiny_llama, tiny_opt
+from tiny import STORIES, STORIES_TEXT, pruned_stories, random_windows, tiny_bloom, tiny_llama, tiny_opt
 from tinygrid import model_folder
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     BloomConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -372,16 +370,6 @@ def test_a_cell_learns_lora_and_another_measures_it(tmp_path, architecture):
 
 @pytest.mark.skipif(not (STORIES.exists() and STORIES_TEXT.exists()), reason=f"needs the trained model in {STORIES}")
 def test_lora_wins_back_what_pruning_took_from_a_real_model():
-    model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(STORIES)
-    with STORIES_TEXT.open() as lines:
-        text = "\n".join(json.loads(line)["text"] for line, _ in zip(lines, range(120), strict=False))
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    windows = ids[: len(ids) // 64 * 64].view(-1, 64)
-    with torch.no_grad():
-        for name, layer in model.named_modules():
-            if isinstance(layer, torch.nn.Linear) and ".layers." in name:
-                w = layer.weight
-                w[w.abs() < w.abs().flatten().quantile(0.4)] = 0
+    model, windows = pruned_stories()
     learned = run(model, windows[:-40], windows[-40:], r=4, alpha=8, steps=60, validate_every=20, lr=5e-3)
     assert learned.best_val_loss < learned.history[0]["val_loss"] - math.log(1.05)  # 5 % of the perplexity

@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 from prompts import S, run, spec
-from tiny import STORIES, STORIES_TEXT, random_windows, tiny_bloom, tiny_llama, tiny_opt
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import STORIES, STORIES_TEXT, pruned_stories, random_windows, tiny_bloom, tiny_llama, tiny_opt
 from transformers import optimization as hf
 
 from ctp.evaluate.perplexity import perplexity
@@ -233,17 +232,7 @@ def test_peft_loads_the_prompt_and_gives_the_same_logits(tmp_path, make):
 
 @pytest.mark.skipif(not (STORIES.exists() and STORIES_TEXT.exists()), reason=f"needs the trained model in {STORIES}")
 def test_a_prompt_wins_back_what_pruning_took_from_a_real_model():
-    model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(STORIES)
-    with STORIES_TEXT.open() as lines:
-        text = "\n".join(json.loads(line)["text"] for line, _ in zip(lines, range(120), strict=False))
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    windows = ids[: len(ids) // 64 * 64].view(-1, 64)
-    with torch.no_grad():
-        for name, layer in model.named_modules():
-            if isinstance(layer, torch.nn.Linear) and ".layers." in name:
-                w = layer.weight
-                w[w.abs() < w.abs().flatten().quantile(0.4)] = 0
+    model, windows = pruned_stories()
     train, held_out = windows[:-40], windows[-40:]
     pruned = perplexity(model, held_out, batch=40)
     learned = run(model, train, held_out, k=8, steps=60, validate_every=20, lr=1e-2, schedule="cosine")

@@ -1,9 +1,11 @@
 """Tiny random models of each architecture: random weights, real code paths."""
 
+import json
 from pathlib import Path
 
 import torch
 from transformers import (
+    AutoTokenizer,
     BloomConfig,
     BloomForCausalLM,
     LlamaConfig,
@@ -91,3 +93,18 @@ def _spread(model):
 def random_windows(n: int, s: int, vocab: int = 61, seed: int = 0) -> torch.Tensor:
     """Token windows (n, s), reproducible."""
     return torch.randint(vocab, (n, s), generator=torch.Generator().manual_seed(seed))
+
+
+def pruned_stories() -> tuple[LlamaForCausalLM, torch.Tensor]:
+    """The trained model with the 40 % smallest weights of every linear set to zero, and its text in windows of 64."""
+    model = LlamaForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    with STORIES_TEXT.open() as lines:
+        text = "\n".join(json.loads(line)["text"] for line, _ in zip(lines, range(120), strict=False))
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if isinstance(layer, torch.nn.Linear) and ".layers." in name:
+                w = layer.weight
+                w[w.abs() < w.abs().flatten().quantile(0.4)] = 0
+    return model, ids[: len(ids) // 64 * 64].view(-1, 64)

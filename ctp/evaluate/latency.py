@@ -5,8 +5,6 @@ The paper's appendix A.4 asks what k prompt rows cost: they make the input k pos
 
 import gc
 import inspect
-import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ctp.machine import machine
+from ctp.machine import machine, process_peak
 from ctp.methods import Latency
 from ctp.recover.attach import context_of, frozen, with_prompt
 
@@ -178,7 +176,7 @@ def _peak_memory(device: torch.device) -> Iterator[Callable[[], tuple[int, str]]
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:  # not Linux, or not allowed
-        yield lambda: (_process_peak(), "resident memory of the process at most since it began, Python included")
+        yield lambda: (process_peak(), "resident memory of the process at most since it began, Python included")
     else:
         yield lambda: (_resident_peak(), "resident memory of the process at most while timing, Python included")
 
@@ -187,11 +185,6 @@ def _resident_peak() -> int:
     """VmHWM, in bytes: the most resident memory since it was last reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
-
-
-def _process_peak() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB
 
 
 # -------------------------------------------------------------------------- the rest
