@@ -5,14 +5,16 @@ is not the hidden size), V vocabulary entries. The window is x_0 .. x_{s-1}: x_0
 nothing, so that it is never fed.
 """
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from ctp.recover.prefix import Prefix, kept
 
 # fp32 numbers that one log-softmax may copy: 64 MiB, whatever the vocabulary.
 CHUNK = 2**24
@@ -26,18 +28,22 @@ def with_prompt(model: PreTrainedModel, ids: Tensor, prompt: Tensor) -> Tensor:
         return torch.cat([rows.expand(len(ids), -1, -1), tokens], dim=1)
 
 
-def token_logits(model: PreTrainedModel, ids: Tensor, prompt: Tensor | None = None) -> Tensor:
+def token_logits(model: PreTrainedModel, ids: Tensor, prompt: Tensor | Prefix | None = None) -> Tensor:
     """Logits (b, t, V) at the tokens `ids` (b, t) behind the prompt (k, d), in whatever dtype the model computes.
 
-    The head runs at these positions only, where the architecture can say so.
+    prompt: its rows, or what `prefix` made of them, which costs less. The head runs at the tokens' positions only,
+    where the architecture can say so.
     """
-    inputs = {"input_ids": ids} if prompt is None else {"inputs_embeds": with_prompt(model, ids, prompt)}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return model(**inputs, use_cache=False, logits_to_keep=ids.shape[1]).logits
-    return model(**inputs, use_cache=False).logits[:, -ids.shape[1] :]
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if isinstance(prompt, Prefix) and prompt.cache is not None:
+        inputs |= {"past_key_values": prompt.cache, "use_cache": True}
+    elif prompt is not None:
+        rows = prompt.rows if isinstance(prompt, Prefix) else prompt
+        inputs = {"inputs_embeds": with_prompt(model, ids, rows), "use_cache": False}
+    return model(**inputs, **kept(model, ids.shape[1])).logits[:, -ids.shape[1] :]
 
 
-def scored_logits(model: PreTrainedModel, windows: Tensor, prompt: Tensor | None = None) -> Tensor:
+def scored_logits(model: PreTrainedModel, windows: Tensor, prompt: Tensor | Prefix | None = None) -> Tensor:
     """Logits (b, s - 1, V) that predict x_1 .. x_{s-1} of each window (b, s)."""
     return token_logits(model, windows[:, :-1], prompt)
 
