@@ -10,6 +10,7 @@ import logging
 import random
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -260,15 +261,18 @@ def _crops(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokeni
     return crops
 
 
-def text_stats(windows: "torch.Tensor", tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+def text_stats(
+    windows: "torch.Tensor", tokenizer: "PreTrainedTokenizerBase", sha256: str | None = None
+) -> dict[str, Any]:
     """What a perplexity depends on besides the model: tokenizer_sha256, tokens (count), unk (count).
 
-    unk is 0 where the tokenizer has no unknown token of its own, as in byte-level ones that lend it another's id.
+    sha256: the tokenizer's, where it is known. unk is 0 where the tokenizer has no unknown token of its own, as in
+    byte-level ones that lend it another's id.
     """
     unk = tokenizer.unk_token_id
     own = unk is not None and unk not in (tokenizer.bos_token_id, tokenizer.eos_token_id)
     return {
-        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "tokenizer_sha256": sha256 or tokenizer_sha256(tokenizer),
         "tokens": windows.numel(),
         "unk": int((windows == unk).sum()) if own else 0,
     }
@@ -277,7 +281,12 @@ def text_stats(windows: "torch.Tensor", tokenizer: "PreTrainedTokenizerBase") ->
 def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Hex digest of how a tokenizer cuts text: its serialised backend, else its vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    state: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {"vocab": tokenizer.get_vocab()}
+    return _state_sha256(json.dumps({"vocab": tokenizer.get_vocab()}) if backend is None else backend.to_str())
+
+
+@lru_cache(maxsize=1)  # all targets of a model have one tokenizer, whose state is megabytes of JSON
+def _state_sha256(serialised: str) -> str:
+    state: dict[str, Any] = json.loads(serialised)
     for name in ("truncation", "padding"):  # left there by whoever called the tokenizer last
         state.pop(name, None)
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -4,9 +4,9 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -18,6 +18,9 @@ from ctp.recover import adapter
 from ctp.recover.state import TrainState
 from ctp.spec import Compress, Evaluate, Learn, Runtime, key
 from ctp.store import Store
+
+if TYPE_CHECKING:  # transformers takes seconds
+    from ctp.recover.prefix import Prefix
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -121,8 +124,13 @@ class EvaluateJob(Job):
     def windows(self, spec: Windows) -> Tensor:
         """Token windows (n, seq_len) on the CPU. What they are enters the record: numbers on others do not compare."""
         ids = token_windows(spec, self.tokenizer, self.runtime)
-        self.record["text"] = corpora.text_stats(ids, self.tokenizer)
+        self.record["text"] = corpora.text_stats(ids, self.tokenizer, _sha256(self.tokenizer))
         return ids
+
+    @property
+    def prefix(self) -> "Prefix | None":
+        """The prompt as the model reads it, None without one; kept for the next cell with this target and prompt."""
+        return None if self.prompt is None else _prefix(self.cell, self.model, self.prompt)
 
 
 @contextmanager
@@ -141,12 +149,14 @@ def evaluating(cell: Evaluate, **base: Any) -> Iterator[EvaluateJob]:
 # ------------------------------------------------------------------ what they read
 
 _held: tuple[str, Any, Any] | None = None
+_in_front: "tuple[tuple[str, ...], Prefix] | None" = None
 
 
 def forget() -> None:
-    """Free the model that stayed loaded."""
-    global _held
-    _held = None
+    """Free the model that stayed loaded, and what came of it."""
+    global _held, _in_front
+    _held = _in_front = None
+    _sha256.cache_clear()
 
 
 def load_compressed(cell: Compress, store: Store, runtime: Runtime, device: str) -> tuple[Any, Any]:
@@ -156,6 +166,22 @@ def load_compressed(cell: Compress, store: Store, runtime: Runtime, device: str)
         forget()  # the old weights before the new ones come
         _held = key(cell), *open_model(cell, store, runtime, device)
     return _held[1], _held[2]
+
+
+def _prefix(cell: Evaluate, model: Any, prompt: Tensor) -> "Prefix":
+    """The keys and values of the cell's prompt in its target. The last ones stay: cells of one prompt come together."""
+    global _in_front
+    inputs = tuple(key(i) for i in cell.inputs)
+    if _in_front is None or _in_front[0] != inputs:
+        import torch
+
+        from ctp.recover.attach import frozen
+        from ctp.recover.prefix import prefix
+
+        _in_front = None  # the old ones before the new ones come
+        with frozen(model), torch.no_grad():
+            _in_front = inputs, prefix(model, prompt)
+    return _in_front[1]
 
 
 def open_model(cell: Compress, store: Store, runtime: Runtime, device: str) -> tuple[Any, Any]:
@@ -178,7 +204,7 @@ _windows: dict[tuple[Windows, str], Tensor] = {}
 
 def token_windows(spec: Windows, tokenizer: Any, runtime: Runtime) -> Tensor:
     """The token ids (n, seq_len) that the spec names, kept for the next cell that asks."""
-    memo = (spec, corpora.tokenizer_sha256(tokenizer))
+    memo = (spec, _sha256(tokenizer))
     if memo not in _windows:
         custom = {n: corpora.parse_corpus(n, d) for n, d in runtime.datasets.items()}
         corpus = corpora.find(spec.dataset, custom)
@@ -186,3 +212,9 @@ def token_windows(spec: Windows, tokenizer: Any, runtime: Runtime) -> Tensor:
         documents = corpora.documents(location(runtime.locations, spec), corpus, spec.split, last)
         _windows[memo] = corpora.windows(spec, documents, tokenizer)
     return _windows[memo]
+
+
+@lru_cache(maxsize=1)
+def _sha256(tokenizer: Any) -> str:
+    """Asked by every cell, and megabytes to digest: kept by object, since nothing changes a loaded tokenizer."""
+    return corpora.tokenizer_sha256(tokenizer)

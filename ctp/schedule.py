@@ -101,6 +101,9 @@ class GraphSearch(Searcher):
             for k, c in zip(ready, others, strict=True)
             if isinstance(c, Evaluate) and c.target == cell.target and _alone(c) == _alone(cell)
         ]
+        # Target and prompt: what a prompt is asked comes in a row, and its rows go through the model once.
+        turn = {inputs: i for i, inputs in enumerate(dict.fromkeys(self.plan.nodes[k].inputs for k in mates))}
+        mates.sort(key=lambda k: turn[self.plan.nodes[k].inputs])
         return mates[: math.ceil(len(ready) / self.slots)]  # no slot idles while another has all the rest
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

@@ -58,7 +58,7 @@ class Learn(Cell):
 
 
 class Evaluate(Cell):
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     kind: ClassVar[str] = "evaluate"
 
     target: Compress

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ctp.methods import Perplexity
-from ctp.recover.attach import check_fit, frozen, scored_logits, summed_nll
+from ctp.recover.attach import check_fit, frozen, scored_nll
+from ctp.recover.prefix import Prefix, prefix
 
 if TYPE_CHECKING:
     from ctp.job import EvaluateJob
@@ -50,26 +51,29 @@ class PerplexityResult:
 def perplexity(
     model: PreTrainedModel,
     windows: Tensor,
-    prompt: Tensor | None = None,
+    prompt: Tensor | Prefix | None = None,
     *,
     batch: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> PerplexityResult:
     """Score x_1 .. x_{s-1} of each window (n, s) behind `prompt` (k, d), which stands outside the window.
 
-    Runs where the model's embedding lies, in the model's dtype (or the caller's autocast), `batch` windows at a time;
-    log-softmax in fp32, summed in float64. `progress(done, n)` is called after each batch. Raises ValueError if
-    k + s tokens exceed the model's context or a shape does not fit, FloatingPointError if the sum is not finite.
+    prompt: rows, which then go through the model once, or what `prefix` made of them for this model. Runs where the
+    model's embedding lies, in the model's dtype (or the caller's autocast), `batch` windows at a time; log-softmax in
+    fp32, summed in float64. `progress(done, n)` is called after each batch. Raises ValueError if k + s tokens exceed
+    the model's context or a shape does not fit, FloatingPointError if the sum is not finite.
     """
     k = 0 if prompt is None else len(prompt)
-    check_fit(model, windows, k, None if prompt is None else prompt.shape[1])
+    rows = prompt.rows if isinstance(prompt, Prefix) else prompt
+    check_fit(model, windows, k, None if rows is None else rows.shape[1])
     device = model.get_input_embeddings().weight.device
     n, s = windows.shape
     total = torch.zeros((), dtype=torch.float64)
     with frozen(model), torch.no_grad():
+        front = prefix(model, prompt) if isinstance(prompt, Tensor) else prompt
         for start in range(0, n, batch):
             part = windows[start : start + batch].to(device)
-            nll = summed_nll(scored_logits(model, part, prompt), part)
+            nll = scored_nll(model, part, front)
             total = total.to(nll.device) + nll
             if progress is not None:
                 progress(min(start + batch, n), n)
@@ -79,6 +83,6 @@ def perplexity(
 def measure(spec: Perplexity, job: "EvaluateJob") -> dict[str, float]:
     """Perplexity of the job's model over the windows of `spec.text`."""
     ids = job.windows(spec.text)
-    result = perplexity(job.model, ids, job.prompt, batch=job.runtime.batch, progress=job.progress)
+    result = perplexity(job.model, ids, job.prefix, batch=job.runtime.batch, progress=job.progress)
     sums = {n: getattr(result, n) for n in ("nll_sum", "scored_tokens", "positions")}
     return {"ppl": result.ppl, "ppl_paper": result.ppl_paper, **sums}

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ctp import tasks
 from ctp.methods import Task
 from ctp.recover.attach import frozen, token_logits
+from ctp.recover.prefix import Prefix, prefix
 from ctp.recover.prompted import attach_prompt
 from ctp.taskfiles import INSTALL, harness_version
 
@@ -60,6 +61,7 @@ class SoftPromptLM(HFLM):
         rows: Callable[[int], None] | None = None,
     ) -> None:
         self._prompt, self._report, self._rows, self.cut = prompt, rows, 0, 0
+        self._prefix: Prefix | None = None
         super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch)
         if self.max_length < 2:
             raise ValueError(f"{self._k} prompt rows leave no room in a context of {super().max_length} tokens")
@@ -79,7 +81,8 @@ class SoftPromptLM(HFLM):
             logits = super()._model_call(inps, attn_mask, labels)
         else:
             with torch.no_grad():
-                logits = token_logits(self.model, inps, self._prompt)
+                self._prefix = self._prefix or prefix(self.model, self._prompt)
+                logits = token_logits(self.model, inps, self._prefix)
         self._count(len(inps))
         return logits
 

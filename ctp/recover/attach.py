@@ -5,7 +5,7 @@ is not the hidden size), V vocabulary entries. The window is x_0 .. x_{s-1}: x_0
 nothing, so that it is never fed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ctp.recover.head import head_of
 from ctp.recover.prefix import Prefix, kept
 
 # fp32 numbers that one log-softmax may copy: 64 MiB, whatever the vocabulary.
@@ -34,13 +35,17 @@ def token_logits(model: PreTrainedModel, ids: Tensor, prompt: Tensor | Prefix | 
     prompt: its rows, or what `prefix` made of them, which costs less. The head runs at the tokens' positions only,
     where the architecture can say so.
     """
-    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    return model(**_inputs(model, ids, prompt), **kept(model, ids.shape[1])).logits[:, -ids.shape[1] :]
+
+
+def _inputs(model: PreTrainedModel, ids: Tensor, prompt: Tensor | Prefix | None) -> dict[str, Any]:
+    """The arguments with which the model, or its body, reads `ids` (b, t) behind the prompt."""
+    if prompt is None:
+        return {"input_ids": ids, "use_cache": False}
     if isinstance(prompt, Prefix) and prompt.cache is not None:
-        inputs |= {"past_key_values": prompt.cache, "use_cache": True}
-    elif prompt is not None:
-        rows = prompt.rows if isinstance(prompt, Prefix) else prompt
-        inputs = {"inputs_embeds": with_prompt(model, ids, rows), "use_cache": False}
-    return model(**inputs, **kept(model, ids.shape[1])).logits[:, -ids.shape[1] :]
+        return {"input_ids": ids, "past_key_values": prompt.cache, "use_cache": True}
+    rows = prompt.rows if isinstance(prompt, Prefix) else prompt
+    return {"inputs_embeds": with_prompt(model, ids, rows), "use_cache": False}
 
 
 def scored_logits(model: PreTrainedModel, windows: Tensor, prompt: Tensor | Prefix | None = None) -> Tensor:
@@ -53,11 +58,29 @@ def summed_nll(logits: Tensor, windows: Tensor) -> Tensor:
 
     Log-softmax in fp32 (or wider, if the logits are), a chunk at a time: no fp32 copy of all the logits is made.
     """
-    flat, targets = logits.flatten(0, 1), windows[:, 1:].flatten().to(logits.device)
-    rows = max(1, CHUNK // flat.shape[1])
+    return _summed(lambda chunk: chunk, logits, windows, logits.shape[-1])
+
+
+def scored_nll(model: PreTrainedModel, windows: Tensor, prompt: Tensor | Prefix | None = None) -> Tensor:
+    """`summed_nll` of the `scored_logits`; where the architecture allows, only a chunk of the logits exists at a time.
+
+    Without gradients: with them every chunk is kept.
+    """
+    head = head_of(model)
+    if head is None:
+        return summed_nll(scored_logits(model, windows, prompt), windows)
+    ids = windows[:, :-1]
+    states = model.base_model(**_inputs(model, ids, prompt)).last_hidden_state[:, -ids.shape[1] :]
+    return _summed(head, states, windows, head.weight.shape[0])
+
+
+def _summed(head: Callable[[Tensor], Tensor], states: Tensor, windows: Tensor, vocabulary: int) -> Tensor:
+    """Sum of -log p of x_1 .. x_{s-1} over what `head` makes of the states (b, s - 1, any)."""
+    flat, targets = states.flatten(0, 1), windows[:, 1:].flatten().to(states.device)
+    rows = max(1, CHUNK // vocabulary)
     total = torch.zeros((), dtype=torch.float64, device=flat.device)
     for chunk, target in zip(flat.split(rows), targets.split(rows), strict=True):
-        total = total + F.cross_entropy(_wide(chunk), target, reduction="none").sum(dtype=torch.float64)
+        total = total + F.cross_entropy(_wide(head(chunk)), target, reduction="none").sum(dtype=torch.float64)
     return total
 
 
