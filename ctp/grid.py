@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cpus", type=_positive, default=1, metavar="N", help="CPU cores a trial (default 1)")
     p.add_argument("--checkpoint-seconds", type=_seconds, default=60.0, metavar="S",
                    help="least time between two saved states of a prompt being learned (default 60)")  # fmt: skip
+    p.add_argument("--recompute", action="store_true", help="learn with a third of the memory and a quarter more time")
     p.add_argument("--gpu-memory", type=_positive, metavar="GIB",
                    help="memory of one GPU (default: that of the GPU here, else 24)")  # fmt: skip
     p.add_argument("--tflops", type=_positive, default=100, metavar="N",
@@ -101,8 +102,8 @@ def command(args: argparse.Namespace) -> int:
         print(f"Nothing to run. Store: {store.uri}  MLflow: {tracker.uri}")
         return OK
     runtime = Runtime(
-        device=args.device, batch=args.batch, checkpoint_seconds=args.checkpoint_seconds, locations=pins.locations,
-        datasets=pins.datasets, plugins=dict(plan.grid.plugins),
+        device=args.device, batch=args.batch, checkpoint_seconds=args.checkpoint_seconds, recompute=args.recompute,
+        locations=pins.locations, datasets=pins.datasets, plugins=dict(plan.grid.plugins),
     )  # fmt: skip
     return run(plan, todo, state, store, tracker, runtime, args)
 

@@ -144,7 +144,8 @@ class Runtime(Spec):
     """How and where work is done: nothing here changes a result, and no cell can hold it.
 
     device: "auto", "cpu" or "cuda". batch: windows per forward pass in evaluation and calibration.
-    checkpoint_seconds: least time between two checkpoints of a prompt that is being learned.
+    checkpoint_seconds: least time between two checkpoints of a prompt that is being learned. recompute: learn with less
+    memory and more time: activations are computed again in the backward pass.
     locations: where a pinned model, text or adapter lies ("name@revision" -> path, `package:…` or hub id).
     datasets: descriptions of the grid file's own texts, by name. plugins: sources of its Python files, by name.
     """
@@ -152,6 +153,7 @@ class Runtime(Spec):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     batch: PositiveInt = 4
     checkpoint_seconds: Annotated[float, Field(strict=True, ge=0)] = 60.0
+    recompute: bool = False
     locations: dict[str, str] = Field(default_factory=dict)
     datasets: dict[str, dict[str, Any]] = Field(default_factory=dict)
     plugins: dict[str, str] = Field(default_factory=dict)

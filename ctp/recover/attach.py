@@ -69,9 +69,13 @@ def scored_nll(model: PreTrainedModel, windows: Tensor, prompt: Tensor | Prefix 
     head = head_of(model)
     if head is None:
         return summed_nll(scored_logits(model, windows, prompt), windows)
+    return _summed(head, scored_states(model, windows, prompt), windows, head.weight.shape[0])
+
+
+def scored_states(model: PreTrainedModel, windows: Tensor, prompt: Tensor | Prefix | None = None) -> Tensor:
+    """What the body gives (b, s - 1, d) where the head would make the `scored_logits` of it; see `head_of`."""
     ids = windows[:, :-1]
-    states = model.base_model(**_inputs(model, ids, prompt)).last_hidden_state[:, -ids.shape[1] :]
-    return _summed(head, states, windows, head.weight.shape[0])
+    return model.base_model(**_inputs(model, ids, prompt)).last_hidden_state[:, -ids.shape[1] :]  # type: ignore[no-any-return]
 
 
 def _summed(head: Callable[[Tensor], Tensor], states: Tensor, windows: Tensor, vocabulary: int) -> Tensor:

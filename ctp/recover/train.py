@@ -9,7 +9,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,9 @@ from transformers import PreTrainedModel
 from ctp.evaluate.perplexity import PerplexityResult, perplexity
 from ctp.methods import Learned
 from ctp.recover.accelerator import accelerated
-from ctp.recover.attach import check_fit, frozen, scored_logits, summed_nll
+from ctp.recover.attach import check_fit, frozen
+from ctp.recover.fused import in_dtype
+from ctp.recover.objective import choose
 from ctp.recover.state import Outcome, TrainState
 from ctp.recover.steps import batch_rows, generator, learning_rate
 from ctp.spec import Runtime
@@ -46,10 +48,6 @@ class Trainable:
     parameters: dict[str, nn.Parameter]
     prompt: nn.Parameter | None = None
     dropout: Sequence[nn.Module] = ()
-
-    def logits(self, windows: Tensor) -> Tensor:
-        """Logits (b, s - 1, V) that predict x_1 .. x_{s-1} of each window (b, s)."""
-        return scored_logits(self.model, windows, self.prompt)
 
     def score(self, windows: Tensor, batch: int) -> PerplexityResult:
         """The windows (n, s) scored as an evaluation would score them."""
@@ -114,10 +112,20 @@ def train(
             )
         if getattr(model, "hf_device_map", None) is None:
             model.to(accelerator.device)
-        with make() as trainable:
-            run = _Run(trainable, windows, validation, spec, state, accelerator)
+        with make() as trainable, _rounded(model, accelerator):
+            run = _Run(trainable, windows, validation, spec, state, accelerator, runtime.recompute)
             _loop(run, runtime.checkpoint_seconds, checkpoint, report)
     return state
+
+
+@contextmanager
+def _rounded(model: PreTrainedModel, accelerator: Accelerator) -> Iterator[None]:
+    """Frozen weights are rounded once to what autocast would round them to at every use."""
+    device = accelerator.device.type
+    with accelerator.autocast():
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    with nullcontext() if dtype is None else in_dtype(model, dtype):
+        yield
 
 
 def _loop(run: "_Run", checkpoint_seconds: float, checkpoint: Checkpoint | None, report: Report | None) -> None:
@@ -155,6 +163,7 @@ class _Run:
         spec: Learned,
         state: TrainState,
         accelerator: Accelerator,
+        recompute: bool,
     ) -> None:
         self.trainable, self.windows, self.validation = trainable, windows, validation
         self.spec, self.state, self.accelerator = spec, state, accelerator
@@ -171,6 +180,8 @@ class _Run:
         self.optimizer = accelerator.prepare_optimizer(adamw, device_placement=False)
         if accelerator.scaler is not None and state.scaler:
             accelerator.scaler.load_state_dict(state.scaler)
+        with accelerator.autocast():
+            self.objective = choose(trainable.model, windows, trainable.prompt, recompute)
         self.losses: deque[float] = deque(maxlen=5)
         self.rate, self.trained, self.training_seconds = 0.0, 0, 0.0
 
@@ -183,7 +194,7 @@ class _Run:
             group["lr"] = self.rate
         self.optimizer.zero_grad()
         total = 0.0
-        with self.trainable.updating(spec.seed, state.step):
+        with self.trainable.updating(spec.seed, state.step), self.objective.active():
             for rows in batch_rows(len(self.windows), spec, state.step).chunk(spec.accumulate):
                 nll = self._nll(self.windows[rows].to(self.device))
                 # Divided by the whole batch's count, so that micro-batches add up to the full batch's loss.
@@ -201,8 +212,7 @@ class _Run:
 
     def _nll(self, windows: Tensor) -> Tensor:
         with self.accelerator.autocast():
-            logits = self.trainable.logits(windows)
-        return summed_nll(logits, windows)
+            return self.objective.nll(windows, self.trainable.prompt)
 
     def _step(self) -> None:
         """Clip, check and apply the gradient. Under fp16 a first overflow only lowers the loss scale, as it should."""

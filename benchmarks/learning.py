@@ -1,0 +1,281 @@
+"""One step of learning a soft prompt: time and memory, next to PEFT with a plain loop and with the Hugging Face Trainer.
+
+    python -m benchmarks.learning [--rounds N] [--steps N] [--precision fp32 bf16]
+    python -m benchmarks.learning --device cuda
+
+On a CPU: SmolLM2-135M, 4 windows of 256 tokens behind 100 rows, AdamW; the same weights, rows, tokens and scored tokens
+for all, each in a process of its own, one after the other in every round. Time is the median of all steps but the first
+of each process, extra memory the largest resident size during the steps over that before them. The floor is the time
+that the matrix products alone would take: those of frozen linears for every position once (the prompt's once a batch)
+and of the head for scored positions, forward and for the inputs' gradient, at the rate measured here.
+
+On a GPU: a model of LLaMA-7B's shape with random weights, bfloat16, 4 windows of 1,024 tokens behind 100 rows: share of
+the card's measured rate of matrix products, and peak memory.
+
+Exit status 1 where a claim does not hold.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+K, BATCH, WINDOW = 100, 4, 256
+TOKENS = Path(__file__).with_name("smollm2_wikitext2_256.safetensors")
+WAYS = {"peft": "PEFT, plain loop", "trainer": "PEFT, HF Trainer", "ctp": "ctp", "recompute": "ctp, recomputing"}
+SLOWEST = {"fp32": 0.85, "bf16": 0.6}  # of PEFT's time
+RECOMPUTED = 1.35  # of the time without
+LARGEST = {"ctp": 0.45, "recompute": 0.2}  # of PEFT's extra memory
+LOSS = {"fp32": 1e-5, "bf16": 5e-3}  # relative, of the first step
+GPU_SHARE, GPU_MEMORY = 0.45, 24 * 2**30
+
+
+def resident(peak: bool = False) -> int:
+    """Bytes of this process in memory; peak: the most since `forget_peak`."""
+    name = "VmHWM" if peak else "VmRSS"
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
+    return 1024 * int(line.split()[1])
+
+
+def forget_peak() -> int:
+    """Start measuring the peak from here; returns the bytes in memory."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident()
+
+
+# ------------------------------------------------------------------------- the ways
+
+
+def ours(model: Any, windows: Tensor, steps: int, precision: str, recompute: bool) -> tuple[list[float], float]:
+    """Seconds of each step and the first step's loss, through `learn`, the function that cells call."""
+    from ctp.inputs import Windows
+    from ctp.methods import SoftPrompt
+    from ctp.recover import train
+    from ctp.recover.soft_prompt import learn
+    from ctp.spec import Runtime
+
+    text = Windows(dataset="wikitext2", split="train", seq_len=windows.shape[1], count=len(windows))
+    spec = SoftPrompt(k=K, text=text, validation=text, steps=steps, batch=len(windows), validate_every=steps,
+                      init="first_rows", precision=precision, lr=1e-3, warmup=0, clip=None)  # fmt: skip
+    seconds, losses = [], []
+    update = train._Run.update
+
+    def timed(run: Any) -> None:
+        begun = time.perf_counter()
+        update(run)
+        seconds.append(time.perf_counter() - begun)
+        losses.append(run.losses[-1])
+
+    train._Run.update = timed  # type: ignore[method-assign]
+    device = model.device.type
+    learn(model, windows, windows[:1, :8], spec, runtime=Runtime(device=device, recompute=recompute))
+    return seconds, losses[0]
+
+
+def prompt_tuning(model: Any) -> Any:
+    """The model with PEFT's prompt of the same rows in front."""
+    from peft import PromptTuningConfig, TaskType, get_peft_model
+
+    rows = model.get_input_embeddings().weight[:K].detach().clone()
+    tuned = get_peft_model(model, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=K))
+    with torch.no_grad():
+        tuned.prompt_encoder["default"].embedding.weight.copy_(rows)
+    return tuned
+
+
+def scored(windows: Tensor) -> Tensor:
+    """Labels without each window's first token: ctp scores x_1 .. x_{s-1}."""
+    labels = windows.clone()
+    labels[:, 0] = -100
+    return labels
+
+
+def plain_loop(model: Any, windows: Tensor, steps: int) -> tuple[list[float], float]:
+    tuned, seconds, losses = prompt_tuning(model), [], []
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(steps):
+        begun = time.perf_counter()
+        loss = tuned(input_ids=windows, labels=scored(windows)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - begun)
+    return seconds, losses[0]
+
+
+def with_trainer(model: Any, windows: Tensor, steps: int, precision: str) -> tuple[list[float], float]:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    begun: list[float] = []
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            begun.append(time.perf_counter())
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seconds.append(time.perf_counter() - begun[-1])
+
+    rows = [{"input_ids": w, "labels": y} for w, y in zip(windows, scored(windows), strict=True)] * steps
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            folder, per_device_train_batch_size=len(windows), max_steps=steps, learning_rate=1e-3, use_cpu=True,
+            bf16=precision == "bf16", report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(prompt_tuning(model), args, train_dataset=rows, callbacks=[Clock()])
+        trainer.train()
+    return seconds, float(trainer.state.log_history[0]["loss"])
+
+
+def one(way: str, folder: str, precision: str, steps: int) -> dict[str, Any]:
+    """What one process measures."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
+    windows = load_file(TOKENS)["calibration"][:BATCH, :WINDOW].long()
+    before = forget_peak()
+    if way == "peft":
+        seconds, loss = plain_loop(model, windows, steps)
+    elif way == "trainer":
+        seconds, loss = with_trainer(model, windows, steps, precision)
+    else:
+        seconds, loss = ours(model, windows, steps, precision, way == "recompute")
+    return {"seconds": seconds[1:], "memory": resident(peak=True) - before, "loss": loss}
+
+
+# ------------------------------------------------------------------------ the table
+
+
+def rate(dtype: torch.dtype, shape: tuple[int, int, int], device: str = "cpu") -> float:
+    """Operations a second of a matrix product (m, n, k)."""
+    m, n, k = shape
+    a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
+    seconds = min(_timed(lambda: a @ b.T, device) for _ in range(30))
+    return 2 * m * n * k / seconds
+
+
+def _timed(work: Callable[[], object], device: str) -> float:
+    begun = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def operations(config: Any, b: int, s: int) -> float:
+    """Of a step's matrix products without attention: 2 per weight and position, forward and for the inputs' gradient."""
+    width, inner, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    block = 2 * width * width + 2 * width * kv + 3 * width * inner
+    return 2 * 2 * (config.num_hidden_layers * block * (K + b * (s - 1)) + config.vocab_size * width * b * (s - 1))
+
+
+def child(way: str, folder: str, precision: str, steps: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.learning", "--one", way, folder, precision, "--steps", str(steps)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RuntimeError(f"{way}, {precision}: {ended.stderr[-2000:]}")
+    return dict(json.loads(ended.stdout.splitlines()[-1]))
+
+
+def table(precision: str, folder: str, config: Any, rounds: int, steps: int) -> list[str]:
+    """Measure and print one precision; returns the claims that do not hold."""
+    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    for _ in range(rounds):
+        for way, some in runs.items():
+            some.append(child(way, folder, precision, steps))
+    seconds = {w: [x for run in some for x in run["seconds"]] for w, some in runs.items()}
+    time_of = {w: statistics.median(x) for w, x in seconds.items()}
+    memory = {w: statistics.median(run["memory"] for run in some) for w, some in runs.items()}
+    loss = {w: some[0]["loss"] for w, some in runs.items()}
+    speed = rate(torch.bfloat16 if precision == "bf16" else torch.float32, (1120, 1536, 576))
+    floor = operations(config, BATCH, WINDOW) / speed
+    print(f"\n{precision}: matrix products at {speed / 1e9:.0f} GFLOP/s; floor {floor:.2f} s\n")
+    print("| | step | spread | of PEFT | of the floor | extra memory | of PEFT | first loss |")
+    print("|---|---|---|---|---|---|---|---|")
+    for w, name in WAYS.items():
+        spread = (max(seconds[w]) - min(seconds[w])) / time_of[w] / 2
+        print(f"| {name} | {time_of[w]:.2f} s | ±{spread:.0%} | {time_of[w] / time_of['peft']:.2f} | "
+              f"{time_of[w] / floor:.2f} | {memory[w] / 2**20:.0f} MiB | {memory[w] / memory['peft']:.2f} | "
+              f"{loss[w]:.5f} |", flush=True)  # fmt: skip
+    broken = [f"{precision}: {WAYS[w]} takes {time_of[w] / time_of[p]:.2f} of {WAYS[p]}'s time, not {most}"
+              for w, p, most in (("ctp", "peft", SLOWEST[precision]), ("ctp", "trainer", SLOWEST[precision]),
+                                 ("recompute", "ctp", RECOMPUTED)) if time_of[w] > most * time_of[p]]  # fmt: skip
+    broken += [f"{precision}: {WAYS[w]} takes {memory[w] / memory['peft']:.2f} of PEFT's extra memory, not {most}"
+               for w, most in LARGEST.items() if memory[w] > most * memory["peft"]]  # fmt: skip
+    broken += [f"{precision}: the first loss is {loss[w]}, PEFT's {loss['peft']}" for w in ("ctp", "recompute")
+               if abs(loss[w] / loss["peft"] - 1) > LOSS[precision]]  # fmt: skip
+    return broken
+
+
+def on_cpu(rounds: int, steps: int, precisions: list[str]) -> list[str]:
+    from ctp.models import load, locate
+
+    _, revision, location = locate("smollm2-135m")
+    model, _ = load(location, revision, "float32", "cpu")
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads;", end=" ")
+    print(", ".join(f"{n} {version(n)}" for n in ("torch", "transformers", "peft")), end="; ")
+    print(f"SmolLM2-135M, {BATCH} x {WINDOW} tokens behind {K} rows; {rounds} rounds of {steps - 1} steps")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        config = model.config
+        del model
+        return [x for p in precisions for x in table(p, folder, config, rounds, steps)]
+
+
+def on_gpu(steps: int) -> list[str]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(max_position_embeddings=2048)  # its defaults are LLaMA-7B's shape
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        model = LlamaForCausalLM(config).eval().requires_grad_(False)
+        torch.set_default_dtype(torch.float32)
+    windows = torch.randint(config.vocab_size, (BATCH, 1024))
+    speed = rate(torch.bfloat16, (8192, 8192, 8192), "cuda")
+    floor, broken = operations(config, BATCH, 1024) / speed, []
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {speed / 1e12:.0f} TFLOP/s of products")
+    print("\n| | step | of the rate | peak memory |\n|---|---|---|---|")
+    for recompute in (False, True):
+        torch.cuda.reset_peak_memory_stats()
+        seconds = statistics.median(ours(model, windows, steps, "bf16", recompute)[0][1:])
+        peak = torch.cuda.max_memory_allocated()
+        print(f"| {WAYS['recompute' if recompute else 'ctp']} | {seconds:.3f} s | {floor / seconds:.0%} | "
+              f"{peak / 2**30:.1f} GiB |", flush=True)  # fmt: skip
+        if recompute and (floor / seconds < GPU_SHARE or peak > GPU_MEMORY):
+            broken.append(f"{floor / seconds:.0%} of the rate, {peak / 2**30:.1f} GiB")
+    return broken
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4, help="of each process, the first of which is not counted")
+    parser.add_argument("--precision", nargs="+", choices=list(SLOWEST), default=list(SLOWEST))
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(one(*args.one, args.steps)))
+        return 0
+    broken = on_gpu(args.steps) if args.device == "cuda" else on_cpu(args.rounds, args.steps, args.precision)
+    print("\n" + ("\n".join(f"Does not hold: {b}." for b in broken) or "All claims hold."))
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
