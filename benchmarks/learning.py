@@ -1,4 +1,4 @@
-"""One step of learning a soft prompt: time and memory, next to PEFT with a plain loop and with the Hugging Face Trainer.
+"""One step of learning a soft prompt: time and memory, next to PEFT with a plain loop and with Hugging Face's Trainer.
 
     python -m benchmarks.learning [--rounds N] [--steps N] [--precision fp32 bf16]
     python -m benchmarks.learning --device cuda
@@ -73,11 +73,11 @@ def ours(model: Any, windows: Tensor, steps: int, precision: str, recompute: boo
     seconds, losses = [], []
     update = train._Run.update
 
-    def timed(run: Any) -> None:
+    def timed(self: Any) -> None:
         begun = time.perf_counter()
-        update(run)
+        update(self)
         seconds.append(time.perf_counter() - begun)
-        losses.append(run.losses[-1])
+        losses.append(self.losses[-1])
 
     train._Run.update = timed  # type: ignore[method-assign]
     device = model.device.type
@@ -178,7 +178,7 @@ def _timed(work: Callable[[], object], device: str) -> float:
 
 
 def operations(config: Any, b: int, s: int) -> float:
-    """Of a step's matrix products without attention: 2 per weight and position, forward and for the inputs' gradient."""
+    """Of a step's matrix products without attention: 2 a weight and position, forward and for the inputs' gradient."""
     width, inner, kv = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
     block = 2 * width * width + 2 * width * kv + 3 * width * inner
     return 2 * 2 * (config.num_hidden_layers * block * (K + b * (s - 1)) + config.vocab_size * width * b * (s - 1))
@@ -270,7 +270,8 @@ def main() -> int:
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(one(*args.one, args.steps)))
+        way, folder, precision = args.one
+        print(json.dumps(one(way, folder, precision, args.steps)))
         return 0
     broken = on_gpu(args.steps) if args.device == "cuda" else on_cpu(args.rounds, args.steps, args.precision)
     print("\n" + ("\n".join(f"Does not hold: {b}." for b in broken) or "All claims hold."))

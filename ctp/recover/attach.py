@@ -75,7 +75,7 @@ def scored_nll(model: PreTrainedModel, windows: Tensor, prompt: Tensor | Prefix 
 def scored_states(model: PreTrainedModel, windows: Tensor, prompt: Tensor | Prefix | None = None) -> Tensor:
     """What the body gives (b, s - 1, d) where the head would make the `scored_logits` of it; see `head_of`."""
     ids = windows[:, :-1]
-    return model.base_model(**_inputs(model, ids, prompt)).last_hidden_state[:, -ids.shape[1] :]  # type: ignore[no-any-return]
+    return model.base_model(**_inputs(model, ids, prompt)).last_hidden_state[:, -ids.shape[1] :]
 
 
 def _summed(head: Callable[[Tensor], Tensor], states: Tensor, windows: Tensor, vocabulary: int) -> Tensor:

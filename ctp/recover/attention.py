@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "ctp_packed"  # in transformers' registry of attention implementations
 BLOCK = 128  # query rows that are computed together: what lies after the last of them is left out
-OTHER = ("sliding_window", "softcap", "s_aux", "position_bias")  # attention of another kind, where one is given
+OTHER = ("softcap", "s_aux", "position_bias")  # attention of another kind, where one is given
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,9 @@ def packed_attention(
 
     Raises NotImplementedError for attention that is not plainly causal.
     """
-    span = other.get("sliding_window")
-    given = [
-        n for n in OTHER if other.get(n) is not None and not (n == "sliding_window" and span >= layout.k + layout.t)
-    ]
+    given = [n for n in OTHER if other.get(n) is not None]
+    if (other.get("sliding_window") or layout.k + layout.t) < layout.k + layout.t:
+        given.append("sliding_window")
     if given or mask is not None or other.get("dropout"):
         raise NotImplementedError(f"{type(module).__name__}: attention with {', '.join(given) or 'a mask or dropout'}")
     device = q.device.type
@@ -76,7 +75,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, keep: bool =
     anyhow: on a GPU torch's kernels do.
     """
     if q.device.type == "cpu":
-        return _Attention.apply(q, k, v, scale, keep)  # type: ignore[no-any-return]
+        return _Attention.apply(q, k, v, scale, keep)
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2]), scale=scale)

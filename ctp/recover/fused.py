@@ -67,11 +67,11 @@ class _GatedMLP(Function):
 
 
 def _norm(module: nn.Module, x: Tensor) -> Tensor:
-    return _RMSNorm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-any-return]
+    return _RMSNorm.apply(x, module.weight, module.variance_epsilon)
 
 
 def _mlp(module: Any, x: Tensor) -> Tensor:
-    return module.down_proj(_SwiGLU.apply(module.gate_proj(x), module.up_proj(x)))  # type: ignore[no-any-return]
+    return module.down_proj(_SwiGLU.apply(module.gate_proj(x), module.up_proj(x)))
 
 
 def _frugal_mlp(module: Any, x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def _frugal_mlp(module: Any, x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(device):
         x, *weights = (t.to(torch.get_autocast_dtype(device)) for t in (x, *weights))
     with torch.autocast(device, enabled=False):
-        return _GatedMLP.apply(x, *weights)  # type: ignore[no-any-return]
+        return _GatedMLP.apply(x, *weights)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -71,7 +71,7 @@ def linear_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.autocast(device, enabled=False):
-        return _LinearNLL.apply(hidden, weight, targets)  # type: ignore[no-any-return]
+        return _LinearNLL.apply(hidden, weight, targets)
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,15 @@ class Objective:
         if not self.packed:
             return scored_states(self.model, windows, self._front(prompt))
         ids = windows[:, :-1]
-        layout = Layout(0 if prompt is None else len(prompt), *ids.shape, keep=not self.recompute)
+        b, t = ids.shape
+        layout = Layout(0 if prompt is None else len(prompt), b, t, keep=not self.recompute)
         rows = self.model.get_input_embeddings()(ids.flatten())
         if prompt is not None:
             rows = torch.cat([prompt.to(rows.device, rows.dtype), rows])
         out = self.model.base_model(
             inputs_embeds=rows[None], position_ids=layout.positions(rows.device), use_cache=False, layout=layout
         )
-        return out.last_hidden_state[0, layout.k :].unflatten(0, ids.shape)  # type: ignore[no-any-return]
+        return out.last_hidden_state[0, layout.k :].unflatten(0, ids.shape)
 
     def _front(self, prompt: Tensor | None) -> Tensor | Prefix | None:
         """A block that is computed again would put its keys into the prefix's cache again."""
