@@ -3,12 +3,14 @@
 N parameters, T tokens fed (prompt rows included), h wide, L blocks, V vocabulary entries, b bytes a number:
 
     a forward pass                2 N T operations
-    a learning step               4 N T: forward, and backward to the inputs; frozen weights have no gradient
+    a learning step               4 N T: forward, and backward to the inputs; frozen weights have no gradient. The
+                                  prompt's rows count once a micro-batch: its windows share them
     calibration                   2 x 2 N T for inputs and outputs, 2 T (3 h^2 + f^2) L for Hessians (f: widest input),
                                   and about 2 N h for the solver
     a decoded token               2 N, but bound by memory: counted 20 times
-    memory of learning            N b + 34 h L T b / 2 (Korthikanti et al. 2022, no attention matrices) + 2 V T b, and
-                                  the linears once more where autocast computes in another dtype than theirs
+    memory of learning            N b + (6 h + 2 f) L T b: inputs of both norms, queries, keys, values, what attention
+                                  gives, and an MLP's gate and up; a chunk of logits in b bytes and in 4; the linears
+                                  once more where autocast computes in another dtype than theirs
     memory of the rest            N b + what is fed: V T b of logits, 2 h L T b of keys and values, the Hessians
 
 Tokens of whole texts are their bytes / 4; a task has 1,000 documents unless known here, of four choices.
@@ -31,6 +33,7 @@ WHOLE = 2_000_000  # a text that nothing is known of
 TASKS = {"openbookqa": (500, 20), "hellaswag": (10_042, 100), "piqa": (1_838, 40),
          "mmlu_high_school_european_history": (165, 420)}  # fmt: skip
 CHOICES = 4
+CHUNK = 2**24  # logits that exist at a time
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def _learn(cell: Learn, facts: Facts) -> Cost:
     spec, n, b = cell.recovery, facts.parameters, BYTES[cell.source.model.dtype]
     if not isinstance(spec, Learned):
         return Cost(0, 4 * getattr(spec, "k", 100) * facts.width, n * b)
-    tokens = spec.batch * (spec.text.seq_len + spec.prompt_rows)
+    tokens = spec.batch * spec.text.seq_len + spec.accumulate * spec.prompt_rows
     looks = spec.steps // spec.validate_every + 1
     judged = (spec.validation.count or _tokens(spec.validation) // spec.validation.seq_len) * (
         spec.validation.seq_len + spec.prompt_rows
@@ -101,7 +104,8 @@ def _learn(cell: Learn, facts: Facts) -> Cost:
     computed = {"fp32": cell.source.model.dtype, "bf16": "bfloat16", "fp16": "float16"}[spec.precision]
     cast = BYTES[computed] * facts.linear_parameters if computed != cell.source.model.dtype else 0
     fed = tokens / spec.accumulate
-    activations = 34 * _hidden(facts) * facts.layers * fed * b / 2 + 2 * facts.vocab * fed * b
+    kept = (6 * _hidden(facts) + 2 * max(facts.in_features, default=facts.width)) * facts.layers * fed * BYTES[computed]
+    activations = kept + max(CHUNK, facts.vocab) * (BYTES[computed] + 4)
     return Cost(
         4 * n * tokens * spec.steps + 2 * n * judged * looks, 4 * trained, n * b + cast + activations + 16 * trained
     )

@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--checkpoint-seconds", type=_seconds, default=60.0, metavar="S",
                    help="least time between two saved states of a prompt being learned (default 60)")  # fmt: skip
     p.add_argument("--recompute", action="store_true", help="learn with a third of the memory and a quarter more time")
+    p.add_argument("--packed", action="store_true", help="learn prompts through weights that stay packed in memory")
     p.add_argument("--gpu-memory", type=_positive, metavar="GIB",
                    help="memory of one GPU (default: that of the GPU here, else 24)")  # fmt: skip
     p.add_argument("--tflops", type=_positive, default=100, metavar="N",
@@ -103,7 +104,7 @@ def command(args: argparse.Namespace) -> int:
         return OK
     runtime = Runtime(
         device=args.device, batch=args.batch, checkpoint_seconds=args.checkpoint_seconds, recompute=args.recompute,
-        locations=pins.locations, datasets=pins.datasets, plugins=dict(plan.grid.plugins),
+        packed=args.packed, locations=pins.locations, datasets=pins.datasets, plugins=dict(plan.grid.plugins),
     )  # fmt: skip
     return run(plan, todo, state, store, tracker, runtime, args)
 

@@ -83,8 +83,9 @@ class LearnJob(Job):
 
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
-        """(model in eval mode, tokenizer)."""
-        return load_compressed(self.cell.source, self.store, self.runtime, self.device)
+        """(model in eval mode, tokenizer). LoRA is put into ordinary linears: packed ones are for prompts."""
+        packed = self.runtime.packed and self.cell.recovery.in_front
+        return load_compressed(self.cell.source, self.store, self.runtime, self.device, packed)
 
     @property
     def model(self) -> Any:
@@ -148,7 +149,7 @@ def evaluating(cell: Evaluate, **base: Any) -> Iterator[EvaluateJob]:
 
 # ------------------------------------------------------------------ what they read
 
-_held: tuple[str, Any, Any] | None = None
+_held: tuple[tuple[str, bool], Any, Any] | None = None
 _in_front: "tuple[tuple[str, ...], Prefix] | None" = None
 
 
@@ -159,12 +160,15 @@ def forget() -> None:
     _sha256.cache_clear()
 
 
-def load_compressed(cell: Compress, store: Store, runtime: Runtime, device: str) -> tuple[Any, Any]:
+def load_compressed(
+    cell: Compress, store: Store, runtime: Runtime, device: str, packed: bool = False
+) -> tuple[Any, Any]:
     """(model, tokenizer) of a finished Compress cell. The last one stays loaded: cells of one target come together."""
     global _held
-    if _held is None or _held[0] != key(cell):
+    wanted = key(cell), packed
+    if _held is None or _held[0] != wanted:
         forget()  # the old weights before the new ones come
-        _held = key(cell), *open_model(cell, store, runtime, device)
+        _held = wanted, *open_model(cell, store, runtime, device, packed)
     return _held[1], _held[2]
 
 
@@ -184,14 +188,17 @@ def _prefix(cell: Evaluate, model: Any, prompt: Tensor) -> "Prefix":
     return _in_front[1]
 
 
-def open_model(cell: Compress, store: Store, runtime: Runtime, device: str) -> tuple[Any, Any]:
-    """(model in eval mode, tokenizer) of a finished Compress cell, unpacked to ordinary weights bit for bit."""
+def open_model(cell: Compress, store: Store, runtime: Runtime, device: str, packed: bool = False) -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer) of a finished Compress cell, unpacked to ordinary weights bit for bit.
+
+    packed: they are unpacked at every use only.
+    """
     if isinstance(cell.compression, Dense):
         return _load_base(cell, runtime, device)
     from ctp.compression.artifact import Compressed
 
     small = Compressed.open(store.fetch(cell))
-    return small.model(device), small.tokenizer
+    return small.model(device, packed), small.tokenizer
 
 
 def _load_base(cell: Compress, runtime: Runtime, device: str) -> tuple[Any, Any]:

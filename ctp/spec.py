@@ -50,7 +50,7 @@ class Compress(Cell):
 
 
 class Learn(Cell):
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2  # 2: loss and attention summed in another order, weights rounded once under autocast
     kind: ClassVar[str] = "learn"
 
     source: Compress
@@ -145,7 +145,8 @@ class Runtime(Spec):
 
     device: "auto", "cpu" or "cuda". batch: windows per forward pass in evaluation and calibration.
     checkpoint_seconds: least time between two checkpoints of a prompt that is being learned. recompute: learn with less
-    memory and more time: activations are computed again in the backward pass.
+    memory and more time: activations are computed again in the backward pass. packed: learn prompts through weights
+    that stay packed on the device and are unpacked at every use.
     locations: where a pinned model, text or adapter lies ("name@revision" -> path, `package:…` or hub id).
     datasets: descriptions of the grid file's own texts, by name. plugins: sources of its Python files, by name.
     """
@@ -154,6 +155,7 @@ class Runtime(Spec):
     batch: PositiveInt = 4
     checkpoint_seconds: Annotated[float, Field(strict=True, ge=0)] = 60.0
     recompute: bool = False
+    packed: bool = False
     locations: dict[str, str] = Field(default_factory=dict)
     datasets: dict[str, dict[str, Any]] = Field(default_factory=dict)
     plugins: dict[str, str] = Field(default_factory=dict)

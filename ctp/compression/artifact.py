@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from ctp.compression.layer import Layer
 from ctp.compression.pack import pack, stats, unpack_each
+from ctp.compression.packed import put_packed
 from ctp.models import place, quiet
 
 PACKED, REST, GENERATION = "compressed.safetensors", "rest.safetensors", "generation_config.json"
@@ -88,16 +89,23 @@ class Compressed:
         """What it takes on disk, and what that saves; see `ctp.compression.stats`."""
         return stats(self.packed, self.rest, self.config.dtype)
 
-    def model(self, device: str = "cpu") -> Any:
+    def model(self, device: str = "cpu", packed: bool = False) -> Any:
         """An ordinary Hugging Face model in eval mode, its weights unpacked bit for bit.
 
-        Raises ValueError where the weights are not those of the architecture.
+        packed: they stay packed on the device and are unpacked at every use, for a model to learn a prompt through in
+        less memory. Raises ValueError where the weights are not those of the architecture.
         """
         dtype = self.config.dtype
         state = {n: t.to(dtype if t.is_floating_point() else t.dtype, copy=True) for n, t in self.rest.items()}
         where = device if torch.cuda.device_count() < 2 else "cpu"  # several GPUs: one may not hold it all
-        state |= {f"{name}.weight": layer.dense(dtype) for name, layer in self.layers(where)}
+        if packed:
+            shapes = {n.removesuffix(".shape"): t.tolist()[:2] for n, t in self.packed.items() if n.endswith(".shape")}
+            state |= {f"{name}.weight": torch.zeros((), dtype=dtype).expand(shape) for name, shape in shapes.items()}
+        else:
+            state |= {f"{name}.weight": layer.dense(dtype) for name, layer in self.layers(where)}
         model = build(self.config, state)
+        if packed:
+            put_packed(model, self.packed, dtype)
         if self.generation is not None:
             model.generation_config = self.generation
         return place(model, device).eval()

@@ -1,0 +1,66 @@
+"""Linears that stay packed in memory and are unpacked every time they are used."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from ctp.compression.pack import unpack
+
+
+class _Linear(Function):
+    """x W^T + b, with W unpacked for the product and again for the gradient: neither waits for the other."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: "PackedLinear", dtype: torch.dtype) -> Tensor:
+        ctx.linear, ctx.dtype = linear, dtype
+        return F.linear(x, linear.dense(dtype), None if linear.bias is None else linear.bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0] @ ctx.linear.dense(ctx.dtype), None, None
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear layer of the bits that its artifact stores; computes what the unpacked one does, bit for bit.
+
+    packed: its fields as `ctp.compression.pack` names them. bias: (outputs,) or None. dtype: of the unpacked weight.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, packed: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape = packed["shape"]  # read by the CPU at every use
+        self.fields = [n for n in packed if n != "shape"]
+        for name in self.fields:
+            self.register_buffer(name, packed[name])
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.dtype = dtype
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight (outputs, inputs) in the model's dtype, then in `dtype`."""
+        parts = {f"w.{name}": getattr(self, name) for name in self.fields}
+        return unpack({"w.shape": self.shape, **parts})["w"].dense(self.dtype).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return _Linear.apply(x, self, x.dtype)
+
+
+def put_packed(model: nn.Module, packed: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Replace the linears that `packed` has (tensors by `module name.field`) by packed ones, in place."""
+    fields: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in packed.items():
+        name, _, field = key.rpartition(".")
+        fields.setdefault(name, {})[field] = tensor
+    for name, parts in fields.items():
+        parent, _, own = name.rpartition(".")
+        place = model.get_submodule(parent)
+        setattr(place, own, PackedLinear(parts, getattr(place, own).bias, dtype))
