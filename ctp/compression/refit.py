@@ -26,29 +26,28 @@ def refit(
     else:
         a, r = _groups(steps, errors, root, damped, group, len(scale))
     # The pull keeps a group whose codes are all zero as it is.
-    ridge = PULL * a.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30
-    change = torch.linalg.solve(a + torch.diag_embed(ridge.expand_as(r)), r)
-    new = scale.T + change
-    sound = ((new > 0) & (new < 2 * scale.T)).all(1, keepdim=True)
-    new = to_storage(torch.where(sound, new, scale.T).T.contiguous(), model)
+    a.diagonal().add_((PULL * a.diagonal().mean(1, keepdim=True) + 1e-30))
+    new = scale + _solve(a, r)
+    sound = ((new > 0) & (new < 2 * scale)).all(0)
+    new = to_storage(torch.where(sound, new, scale), model)
     torch.mul(steps, new[group], out=work)
     return new
 
 
 def _one_group(steps: Tensor, errors: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-    """A (outputs, 1, 1) = ||R^T c||^2 and r (outputs, 1) = (R^T c) e: one product with a triangle gives both."""
+    """A (1, 1, outputs) = ||R^T c||^2 and r (1, outputs) = (R^T c) e: one product with a triangle gives both."""
     a, r = steps.new_zeros(steps.shape[1]), steps.new_zeros(steps.shape[1])
     for rows in _stripes(len(steps)):
         part = root[: rows.stop, rows].T @ steps[: rows.stop]
         r += (part * errors[rows]).sum(0)
         a += part.square_().sum(0)
-    return a[:, None, None], r[:, None]
+    return a[None, None], r[None]
 
 
 def _groups(
     steps: Tensor, errors: Tensor, root: Tensor, damped: Tensor, group: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
-    """A (outputs, groups, groups) and r (outputs, groups)."""
+    """A (groups, groups, outputs) and r (groups, outputs)."""
     columns, outputs = steps.shape
     size = columns // count
     pushed = torch.empty_like(steps)
@@ -57,13 +56,28 @@ def _groups(
     order = torch.argsort(group, stable=True)
     if not bool((order == torch.arange(columns, device=order.device)).all()):
         steps, pushed, damped = steps[order], pushed[order], damped[order][:, order]
-    r = pushed.mul_(steps).view(count, size, outputs).sum(1).T
-    a = steps.new_empty(outputs, count, count)
+    r = pushed.mul_(steps).view(count, size, outputs).sum(1)
+    a = steps.new_empty(count, count, outputs)
     for g in range(count):  # H is symmetric: half of A is enough
         own, later = slice(g * size, (g + 1) * size), slice(g * size, columns)
-        products = (damped[later, own] @ steps[own]).mul_(steps[later]).view(count - g, size, outputs).sum(1).T
-        a[:, g, g:], a[:, g:, g] = products, products
+        products = (damped[later, own] @ steps[own]).mul_(steps[later]).view(count - g, size, outputs).sum(1)
+        a[g, g:], a[g:, g] = products, products
     return a, r
+
+
+def _solve(a: Tensor, r: Tensor) -> Tensor:
+    """x of a x = r for symmetric positive definite a (n, n, outputs), r (n, outputs), both overwritten.
+
+    Elimination, each step for all outputs: LAPACK solves systems this small one after the other.
+    """
+    n = len(r)
+    for k in range(n - 1):
+        factor = a[k + 1 :, k] / a[k, k]
+        a[k + 1 :, k + 1 :].sub_(factor[:, None] * a[k, None, k + 1 :])
+        r[k + 1 :].sub_(factor * r[k])
+    for k in reversed(range(n)):
+        r[k] = (r[k] - (a[k, k + 1 :] * r[k + 1 :]).sum(0)) / a[k, k]
+    return r
 
 
 def _stripes(columns: int) -> list[slice]:
