@@ -3,17 +3,18 @@
     python peer_gptqmodel.py JOB.json
 
 JOB is that of peer_llmcompressor.py. Every row is one call of `quantize` on a freshly loaded model; the call alone is
-timed. Prints "ROW {name, seconds, weights}": weights is a safetensors file with the dense weights.
+timed. Prints "ROW {name, seconds, weights, version}" for each: weights is the folder that GPTQModel saved.
 """
 
 import json
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 
 def config(s: dict) -> QuantizeConfig:
@@ -43,11 +44,10 @@ def main(job: dict) -> None:
         begun = time.perf_counter()
         model.quantize(calibration, batch_size=job["batch"])
         seconds = time.perf_counter() - begun
-        file = str(Path(job["out"]) / f"gptqmodel-{row['name']}.safetensors")
-        linears = {n: m for n, m in model.model.named_modules() if hasattr(m, "dequantize_weight")}
-        dense = {f"{n}.weight": m.dequantize_weight().T.float().contiguous() for n, m in linears.items()}
-        save_file(dense, file)
-        print("ROW " + json.dumps({"name": row["name"], "seconds": seconds, "weights": file}), flush=True)
+        folder = str(Path(job["out"]) / f"gptqmodel-{row['name']}")
+        model.save(folder)
+        said = {"name": row["name"], "seconds": seconds, "weights": folder, "version": version("gptqmodel")}
+        print("ROW " + json.dumps(said), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@
 
 JOB holds model (a folder), tokens (a safetensors file with `calibration`, (windows, tokens)), threads, batch, out (a
 folder) and rows [{name, method, settings}]. Every row is one call of `oneshot` on a freshly loaded model; the call
-alone is timed. Prints "ROW {name, seconds, weights}" for each: weights is a safetensors file with the dense weights.
+alone is timed. Prints "ROW {name, seconds, weights, version}" for each: weights is a file with the dense weights.
 """
 
 import json
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -23,12 +24,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def recipe(method: str, s: dict):
+def recipe(method: str, s: dict) -> GPTQModifier | SparseGPTModifier:
     """The modifier with ctp's settings `s` of a method; damping 0.01 and blocks of 128 are the defaults of both."""
     if method == "sparsegpt":
         n, m = s.get("pattern", "0:0").split(":")
         return SparseGPTModifier(
-            sparsity=s["sparsity"] if "sparsity" in s else int(n) / int(m), mask_structure=f"{n}:{m}", ignore=["lm_head"]
+            sparsity=s["sparsity"] if "sparsity" in s else int(n) / int(m),
+            mask_structure=f"{n}:{m}",
+            ignore=["lm_head"],
         )
     weights = {
         "num_bits": s["bits"],
@@ -66,7 +69,8 @@ def main(job: dict) -> None:
         file = str(Path(job["out"]) / f"llmcompressor-{row['name']}.safetensors")
         linears = {n: m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
         save_file({f"{n}.weight": w.detach().contiguous() for n, w in linears.items()}, file)
-        print("ROW " + json.dumps({"name": row["name"], "seconds": seconds, "weights": file}), flush=True)
+        said = {"name": row["name"], "seconds": seconds, "weights": file, "version": version("llmcompressor")}
+        print("ROW " + json.dumps(said), flush=True)
 
 
 if __name__ == "__main__":

@@ -78,8 +78,8 @@ class Batch:
 
 @contextmanager
 def packed_linears(block: nn.Module) -> Iterator[None]:
-    """Runs float32 linears on a CPU with weights laid out once for oneDNN: an eighth faster than torch's own call, which
-    lays them out anew for every batch. Where torch has no such operators, or the linear its own forward, all stays.
+    """Runs float32 linears on a CPU with weights laid out once for oneDNN: an eighth faster than torch's own call,
+    which lays them out anew for every batch. Where torch has no such operators, or a linear its own forward, all stays.
     """
     changed: list[nn.Linear] = []
     ops = torch.ops.mkldnn
@@ -87,7 +87,7 @@ def packed_linears(block: nn.Module) -> Iterator[None]:
     try:
         for linear in [m for m in block.modules() if type(m) is nn.Linear and "forward" not in m.__dict__] * usable:
             if linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32:
-                linear.forward = _packed(linear)  # type: ignore[method-assign]
+                linear.forward = _packed(linear)  # type: ignore[method-assign, assignment]
                 changed.append(linear)
         yield
     finally:

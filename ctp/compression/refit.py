@@ -26,7 +26,7 @@ def refit(
     else:
         a, r = _groups(steps, errors, root, damped, group, len(scale))
     # The pull keeps a group whose codes are all zero as it is.
-    a.diagonal().add_((PULL * a.diagonal().mean(1, keepdim=True) + 1e-30))
+    a.diagonal().add_(PULL * a.diagonal().mean(1, keepdim=True) + 1e-30)
     new = scale + _solve(a, r)
     sound = ((new > 0) & (new < 2 * scale)).all(0)
     new = to_storage(torch.where(sound, new, scale), model)

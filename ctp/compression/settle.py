@@ -5,6 +5,7 @@ says what the others must do.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,7 +20,7 @@ class Block:
     """Columns that are settled one after the other, all outputs at once; everything lies on one device.
 
     work: (columns, outputs), contiguous, their weights with the errors of all columns before them taken in; settled in
-    place. upper: the part of U that belongs to them, (columns, columns), rows of any stride. errors: (columns, outputs),
+    place. upper: the part of U that belongs to them, (columns, columns), of any strides. errors: (columns, outputs),
     written: e_j = (w_j - q_j) / U_jj. group: int64 (columns,), the row of scale and zero that holds a column's grid of
     codes 0 .. top; scale, zero: (groups, outputs); all None where nothing is quantized. drop: bool (columns, outputs),
     True where a weight becomes 0; None where nothing is pruned. n_of_m: "n:m", chosen here and written into drop.
@@ -43,16 +44,15 @@ def settle(block: Block) -> None:
 
 @lru_cache
 def _pick(device: str, dtype: torch.dtype) -> Callable[[Block], None]:
-    if device == "cpu" and dtype in (torch.float32, torch.float64):
-        from ctp.compression.settle_cpu import settle_cpu
+    with suppress(ImportError):  # no numba or triton for this platform
+        if device == "cpu" and dtype in (torch.float32, torch.float64):
+            from ctp.compression.settle_cpu import settle_cpu
 
-        return settle_cpu
-    if device == "cuda" and dtype == torch.float32:
-        try:
+            return settle_cpu
+        if device == "cuda" and dtype == torch.float32:
             from ctp.compression.settle_cuda import settle_cuda
-        except ImportError:
-            return settle_loop
-        return settle_cuda
+
+            return settle_cuda
     return settle_loop
 
 

@@ -7,6 +7,7 @@ numba's: its own pool would wait beside torch's.
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def settle_cpu(block: Block) -> None:
     """Settle a block on the CPU, on as many threads as torch uses."""
     work = block.work.numpy()
     none = work[:0]
-    arguments = (
+    arguments: tuple[Any, ...] = (
         work,
         np.ascontiguousarray(block.upper.numpy()),  # small, and one layout for the compiler
         block.errors.numpy(),
@@ -83,7 +84,7 @@ def settle_cpu(block: Block) -> None:
     tiles = -(-work.shape[1] // TILE)
     threads = min(torch.get_num_threads(), tiles)
     bounds = [min(work.shape[1], TILE * (tiles * i // threads)) for i in range(threads)] + [work.shape[1]]
-    parts = list(zip(bounds, bounds[1:], strict=False))
+    parts = list(pairwise(bounds))
     rest = [_pool(threads).submit(_settle, *arguments, *part) for part in parts[1:]]
     _settle(*arguments, *parts[0])
     for done in rest:

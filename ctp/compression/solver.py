@@ -10,6 +10,7 @@ columns this happens at once, on the columns behind the block once per block ("l
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -233,7 +234,7 @@ def _pieces(start: int, stop: int, size: int, m: int) -> Iterator[tuple[int, int
     if size % m:
         cuts.update(range(start, stop, m))
     edges = sorted(cuts)
-    yield from zip(edges, edges[1:], strict=False)
+    yield from pairwise(edges)
 
 
 def _finish(

@@ -28,12 +28,18 @@ HEAP_BLOCK = 2**25 - 2**16  # bytes; from 2^25 on it learns nothing
 
 
 def compress_model(
-    model: nn.Module, windows: Tensor, compression: Solver, *, batch: int | None = None, progress: Progress | None = None
+    model: nn.Module,
+    windows: Tensor,
+    compression: Solver,
+    *,
+    batch: int | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Layer]:
     """Compresses the linears of all decoder blocks in place; head, embeddings and norms stay.
 
     model: a causal language model of transformers on any device. windows: token ids (n, tokens). batch: windows per
-    forward pass, by default 4, on a CPU as many as make CPU_TOKENS tokens. progress is told (blocks done, blocks). Returns the compressed form of every weight by module name.
+    forward pass, by default 4, on a CPU as many as make CPU_TOKENS tokens. progress is told (blocks done, blocks).
+    Returns the compressed form of every weight by module name.
 
     Raises ValueError naming the linear where a group size does not fit or a Hessian cannot be factorised, or the
     matrix in a block that is not a linear's; RuntimeError where the model is no plain chain of blocks; ArithmeticError
@@ -45,8 +51,8 @@ def compress_model(
     _check_shapes(prefix, blocks, compression)
     layers: dict[str, Layer] = {}
     with torch.no_grad(), _evaluating(model), _full_precision():
-        # What glibc learns from a large block that is freed: to keep the memory of activations and not to ask the system
-        # for it, page by page, in every pass. Elsewhere it does nothing.
+        # What glibc learns from a large block that is freed: to keep the memory of activations, and not to ask the
+        # system for it, page by page, in every pass. Elsewhere it does nothing.
         torch.empty(HEAP_BLOCK, dtype=torch.uint8)
         check_chain(model, windows[:1])
         batches = capture(model, windows, batch or _batch(model, windows.shape[1]))
