@@ -21,7 +21,7 @@ from typing import Any
 from ctp import cost, plugins
 from ctp.labels import slug
 from ctp.plan import Plan, runnable
-from ctp.resources import Resources
+from ctp.resources import Resources, alone, bundles
 from ctp.spec import Evaluate, Runtime, from_json, key, to_json
 from ctp.store import Store
 
@@ -72,8 +72,8 @@ class GraphSearch(Searcher):
         self.finished = set(done)
         self.tasks: dict[str, list[str]] = {}
         self.current: dict[str, str] = {}  # trial -> the cell that it said it had started
-        rank = _ranks(plan)
-        self.order = {k: (-rank[k], i) for i, k in enumerate(plan.nodes)}
+        rank = _ranks(plan, self.waiting)
+        self.order = {k: (-rank[k][0], -rank[k][1], i) for i, k in enumerate(plan.nodes)}
 
     def set_search_properties(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -99,7 +99,7 @@ class GraphSearch(Searcher):
         mates = [
             k
             for k, c in zip(ready, others, strict=True)
-            if isinstance(c, Evaluate) and c.target == cell.target and _alone(c) == _alone(cell)
+            if isinstance(c, Evaluate) and c.target == cell.target and alone(c) == alone(cell)
         ]
         return mates[: math.ceil(len(ready) / self.slots)]  # no slot idles while another has all the rest
 
@@ -152,12 +152,20 @@ class GraphSearch(Searcher):
         """Nothing to restore."""
 
 
-def _ranks(plan: Plan) -> dict[str, int]:
-    """How many cells stand one after the other behind each cell: the longest path first."""
-    rank = dict.fromkeys(plan.nodes, 0)
+def _ranks(plan: Plan, todo: set[str]) -> dict[str, tuple[float, int]]:
+    """The longest path from each cell to the end: operations by the cost model, its own included, of what is still to
+    be done; then cells behind it.
+
+    Handing out the largest first (Graham 1969) leaves short cells for the end, when machines would wait for a long one.
+    """
+    rank: dict[str, tuple[float, int]] = {}
+    behind = dict.fromkeys(plan.nodes, (0.0, 0))
     for k in reversed(plan.nodes):
-        for i in plan.nodes[k].inputs:
-            rank[i] = max(rank[i], rank[k] + 1)
+        node, (flops, cells) = plan.nodes[k], behind[k]
+        own = cost.of(node.cell, node.facts).flops if k in todo else 0.0
+        rank[k] = own + flops, cells
+        for i in node.inputs:
+            behind[i] = max(behind[i], (rank[k][0], cells + 1))
     return rank
 
 
@@ -247,14 +255,7 @@ def _bundles(plan: Plan, resources: Resources, gpus: bool, batch: int) -> dict[s
     """What each cell's trial takes. A cell that must run alone gets all the cores of the smallest machine."""
     machines = [n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"]]
     cores = min((n for n in machines if n >= resources.cpus), default=resources.cpus)  # a head may run no trials
-    return {
-        k: resources.of(cost.of(n.cell, n.facts, batch).memory, gpus, cores if _alone(n.cell) else 0)
-        for k, n in plan.nodes.items()
-    }
-
-
-def _alone(cell: Any) -> bool:
-    return isinstance(cell, Evaluate) and cell.measure.alone
+    return bundles(plan, resources, gpus, batch, cores)
 
 
 def _check(plan: Plan, todo: set[str], bundles: dict[str, dict[str, float]]) -> None:
