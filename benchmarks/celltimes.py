@@ -11,7 +11,7 @@ too small to tell (below `LEAST` seconds of matmul), the share is that of all ce
 import math
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from ctp import cost, models
@@ -101,8 +101,11 @@ def fit(points: Iterable[tuple[float, float]]) -> Pace:
     return Pace(fixed, min(1.0, 1 / slope) if slope else math.inf, len(x), missed)
 
 
-def measured(store: Store, speeds: Mapping[str, float]) -> dict[Kind, Pace]:
-    """The pace of every method in the store. Raises ValueError where it is empty, or a model is not to be found."""
+def measured(store: Store, speed: Callable[[str], float]) -> dict[Kind, Pace]:
+    """The pace of every method in the store; speed: number format -> operations a second of a matmul here.
+
+    Raises ValueError where the store is empty, or a model is not to be found.
+    """
     found = entries(store)
     if not found:
         raise ValueError(f"--measured {store.uri}: nothing is done there")
@@ -111,7 +114,7 @@ def measured(store: Store, speeds: Mapping[str, float]) -> dict[Kind, Pace]:
     for entry in found:
         cell = from_json(entry.manifest)
         flops = cost.of(cell, facts[_model(cell)]).flops
-        points.setdefault(kind(cell), []).append((flops / speeds[number_format(cell)], entry.manifest["seconds"]))
+        points.setdefault(kind(cell), []).append((flops / speed(number_format(cell)), entry.manifest["seconds"]))
     out = {k: fit(p) for k, p in points.items()}
     for k, own in points.items():
         if 0 < max(x for x, _ in own) < LEAST:
