@@ -109,11 +109,11 @@ def measured(store: Store, speed: Callable[[str], float]) -> dict[Kind, Pace]:
     found = entries(store)
     if not found:
         raise ValueError(f"--measured {store.uri}: nothing is done there")
-    facts = _facts(found)
+    facts = facts_of(found)
     points: dict[Kind, list[tuple[float, float]]] = {}
     for entry in found:
         cell = from_json(entry.manifest)
-        flops = cost.of(cell, facts[_model(cell)]).flops
+        flops = cost.of(cell, facts[model_of(cell)]).flops
         points.setdefault(kind(cell), []).append((flops / speed(number_format(cell)), entry.manifest["seconds"]))
     out = {k: fit(p) for k, p in points.items()}
     for k, own in points.items():
@@ -123,18 +123,19 @@ def measured(store: Store, speed: Callable[[str], float]) -> dict[Kind, Pace]:
     return out
 
 
-def _model(cell: Cell) -> tuple[str, str]:
+def model_of(cell: Cell) -> tuple[str, str]:
+    """Name and revision of the model that a cell is about."""
     while not isinstance(cell, Compress):
         cell = cell.inputs[0]
     return cell.model.name, cell.model.revision
 
 
-def _facts(found: list[Entry]) -> dict[tuple[str, str], Facts]:
+def facts_of(found: list[Entry]) -> dict[tuple[str, str], Facts]:
     """Of every model, read where its dense artifact says that it lay; else where its name says."""
     out = {}
     cells = [(from_json(e.manifest), e.manifest) for e in found]
-    at = {_model(c): m["location"] for c, m in cells if isinstance(c, Compress) and isinstance(c.compression, Dense)}
-    for model in {_model(c) for c, _ in cells}:
+    at = {model_of(c): m["location"] for c, m in cells if isinstance(c, Compress) and isinstance(c.compression, Dense)}
+    for model in {model_of(c) for c, _ in cells}:
         location = at.get(model) or models.locate(*model)[2]
         out[model] = models.facts(location, model[1])
     return out

@@ -66,40 +66,54 @@ def simulate(plan: Plan, bundles: Mapping[str, Bundle], machines: Machines, slot
     """
     search = GraphSearch(plan, set(plan.nodes), set(), slots, {k: dict(b) for k, b in bundles.items()},
                          lambda event: None, fail_fast=False)  # fmt: skip
-    floor = _Floor(machines)
-    waiting: list[Task] = []
+    floor, hand = _Floor(machines), _Hand(search, slots)
     running: list[Task] = []
     ended: list[Task] = []
     now = busy = 0.0
-    count, more = 0, True
     while True:
-        while more and len(waiting) <= slots:
-            said = search.suggest(str(count))
-            more = said != Searcher.FINISHED
-            if not isinstance(said, dict):
-                break
-            waiting.append(Task(str(count), [c["key"] for c in json.loads(said["cells"])], said["bundle"]))
-            count += 1
-        for task in [t for t in waiting if floor.take(t)]:
-            waiting.remove(task)
-            task.begun, task.left = now, [list(s) for s in segments(task.cells, task.machine)]
-            running.append(task)
-            search.on_trial_result(task.trial, {"event": "start", "key": task.cells[0]})
+        while placed := hand.place(floor):
+            for task in placed:
+                task.begun, task.left = now, [list(s) for s in segments(task.cells, task.machine)]
+                search.on_trial_result(task.trial, {"event": "start", "key": task.cells[0]})
+            running += placed
         if not running:
             break
-        step = _advance(running, floor)
+        step = _advance(running)
         now, busy = now + step, busy + step * floor.used()
         for task in [t for t in running if not _report(search, t)]:
             running.remove(task)
             task.ended = now
             floor.give(task)
             ended.append(task)
-    if waiting or search.outcome.done != set(plan.nodes):
-        raise ValueError(f"no machine of {machines} has {waiting[0].bundle if waiting else 'what is left'}")
+    if hand.waiting or search.outcome.done != set(plan.nodes):
+        raise ValueError(f"no machine of {machines} has {hand.waiting[0].bundle if hand.waiting else 'what is left'}")
     return Run(now, busy, ended)
 
 
-def _advance(running: list[Task], floor: "_Floor") -> float:
+class _Hand:
+    """Tasks that the search has given and no machine has: one more than `slots`, as `ctp.schedule.run` sets Tune."""
+
+    def __init__(self, search: GraphSearch, slots: int) -> None:
+        self.search, self.slots = search, slots
+        self.waiting: list[Task] = []
+        self.count, self.more = 0, True
+
+    def place(self, floor: "_Floor") -> list[Task]:
+        """Ask for tasks and place those that there is room for."""
+        while self.more and len(self.waiting) <= self.slots:
+            said = self.search.suggest(str(self.count))
+            self.more = said != Searcher.FINISHED
+            if not isinstance(said, dict):
+                break
+            cells = [c["key"] for c in json.loads(said["cells"])]
+            self.waiting.append(Task(str(self.count), cells, said["bundle"]))
+            self.count += 1
+        placed = [t for t in self.waiting if floor.take(t)]
+        self.waiting = [t for t in self.waiting if t not in placed]
+        return placed
+
+
+def _advance(running: list[Task]) -> float:
     """Let time pass until the first segment ends; returns the seconds."""
     computing: dict[tuple[int, int], int] = {}
     for task in running:
