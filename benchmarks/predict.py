@@ -117,6 +117,8 @@ class Forecast:
 
     def on(self, gpus: int, per_machine: int, cores: int) -> Predicted:
         """Simulate so many GPUs. Raises ValueError where the machines are not all full."""
+        if gpus < 1 or per_machine < 1 or cores < 1:
+            raise ValueError(f"--gpus {gpus}, --machine {per_machine}, --cores {cores}: at least 1 of each")
         if gpus % min(gpus, per_machine):
             raise ValueError(f"--gpus {gpus}: not a multiple of --machine {per_machine}")
         machines = Machines(-(-gpus // per_machine), min(gpus, per_machine), cores)

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_plan import make as planned
+from tinygrid import grid
 
-from benchmarks.celltimes import Pace, assumed, fit
+from benchmarks.celltimes import Pace, assumed, fit, measured
 from benchmarks.predict import Forecast, main
 from benchmarks.simulate import Machines, longest_path, simulate
 from ctp import cost, gridfile
@@ -20,6 +22,7 @@ from ctp.pins import Pins
 from ctp.plan import Node, Plan, make
 from ctp.resources import GIB
 from ctp.spec import Compress, Evaluate, key
+from ctp.store import Store
 
 ROOT = Path(__file__).parents[1]
 FACTS = Facts(dtype="float32", context=None, parameters=1, layers=1, linear_parameters=1, in_features=(1,), vocab=1,
@@ -102,6 +105,26 @@ def test_the_fit_makes_nothing_faster_than_it_was():
     assert fit([(2.0, 1.0), (4.0, 2.0)]).share == 1  # no faster than a matmul
 
 
+def test_paces_come_from_a_stores_manifests(tmp_path, llama_folder):
+    spec = grid(llama_folder)
+    spec["recovery"] = [{**spec["recovery"], "k": k, "steps": steps} for k, steps in ((2, 6), (4, 600))]
+    plan, store = planned(tmp_path / "g.yaml", **spec), Store(str(tmp_path / "store"))
+    flops = {k: cost.of(n.cell, n.facts).flops for k, n in plan.nodes.items()}
+    for k, n in plan.nodes.items():
+        with store.publish(n.cell) as draft:
+            draft.record |= {"seconds": 3 + flops[k] / 0.5e6, "location": str(llama_folder)}
+    found = measured(store, lambda dtype: 1e6)
+    learned = found["learn", "soft_prompt"]
+    assert (learned.fixed, learned.share, learned.cells) == (pytest.approx(3), pytest.approx(0.5), 2)
+    assert found["compress", "dense"] == Pace(3.0, math.inf, 1)
+    # Of a machine so fast that all cells of a kind are too small to tell: what all of them say.
+    fast = measured(store, lambda dtype: 1e30)
+    assert not fast["compress", "gptq"].own
+    assert fast["compress", "gptq"].share == fast["compress", "sparsegpt"].share
+    with pytest.raises(ValueError, match="no finished cell of: learn hard_prompt"):
+        Forecast(planned(tmp_path / "g.yaml", **grid(llama_folder, recovery="hard_prompt")), found, 1, 1e9, GIB)
+
+
 # -------------------------------------------------------------- the whole paper
 
 
@@ -159,6 +182,7 @@ def test_several_gpus_where_one_is_too_small(paper, capsys):
 def test_mistakes_are_told(capsys):
     for args, text in (
         (["full_paper", "--gpus", "12"], "--gpus 12: not a multiple of --machine 8"),
+        (["full_paper", "--gpus", "0"], "--gpus 0, --machine 8, --cores 64: at least 1 of each"),
         (["full_paper", "--measured", "nowhere"], "--measured needs --tflops"),
         (["full_paper", "--measured", "nowhere", "--tflops", "9"], "nothing is done there"),
     ):
