@@ -11,7 +11,7 @@ from test_plan import make as planned
 from tinygrid import grid
 
 from benchmarks.celltimes import Pace, assumed, fit, measured
-from benchmarks.predict import Forecast, main
+from benchmarks.predict import Forecast, compressions_first, main
 from benchmarks.simulate import Machines, longest_path, simulate
 from ctp import cost, gridfile
 from ctp.gridfile import Grid
@@ -170,6 +170,15 @@ def test_bytes_add_up(paper):
     assert one.downloaded == sum(sizes.values())  # each float16 model once on the only machine
     used = {i for n in nodes.values() for i in n.inputs}
     assert one.read_cached == pytest.approx(sum(costs[k].stored for k in used), rel=1e-12)
+
+
+def test_compressions_first_puts_nothing_before_one(paper):
+    plan = compressions_first(paper.plan)
+    found = Forecast(plan, assumed(plan.cells()), 100, 0.5e9, 80 * GIB).on(24, 8, 64)
+    kinds = {k: n.cell.kind for k, n in plan.nodes.items()}
+    last = max(t.ended for t in found.run.tasks if kinds[t.cells[0]] == "compress")
+    assert min(t.begun for t in found.run.tasks if kinds[t.cells[0]] != "compress") >= last
+    assert found.run.wall < 1.05 * found.path  # all else fits beside the longest path
 
 
 def test_several_gpus_where_one_is_too_small(paper, capsys):
