@@ -11,8 +11,7 @@ Nothing runs, and no GPU is measured: ctp's own search hands the grid's cells to
                          reached on this machine, whose matmul speed is measured first, times --tflops, a GPU's matmul
                          speed in 16 bit; and the fixed seconds that they took (benchmarks/celltimes.py);
 
-and the time to read its model at --read GB/s, once a task. --compressions-first: two runs, the first with
-`--where kind=compress`, so that no GPU has begun to learn for hours when the last model has been compressed.
+and the time to read its model at --read GB/s, once a task.
 """
 
 import argparse
@@ -20,7 +19,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from benchmarks.celltimes import Kind, Pace, assumed, kind, matmul_speed, measured
@@ -155,17 +154,6 @@ class Forecast:
         return read, sum(cached.values()), most * self.read, sum(downloads.values())
 
 
-def compressions_first(plan: Plan) -> Plan:
-    """The plan in which all else waits for every compression."""
-    first = {k: n for k, n in plan.nodes.items() if isinstance(n.cell, Compress)}
-    rest = {
-        k: replace(n, inputs=(*n.inputs, *(i for i in first if i not in n.inputs)))
-        for k, n in plan.nodes.items()
-        if k not in first
-    }
-    return replace(plan, nodes=first | rest)
-
-
 # ---------------------------------------------------------------------- printing
 
 
@@ -252,7 +240,6 @@ def predict(args: argparse.Namespace) -> None:
     tflops = args.tflops or 100.0
     pins = Pins(None, provisional=True)
     plan = make(gridfile.load(args.grid, args.settings, pins), pins)
-    plan = compressions_first(plan) if args.compressions_first else plan
     print(f"{plan.name}: {len(plan.nodes)} cells. No GPU was measured: this is a simulation.")
     if args.measured:
         speed = lru_cache(lambda dtype: matmul_speed(dtype, args.threads))
@@ -276,7 +263,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("grid", nargs="?", default="full_paper", metavar="GRID", help="default full_paper")
     p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="settings")
     p.add_argument("--gpus", type=int, nargs="+", default=[8, 64], metavar="N", help="default 8 64")
-    p.add_argument("--compressions-first", action="store_true", help="all else waits for them")
     p.add_argument("--tflops", type=float, metavar="N", help="10^12 operations a second of a GPU (default 100)")
     p.add_argument("--measured", metavar="STORE", help="a finished store to take the times of cells from")
     p.add_argument("--threads", type=int, default=1, metavar="N", help="threads a cell of that store had (default 1)")

@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from ctp import cost, plugins
 from ctp.labels import slug
 from ctp.plan import Plan, runnable
-from ctp.resources import Resources, alone, bundles
+from ctp.resources import BUSY, Resources, alone, bundles
 from ctp.spec import Evaluate, Runtime, from_json, key, to_json
 from ctp.store import Store
 
@@ -72,7 +72,8 @@ class GraphSearch(Searcher):
         self.finished = set(done)
         self.tasks: dict[str, list[str]] = {}
         self.current: dict[str, str] = {}  # trial -> the cell that it said it had started
-        rank = _ranks(plan, self.waiting)
+        self.own = {k: cost.of(n.cell, n.facts).flops for k, n in plan.nodes.items()}
+        rank = _ranks(plan, {k: self.own[k] for k in self.waiting})
         self.order = {k: (-rank[k][0], -rank[k][1], i) for i, k in enumerate(plan.nodes)}
 
     def set_search_properties(self, *args: Any, **kwargs: Any) -> bool:
@@ -94,7 +95,7 @@ class GraphSearch(Searcher):
         ready.sort(key=self.order.__getitem__)
         cell = self.plan.nodes[ready[0]].cell
         if not isinstance(cell, Evaluate):
-            return ready[:1]
+            return [] if self._hold(ready[0]) else ready[:1]
         others = (self.plan.nodes[k].cell for k in ready)
         mates = [
             k
@@ -102,6 +103,11 @@ class GraphSearch(Searcher):
             if isinstance(c, Evaluate) and c.target == cell.target and alone(c) == alone(cell)
         ]
         return mates[: math.ceil(len(ready) / self.slots)]  # no slot idles while another has all the rest
+
+    def _hold(self, k: str) -> bool:
+        """Hours of learning are not begun while what a longer path begins with is still running, for minutes."""
+        running = (i for task in self.tasks.values() for i in task if i not in self.finished)
+        return self.own[k] >= BUSY and any(self.order[i] < self.order[k] and self.own[i] < BUSY for i in running)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         k, event = result.get("key"), result.get("event")
@@ -152,20 +158,17 @@ class GraphSearch(Searcher):
         """Nothing to restore."""
 
 
-def _ranks(plan: Plan, todo: set[str]) -> dict[str, tuple[float, int]]:
-    """The longest path from each cell to the end: operations by the cost model, its own included, of what is still to
-    be done; then cells behind it.
+def _ranks(plan: Plan, own: Mapping[str, float]) -> dict[str, tuple[float, int]]:
+    """The longest path from each cell to the end: operations of what is still to be done, then cells behind it.
 
     Handing out the largest first (Graham 1969) leaves short cells for the end, when machines would wait for a long one.
     """
     rank: dict[str, tuple[float, int]] = {}
     behind = dict.fromkeys(plan.nodes, (0.0, 0))
     for k in reversed(plan.nodes):
-        node, (flops, cells) = plan.nodes[k], behind[k]
-        own = cost.of(node.cell, node.facts).flops if k in todo else 0.0
-        rank[k] = own + flops, cells
-        for i in node.inputs:
-            behind[i] = max(behind[i], (rank[k][0], cells + 1))
+        rank[k] = own.get(k, 0.0) + behind[k][0], behind[k][1]
+        for i in plan.nodes[k].inputs:
+            behind[i] = max(behind[i], (rank[k][0], rank[k][1] + 1))
     return rank
 
 

@@ -11,7 +11,7 @@ from test_plan import make as planned
 from tinygrid import grid
 
 from benchmarks.celltimes import Pace, assumed, fit, measured
-from benchmarks.predict import Forecast, compressions_first, main
+from benchmarks.predict import Forecast, main
 from benchmarks.simulate import Machines, longest_path, simulate
 from ctp import cost, gridfile
 from ctp.gridfile import Grid
@@ -135,7 +135,7 @@ def paper():
     return Forecast(plan, assumed(plan.cells()), 100, 0.5e9, 80 * GIB)
 
 
-@pytest.mark.parametrize("gpus", [8, 64])
+@pytest.mark.parametrize("gpus", [8, 16, 64])
 def test_the_paper_on_many_gpus(paper, gpus):
     found = paper.on(gpus, 8, 64)
     assert sorted(k for t in found.run.tasks for k in t.cells) == sorted(paper.plan.nodes)
@@ -146,7 +146,7 @@ def test_the_paper_on_many_gpus(paper, gpus):
     ended = {k: t.ended for t in found.run.tasks for k in t.cells}
     assert all(began[k] >= 0 for k in began)
     assert all(ended[i] <= ended[k] for k, n in paper.plan.nodes.items() for i in n.inputs)
-    # At 8 GPUs the arithmetic limits, at 64 the longest path: the run is within a tenth of what cannot be beaten.
+    # With 8 and 16 GPUs the arithmetic limits, with 64 the longest path: the run is within a tenth of what cannot be beaten.
     assert found.run.wall <= 1.1 * max(found.path, found.work / gpus)
 
 
@@ -170,15 +170,6 @@ def test_bytes_add_up(paper):
     assert one.downloaded == sum(sizes.values())  # each float16 model once on the only machine
     used = {i for n in nodes.values() for i in n.inputs}
     assert one.read_cached == pytest.approx(sum(costs[k].stored for k in used), rel=1e-12)
-
-
-def test_compressions_first_puts_nothing_before_one(paper):
-    plan = compressions_first(paper.plan)
-    found = Forecast(plan, assumed(plan.cells()), 100, 0.5e9, 80 * GIB).on(24, 8, 64)
-    kinds = {k: n.cell.kind for k, n in plan.nodes.items()}
-    last = max(t.ended for t in found.run.tasks if kinds[t.cells[0]] == "compress")
-    assert min(t.begun for t in found.run.tasks if kinds[t.cells[0]] != "compress") >= last
-    assert found.run.wall < 1.05 * found.path  # all else fits beside the longest path
 
 
 def test_several_gpus_where_one_is_too_small(paper, capsys):

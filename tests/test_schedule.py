@@ -74,6 +74,19 @@ def test_what_computes_longest_goes_first_wherever_it_stands(tmp_path, llama_fol
     assert order[by_steps[6]] < order[by_steps[600]]  # what is done makes nothing before it urgent
 
 
+def test_hours_of_learning_wait_for_the_compression_of_a_longer_path(tmp_path, llama_folder):
+    spec = grid(llama_folder, sources=["gptq-3bit", "sparsegpt-50-4bit"])
+    spec["recovery"] |= {"steps": 10**10}
+    walk = Walk(make(tmp_path / "g.yaml", **spec), slots=4)
+    first, second = walk.ask(), walk.ask()
+    assert walk.names([*first[1], *second[1]]) == ["gptq-3bit", "sparsegpt-50-4bit"]
+    assert walk.names(walk.ask()[1]) == ["dense"]
+    walk.end(*second)
+    assert walk.ask() is None  # its learning would take a slot for hours, and the first's is as long
+    walk.end(*first)
+    assert [walk.names(walk.ask()[1])[0].split("_")[0] for _ in range(2)] == ["gptq-3bit", "sparsegpt-50-4bit"]
+
+
 def test_nothing_is_suggested_before_its_inputs(plan):
     walk = Walk(plan)
     running = [walk.ask() for _ in range(3)]
