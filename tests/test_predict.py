@@ -146,7 +146,7 @@ def test_the_paper_on_many_gpus(paper, gpus):
     ended = {k: t.ended for t in found.run.tasks for k in t.cells}
     assert all(began[k] >= 0 for k in began)
     assert all(ended[i] <= ended[k] for k, n in paper.plan.nodes.items() for i in n.inputs)
-    # With 8 and 16 GPUs the arithmetic limits, with 64 the longest path: the run is within a tenth of what cannot be beaten.
+    # With 8 and 16 GPUs the arithmetic limits, with 64 the longest path; neither can be beaten.
     assert found.run.wall <= 1.1 * max(found.path, found.work / gpus)
 
 

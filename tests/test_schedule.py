@@ -76,7 +76,7 @@ def test_what_computes_longest_goes_first_wherever_it_stands(tmp_path, llama_fol
 
 def test_hours_of_learning_wait_for_the_compression_of_a_longer_path(tmp_path, llama_folder):
     spec = grid(llama_folder, sources=["gptq-3bit", "sparsegpt-50-4bit"])
-    spec["recovery"] |= {"steps": 10**10}
+    spec["recovery"] |= {"steps": 10**12}
     walk = Walk(make(tmp_path / "g.yaml", **spec), slots=4)
     first, second = walk.ask(), walk.ask()
     assert walk.names([*first[1], *second[1]]) == ["gptq-3bit", "sparsegpt-50-4bit"]
