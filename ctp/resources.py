@@ -3,7 +3,12 @@
 import math
 from dataclasses import dataclass
 
+from ctp import cost
+from ctp.plan import Plan
+from ctp.spec import Cell, Evaluate, Learn
+
 GIB = 2**30
+BUSY = 3.6e17  # operations of a cell that is long enough, an hour at 100 TFLOP/s, to leave nothing of a GPU's speed
 
 
 @dataclass(frozen=True)
@@ -13,15 +18,32 @@ class Resources:
     cpus: int = 1
     gpu_memory: int = 24 * GIB
 
-    def of(self, memory: float, gpus: bool, alone: float = 0) -> dict[str, float]:
+    def of(self, memory: float, gpus: bool, alone: float = 0, whole: bool = False) -> dict[str, float]:
         """Bundle for a cell of so many bytes at its peak: GPUs in quarters up to one, then whole ones, as Tune takes
         nothing between. alone: all CPUs of a machine, for a cell that nothing may run beside: no other trial finds one.
+        whole: at least a GPU, for a cell that keeps one busy by itself: Ray would put a second one beside it while
+        other GPUs idle.
         """
         if not gpus:
             return {"CPU": alone or self.cpus}
         need = (1.25 * memory + GIB) / self.gpu_memory  # the model of it is an estimate, and CUDA itself takes some
-        share = math.ceil(4 * need) / 4 if need <= 1 and not alone else math.ceil(need)
+        share = math.ceil(4 * need) / 4 if need <= 1 and not alone and not whole else math.ceil(need)
         return {"CPU": alone or self.cpus, "GPU": float(share)}
+
+
+def alone(cell: Cell) -> bool:
+    """May nothing run beside it on its machine?"""
+    return isinstance(cell, Evaluate) and cell.measure.alone
+
+
+def bundles(plan: Plan, each: Resources, gpus: bool, batch: int, cores: float) -> dict[str, dict[str, float]]:
+    """key -> what the cell's trial takes, on machines of so many cores; learning for hours takes at least a GPU."""
+    out = {}
+    for k, n in plan.nodes.items():
+        c = cost.of(n.cell, n.facts, batch)
+        whole = isinstance(n.cell, Learn) and c.flops >= BUSY
+        out[k] = each.of(c.memory, gpus, cores if alone(n.cell) else 0, whole)
+    return out
 
 
 def gpu_memory(gib: int | None) -> int:

@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from ctp import cost, plugins
 from ctp.labels import slug
 from ctp.plan import Plan, runnable
-from ctp.resources import Resources
+from ctp.resources import BUSY, Resources, alone, bundles
 from ctp.spec import Evaluate, Runtime, from_json, key, to_json
 from ctp.store import Store
 
@@ -72,8 +72,9 @@ class GraphSearch(Searcher):
         self.finished = set(done)
         self.tasks: dict[str, list[str]] = {}
         self.current: dict[str, str] = {}  # trial -> the cell that it said it had started
-        rank = _ranks(plan)
-        self.order = {k: (-rank[k], i) for i, k in enumerate(plan.nodes)}
+        self.own = {k: cost.of(n.cell, n.facts).flops for k, n in plan.nodes.items()}
+        rank = _ranks(plan, {k: self.own[k] for k in self.waiting})
+        self.order = {k: (-rank[k][0], -rank[k][1], i) for i, k in enumerate(plan.nodes)}
 
     def set_search_properties(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -94,17 +95,22 @@ class GraphSearch(Searcher):
         ready.sort(key=self.order.__getitem__)
         cell = self.plan.nodes[ready[0]].cell
         if not isinstance(cell, Evaluate):
-            return ready[:1]
+            return [] if self._hold(ready[0]) else ready[:1]
         others = (self.plan.nodes[k].cell for k in ready)
         mates = [
             k
             for k, c in zip(ready, others, strict=True)
-            if isinstance(c, Evaluate) and c.target == cell.target and _alone(c) == _alone(cell)
+            if isinstance(c, Evaluate) and c.target == cell.target and alone(c) == alone(cell)
         ]
         # Target and prompt: what a prompt is asked comes in a row, and its rows go through the model once.
         turn = {inputs: i for i, inputs in enumerate(dict.fromkeys(self.plan.nodes[k].inputs for k in mates))}
         mates.sort(key=lambda k: turn[self.plan.nodes[k].inputs])
         return mates[: math.ceil(len(ready) / self.slots)]  # no slot idles while another has all the rest
+
+    def _hold(self, k: str) -> bool:
+        """Hours of learning are not begun while what a longer path begins with is still running, for minutes."""
+        running = (i for task in self.tasks.values() for i in task if i not in self.finished)
+        return self.own[k] >= BUSY and any(self.order[i] < self.order[k] and self.own[i] < BUSY for i in running)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         k, event = result.get("key"), result.get("event")
@@ -155,12 +161,17 @@ class GraphSearch(Searcher):
         """Nothing to restore."""
 
 
-def _ranks(plan: Plan) -> dict[str, int]:
-    """How many cells stand one after the other behind each cell: the longest path first."""
-    rank = dict.fromkeys(plan.nodes, 0)
+def _ranks(plan: Plan, own: Mapping[str, float]) -> dict[str, tuple[float, int]]:
+    """The longest path from each cell to the end: operations of what is still to be done, then cells behind it.
+
+    Handing out the largest first (Graham 1969) leaves short cells for the end, when machines would wait for a long one.
+    """
+    rank: dict[str, tuple[float, int]] = {}
+    behind = dict.fromkeys(plan.nodes, (0.0, 0))
     for k in reversed(plan.nodes):
+        rank[k] = own.get(k, 0.0) + behind[k][0], behind[k][1]
         for i in plan.nodes[k].inputs:
-            rank[i] = max(rank[i], rank[k] + 1)
+            behind[i] = max(behind[i], (rank[k][0], rank[k][1] + 1))
     return rank
 
 
@@ -250,14 +261,7 @@ def _bundles(plan: Plan, resources: Resources, gpus: bool, batch: int) -> dict[s
     """What each cell's trial takes. A cell that must run alone gets all the cores of the smallest machine."""
     machines = [n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"]]
     cores = min((n for n in machines if n >= resources.cpus), default=resources.cpus)  # a head may run no trials
-    return {
-        k: resources.of(cost.of(n.cell, n.facts, batch).memory, gpus, cores if _alone(n.cell) else 0)
-        for k, n in plan.nodes.items()
-    }
-
-
-def _alone(cell: Any) -> bool:
-    return isinstance(cell, Evaluate) and cell.measure.alone
+    return bundles(plan, resources, gpus, batch, cores)
 
 
 def _check(plan: Plan, todo: set[str], bundles: dict[str, dict[str, float]]) -> None:

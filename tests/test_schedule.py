@@ -1,12 +1,14 @@
 """The walk over the graph, without a cluster: what is handed out when, and what a failure does."""
 
+from dataclasses import replace
+
 import pytest
 from ray.tune.search import Searcher
 from test_plan import make
 from tinygrid import grid
 
 from ctp.labels import slug
-from ctp.resources import GIB, Resources
+from ctp.resources import GIB, Resources, bundles
 from ctp.schedule import GraphSearch
 from ctp.spec import Compress, Evaluate, Learn
 
@@ -58,6 +60,31 @@ def test_inputs_come_first_and_everything_once(plan):
 def test_the_longest_path_goes_first(plan):
     walk = Walk(plan)
     assert walk.names(walk.ask()[1]) == ["gptq-3bit"]
+
+
+def test_what_computes_longest_goes_first_wherever_it_stands(tmp_path, llama_folder):
+    spec = grid(llama_folder, sources=["gptq-3bit", "sparsegpt-50-4bit"])
+    spec["recovery"] = [{**spec["recovery"], "k": k, "steps": steps} for k, steps in ((2, 6), (4, 600), (3, 60))]
+    plan = make(tmp_path / "g.yaml", **spec)
+    walk = Walk(plan, done=cells(plan, Compress), slots=9)
+    asked = [plan.nodes[walk.ask()[1][0]].cell for _ in range(6)]
+    assert [c.recovery.steps for c in asked] == [600, 600, 60, 60, 6, 6]
+    by_steps = {plan.nodes[k].cell.recovery.steps: k for k in cells(plan, Learn)}
+    order = Walk(plan, done={by_steps[600]}).search.order
+    assert order[by_steps[6]] < order[by_steps[600]]  # what is done makes nothing before it urgent
+
+
+def test_hours_of_learning_wait_for_the_compression_of_a_longer_path(tmp_path, llama_folder):
+    spec = grid(llama_folder, sources=["gptq-3bit", "sparsegpt-50-4bit"])
+    spec["recovery"] |= {"steps": 10**12}
+    walk = Walk(make(tmp_path / "g.yaml", **spec), slots=4)
+    first, second = walk.ask(), walk.ask()
+    assert walk.names([*first[1], *second[1]]) == ["gptq-3bit", "sparsegpt-50-4bit"]
+    assert walk.names(walk.ask()[1]) == ["dense"]
+    walk.end(*second)
+    assert walk.ask() is None  # its learning would take a slot for hours, and the first's is as long
+    walk.end(*first)
+    assert [walk.names(walk.ask()[1])[0].split("_")[0] for _ in range(2)] == ["gptq-3bit", "sparsegpt-50-4bit"]
 
 
 def test_nothing_is_suggested_before_its_inputs(plan):
@@ -143,6 +170,18 @@ def test_a_report_that_comes_twice_counts_once(plan):
 def test_gpu_shares_are_quarters_or_whole(needed, device, share):
     assert Resources(1, device * GIB).of(needed * GIB, gpus=True) == {"CPU": 1, "GPU": share}
     assert Resources(2).of(needed * GIB, gpus=False) == {"CPU": 2}
+
+
+def test_hours_of_learning_take_a_whole_gpu(tmp_path, llama_folder):
+    for steps, share in ((6, 0.25), (10**7, 1.0)):
+        spec = grid(llama_folder)
+        spec["recovery"] |= {"steps": steps}
+        plan = make(tmp_path / "g.yaml", **spec)
+        large = replace(next(iter(plan.nodes.values())).facts, parameters=10**9)
+        nodes = {k: replace(n, facts=large) for k, n in plan.nodes.items()}
+        found = bundles(replace(plan, nodes=nodes), Resources(1, 80 * GIB), True, 4, 8)
+        assert {found[k]["GPU"] for k in cells(plan, Learn)} == {share}
+        assert {found[k]["GPU"] for k in cells(plan, Evaluate)} == {0.25}
 
 
 def test_what_runs_alone_gets_a_machine():
