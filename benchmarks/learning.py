@@ -68,7 +68,8 @@ def ours(model: Any, windows: Tensor, steps: int, precision: str, recompute: boo
     from ctp.spec import Runtime
 
     text = Windows(dataset="wikitext2", split="train", seq_len=windows.shape[1], count=len(windows))
-    spec = SoftPrompt(k=K, text=text, validation=text, steps=steps, batch=len(windows), validate_every=steps,
+    held_out = text.model_copy(update={"split": "validation"})
+    spec = SoftPrompt(k=K, text=text, validation=held_out, steps=steps, batch=len(windows), validate_every=steps,
                       init="first_rows", precision=precision, lr=1e-3, warmup=0, clip=None)  # fmt: skip
     seconds, losses = [], []
     update = train._Run.update
@@ -147,6 +148,8 @@ def one(way: str, folder: str, precision: str, steps: int) -> dict[str, Any]:
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
+    for p in model.parameters():  # out of the mapped file, into memory
+        p.data = p.data.clone()
     windows = load_file(TOKENS)["calibration"][:BATCH, :WINDOW].long()
     before = forget_peak()
     if way == "peft":

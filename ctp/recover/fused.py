@@ -30,9 +30,9 @@ class _RMSNorm(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        g, unit = torch.mul(grads[0], weight).float(), torch.mul(x, inverse)
-        mean = torch.linalg.vecdot(g, unit)[..., None].div_(x.shape[-1])
-        return g.sub_(unit.mul_(mean)).mul_(inverse).to(x.dtype), None, None
+        g, unit = grads[0] * weight, torch.mul(x, inverse)
+        mean = (g * unit).mean(-1, keepdim=True)
+        return unit.mul_(mean).sub_(g).mul_(inverse.neg()).to(x.dtype), None, None
 
 
 class _SwiGLU(Function):
