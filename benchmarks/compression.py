@@ -2,7 +2,7 @@
 
     python -m benchmarks.compression [--rows NAME ... | all] [--plain] [--threads N] [--windows N] [--repeats N]
 
-Needs `make foreign`: the peers run in environments of their own (benchmarks/peers), one after the other, on the same
+Needs `make foreign`: the peers run in environments of their own (benchmarks/peers), each by itself, on the same
 model in float32, the same calibration tokens and as many threads. Timed is the compression call alone, without imports
 and loading; ctp's includes packing, as GPTQModel's does. ctp's perplexity judges every result on the same windows.
 
@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 TOKENS = HERE / "smollm2_wikitext2_256.safetensors"
 REFERENCE = HERE / "compression_reference.yaml"
 PEERS = {"llmcompressor": "llm-compressor", "gptqmodel": "GPTQModel"}
-Runs = dict[str, dict[str, Any]]  # by row: seconds (a list), ppl and more
+Run = dict[str, Any]
 
 
 def spec(row: dict[str, Any], plain: bool) -> Solver:
@@ -52,56 +52,40 @@ def spec(row: dict[str, Any], plain: bool) -> Solver:
     return compression
 
 
-def run_ctp(model: nn.Module, rows: list[dict[str, Any]], tokens: dict[str, Tensor], args: argparse.Namespace) -> Runs:
-    """ctp on every row: seconds, perplexity, zeros, bits per weight."""
-    out: Runs = {}
-    for row in rows:
-        seconds = []
-        for _ in range(args.repeats):
-            small = copy.deepcopy(model)
-            begun = time.perf_counter()
-            packed = pack(compress_model(small, tokens["calibration"].long(), spec(row, args.plain)))
-            seconds.append(time.perf_counter() - begun)
-        ppl = perplexity(small, tokens["evaluation"].long()).ppl
-        out[row["name"]] = {"seconds": seconds, "ppl": ppl, **stats(packed, {}, torch.float32)}
-    return out
+def run_ctp(model: nn.Module, row: dict[str, Any], tokens: dict[str, Tensor], args: argparse.Namespace) -> Run:
+    """ctp on a row: seconds (a list), perplexity, zeros, bits per weight."""
+    seconds = []
+    for _ in range(args.repeats):
+        small = copy.deepcopy(model)
+        begun = time.perf_counter()
+        packed = pack(compress_model(small, tokens["calibration"].long(), spec(row, args.plain)))
+        seconds.append(time.perf_counter() - begun)
+    ppl = perplexity(small, tokens["evaluation"].long()).ppl
+    return {"seconds": seconds, "ppl": ppl, **stats(packed, {}, torch.float32)}
 
 
 def run_peer(
-    peer: str, model: nn.Module, folder: Path, rows: list[dict[str, Any]], tokens: dict[str, Tensor], threads: int,
-    repeats: int,
-) -> Runs:  # fmt: skip
-    """A peer on the rows that it can do. Raises RuntimeError with the end of what it said where it fails."""
-    rows = [r for r in rows if peer in r.get("peers", ())]
-    job = {"model": str(folder), "tokens": str(TOKENS), "threads": threads, "batch": 4, "out": str(folder)}
-    (folder / "job.json").write_text(json.dumps({**job, "rows": [r for r in rows for _ in range(repeats)]}))
-    # GPTQModel starts one worker on two cores and then asks for two.
-    env = {
-        **os.environ,
-        "PYTHONPATH": "",
-        "GPTQMODEL_CPU_WORKERS": str(max(2, threads)),
-        "OMP_NUM_THREADS": str(threads),
-    }
-    script = HERE / "peers" / f"peer_{peer}.py"
-    command = [str(python_of(peer)), str(script), str(folder / "job.json")]
-    out: Runs = {}
-    with subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          errors="replace") as process:  # fmt: skip
-        assert process.stdout is not None
-        said = process.stdout.read()
-    for line in said.splitlines():
-        if line.startswith("ROW "):
-            got = json.loads(line.removeprefix("ROW "))
-            out.setdefault(got["name"], {"seconds": [], **got_file(got)})["seconds"].append(got["seconds"])
-    if process.returncode or len(out) != len(rows):
-        raise RuntimeError(f"{PEERS[peer]} failed (exit status {process.returncode}):\n{said[-3000:]}")
-    for run in out.values():
-        run["ppl"] = judge(model, Path(run["weights"]), tokens["evaluation"].long())
-    return out
+    peer: str, model: nn.Module, folder: Path, row: dict[str, Any], tokens: dict[str, Tensor], args: argparse.Namespace
+) -> Run:
+    """A peer on a row: seconds (a list), perplexity. Raises RuntimeError with the end of what it said if it fails."""
+    job = {"model": str(folder), "tokens": str(TOKENS), "threads": args.threads, "batch": 4, "out": str(folder)}
+    (folder / "job.json").write_text(json.dumps({**job, "rows": [row] * args.repeats}))
+    env = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": str(args.threads)}
+    env["GPTQMODEL_CPU_WORKERS"] = str(max(2, args.threads))  # on two cores it starts one, and then asks for two
+    command = [str(python_of(peer)), str(HERE / "peers" / f"peer_{peer}.py"), str(folder / "job.json")]
+    done = subprocess.run(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    got = [json.loads(line.removeprefix("ROW ")) for line in done.stdout.splitlines() if line.startswith("ROW ")]
+    if done.returncode or len(got) != args.repeats:
+        raise RuntimeError(f"{PEERS[peer]} failed (exit status {done.returncode}):\n{done.stdout[-3000:]}")
+    ppl = judge(model, Path(got[-1]["weights"]), tokens["evaluation"].long())
+    return {"seconds": [g["seconds"] for g in got], "ppl": ppl}
 
 
-def got_file(got: dict[str, Any]) -> dict[str, Any]:
-    return {"weights": got["weights"], "version": got["version"]}
+def version_of(peer: str) -> str:
+    code = f"from importlib.metadata import version; print(version({peer!r}))"
+    return subprocess.run([str(python_of(peer)), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def python_of(peer: str) -> Path:
@@ -188,7 +172,7 @@ def arguments(reference: dict[str, Any]) -> argparse.Namespace:
                         help=f"{', '.join(names)}, or all (default: {', '.join(reference['default'])})")  # fmt: skip
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS), help="default: both")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of everybody (default: all cores)")
-    parser.add_argument("--windows", type=int, default=16, help="of the 64 to judge by (default 16)")
+    parser.add_argument("--windows", type=int, default=8, help="of the 64 to judge by (default 8)")
     parser.add_argument("--repeats", type=int, default=1, help="timings of each (default 1)")
     args = parser.parse_args()
     if "all" in args.rows:
@@ -209,26 +193,24 @@ def main() -> int:
     tokens["evaluation"] = tokens["evaluation"][: args.windows]
     rows = [row for row in reference["rows"] if row["name"] in args.rows]
     compiled = warm_up(model, tokens)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        mine = run_ctp(model, rows, tokens, args)
-        peers = {
-            p: run_peer(p, model, Path(folder), rows, tokens, args.threads, args.repeats)
-            for p in args.peers
-            if any(p in row.get("peers", ()) for row in rows)
-        }
-    versions = [f"{PEERS[p]} {next(iter(runs.values()))['version']}" for p, runs in peers.items()]
+    versions = [f"{PEERS[p]} {version_of(p)}" for p in args.peers]
     print(f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} threads, float32", end="; ")
     print(f"torch {torch.__version__}", *versions, sep=", ", end=f"; judged on {args.windows} windows of 256 tokens; ")
     print(f"ctp's kernels were ready after {compiled:.1f} s, which are in no number below.\n")
-    authors = args.windows == 64
-    print(head(authors))
-    wrong = []
-    for row in rows:
-        others = {p: runs[row["name"]] for p, runs in peers.items() if row["name"] in runs}
-        print(line(row, mine[row["name"]], others, authors))
-        wrong += broken(row["name"], mine[row["name"]], others, reference)
+    authors, wrong = args.windows == 64, []
+    print(head(authors), flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for row in rows:
+            who = [p for p in args.peers if p in row.get("peers", ())]
+            # ctp between the peers: a machine's speed drifts within minutes.
+            others = {p: run_peer(p, model, folder, row, tokens, args) for p in who[:1]}
+            mine = run_ctp(model, row, tokens, args)
+            others |= {p: run_peer(p, model, folder, row, tokens, args) for p in who[1:]}
+            print(line(row, mine, others, authors), flush=True)
+            wrong += broken(row["name"], mine, others, reference)
     claim = (
         f"At most {reference['seconds_ratio']} of each peer's seconds, perplexity within {reference['tolerance']:.0%}"
     )

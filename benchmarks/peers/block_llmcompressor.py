@@ -47,7 +47,9 @@ def main(hidden: int, inner: int, device: str, threads: int) -> None:
             solved = [[solver(w, hessian) for w in weights] for hessian, weights in groups]
             wait(device)
             seconds = time.perf_counter() - begun
-            errors = [error(w, s, h) for (h, ws), ss in zip(groups, solved, strict=True) for w, s in zip(ws, ss, strict=True)]
+            errors = [
+                error(w, s, h) for (h, ws), ss in zip(groups, solved, strict=True) for w, s in zip(ws, ss, strict=True)
+            ]
         print("ROW " + json.dumps({"name": name, "seconds": seconds, "error": sum(errors) / len(errors)}), flush=True)
 
 

@@ -3,13 +3,12 @@
     python peer_gptqmodel.py JOB.json
 
 JOB is that of peer_llmcompressor.py. Every row is one call of `quantize` on a freshly loaded model; the call alone is
-timed. Prints "ROW {name, seconds, weights, version}" for each: weights is the folder that GPTQModel saved.
+timed. Prints "ROW {name, seconds, weights}" for each: weights is the folder that GPTQModel saved.
 """
 
 import json
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -46,7 +45,7 @@ def main(job: dict) -> None:
         seconds = time.perf_counter() - begun
         folder = str(Path(job["out"]) / f"gptqmodel-{row['name']}")
         model.save(folder)
-        said = {"name": row["name"], "seconds": seconds, "weights": folder, "version": version("gptqmodel")}
+        said = {"name": row["name"], "seconds": seconds, "weights": folder}
         print("ROW " + json.dumps(said), flush=True)
 
 

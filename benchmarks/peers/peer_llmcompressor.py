@@ -4,13 +4,12 @@
 
 JOB holds model (a folder), tokens (a safetensors file with `calibration`, (windows, tokens)), threads, batch, out (a
 folder) and rows [{name, method, settings}]. Every row is one call of `oneshot` on a freshly loaded model; the call
-alone is timed. Prints "ROW {name, seconds, weights, version}" for each: weights is a file with the dense weights.
+alone is timed. Prints "ROW {name, seconds, weights}" for each: weights is a file with the dense weights.
 """
 
 import json
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -69,7 +68,7 @@ def main(job: dict) -> None:
         file = str(Path(job["out"]) / f"llmcompressor-{row['name']}.safetensors")
         linears = {n: m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
         save_file({f"{n}.weight": w.detach().contiguous() for n, w in linears.items()}, file)
-        said = {"name": row["name"], "seconds": seconds, "weights": file, "version": version("llmcompressor")}
+        said = {"name": row["name"], "seconds": seconds, "weights": file}
         print("ROW " + json.dumps(said), flush=True)
 
 

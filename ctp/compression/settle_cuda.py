@@ -34,7 +34,7 @@ def _settle(  # type: ignore[no-untyped-def]
     for j in range(columns):
         if M > 0:  # noqa: SIM102 (known when triton compiles, the other is not)
             if j % M == 0:
-                score = tile / diagonal[:, None]
+                score = tl.div_rn(tile, tl.zeros_like(tile) + diagonal[:, None])
                 score = score * score
                 rank = tl.zeros_like(gone)
                 for k in range(j, j + M):
@@ -49,14 +49,14 @@ def _settle(  # type: ignore[no-untyped-def]
             g = tl.load(group + j) * outputs
             s = tl.load(scale + g + at, mask=inside, other=1.0)
             z = tl.load(zero + g + at, mask=inside, other=0.0)
-            x = w / s
+            x = tl.div_rn(w, s)
             # To the nearest, ties to even, as torch rounds: below 2^22 this addition leaves no digits behind the point.
             x = tl.minimum(tl.maximum(x, -z - 1.0), top - z + 1.0)
             x = (x + 12582912.0) - 12582912.0
             q = tl.minimum(tl.maximum(x, -z), top - z) * s
         if PRUNES:
             q = tl.where(tl.sum(tl.where(here, gone, 0), axis=0) > 0, 0.0, q)
-        error = (w - q) / tl.load(upper + j * (columns + 1))
+        error = tl.div_rn(w - q, tl.zeros_like(w) + tl.load(upper + j * (columns + 1)))
         u = tl.load(upper + j * columns + row, mask=(row > j) & (row < columns), other=0.0)
         tile = tl.where(here, q[None, :], tile - u[:, None] * error[None, :])
         wrong = tl.where(here, error[None, :], wrong)

@@ -23,7 +23,7 @@ from ctp.compression.solver import check_shape, factorise, solve
 from ctp.methods import Solver
 
 Progress = Callable[[int, int], None]
-CPU_TOKENS = 512
+CPU_TOKENS = 1024
 HEAP_BLOCK = 2**25 - 2**16  # bytes; from 2^25 on it learns nothing
 
 
@@ -141,7 +141,7 @@ def hessians(block: nn.Module, groups: Sequence[Sequence[str]], batches: Sequenc
 
 def _add_gram(total: Tensor, x: Tensor) -> None:
     """Adds X^T X to total (inputs, inputs), on and above the diagonal: stripe by stripe, little over half the work."""
-    step = max(256, len(total) // 8)
+    step = max(128 if len(total) < 1024 else 256, len(total) // 8)
     for i in range(0, len(total), step):
         total[i : i + step, i:].addmm_(x[:, i : i + step].T, x[:, i:])
 
