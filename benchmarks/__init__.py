@@ -1,0 +1,1 @@
+"""Speed and quality next to named peers: `python -m benchmarks.NAME`."""

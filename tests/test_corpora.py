@@ -139,6 +139,8 @@ def test_text_stats_count_unknowns_and_know_the_tokenizer(by_bytes):
     tokenizer(["a", "a b"], padding=False, truncation=True, max_length=1)  # leaves its truncation behind
     assert text_stats(cut, tokenizer) == stats
     assert text_stats(cut, by_words("a b c", bos=True))["tokenizer_sha256"] != stats["tokenizer_sha256"]
+    tokenizer.add_tokens(["x"])  # the same object, another tokenizer
+    assert text_stats(cut, tokenizer)["tokenizer_sha256"] != stats["tokenizer_sha256"]
     assert text_stats(windows(spec(), ["abcd"], by_bytes), by_bytes)["unk"] == 0
     shared = by_words("a b", bos=True)
     shared.unk_token = "[B]"  # as OPT, whose </s> is all of these

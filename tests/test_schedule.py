@@ -102,6 +102,20 @@ def test_evaluations_of_one_target_travel_together(plan):
     assert len({plan.nodes[k].cell.target for k in task[1]}) == 1
 
 
+def test_what_one_prompt_is_asked_comes_in_a_row(tmp_path, llama_folder):
+    """The model keeps one prompt's keys and values: measures of several prompts must not alternate."""
+    texts = [{"dataset": name, "split": "test", "seq_len": 24, "count": 2} for name in ("pydoc", "newswire")]
+    prompts = [{"method": "random_prompt", "k": 3, "seed": seed} for seed in (0, 1)]
+    measures = [{"method": "perplexity", "text": text} for text in texts]
+    plan = make(tmp_path / "g.yaml", **grid(llama_folder, sources=[], recovery=prompts, measures=measures))
+    walk = Walk(plan, done=set(plan.nodes) - set(cells(plan, Evaluate)), slots=1)
+    asked = [plan.nodes[k].cell for k in walk.ask()[1]]
+    assert len({c.target for c in asked}) == 1
+    seeds = [c.recovery and c.recovery.recovery.seed for c in asked]
+    assert seeds == [None, None, 0, 0, 1, 1]
+    assert [c.measure.text.dataset for c in asked] == ["pydoc", "newswire"] * 3
+
+
 def test_a_failure_skips_what_needs_it_and_nothing_else(plan):
     walk = Walk(plan)
     gptq = next(k for k in cells(plan, Compress) if plan.nodes[k].cell.compression.label == "gptq-3bit")

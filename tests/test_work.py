@@ -10,8 +10,10 @@ from tinygrid import grid, model_folder, write_grid
 from ctp import gridfile, job, plan, work
 from ctp.compression import artifact, compress_model, pack
 from ctp.evaluate.perplexity import perplexity
+from ctp.labels import slug
 from ctp.models import load
 from ctp.pins import Pins
+from ctp.recover import prefix
 from ctp.recover.state import load_prompt
 from ctp.spec import Compress, Evaluate, Learn, Runtime
 from ctp.store import Store
@@ -99,6 +101,34 @@ def test_numbers_are_those_of_the_stored_artifacts(bench):
     prompt = load_prompt(bench.store.fetch(cell.recovery))
     again = perplexity(model, ids, prompt, batch=bench.runtime.batch)
     assert again.nll_sum == bench.store.manifest(cell)["metrics"]["nll_sum"]
+
+
+def test_a_prompts_texts_share_one_pass_over_its_rows(tmp_path, llama_folder, monkeypatch):
+    """Cells of one target, prompt by prompt: the rows go through the model once, and every text is tokenised once."""
+    prompts = [{"method": "random_prompt", "k": 3, "seed": seed} for seed in (0, 1)]
+    texts = [{"dataset": name, "split": "test", "seq_len": 24, "count": 5} for name in ("pydoc", "newswire")]
+    measures = [{"method": "perplexity", "text": text} for text in texts]
+    bench = Bench(tmp_path, llama_folder, compression=["dense", {"method": "gptq", "bits": 3}], sources=[],
+                  recovery=prompts, measures=measures)  # fmt: skip
+    for cell in bench.cells:
+        if not isinstance(cell, Evaluate):
+            bench.execute(cell)
+    made, cut = [], []
+    own_prefix, own_windows = prefix.prefix, job.corpora.windows
+    monkeypatch.setattr(prefix, "prefix", lambda *given: made.append(given) or own_prefix(*given))
+    monkeypatch.setattr(job.corpora, "windows", lambda *given: cut.append(given) or own_windows(*given))
+    monkeypatch.setattr(job, "_windows", {})
+    cells = sorted(bench.all(Evaluate), key=lambda c: (c.target.compression.label, slug(c.recovery or c.target)))
+    for cell in cells:
+        bench.execute(cell)
+    assert len(made) == 2 * 2  # targets, prompts
+    assert len(cut) == 2  # texts
+    job.forget()
+    for cell in cells:
+        model, _ = job.open_model(cell.target, bench.store, bench.runtime, "cpu")
+        rows = load_prompt(bench.store.fetch(cell.recovery)) if cell.recovery else None
+        alone = perplexity(model, next(iter(w for s, w in job._windows.items() if s[0] == cell.measure.text)), rows)
+        assert bench.store.manifest(cell)["metrics"]["nll_sum"] == alone.nll_sum
 
 
 def test_a_done_cell_is_not_done_again(tmp_path, llama_folder):
