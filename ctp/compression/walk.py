@@ -20,11 +20,11 @@ from ctp.compression.blocks import (
 )
 from ctp.compression.layer import Layer, check
 from ctp.compression.solver import check_shape, factorise, solve
+from ctp.machine import keep_heap
 from ctp.methods import Solver
 
 Progress = Callable[[int, int], None]
 CPU_TOKENS = 1024
-HEAP_BLOCK = 2**25 - 2**16  # bytes; from 2^25 on it learns nothing
 
 
 def compress_model(
@@ -51,9 +51,7 @@ def compress_model(
     _check_shapes(prefix, blocks, compression)
     layers: dict[str, Layer] = {}
     with torch.no_grad(), _evaluating(model), _full_precision():
-        # What glibc learns from a large block that is freed: to keep the memory of activations, and not to ask the
-        # system for it, page by page, in every pass. Elsewhere it does nothing.
-        torch.empty(HEAP_BLOCK, dtype=torch.uint8)
+        keep_heap()
         check_chain(model, windows[:1])
         batches = capture(model, windows, batch or _batch(model, windows.shape[1]))
         for i, block in enumerate(blocks):

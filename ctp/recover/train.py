@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ctp.evaluate.perplexity import PerplexityResult, perplexity
+from ctp.machine import keep_heap
 from ctp.methods import Learned
 from ctp.recover.accelerator import accelerated
 from ctp.recover.attach import check_fit, frozen
@@ -105,6 +106,7 @@ def train(
         if saved.identity != state.identity:
             raise ValueError(f"{resume} is a checkpoint of another spec or other text")
         state = saved
+    keep_heap()
     with accelerated(spec.precision, runtime.device) as accelerator, frozen(model):
         if model.dtype == torch.float16 and accelerator.device.type == "cpu":
             raise ValueError(
