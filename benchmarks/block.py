@@ -3,9 +3,9 @@
     python -m benchmarks.block [--device cuda] [--hidden N] [--inner N] [--threads N] [--no-loop]
 
 On a GPU the block is LLaMA-7B's (4096, 11008), on a CPU a quarter of it in each direction unless told otherwise.
-Weights and inputs are random and the same for all. ctp factorises a Hessian once for the linears that share it. Errors are the
-squared output error over the squared output, the mean of the 7 linears. llm-compressor needs `make foreign`; without
-it its columns are empty.
+Weights and inputs are random and the same for all. ctp factorises a Hessian once for the linears that share it. Errors
+are the squared output error over the squared output, the mean of the 7 linears. llm-compressor needs `make foreign`;
+without it its columns are empty.
 """
 
 import argparse

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ctp.compression import compress_model, decoder_blocks, pack, stats, unpack
-from ctp.compression.blocks import capture, check_chain, shared_inputs
+from ctp.compression.blocks import capture, check_chain, packed_linears, shared_inputs
 from ctp.compression.walk import compress_block, hessians
 from ctp.evaluate.perplexity import perplexity
 from ctp.methods import GPTQ, Solver, SparseGPT
@@ -163,6 +163,31 @@ def test_bfloat16_models_compress_in_their_dtype():
     layers = compress_model(model, random_windows(8, 48), SparseGPT(sparsity=0.5, bits=4))
     for name, layer in layers.items():
         assert torch.equal(layer.dense(torch.bfloat16), model.get_parameter(f"{name}.weight"))
+
+
+def test_packed_linears_give_the_same_and_leave_no_trace(case):
+    """Products summed in another order: float32 has 2^-24."""
+    model, _, _ = case
+    windows = random_windows(4, 24)
+    before = logits(model, windows)
+    with packed_linears(model):
+        changed = [m for m in model.modules() if "forward" in m.__dict__]
+        torch.testing.assert_close(logits(model, windows), before, rtol=1e-4, atol=1e-5)
+    assert len(changed) > 4
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    assert torch.equal(logits(model, windows), before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_compressing_twice_gives_the_same_bytes(threads):
+    torch.set_num_threads(threads)
+    results = []
+    for _ in range(2):
+        model = tiny_llama()
+        results.append(
+            pack(compress_model(model, random_windows(6, 32), SparseGPT(sparsity=0.5, bits=3, group_size=8)))
+        )
+    assert all(torch.equal(t, results[1][name]) for name, t in results[0].items())
 
 
 def test_progress_training_mode_and_hooks_are_as_before():
