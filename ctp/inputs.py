@@ -4,7 +4,7 @@ Values are strict: a string is no number, an unknown field is an error.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
@@ -24,6 +24,18 @@ class Spec(BaseModel):
         """The fields whose value differs from their default, in the order of declaration."""
         fields = type(self).model_fields
         return {n: v for n, f in fields.items() if (v := getattr(self, n)) != f.default}
+
+    def remembered(self, what: str, make: Callable[[], str]) -> str:
+        """What `make` gave the first time: this object's values never change."""
+        memo = self.__dict__  # beside the fields, as functools.cached_property does: neither compared nor dumped
+        return memo[what] if what in memo else memo.setdefault(what, make())
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with some fields changed, and nothing remembered."""
+        copy = super().model_copy(update=update, deep=deep)
+        for name in copy.__dict__.keys() - type(self).model_fields.keys():
+            del copy.__dict__[name]
+        return copy
 
 
 class Pinned(Spec):

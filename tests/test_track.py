@@ -11,9 +11,10 @@ from test_work import Bench
 
 from analysis import transfer_matrix
 from analysis.runs import AnalysisError, evaluations
-from ctp import track
+from ctp import resync
+from ctp.runinfo import TrackError, tracking_uri
 from ctp.spec import Evaluate, Learn, key
-from ctp.track import Tracker, TrackError, tracking_uri
+from ctp.track import Tracker
 
 
 @pytest.fixture(scope="module")
@@ -110,15 +111,15 @@ def test_an_unreachable_server_is_said_in_seconds(finished, monkeypatch):
 
 def test_track_sync_command(finished, uri, tmp_path, capsys):
     file = finished.plan.grid.path
-    assert track.main(["sync", str(file), "--store", finished.store.uri]) == 0
+    assert resync.main(["sync", str(file), "--store", finished.store.uri]) == 0
     assert "10 runs written" in capsys.readouterr().out
     [parent] = mlflow.search_runs(
         experiment_names=["g"], filter_string="tags.`ctp.kind` = 'grid'", output_format="list"
     )
     assert "compression:" in mlflow.artifacts.load_text(f"{parent.info.artifact_uri}/grid.yaml")
-    assert track.main(["sync", str(file), "--store", finished.store.uri]) == 0
+    assert resync.main(["sync", str(file), "--store", finished.store.uri]) == 0
     assert len(mlflow.search_runs(experiment_names=["g"])) == 11  # a second time changes nothing
-    assert track.main(["sync", str(tmp_path / "no.yaml")]) == 2
+    assert resync.main(["sync", str(tmp_path / "no.yaml")]) == 2
 
 
 def test_matrix_equals_the_manifests(finished, uri, tmp_path, capsys):
