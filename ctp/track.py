@@ -70,6 +70,8 @@ class Tracker:
         self.uri, self.plan, self.store = uri, plan, store
         try:
             self.client, self.experiment, self._synced = _open(uri, plan.name)
+        except TrackError:
+            raise
         except Exception as e:  # whatever the client raises: sqlite, HTTP, its own
             raise TrackError(f"MLflow at {uri} cannot be reached: {type(e).__name__}: {_first_line(e)}") from e
         self.parent: str | None = None
@@ -286,6 +288,11 @@ def _open(uri: str, name: str) -> tuple[MlflowClient, str, str]:
     known = client.get_experiment_by_name(name)
     if known is None:
         return client, client.create_experiment(name, artifact_location=artifacts), ""
+    if known.lifecycle_stage == "deleted":
+        raise TrackError(
+            f"MLflow at {uri}: the experiment {name!r} was deleted and keeps its name: `mlflow experiments restore -x "
+            f"{known.experiment_id}` brings it back, `mlflow gc --experiment-ids {known.experiment_id}` removes it"
+        )
     return client, known.experiment_id, known.tags.get(SYNCED, "")
 
 
