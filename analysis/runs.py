@@ -13,6 +13,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 import mlflow
 
 from analysis.paper import level
+from ctp.runinfo import every_run
 
 AXES = ["model", "dataset", "split", "seq_len"]  # one matrix each
 SOURCE = ["source", "recovery", "adapter", "k", "learned_on"]  # one row each
@@ -28,8 +29,8 @@ REQUIRED = {
 WORDS = ("model", "target", "source", "recovery", "recovery_label", "learned_on", "dataset", "split", "task", "adapter",
          "seed", "dtype")  # fmt: skip
 COUNTS = ("k", "rank", "seq_len", "shots")
-TAGS = {"tags.ctp.tokenizer_sha256": "tokenizer", "tags.ctp.data": "data", "tags.ctp.protocol": "protocol",
-        "tags.ctp.device": "device", "tags.ctp.machine": "machine", "tags.ctp.metric": "metric"}  # fmt: skip
+TAGS = {"ctp.tokenizer_sha256": "tokenizer", "ctp.data": "data", "ctp.protocol": "protocol",
+        "ctp.device": "device", "ctp.machine": "machine", "ctp.metric": "metric"}  # fmt: skip
 
 
 class AnalysisError(Exception):
@@ -45,13 +46,17 @@ def existing(uri: str) -> str:
     return uri
 
 
-def evaluations(grid: str, where: str = "", measure: str = "perplexity") -> pd.DataFrame:
-    """One row a finished evaluation of the grid by this measure, as it was last run.
+def evaluations(grid: str, where: str = "", measure: str = "perplexity", dataset: str = "") -> pd.DataFrame:
+    """One row a finished evaluation of the grid by this measure, as it was last run; on one data set, where given.
 
     Columns as `finished` gives them. Raises AnalysisError where there is no such experiment, no run, or a run without
     one of the measure's REQUIRED numbers.
     """
-    runs = finished(grid, f"params.measure = '{measure}'" + (f" and {where}" if where else ""))
+    of_text = f"params.dataset = '{dataset}'" if dataset else ""
+    runs = finished(grid, " and ".join(x for x in (f"params.measure = '{measure}'", of_text, where) if x))
+    if runs.empty and dataset:
+        known = sorted(evaluations(grid, where, measure).dataset.unique())
+        raise AnalysisError(f"{grid} has nothing on {dataset!r}; it has: {', '.join(known)}")
     if runs.empty:
         raise AnalysisError(f"{grid}: no finished {measure} evaluation" + (f" where {where}" if where else ""))
     return of_measure(runs, measure)
@@ -66,21 +71,24 @@ def finished(grid: str, where: str = "") -> pd.DataFrame:
     filter. Raises AnalysisError where there is no such experiment or MLflow does not answer.
     """
     wanted = "attributes.status = 'FINISHED' and tags.`ctp.current` = 'yes' and tags.`ctp.kind` != 'grid'"
+    client = mlflow.MlflowClient()
     try:
-        if mlflow.get_experiment_by_name(grid) is None:
+        experiment = client.get_experiment_by_name(grid)
+        if experiment is None:
             raise AnalysisError(f"MLflow at {mlflow.get_tracking_uri()} has no experiment {grid!r}")
-        runs: Any = mlflow.search_runs(
-            experiment_names=[grid], filter_string=f"{wanted} and {where}" if where else wanted, max_results=50_000
-        )
+        runs = every_run(client, experiment.experiment_id, f"{wanted} and {where}" if where else wanted)
     except mlflow.exceptions.MlflowException as e:
         raise AnalysisError(f"MLflow at {mlflow.get_tracking_uri()}: {e}") from e
-    params = {c: c.removeprefix("params.") for c in runs.columns if c.startswith("params.")}
-    metrics = {c: c.removeprefix("metrics.") for c in runs.columns if c.startswith("metrics.")}
-    metrics = {c: n for c, n in metrics.items() if n not in params.values()}
-    tags = {c: n for c, n in TAGS.items() if c in runs.columns}
-    studies = runs["tags.ctp.studies"] if "tags.ctp.studies" in runs else pd.Series("", index=runs.index)
-    table = runs[[*params, *metrics, *tags, "run_id"]].rename(columns=params | metrics | tags)
-    return typed(table.assign(studies=studies.fillna("").str.split(",").map(tuple)))
+    params = {n for r in runs for n in r.data.params}
+    return typed(pd.DataFrame([_row(r, params) for r in runs], columns=None if runs else [*WORDS, *COUNTS]))
+
+
+def _row(run: Any, params: set[str]) -> dict[str, Any]:
+    """A run as a row. params: names of params, which go before metrics called alike."""
+    data = run.data
+    row = {n: v for n, v in data.metrics.items() if n not in params} | data.params | {"run_id": run.info.run_id}
+    row |= {n: data.tags[t] for t, n in TAGS.items() if t in data.tags}
+    return row | {"studies": tuple(data.tags.get("ctp.studies", "").split(","))}
 
 
 def typed(table: pd.DataFrame) -> pd.DataFrame:

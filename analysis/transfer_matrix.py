@@ -13,8 +13,8 @@ import mlflow
 import pandas as pd
 
 from analysis.runs import AXES, NUMBERS, SOURCE, AnalysisError, check_alike, evaluations, existing
+from ctp.runinfo import tracking_uri
 from ctp.store import Store, StoreError, default_store
-from ctp.track import tracking_uri
 
 NO_PROMPT, REFERENCE = "no prompt", "dense, no prompt"
 
@@ -95,12 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     try:
         mlflow.set_tracking_uri(existing(tracking_uri(Store(args.store).uri)))
-        table = evaluations(args.grid, args.where)
-        if args.dataset:
-            known = sorted(table.dataset.unique())
-            if args.dataset not in known:
-                raise AnalysisError(f"{args.grid} has nothing on {args.dataset!r}; it has: {', '.join(known)}")
-            table = table[table.dataset == args.dataset]
+        table = evaluations(args.grid, args.where, dataset=args.dataset or "")
         show(args.grid, table)
     except (AnalysisError, StoreError) as e:
         print(f"error: {e}", file=sys.stderr)

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 
 from ray.tune.search import Searcher
 
+from ctp import cost
+from ctp.graph import expected
 from ctp.plan import Plan
 from ctp.schedule import GraphSearch
 
@@ -64,8 +66,9 @@ def simulate(plan: Plan, bundles: Mapping[str, Bundle], machines: Machines, slot
 
     Raises ValueError where a cell fits no machine, or the search ends with cells that were not run.
     """
+    weights = expected(plan, {k: cost.of(n.cell, n.facts) for k, n in plan.nodes.items()})
     search = GraphSearch(plan, set(plan.nodes), set(), slots, {k: dict(b) for k, b in bundles.items()},
-                         lambda event: None, fail_fast=False)  # fmt: skip
+                         lambda event: None, fail_fast=False, weights=weights)  # fmt: skip
     floor, hand = _Floor(machines), _Hand(search, slots)
     running: list[Task] = []
     ended: list[Task] = []

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ctp import gridfile, preview
 from ctp.gridtext import GridError
@@ -21,7 +21,10 @@ from ctp.progress import Printer, duration
 from ctp.resources import Resources, gpu_memory
 from ctp.spec import Runtime
 from ctp.store import Store, StoreError, default_store
-from ctp.track import Tracker, TrackError, tracking_uri
+
+if TYPE_CHECKING:
+    from ctp.track import Tracker
+from ctp.runinfo import TrackError, tracking_uri
 
 OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -97,8 +100,10 @@ def command(args: argparse.Namespace) -> int:
         if pins.unpinned:
             print(f"not pinned, the hub cannot be reached: {', '.join(pins.unpinned)}: keys are provisional")
         return OK
-    tracker = Tracker(tracking_uri(store.uri), plan, store)
-    tracker.sync(whole=not (args.where or args.stage))
+    from ctp.track import Tracker  # MLflow takes a second to import: a plan needs none
+
+    tracker = Tracker(tracking_uri(store.uri), whole, store)
+    tracker.sync(whole=not (args.where or args.stage), trust=True)
     if not todo:
         print(f"Nothing to run. Store: {store.uri}  MLflow: {tracker.uri}")
         return OK
@@ -109,7 +114,7 @@ def command(args: argparse.Namespace) -> int:
     return run(plan, todo, state, store, tracker, runtime, args)
 
 
-def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker: Tracker, runtime: Runtime,
+def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker: "Tracker", runtime: Runtime,
         args: argparse.Namespace) -> int:  # fmt: skip
     """Run the missing cells, follow them, sum up."""
     from ctp import schedule  # Ray takes seconds to import: only where there is something to run

@@ -4,13 +4,14 @@ Values are strict: a string is no number, an unknown field is an error.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 Seed = Annotated[int, Field(strict=True, ge=0)]
 PositiveInt = Annotated[int, Field(strict=True, gt=0)]
+T = TypeVar("T")
 Finite = Field(strict=True, allow_inf_nan=False)
 Bool = Annotated[bool, Field(strict=True)]
 
@@ -24,6 +25,21 @@ class Spec(BaseModel):
         """The fields whose value differs from their default, in the order of declaration."""
         fields = type(self).model_fields
         return {n: v for n, f in fields.items() if (v := getattr(self, n)) != f.default}
+
+    def remembered(self, what: str, make: Callable[[], T]) -> T:
+        """What `make` gave the first time: this object's values never change."""
+        memo = self.__dict__  # beside the fields, as functools.cached_property does: neither compared nor dumped
+        if what not in memo:
+            memo[what] = make()
+        found: T = memo[what]
+        return found
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with some fields changed, and nothing remembered."""
+        copy = super().model_copy(update=update, deep=deep)
+        for name in copy.__dict__.keys() - type(self).model_fields.keys():
+            del copy.__dict__[name]
+        return copy
 
 
 class Pinned(Spec):

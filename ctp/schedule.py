@@ -1,33 +1,37 @@
 """The only file that knows Ray: one Tuner over the whole graph, a searcher that walks it, resources per trial.
 
-A trial is a task: one Compress or Learn cell, or several Evaluate cells of one target, whose model is then loaded once.
-The searcher hands a task out when its inputs are in the store. The store is the resume: every start is a fresh Tuner
-over what is missing. Errors of a cell are caught in the trial and reported; Tune's retries are for machines that die.
+A trial is a task (see ctp.graph). The searcher hands a task out when its inputs are in the store. The store is the
+resume: every start is a fresh Tuner over what is missing. Errors of a cell are caught in the trial and told; Tune's
+retries are for machines that die.
 """
 
 import json
 import logging
-import math
 import os
+import queue
 import socket
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from ctp import cost, plugins
+from ctp.graph import Event, Outcome, Walk, expected
 from ctp.labels import slug
-from ctp.plan import Plan, runnable
-from ctp.resources import BUSY, Resources, alone, bundles
-from ctp.spec import Evaluate, Runtime, from_json, key, to_json
+from ctp.plan import Plan
+from ctp.resources import Resources, alone
+from ctp.resources import bundles as resources_of
+from ctp.spec import Runtime, from_json, key, to_json
 from ctp.store import Store
 
-# Tune reads these when it is imported. Its own progress tables and result files are not for thousands of short trials.
+# Tune reads these when it is imported. Its own progress tables, result files and saved states are not for thousands of
+# short trials.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -36,119 +40,38 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
-WORKER_DIED = "its worker died (out of memory, or the machine went away) and so did the retries"
-Event = dict[str, Any]
+TELL_SECONDS = 0.25  # at most so often a worker tells what happened: each time costs Tune's loop some milliseconds
+SILENCE_SECONDS = 5.0  # a worker that has nothing to tell looks up so often, for Tune to stop it
 
 
 class ResourceError(Exception):
     """There is no cluster at the address, or a cell asks for more than any machine in it has."""
 
 
-@dataclass
-class Outcome:
-    """How a run ended: key -> reason for what failed or was skipped; `unfinished` was neither (interrupted).
+class GraphSearch(Walk, Searcher):
+    """The walk over the graph as Tune asks for it: a trial is a task."""
 
-    errors: what Ray says of trials whose worker died.
-    """
-
-    done: set[str] = field(default_factory=set)
-    failed: dict[str, str] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    unfinished: set[str] = field(default_factory=set)
-    errors: list[str] = field(default_factory=list)
-
-
-class GraphSearch(Searcher):
-    """Walks the graph: suggests tasks whose inputs are done, learns from reports what that makes ready."""
-
-    def __init__(self, plan: Plan, todo: set[str], done: set[str], slots: int, resources: dict[str, dict[str, float]],
-                 on_event: Callable[[Event], None], fail_fast: bool) -> None:  # fmt: skip
-        super().__init__()
-        self.plan, self.slots, self.resources, self.on_event = plan, slots, resources, on_event
-        self.fail_fast, self.stopped = fail_fast, False
-        self.outcome = Outcome()
-        self.skip(runnable(plan, todo, done))
-        self.waiting = {k for k in plan.nodes if k in todo and k not in self.outcome.skipped}
-        self.finished = set(done)
-        self.tasks: dict[str, list[str]] = {}
-        self.current: dict[str, str] = {}  # trial -> the cell that it said it had started
-        self.own = {k: cost.of(n.cell, n.facts).flops for k, n in plan.nodes.items()}
-        rank = _ranks(plan, {k: self.own[k] for k in self.waiting})
-        self.order = {k: (-rank[k][0], -rank[k][1], i) for i, k in enumerate(plan.nodes)}
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        Searcher.__init__(self)
+        Walk.__init__(self, *args, **kwargs)
 
     def set_search_properties(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        task = [] if self.stopped else self._next_task()
-        if task:
-            self.waiting.difference_update(task)
-            self.tasks[trial_id] = task
+        if task := self.next_task(trial_id):
             cells = [to_json(self.plan.nodes[k].cell) | {"key": k} for k in task]
             return {"cells": json.dumps(cells), "bundle": self.resources[task[0]]}
         return None if self.tasks else Searcher.FINISHED
 
-    def _next_task(self) -> list[str]:
-        ready = [k for k in self.waiting if all(i in self.finished for i in self.plan.nodes[k].inputs)]
-        if not ready:
-            return []
-        ready.sort(key=self.order.__getitem__)
-        cell = self.plan.nodes[ready[0]].cell
-        if not isinstance(cell, Evaluate):
-            return [] if self._hold(ready[0]) else ready[:1]
-        others = (self.plan.nodes[k].cell for k in ready)
-        mates = [
-            k
-            for k, c in zip(ready, others, strict=True)
-            if isinstance(c, Evaluate) and c.target == cell.target and alone(c) == alone(cell)
-        ]
-        # Target and prompt: what a prompt is asked comes in a row, and its rows go through the model once.
-        turn = {inputs: i for i, inputs in enumerate(dict.fromkeys(self.plan.nodes[k].inputs for k in mates))}
-        mates.sort(key=lambda k: turn[self.plan.nodes[k].inputs])
-        return mates[: math.ceil(len(ready) / self.slots)]  # no slot idles while another has all the rest
-
-    def _hold(self, k: str) -> bool:
-        """Hours of learning are not begun while what a longer path begins with is still running, for minutes."""
-        running = (i for task in self.tasks.values() for i in task if i not in self.finished)
-        return self.own[k] >= BUSY and any(self.order[i] < self.order[k] and self.own[i] < BUSY for i in running)
-
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        k, event = result.get("key"), result.get("event")
-        if k is None or k in self.finished or (event != "done" and k in self.outcome.failed):
-            return  # Tune repeats a trial's last report when the trial ends
-        if event == "start":
-            self.current[trial_id] = k
-        elif event == "done":
-            self.finished.add(k)
-            self.outcome.done.add(k)
-            self.outcome.failed.pop(k, None)
-        elif event == "failed":
-            self._fail(k, result["error"])
-        self.on_event(result)
+        for event in result.get("events", [result] if "event" in result else []):
+            self.hear(trial_id, event)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if result:
             self.on_trial_result(trial_id, result)
-        left = [k for k in self.tasks.pop(trial_id, []) if k not in self.finished and k not in self.outcome.failed]
-        if not error or not left:
-            return
-        # Only the cell that it died on has failed; those that travelled with it go to another worker.
-        culprit = self.current[trial_id] if self.current.get(trial_id) in left else left[0]
-        self.waiting.update(k for k in left if k != culprit)
-        self._fail(culprit, WORKER_DIED)
-        self.on_event({"event": "failed", "key": culprit, "error": WORKER_DIED})
-
-    def _fail(self, k: str, error: str) -> None:
-        self.outcome.failed[k] = error
-        self.stopped = self.stopped or self.fail_fast
-        blocked = runnable(self.plan, self.waiting, self.finished | set().union(*self.tasks.values(), set()) - {k})
-        self.skip(blocked)
-        self.waiting.difference_update(blocked)
-
-    def skip(self, blocked: Any) -> None:
-        self.outcome.skipped.update(blocked)
-        for k, reason in blocked.items():
-            self.on_event({"event": "skipped", "key": k, "error": reason})
+        self.end(trial_id, error)
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its searcher to restore it later; this one is never restored."""
@@ -161,20 +84,6 @@ class GraphSearch(Searcher):
         """Nothing to restore."""
 
 
-def _ranks(plan: Plan, own: Mapping[str, float]) -> dict[str, tuple[float, int]]:
-    """The longest path from each cell to the end: operations of what is still to be done, then cells behind it.
-
-    Handing out the largest first (Graham 1969) leaves short cells for the end, when machines would wait for a long one.
-    """
-    rank: dict[str, tuple[float, int]] = {}
-    behind = dict.fromkeys(plan.nodes, (0.0, 0))
-    for k in reversed(plan.nodes):
-        rank[k] = own.get(k, 0.0) + behind[k][0], behind[k][1]
-        for i in plan.nodes[k].inputs:
-            behind[i] = max(behind[i], (rank[k][0], rank[k][1] + 1))
-    return rank
-
-
 # ------------------------------------------------------------------------ running
 
 
@@ -182,59 +91,116 @@ def run(plan: Plan, todo: set[str], done: set[str], *, store: str, runtime: Runt
         address: str | None, fail_fast: bool, on_event: Callable[[Event], None]) -> Outcome:  # fmt: skip
     """Run the cells in `todo`. Raises ResourceError before anything starts where a cell fits no machine."""
     with _cluster(address) as total:
-        bundles = _bundles(plan, resources, total.get("GPU", 0) > 0 and runtime.device != "cpu", runtime.batch)
+        gpus = total.get("GPU", 0) > 0 and runtime.device != "cpu"
+        costs = {k: cost.of(n.cell, n.facts, runtime.batch) for k, n in plan.nodes.items()}
+        bundles = resources_of(plan, resources, gpus, runtime.batch, _cores(resources))
         if runtime.device == "cuda" and not total.get("GPU"):
             raise ResourceError("--device cuda, but no machine here has a GPU")
         _check(plan, todo, bundles)
         slots = max(1, int(total.get("CPU", 1) // resources.cpus))
         if total.get("GPU", 0) and todo:
             slots = max(1, min(slots, int(total["GPU"] / max(bundles[k].get("GPU", 1) for k in todo))))
-        search = GraphSearch(plan, todo, done, slots, bundles, on_event, fail_fast)
+        # Where every slot is known, what to do next is decided when one is free; Tune's queue would be decided before.
+        alike = len({tuple(sorted(bundles[k].items())) for k in todo if not alone(plan.nodes[k].cell)}) <= 1
+        place = Store(store)
+        search = GraphSearch(
+            plan, todo, done, slots, bundles, on_event, fail_fast,
+            weights=expected(plan, costs), landed=lambda k: place.has(plan.nodes[k].cell),
+            ahead=None if address or not alike else 0,
+        )  # fmt: skip
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots + 1)
-        with tempfile.TemporaryDirectory(prefix="ctp-tune-") as scratch:
-            tuner = tune.Tuner(
-                tune.with_resources(
-                    tune.with_parameters(_trial, store=store, runtime=runtime.model_dump(mode="json")),
-                    lambda config: tune.PlacementGroupFactory([config["bundle"]]),
-                ),
-                tune_config=tune.TuneConfig(search_alg=search, num_samples=max(1, len(todo)), reuse_actors=True),
-                run_config=tune.RunConfig(
-                    storage_path=scratch, verbose=0, failure_config=tune.FailureConfig(max_failures=2)
-                ),
-            )
-            results = tuner.fit()
+        errors = _fit(search, max(1, len(todo)), store, runtime)
     outcome = search.outcome
-    outcome.errors = [str(e).strip() for e in results.errors]
+    outcome.errors = errors
     ended = outcome.done | set(outcome.failed) | set(outcome.skipped)
     outcome.unfinished = todo - ended
     return outcome
 
 
-def _trial(config: dict[str, Any], store: str, runtime: dict[str, Any]) -> None:
-    """One task, in a worker: its cells in turn, each reported as it starts, goes on, and ends."""
-    place, how, tasks = Store(store), Runtime.model_validate(runtime), json.loads(config["cells"])
+def _fit(search: GraphSearch, most: int, store: str, runtime: Runtime) -> list[str]:
+    """Have Tune run everything; returns what Ray says of trials whose worker died."""
+    with tempfile.TemporaryDirectory(prefix="ctp-tune-") as scratch:
+        tuner = tune.Tuner(
+            tune.with_resources(
+                tune.with_parameters(_Task, store=store, runtime=runtime.model_dump(mode="json")),
+                lambda config: tune.PlacementGroupFactory([config["bundle"]]),
+            ),
+            tune_config=tune.TuneConfig(search_alg=search, num_samples=most, reuse_actors=True),
+            run_config=tune.RunConfig(
+                storage_path=scratch, verbose=0, failure_config=tune.FailureConfig(max_failures=2),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
+        )  # fmt: skip
+        return [str(e).strip() for e in tuner.fit().errors]
+
+
+# ---------------------------------------------------------------------- in a worker
+
+
+class _Task(tune.Trainable):
+    """One task at a time: a thread does its cells in turn and never waits for Tune; each step tells what happened."""
+
+    def setup(self, config: dict[str, Any], store: str, runtime: dict[str, Any]) -> None:
+        self.place, self.how = Store(store), Runtime.model_validate(runtime)
+        self._begin()
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The next task, in the process whose imports and model are there."""
+        self._begin()
+        return True
+
+    def _begin(self) -> None:
+        cells = json.loads(self.config.pop("cells"))  # Tune would send them back with every result
+        self.told: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
+        threading.Thread(target=self._work, args=(cells,), daemon=True).start()
+
+    def step(self) -> dict[str, Any]:
+        """The events since the last step."""
+        events: list[Event] = []
+        end = time.monotonic() + SILENCE_SECONDS
+        while (left := end - time.monotonic()) > 0:
+            try:
+                event = self.told.get(timeout=left)
+            except queue.Empty:
+                break
+            if event is None:
+                return {"events": events, "done": True}
+            if isinstance(event, BaseException):
+                raise RuntimeError(f"{type(event).__name__}: {event}") from event
+            if not events:
+                end = time.monotonic() + TELL_SECONDS
+            events.append(event)
+        return {"events": events, "done": False}
+
+    def _work(self, cells: list[dict[str, Any]]) -> None:
+        try:
+            for data in cells:
+                _do(data, self.place, self.how, self.told.put)
+        except BaseException as e:  # not a cell's error: those are told
+            self.told.put(e)
+        else:
+            self.told.put(None)
+
+
+def _do(data: dict[str, Any], place: Store, how: Runtime, tell: Callable[[Event], None]) -> None:
+    """One cell, told as it starts, goes on, and ends."""
+    k, cell = data["key"], None
     try:
         plugins.load(how.plugins)
-    except Exception as e:  # one that this machine cannot run is no reason to say that the machine died
-        for data in tasks:
-            error = f"plugins: {type(e).__name__}: {e}"
-            tune.report({"event": "failed", "key": data["key"], "error": error, "traceback": traceback.format_exc()})
-        return
-    for data in tasks:
+        from ctp.work import execute  # torch and transformers: in workers only
+
         cell = from_json(data)
         k = key(cell)
-        tune.report({"event": "start", "key": k})
-        try:
-            from ctp.work import execute  # torch and transformers: in workers only
-
-            execute(cell, place, how, _throttled(k))
-        except Exception as e:  # whatever went wrong is this cell's failure, and only this cell's
-            error = f"{type(e).__name__}: {e}".strip()
-            trace = traceback.format_exc()
+        tell({"event": "start", "key": k})
+        begun = time.monotonic()
+        execute(cell, place, how, _throttled(k, tell))
+    except Exception as e:  # whatever went wrong is this cell's failure, and only this cell's
+        error, trace = f"{type(e).__name__}: {e}".strip(), traceback.format_exc()
+        if cell is not None:
             _keep_failure(place, cell, error, trace)
-            tune.report({"event": "failed", "key": k, "error": error, "traceback": trace})
-        else:
-            tune.report({"event": "done", "key": k})
+        tell({"event": "failed", "key": k, "error": error, "traceback": trace})
+    else:
+        tell({"event": "done", "key": k, "seconds": time.monotonic() - begun})
 
 
 def _keep_failure(place: Any, cell: Any, error: str, trace: str) -> None:
@@ -244,7 +210,7 @@ def _keep_failure(place: Any, cell: Any, error: str, trace: str) -> None:
         logging.getLogger(__name__).warning("the failure of %s could not be stored", slug(cell))
 
 
-def _throttled(k: str, seconds: float = 1.0) -> Callable[[dict[str, Any]], None]:
+def _throttled(k: str, tell: Callable[[Event], None], seconds: float = 1.0) -> Callable[[dict[str, Any]], None]:
     """Reports of a cell, at most one a second but for those with a validation loss."""
     last = 0.0
 
@@ -252,16 +218,18 @@ def _throttled(k: str, seconds: float = 1.0) -> Callable[[dict[str, Any]], None]
         nonlocal last
         if time.monotonic() - last >= seconds or "val_loss" in numbers:
             last = time.monotonic()
-            tune.report({**numbers, "event": "progress", "key": k})
+            tell({**numbers, "event": "progress", "key": k})
 
     return report
 
 
-def _bundles(plan: Plan, resources: Resources, gpus: bool, batch: int) -> dict[str, dict[str, float]]:
-    """What each cell's trial takes. A cell that must run alone gets all the cores of the smallest machine."""
+# ------------------------------------------------------------------------ resources
+
+
+def _cores(resources: Resources) -> float:
+    """Of the smallest machine that runs trials; a head may run none."""
     machines = [n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"]]
-    cores = min((n for n in machines if n >= resources.cpus), default=resources.cpus)  # a head may run no trials
-    return bundles(plan, resources, gpus, batch, cores)
+    return min((n for n in machines if n >= resources.cpus), default=resources.cpus)
 
 
 def _check(plan: Plan, todo: set[str], bundles: dict[str, dict[str, float]]) -> None:

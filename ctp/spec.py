@@ -112,20 +112,30 @@ def canonical(value: Any) -> str:
 
 
 def key(cell: Cell) -> str:
-    """sha256 (hex) of kind, VERSION, own fields and the keys of the inputs.
+    """sha256 (hex) of kind, VERSION, own fields and the keys of the inputs; computed once for an object.
 
     Raises ValueError where a model, text or adapter is not pinned to a revision: such a key would not name one result.
     """
-    fields: dict[str, Any] = {}
-    for name in type(cell).model_fields:
-        value = getattr(cell, name)
-        if isinstance(value, Cell):
-            fields[name] = {"key": key(value)}
-        else:
-            fields[name] = value.model_dump(mode="python") if isinstance(value, Spec) else value
-            _check_pinned(value)
-    text = canonical({"kind": cell.kind, "version": cell.VERSION, "fields": fields})
+    return cell.remembered("_key", lambda: _key(cell))
+
+
+def _key(cell: Cell) -> str:
+    """The hash of canonical({"fields": …, "kind": …, "version": …}), put together from the fields' own texts."""
+    fields = ",".join(f'"{name}":{_text(getattr(cell, name))}' for name in sorted(type(cell).model_fields))
+    text = f'{{"fields":{{{fields}}},"kind":{canonical(cell.kind)},"version":{canonical(cell.VERSION)}}}'
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _text(value: Any) -> str:
+    """A field of a cell in canonical JSON; an input by its key. Cells share models, texts and methods."""
+    if isinstance(value, Cell):
+        return f'{{"key":"{key(value)}"}}'
+    return value.remembered("_text", lambda: _canonical(value)) if isinstance(value, Spec) else canonical(value)
+
+
+def _canonical(spec: Spec) -> str:
+    _check_pinned(spec)
+    return canonical(spec.model_dump(mode="python"))
 
 
 def _check_pinned(value: Any) -> None:

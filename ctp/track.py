@@ -4,15 +4,16 @@ Only the driver writes, from one thread that replays finished artifacts and repo
 never stalls the grid, and `python -m ctp.track sync NAME` writes from the store whatever MLflow lacks.
 """
 
-import argparse
 import json
 import logging
 import os
 import queue
+import random
 import sqlite3
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +22,62 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 
-from ctp import gridfile
-from ctp.gridtext import GridError
-from ctp.labels import fingerprints, params, slug
-from ctp.pins import Pins
-from ctp.plan import Node, Plan, make
+from ctp.plan import Node, Plan
+from ctp.runinfo import (
+    CURRENT,
+    ERROR,
+    KEY,
+    KIND,
+    PARENT,
+    SYNCED,
+    TrackError,
+    asked,
+    entry,
+    every_run,
+    fingerprint,
+    settings,
+    tags,
+)
 from ctp.spec import Evaluate, Learn
-from ctp.store import DEFAULT_STORE, Store, StoreError, default_store
+from ctp.store import Store, StoreError
 
 for _name in ("alembic", "mlflow.store.db.utils"):  # they tell of every table they make
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 ATTACHED = 4 * 2**20  # bytes of a file that MLflow gets a copy of
-KEY, KIND, CURRENT, STUDIES, PARENT = "ctp.key", "ctp.kind", "ctp.current", "ctp.studies", "mlflow.parentRunId"
+BATCH = 900  # MLflow takes 1,000 metrics a call
 
 
-class TrackError(Exception):
-    """MLflow cannot be reached or does not take what it is given."""
+@dataclass
+class Known:
+    """A cell's run as MLflow has it."""
 
-
-def tracking_uri(store: str) -> str:
-    """MLFLOW_TRACKING_URI, else an SQLite file beside a local store (in ./results for a remote one)."""
-    if given := os.environ.get("MLFLOW_TRACKING_URI"):
-        return given
-    folder = Path(DEFAULT_STORE if "://" in store else store).absolute().parent
-    return f"sqlite:///{folder / 'mlflow.db'}"
+    run_id: str
+    status: str
+    tags: dict[str, str]
 
 
 class Tracker:
-    """The writer of one grid's experiment. Raises TrackError from the constructor, `sync` and `close` only."""
+    """The writer of one grid's experiment. Raises TrackError from the constructor, `begin`, `sync` and `close` only.
+
+    plan: the whole grid, also where a run is of a part of it.
+    """
 
     def __init__(self, uri: str, plan: Plan, store: Store) -> None:
         self.uri, self.plan, self.store = uri, plan, store
         try:
-            self.client, self.experiment = _open(uri, plan.name)
-            self.runs = self._known_runs()
+            self.client, self.experiment, self._synced = _open(uri, plan.name)
+        except TrackError:
+            raise
         except Exception as e:  # whatever the client raises: sqlite, HTTP, its own
             raise TrackError(f"MLflow at {uri} cannot be reached: {type(e).__name__}: {_first_line(e)}") from e
         self.parent: str | None = None
+        self._known: dict[str, Known] | None = None  # key -> run, but for those in `_checked`
+        self._checked: set[str] = set()  # finished cells that an earlier invocation found in order
+        self._whole = False
         self._live: set[str] = set()  # learning now
         self.trouble = ""  # the first thing that went wrong while the grid ran
         self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
@@ -72,9 +88,9 @@ class Tracker:
 
     def begin(self, command: str) -> None:
         """Open the parent run of this invocation and start writing."""
-        tags = {KIND: "grid", "ctp.command": command, "mlflow.runName": f"grid {self.plan.name}"}
+        own = {KIND: "grid", "ctp.command": command, "mlflow.runName": f"grid {self.plan.name}"}
         try:
-            self.parent = self.client.create_run(self.experiment, tags=tags).info.run_id
+            self.parent = self.client.create_run(self.experiment, tags=own).info.run_id
             self.client.log_text(self.parent, self.plan.grid.text, "grid.yaml")
         except Exception as e:
             raise TrackError(f"MLflow at {self.uri}: {type(e).__name__}: {_first_line(e)}") from e
@@ -97,38 +113,62 @@ class Tracker:
         if self._thread is not None:
             self._events.put(None)
             self._thread.join()
-        self.sync()
+        self.sync(self._whole)
         try:
             for event in self._missed:
                 self._handle(event)
             for k in self._live:
-                self.client.set_terminated(self._run(self.plan.nodes[k]), "KILLED")
+                self.client.set_terminated(self._run(self.plan.nodes[k]).run_id, "KILLED")
             if self.parent is not None:
                 self.client.set_terminated(self.parent, status)
         except Exception as e:
             raise self._lost(e) from e
 
-    def sync(self, whole: bool = False) -> int:
-        """Write every finished cell that MLflow lacks; returns how many. whole: retire runs of other cells."""
-        written = 0
+    def sync(self, whole: bool = False, trust: bool = False) -> int:
+        """Write every finished cell that MLflow lacks; returns how many. whole: retire runs of other cells.
+
+        trust: where the experiment says that it was checked with these very cells and tags done, and a cell drawn at
+        random is there, nothing more is asked. Runs that were removed one by one are found without it only.
+        """
+        self._whole = whole
+        done = self.store.done(self.plan.cells())
+        mark = fingerprint(self.plan.nodes[k] for k in done)
         try:
-            for k in self.store.done(self.plan.cells()):
-                known = self.runs.get(k)
-                if known is None or known.info.status != "FINISHED":
-                    self._finish(self.plan.nodes[k])
-                    written += 1
-                    continue
-                for name, value in _asked(self.plan.nodes[k]).items() - known.data.tags.items():
-                    self.client.set_tag(known.info.run_id, name, value)
+            marked = self._synced in (f"whole {mark}", f"{'whole' if whole else 'part'} {mark}")
+            if trust and marked and (not done or self._has(random.choice(list(done)))):
+                self._checked = done
+                return 0
+            written = self._write(done)
             if whole:
-                for k, run in self.runs.items():
-                    if k not in self.plan.nodes and run.data.tags.get(CURRENT) == "yes":
-                        self.client.set_tag(run.info.run_id, CURRENT, "no")
+                self._retire()
+            said = f"{'whole' if whole else 'part'} {mark}"
+            if said != self._synced:
+                self.client.set_experiment_tag(self.experiment, SYNCED, said)
+                self._synced = said
         except StoreError:
             raise
         except Exception as e:
             raise self._lost(e) from e
         return written
+
+    def _write(self, done: set[str]) -> int:
+        written = 0
+        for k in self.plan.nodes:
+            if k not in done or k in self._checked:
+                continue
+            known = self._runs().get(k)
+            if known is None or known.status != "FINISHED":
+                self._finish(self.plan.nodes[k])
+                written += 1
+                continue
+            for name, value in asked(self.plan.nodes[k]).items() - known.tags.items():
+                self.client.set_tag(known.run_id, name, value)
+        return written
+
+    def _retire(self) -> None:
+        for k, known in self._runs().items():
+            if k not in self.plan.nodes and known.tags.get(CURRENT) == "yes":
+                self.client.set_tag(known.run_id, CURRENT, "no")
 
     def _lost(self, e: Exception) -> TrackError:
         return TrackError(
@@ -158,57 +198,57 @@ class Tracker:
             self._finish(node)
         elif kind == "failed":
             run = self._run(node)
-            self.client.set_tag(run, "ctp.error", event["error"][:5000])
-            self.runs[node.key] = self.client.get_run(run)
+            run.tags |= {ERROR: event["error"][:5000]}
+            self.client.set_tag(run.run_id, ERROR, run.tags[ERROR])
             if event.get("traceback"):
-                self.client.log_text(run, event["traceback"], "traceback.txt")
-            self.client.set_terminated(run, "FAILED")
+                self.client.log_text(run.run_id, event["traceback"], "traceback.txt")
+            self.client.set_terminated(run.run_id, "FAILED")
+            run.status = "FAILED"
             self._live.discard(node.key)
         elif kind == "start" and isinstance(node.cell, Learn):
             self._live.add(node.key)
-            self.client.update_run(self._run(node), status="RUNNING")
+            self.client.update_run(self._run(node).run_id, status="RUNNING")
         elif kind == "progress" and isinstance(node.cell, Learn) and event.get("loss") is not None:
             now = int(1000 * time.time())
             live = {"live/loss": event["loss"], "live/tokens_per_s": event.get("tokens_per_s")}
             metrics = [Metric(n, float(v), now, int(event["step"])) for n, v in live.items() if v is not None]
-            self.client.log_batch(self._run(node), metrics=metrics)
+            self.client.log_batch(self._run(node).run_id, metrics=metrics)
 
-    def _run(self, node: Node, start: int | None = None) -> str:
-        """The id of the cell's run, made where there is none. start: milliseconds since 1970, None for now."""
-        if node.key not in self.runs:
-            tags = _tags(self.plan, node) | ({PARENT: self.parent} if self.parent else {})
-            self.runs[node.key] = self.client.create_run(self.experiment, start_time=start, tags=tags)
-            settings = [Param(n, str(v)[:6000]) for n, v in params(node.cell).items()]
-            self.client.log_batch(self.runs[node.key].info.run_id, params=settings)
-        return str(self.runs[node.key].info.run_id)
+    def _run(self, node: Node) -> Known:
+        """The cell's run, made with its settings where there is none."""
+        if node.key not in self._runs():
+            run = self._create(node, None, {})
+            self.client.log_batch(run.run_id, params=_params(node))
+        return self._runs()[node.key]
+
+    def _create(self, node: Node, start: int | None, more: dict[str, str]) -> Known:
+        """A new run of the cell. start: milliseconds since 1970, None for now."""
+        own = tags(self.plan.name, node) | more | ({PARENT: self.parent} if self.parent else {})
+        made = self.client.create_run(self.experiment, start_time=start, tags=own)
+        self._runs()[node.key] = Known(made.info.run_id, "RUNNING", own)
+        return self._runs()[node.key]
 
     def _finish(self, node: Node) -> None:
+        """Write all there is to say of a finished cell, in few requests: there may be thousands of short cells."""
         manifest = self.store.manifest(node.cell)
-        end = int(1000 * manifest["created"])
-        start = end - int(1000 * manifest["seconds"])
-        run = self._run(node, start)
-        numbers = manifest["metrics"] | {n: manifest[n] for n in ("seconds", "peak_memory_bytes")}
-        metrics = [Metric(n, float(v), end, 0) for n, v in numbers.items()]
+        history = []
         if isinstance(node.cell, Learn) and "history.json" in manifest["files"]:
-            metrics += _curve(json.loads((self.store.fetch(node.cell) / "history.json").read_text())["history"], start)
-        settings = [Param(n, str(v)[:6000]) for n, v in params(node.cell).items()]
-        extra = {"ctp.device": manifest["device"], "ctp.git_commit": manifest["git_commit"] or ""}
-        if "task" in manifest:
-            extra["ctp.metric"] = manifest["task"]["metric"]
-        if "machine_detail" in manifest:
-            extra["ctp.machine"] = _machine(manifest["machine_detail"])
-        extra |= {f"ctp.{n}": str(v) for n, v in manifest.get("text", {}).items()} | _asked(node)
+            history = json.loads((self.store.fetch(node.cell) / "history.json").read_text())["history"]
+        found, new = entry(node, manifest, history), node.key not in self._runs()
+        run = self._create(node, found.start, found.tags) if new else self._runs()[node.key]
+        run.tags |= found.tags
         if isinstance(node.cell, Evaluate):
-            self._log_files(node, run, manifest["files"])
-        tags = [RunTag(n, v) for n, v in extra.items()]
-        for i in range(0, len(metrics), 900):  # MLflow takes 1,000 metrics a call
-            self.client.log_batch(run, metrics=metrics[i : i + 900])
-        self.client.log_batch(run, params=settings, tags=tags)
-        if "ctp.error" in self.runs[node.key].data.tags:
-            self.client.delete_tag(run, "ctp.error")
-        self.client.set_terminated(run, "FINISHED", end)
+            self._log_files(node, run.run_id, manifest["files"])
+        metrics = [Metric(n, v, found.end, step) for n, v, step in found.metrics]
+        for i in range(BATCH, len(metrics), BATCH):
+            self.client.log_batch(run.run_id, metrics=metrics[i : i + BATCH])
+        written = () if new else [RunTag(n, v) for n, v in found.tags.items()]
+        self.client.log_batch(run.run_id, metrics=metrics[:BATCH], params=_params(node), tags=written)
+        if run.tags.pop(ERROR, None) is not None:
+            self.client.delete_tag(run.run_id, ERROR)
+        self.client.set_terminated(run.run_id, "FINISHED", found.end)
+        run.status = "FINISHED"
         self._live.discard(node.key)
-        self.runs[node.key] = self.client.get_run(run)
 
     def _log_files(self, node: Node, run: str, files: dict[str, Any]) -> None:
         """An evaluation's answers, single timings, nearest words as artifacts: MLflow alone tells it all."""
@@ -218,22 +258,25 @@ class Tracker:
             for name in small:
                 self.client.log_artifact(run, str(folder / name))
 
-    def _known_runs(self) -> dict[str, Run]:
-        found: dict[str, Run] = {}
-        token = None
-        while True:
-            page = self.client.search_runs(
-                [self.experiment], f"tags.`{KIND}` != 'grid'", max_results=1000, page_token=token
-            )
-            for run in page:
-                found[run.data.tags[KEY]] = run
-            token = page.token
-            if not token:
-                return found
+    def _runs(self) -> dict[str, Known]:
+        """Every run of a cell, read when it is first needed; only unfinished ones where the others are checked."""
+        if self._known is None:
+            which = f"tags.`{KIND}` != 'grid'" + (" and attributes.status != 'FINISHED'" if self._checked else "")
+            runs = every_run(self.client, self.experiment, which)
+            self._known = {r.data.tags[KEY]: Known(r.info.run_id, r.info.status, r.data.tags) for r in runs}
+        return self._known
+
+    def _has(self, k: str) -> bool:
+        """Is there a finished run of the cell with this key?"""
+        which = f"tags.`{KEY}` = '{k}' and attributes.status = 'FINISHED'"
+        return bool(self.client.search_runs([self.experiment], which, max_results=1))
 
 
-def _open(uri: str, name: str) -> tuple[MlflowClient, str]:
-    """Client and experiment id. A new SQLite file is made here, once, in WAL mode (three times as fast)."""
+def _open(uri: str, name: str) -> tuple[MlflowClient, str, str]:
+    """Client, experiment id, and what the experiment says it was brought up to date with.
+
+    A new SQLite file is made here, once, in WAL mode (three times as fast).
+    """
     artifacts = None
     if uri.startswith("sqlite:///"):
         file = Path(uri.removeprefix("sqlite:///"))
@@ -243,69 +286,25 @@ def _open(uri: str, name: str) -> tuple[MlflowClient, str]:
         artifacts = (file.parent / "mlartifacts" / name).absolute().as_uri()
     client = MlflowClient(tracking_uri=uri)
     known = client.get_experiment_by_name(name)
-    return client, known.experiment_id if known else client.create_experiment(name, artifact_location=artifacts)
+    if known is None:
+        return client, client.create_experiment(name, artifact_location=artifacts), ""
+    if known.lifecycle_stage == "deleted":
+        raise TrackError(
+            f"MLflow at {uri}: the experiment {name!r} was deleted and keeps its name: `mlflow experiments restore -x "
+            f"{known.experiment_id}` brings it back, `mlflow gc --experiment-ids {known.experiment_id}` removes it"
+        )
+    return client, known.experiment_id, known.tags.get(SYNCED, "")
 
 
-def _tags(plan: Plan, node: Node) -> dict[str, str]:
-    return {
-        KEY: node.key,
-        KIND: node.cell.kind,
-        "ctp.grid": plan.name,
-        "mlflow.runName": slug(node.cell),
-        **_asked(node),
-    }
-
-
-def _asked(node: Node) -> dict[str, str]:
-    """Tags that follow the grid as it is now, and what an evaluation may be compared with."""
-    own = fingerprints(node.cell) if isinstance(node.cell, Evaluate) else {}
-    return {CURRENT: "yes", STUDIES: ",".join(node.studies), **{f"ctp.{n}": v for n, v in own.items()}}
-
-
-def _machine(detail: dict[str, Any]) -> str:
-    """The processor that a timing is of, in a few words."""
-    gpus = [g.get("name", "GPU") for g in detail.get("gpus") or []]
-    return ", ".join(gpus) or f"{detail.get('cpu')}, {detail.get('threads')} threads"
-
-
-def _curve(history: list[dict[str, Any]], at: int) -> list[Metric]:
-    """Learning curve as metrics by step: loss (training) and val_loss."""
-    return [
-        Metric(name, float(point[name]), at, int(point["step"]))
-        for point in history
-        for name in ("loss", "val_loss")
-        if point.get(name) is not None
-    ]
+def _params(node: Node) -> list[Param]:
+    return [Param(n, v) for n, v in settings(node).items()]
 
 
 def _first_line(e: Exception) -> str:
     return (str(e).strip().splitlines() or [""])[0][:300]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """`python -m ctp.track sync NAME`: write from the store what MLflow lacks; returns the exit code."""
-    p = argparse.ArgumentParser(prog="python -m ctp.track", description="Rebuild MLflow from the store.")
-    p.add_argument("action", choices=("sync",))
-    p.add_argument("grid", metavar="NAME", help="grid/NAME.yaml, or the path of a grid file")
-    p.add_argument("--store", default=default_store(), metavar="URI", help="default %(default)s")
-    p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="settings", help="as in ctp.grid")
-    p.add_argument("--data", metavar="DIR", help="as in ctp.grid")
-    args = p.parse_args(argv)
-    try:
-        pins = Pins(args.data)
-        plan = make(gridfile.load(args.grid, args.settings, pins), pins)
-        store = Store(args.store)
-        tracker = Tracker(tracking_uri(store.uri), plan, store)
-        written = tracker.sync(whole=True)
-        if not tracker.knows_grid():
-            tracker.begin(f"python -m ctp.track sync {args.grid}")
-            tracker.close("FINISHED")
-    except (GridError, StoreError, TrackError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2 if isinstance(e, GridError) else 3
-    print(f"{plan.name}: {written} runs written, {len(store.done(plan.cells()))} there. MLflow: {tracker.uri}")
-    return 0
-
-
 if __name__ == "__main__":
+    from ctp.resync import main
+
     sys.exit(main())

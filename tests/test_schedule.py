@@ -16,20 +16,20 @@ from ctp.spec import Compress, Evaluate, Learn
 class Walk:
     """Plays Tune's part: asks for tasks and reports their ends."""
 
-    def __init__(self, plan, todo=None, done=(), slots=2, fail_fast=False):
+    def __init__(self, plan, todo=None, done=(), slots=2, fail_fast=False, **how):
         self.plan, self.events, self.count = plan, [], 0
         bundles = {k: {"CPU": 1} for k in plan.nodes}
         todo = set(plan.nodes) - set(done) if todo is None else todo
-        self.search = GraphSearch(plan, todo, set(done), slots, bundles, self.events.append, fail_fast)
+        self.search = GraphSearch(plan, todo, set(done), slots, bundles, self.events.append, fail_fast, **how)
 
     def ask(self):
         self.count += 1
         found = self.search.suggest(str(self.count))
         return (str(self.count), self.search.tasks[str(self.count)]) if isinstance(found, dict) else found
 
-    def end(self, trial, keys, failed=()):
+    def end(self, trial, keys, failed=(), **more):
         for k in keys:
-            event = {"event": "failed", "error": "ValueError: no"} if k in failed else {"event": "done"}
+            event = {"event": "failed", "error": "ValueError: no"} if k in failed else {"event": "done", **more}
             self.search.on_trial_result(trial, {"key": k, **event})
         self.search.on_trial_complete(trial, {"key": keys[-1], **event})
 
@@ -163,6 +163,85 @@ def test_fail_fast_starts_nothing_more(plan):
     assert walk.ask() is None  # the second one is still running
     walk.end(*second)
     assert walk.ask() == Searcher.FINISHED
+
+
+def test_a_dead_workers_last_words_are_looked_up_in_the_store(plan):
+    """A worker tells what happened some times a second: what it had finished since is done, the next one killed it."""
+    evaluations = set(cells(plan, Evaluate))
+    landed = set()
+    walk = Walk(plan, done=set(plan.nodes) - evaluations, slots=1, landed=landed.__contains__)
+    trial, (first, second) = walk.ask()
+    landed.add(first)
+    walk.search.on_trial_complete(trial, None, error=True)
+    assert (walk.search.outcome.done, set(walk.search.outcome.failed)) == ({first}, {second})
+    assert [(e["event"], e["key"]) for e in walk.events] == [("done", first), ("failed", second)]
+
+
+@pytest.fixture
+def many(tmp_path, llama_folder):
+    """A hundred compressions and nothing else."""
+    compression = {"method": "gptq", "bits": 3, "damping": [(i + 1) / 1000 for i in range(100)]}
+    return make(tmp_path / "g.yaml", **grid(llama_folder, compression=compression, sources=[], measures=[]))
+
+
+def test_short_cells_share_a_task_once_one_was_measured(many):
+    walk, sizes = Walk(many, slots=2), []
+    while isinstance(task := walk.ask(), tuple):
+        sizes.append(len(task[1]))
+        walk.end(*task, seconds=0.1)
+    assert sizes[0] == 1
+    assert max(sizes) == 25  # its share: of 99 ready cells a quarter, by two slots
+    assert sizes[1:] == sorted(sizes[1:], reverse=True)
+    assert sizes[-1] == 1
+    assert sum(sizes) == 100
+
+
+@pytest.mark.parametrize(("seconds", "size"), [(0.3, 10), (2.0, 1), (60.0, 1)])
+def test_a_task_of_short_cells_takes_about_three_seconds(many, seconds, size):
+    walk = Walk(many, slots=2)
+    walk.end(*walk.ask(), seconds=seconds)
+    assert len(walk.ask()[1]) == size
+
+
+def test_what_runs_next_is_decided_when_a_slot_is_free(many):
+    walk = Walk(many, slots=2, ahead=0)
+    first, second = walk.ask(), walk.ask()
+    assert walk.ask() is None  # both slots are spoken for
+    for trial, keys in (first, second):
+        walk.search.on_trial_result(trial, {"events": [{"event": "start", "key": keys[0]}]})
+    assert walk.ask() is None
+    walk.end(*first, seconds=0.1)
+    assert len(walk.ask()[1]) > 1
+    assert walk.ask() is None
+
+
+def test_a_free_worker_gets_what_it_has_loaded(plan):
+    evaluations = cells(plan, Evaluate)
+    walk = Walk(plan, done=set(plan.nodes) - set(evaluations), slots=6, ahead=0)
+    targets = [plan.nodes[k].cell.target for k in evaluations]
+    running = [walk.ask() for _ in range(3)]
+    assert [len(keys) for _, keys in running] == [1, 1, 1]
+    last = running[2]
+    walk.end(*last)
+    again = plan.nodes[walk.ask()[1][0]].cell.target
+    assert again == plan.nodes[last[1][0]].cell.target or targets.count(plan.nodes[last[1][0]].cell.target) == 1
+
+
+def test_heavy_cells_go_first_and_what_runs_alone_last(tmp_path, llama_folder):
+    whole = grid(llama_folder)
+    latency = {"method": "latency", "seq_len": 16, "new_tokens": 4}
+    plan = make(tmp_path / "g.yaml", **{**whole, "measures": [latency, whole["measures"]]})
+    evaluations = cells(plan, Evaluate)
+    heavy = evaluations[-1]
+    weights = {k: 50.0 if k == heavy else 1.0 for k in plan.nodes}
+    walk = Walk(plan, done=set(plan.nodes) - set(evaluations), slots=2, weights=weights)
+    assert walk.ask()[1][0] == heavy
+    order = []
+    while isinstance(task := walk.ask(), tuple):
+        order += [plan.nodes[k].cell.measure.method for k in task[1]]
+        walk.end(*task)
+    assert order == sorted(order, reverse=True)
+    assert order[-6:] == ["latency"] * 6
 
 
 def test_a_stage_alone_skips_what_its_inputs_lack(plan):

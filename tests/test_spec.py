@@ -1,12 +1,15 @@
 """Identity: the same thing has the same key everywhere, another thing another key."""
 
+import hashlib
+import pickle
+
 import pytest
 from pydantic import ValidationError
 
 from ctp.inputs import Model
 from ctp.labels import axes, slug
 from ctp.methods import GPTQ, SparseGPT
-from ctp.spec import Compress, Evaluate, Learn, Runtime, canonical, from_json, key, to_json
+from ctp.spec import Cell, Compress, Evaluate, Learn, Runtime, canonical, from_json, key, to_json
 
 MODEL = Model(name="m", revision="r1", dtype="float32")
 TEXT = {"dataset": "t", "split": "train", "seq_len": 16, "join": " ", "revision": "r2"}
@@ -43,6 +46,27 @@ def test_json_round_trip_keeps_the_key(cell):
     again = from_json(to_json(cell))
     assert again == cell
     assert key(again) == key(cell)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda c: slug(c))
+def test_a_key_is_the_hash_of_the_whole_cell_in_canonical_json(cell):
+    fields = {}
+    for name in type(cell).model_fields:
+        value = getattr(cell, name)
+        known = {"key": key(value)} if isinstance(value, Cell) else value and value.model_dump(mode="python")
+        fields[name] = known
+    text = canonical({"kind": cell.kind, "version": cell.VERSION, "fields": fields})
+    assert key(cell) == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_what_an_object_remembers_is_no_part_of_it():
+    one, other = learn(), learn()
+    before = (repr(one), one.model_dump(), to_json(one))
+    assert key(one) == key(one)
+    assert (one, hash(one), repr(one), one.model_dump(), to_json(one)) == (other, hash(other), *before)
+    for copy in (one.model_copy(update={"source": compress(bits=4)}), one.model_copy(update={}, deep=True)):
+        assert key(copy) == key(Learn(source=copy.source, recovery=copy.recovery.model_dump()))
+    assert key(pickle.loads(pickle.dumps(one))) == key(other)
 
 
 def test_a_default_said_aloud_is_the_same_cell():

@@ -11,9 +11,11 @@ from test_work import Bench
 
 from analysis import transfer_matrix
 from analysis.runs import AnalysisError, evaluations
-from ctp import track
+from ctp import resync
+from ctp.plan import Plan
+from ctp.runinfo import TrackError, tracking_uri
 from ctp.spec import Evaluate, Learn, key
-from ctp.track import Tracker, TrackError, tracking_uri
+from ctp.track import Tracker
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,77 @@ def test_sync_writes_each_cell_once(finished, uri):
     found = {r.data.tags["ctp.key"]: r for r in runs(uri)}
     assert set(found) == set(finished.plan.nodes)
     assert all(r.info.status == "FINISHED" for r in found.values())
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Every search for runs that is made."""
+    searches, search = [], MlflowClient.search_runs
+
+    def counted(self, experiments, filter_string="", **how):
+        searches.append(filter_string)
+        return search(self, experiments, filter_string, **how)
+
+    monkeypatch.setattr(MlflowClient, "search_runs", counted)
+    return searches
+
+
+def test_where_nothing_changed_one_run_is_looked_at(finished, uri, asked):
+    Tracker(uri, finished.plan, finished.store).sync(whole=True)
+    asked.clear()
+    assert Tracker(uri, finished.plan, finished.store).sync(whole=True, trust=True) == 0
+    assert Tracker(uri, finished.plan, finished.store).sync(trust=True) == 0  # of a part: the whole was checked
+    assert len(asked) == 2
+    assert all("ctp.key` = '" in a for a in asked)
+    assert Tracker(uri, finished.plan, finished.store).sync(whole=True) == 0
+    assert "ctp.key` = '" not in asked[-1]  # without trust all are read
+
+
+def test_an_emptied_experiment_is_filled_whatever_it_says(finished, uri):
+    Tracker(uri, finished.plan, finished.store).sync(whole=True)
+    client = MlflowClient(uri)
+    for run in runs(uri):
+        client.delete_run(run.info.run_id)
+    assert Tracker(uri, finished.plan, finished.store).sync(whole=True, trust=True) == 10
+    assert len(runs(uri)) == 10
+    client.delete_experiment(client.get_experiment_by_name("g").experiment_id)
+    with pytest.raises(TrackError, match="the experiment 'g' was deleted and keeps its name: `mlflow experiments rest"):
+        Tracker(uri, finished.plan, finished.store)
+
+
+def test_a_check_of_a_part_says_nothing_of_runs_that_left(finished, uri, tmp_path, llama_folder):
+    Tracker(uri, finished.plan, finished.store).sync(whole=True)
+    other = Bench(tmp_path, llama_folder, compression=["dense"], sources=[])
+    Tracker(uri, other.plan, finished.store).sync(trust=True)
+    assert len(evaluations("g")) == 6
+    Tracker(uri, other.plan, finished.store).sync(whole=True, trust=True)
+    assert list(evaluations("g").target) == ["dense"]
+    Tracker(uri, finished.plan, finished.store).sync(whole=True, trust=True)
+    assert len(evaluations("g")) == 6
+
+
+def test_a_trusted_experiment_takes_new_cells_once(finished, uri, asked):
+    """Runs of failed cells are found again; those of finished ones are neither read nor written twice."""
+    last = finished.all(Evaluate)[-1]
+    kept = {k: n for k, n in finished.plan.nodes.items() if k != key(last)}
+    before = Plan("g", finished.plan.grid, kept)
+    tracker = Tracker(uri, before, finished.store)
+    tracker.plan = finished.plan
+    tracker._handle({"event": "failed", "key": key(last), "error": "ValueError: no"})
+    tracker.plan = before
+    tracker.sync(whole=True)
+    again = Tracker(uri, before, finished.store)
+    assert again.sync(whole=True, trust=True) == 0
+    again.plan = finished.plan
+    asked.clear()
+    again.begin("test")
+    again.tell({"event": "done", "key": key(last)})
+    again.close("FINISHED")
+    assert [a for a in asked if "ctp.kind" in a and "FINISHED" not in a] == []
+    found = runs(uri)
+    assert len(found) == 10
+    assert {r.info.status for r in found} == {"FINISHED"}
+    assert not any("ctp.error" in r.data.tags for r in found)
 
 
 def test_runs_hold_the_numbers_of_the_manifest_and_every_axis(finished, uri):
@@ -110,15 +183,15 @@ def test_an_unreachable_server_is_said_in_seconds(finished, monkeypatch):
 
 def test_track_sync_command(finished, uri, tmp_path, capsys):
     file = finished.plan.grid.path
-    assert track.main(["sync", str(file), "--store", finished.store.uri]) == 0
+    assert resync.main(["sync", str(file), "--store", finished.store.uri]) == 0
     assert "10 runs written" in capsys.readouterr().out
     [parent] = mlflow.search_runs(
         experiment_names=["g"], filter_string="tags.`ctp.kind` = 'grid'", output_format="list"
     )
     assert "compression:" in mlflow.artifacts.load_text(f"{parent.info.artifact_uri}/grid.yaml")
-    assert track.main(["sync", str(file), "--store", finished.store.uri]) == 0
+    assert resync.main(["sync", str(file), "--store", finished.store.uri]) == 0
     assert len(mlflow.search_runs(experiment_names=["g"])) == 11  # a second time changes nothing
-    assert track.main(["sync", str(tmp_path / "no.yaml")]) == 2
+    assert resync.main(["sync", str(tmp_path / "no.yaml")]) == 2
 
 
 def test_matrix_equals_the_manifests(finished, uri, tmp_path, capsys):

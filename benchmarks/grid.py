@@ -1,0 +1,234 @@
+"""What ctp itself costs beside its cells: throughput, planning, a repeated run, the matrix out of MLflow, start-up.
+
+    python -m benchmarks.grid [throughput|plan|again|matrix|start ...] [--cells N] [--no-mlflow] [--repeats N]
+
+Every part runs the real path on a local store, with MLflow on SQLite beside it. A line says what was measured, the
+median and the range, and what is claimed; the exit code is 1 where a claim does not hold. `throughput` runs 1,000 cells
+that sleep 0.1 s on two slots, each publishing an artifact. `plan`, `again` and `matrix` take a finished grid of 10,000
+cells (see benchmarks.finished). All parts take less than five minutes on two cores.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from benchmarks import finished
+from ctp.pins import Pins
+from ctp.plan import make
+from ctp.resources import Resources
+from ctp.spec import Runtime
+from ctp.store import Store
+
+PARTS = ("throughput", "plan", "again", "matrix", "start")
+SLOTS, NAP = 2, 0.1
+ROOT = Path(__file__).parents[1]
+
+
+class Bench:
+    """Prints what is measured and keeps what did not hold. folder: where everything is written."""
+
+    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
+        self.folder, self.args = folder, args
+        self.broken: list[str] = []
+
+    def say(self, what: str, seconds: list[float], most: float | None = None) -> None:
+        """A line of times, lower is better; most: the claim, in seconds."""
+        median = statistics.median(seconds)
+        spread = f", {min(seconds):.2f} to {max(seconds):.2f} in {len(seconds)}" if len(seconds) > 1 else ""
+        self.claim(f"{what}: {median:.2f} s{spread}", most is None or median < most, most and f"below {most:g} s")
+
+    def claim(self, line: str, holds: bool, claim: str | None) -> None:
+        """A line and whether its claim holds."""
+        print(line + (f" ({claim}: {'yes' if holds else 'NO'})" if claim else ""), flush=True)
+        if not holds:
+            self.broken.append(line)
+
+    @cached_property
+    def mixed(self) -> Path:
+        """The folder of the finished grid `mixed`."""
+        begun = time.monotonic()
+        plan, *_ = finished.write(self.folder / "mixed", "mixed", finished.mixed())
+        print(
+            f"(a finished grid of {len(plan.nodes):,} cells, written in {time.monotonic() - begun:.0f} s)", flush=True
+        )
+        return self.folder / "mixed"
+
+
+def timed(work: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of each repeat."""
+    seconds = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - begun)
+    return seconds
+
+
+def command(folder: Path, *args: str) -> str:
+    """Run a Python process in `folder` as a person would; returns what it printed. Raises where it fails."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *args], cwd=folder, env=env, check=True, capture_output=True, text=True
+    ).stdout
+
+
+# ------------------------------------------------------------------------ the parts
+
+
+def throughput(bench: Bench) -> None:
+    """Cells that sleep, on two slots: what part of the time do the slots sleep?"""
+    from ctp import gridfile
+
+    count = bench.args.cells
+    folder = bench.folder / "naps"
+    folder.mkdir()
+    content = {"plugins": str(ROOT / "benchmarks" / "naps.py"), "models": "tiny-llama",
+               "compression": {"method": "nap", "index": list(range(count)), "seconds": NAP}}  # fmt: skip
+    (folder / "naps.yaml").write_text(yaml.safe_dump(content))
+    pins = Pins()
+    plan = make(gridfile.load(str(folder / "naps.yaml"), [], pins), pins)
+    store = Store(str(folder / "results" / "store"))
+    store.check_writable()
+    begun = time.perf_counter()
+    import ray
+
+    from ctp import schedule
+    from ctp.track import Tracker
+
+    tracker = None if bench.args.no_mlflow else Tracker(f"sqlite:///{folder}/results/mlflow.db", plan, store)
+    if tracker:
+        tracker.begin("benchmark")
+    imports, times = time.perf_counter() - begun, []
+
+    def on_event(event: dict[str, object]) -> None:
+        times.append(time.perf_counter())
+        if tracker:
+            tracker.tell(event)
+
+    start = ray.init
+    ray.init = lambda **how: start(num_cpus=SLOTS, **how)
+    begun = time.perf_counter()
+    outcome = schedule.run(
+        plan, set(plan.nodes), set(), store=store.uri, address=None, fail_fast=False, on_event=on_event,
+        runtime=Runtime(device="cpu", locations=pins.locations, plugins=dict(plan.grid.plugins)), resources=Resources(),
+    )  # fmt: skip
+    whole = time.perf_counter() - begun
+    ray.init = start
+    if len(outcome.done) != count:
+        raise SystemExit(f"{len(outcome.done)} of {count} cells done: {list(outcome.failed.values())[:1]}")
+    ideal, last = count * NAP / SLOTS, times[-1]
+    if tracker:
+        tracker.close("FINISHED")
+    told = f"{count:,} cells of {NAP} s on {SLOTS} slots, ideally {ideal:.1f} s, MLflow {'on' if tracker else 'off'}"
+    print(f"throughput: {told}; MLflow done {time.perf_counter() - begun - whole:.1f} s after the last cell")
+    for what, seconds, least in (
+        ("from the first cell's start to the last one's end", last - times[0], 0.95),
+        ("with Ray's start (the call of run to the last cell's end)", last - begun, 0.85),
+        ("and Ray's end, and imports of Ray and MLflow before", whole + imports, None),
+    ):
+        share = ideal / seconds
+        claim = least and f"at least {least:.0%}"
+        bench.claim(f"  {what}: {seconds:.1f} s, {share:.1%} of ideal", least is None or share >= least, claim)
+
+
+def plan(bench: Bench) -> None:
+    """A grid file to a plan with all keys; and the command."""
+    from ctp import gridfile
+
+    def once() -> None:
+        pins = Pins()
+        make(gridfile.load(str(bench.mixed / "mixed.yaml"), [], pins), pins)
+
+    _ = bench.mixed
+    bench.say("plan: grid file to plan with keys, 10,062 cells", timed(once, bench.args.repeats), 2)
+    seconds = timed(lambda: command(bench.mixed, "-m", "ctp.grid", "mixed.yaml", "--plan"), bench.args.repeats)
+    bench.say("plan: python -m ctp.grid mixed.yaml --plan, the whole process", seconds)
+
+
+def again(bench: Bench) -> None:
+    """A run of a grid that is done."""
+    run = ("-m", "ctp.grid", "mixed.yaml")
+    first = timed(lambda: command(bench.mixed, *run), 1)
+    bench.say("again: the first run, which compares every run in MLflow with the store", first)
+    found = command(bench.mixed, *run)
+    if "10062 done, 0 to run" not in found:
+        raise SystemExit(found)
+    bench.say(
+        "again: every later one, the whole process", timed(lambda: command(bench.mixed, *run), bench.args.repeats), 8
+    )
+
+
+def matrix(bench: Bench) -> None:
+    """The transfer matrix out of ten thousand runs."""
+    import mlflow
+
+    from analysis import transfer_matrix
+    from analysis.runs import evaluations
+
+    def once() -> None:
+        table = evaluations("mixed", dataset="newswire")
+        if transfer_matrix.matrix(table, "ppl").shape != (1 + 1 + 18, 6):
+            raise SystemExit("the matrix has another shape")
+
+    mlflow.set_tracking_uri(f"sqlite:///{bench.mixed}/results/mlflow.db")
+    first, *rest = timed(once, bench.args.repeats + 1)
+    bench.say("matrix: 114 of 10,062 runs, 6 x 6 x 3 prompts and 6 bare models; opening MLflow included", [first], 3)
+    bench.say("matrix: the same once more", rest)
+    args = ("-m", "analysis.transfer_matrix", "mixed", "--dataset", "newswire", "--csv", "m.csv")
+    bench.say("matrix: the command", timed(lambda: command(bench.mixed, *args), bench.args.repeats))
+    whole = timed(lambda: evaluations("mixed"), 1)
+    bench.say("matrix: all 1,200 perplexities of both texts", whole)
+    *_, uri = finished.write(bench.folder / "all", "all", finished.matrix_only())
+    mlflow.set_tracking_uri(uri)
+    seconds = timed(lambda: transfer_matrix.spread(evaluations("all"), "ppl"), 1)
+    bench.say("matrix: of 9,726 runs that all belong to it, 90 seeds an entry", seconds)
+
+
+def start(bench: Bench) -> None:
+    """What starting costs."""
+    seconds = timed(lambda: command(bench.folder, "-c", "import ctp.grid"), bench.args.repeats)
+    bench.say("start: python -c 'import ctp.grid'", seconds)
+    heavy = command(bench.folder, "-c", "import sys, ctp.grid; print(*{'torch', 'ray', 'mlflow', 'transformers', "
+                    "'pandas'} & sys.modules.keys())").strip()  # fmt: skip
+    bench.claim(f"start: heavy modules among its imports: {heavy or 'none'}", not heavy, "none")
+    try:
+        seconds = timed(lambda: command(bench.folder, "-m", "ctp.grid", "demo", "--plan"), bench.args.repeats)
+        bench.say("start: python -m ctp.grid demo --plan", seconds)
+    except subprocess.CalledProcessError as e:
+        print(f"start: python -m ctp.grid demo --plan: {e.stderr.strip().splitlines()[-1]}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the parts; returns 1 where a claim does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of: {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--cells", type=int, default=1000, help="of throughput (default 1000; claims are for that)")
+    parser.add_argument("--no-mlflow", action="store_true", help="throughput without MLflow")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args(argv)
+    if odd := set(args.parts) - set(PARTS):
+        parser.error(f"unknown part {min(odd)!r}; there are: {', '.join(PARTS)}")
+    libraries = ", ".join(f"{n} {version(n)}" for n in ("ray", "mlflow", "torch", "pydantic"))
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; {libraries}")
+    with tempfile.TemporaryDirectory(prefix="ctp-bench-") as folder:
+        bench = Bench(Path(folder), args)
+        for part in args.parts or PARTS:
+            globals()[part](bench)
+    if bench.broken:
+        print("does not hold:", *bench.broken, sep="\n  ")
+    return 1 if bench.broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""`python -m ctp.track sync NAME`: MLflow rebuilt from the store."""
+
+import argparse
+import sys
+
+from ctp import gridfile
+from ctp.gridtext import GridError
+from ctp.pins import Pins
+from ctp.plan import make
+from ctp.runinfo import TrackError, tracking_uri
+from ctp.store import Store, StoreError, default_store
+from ctp.track import Tracker
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check every run and write from the store what MLflow lacks; returns the exit code."""
+    p = argparse.ArgumentParser(prog="python -m ctp.track", description="Rebuild MLflow from the store.")
+    p.add_argument("action", choices=("sync",))
+    p.add_argument("grid", metavar="NAME", help="grid/NAME.yaml, or the path of a grid file")
+    p.add_argument("--store", default=default_store(), metavar="URI", help="default %(default)s")
+    p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="settings", help="as in ctp.grid")
+    p.add_argument("--data", metavar="DIR", help="as in ctp.grid")
+    args = p.parse_args(argv)
+    try:
+        pins = Pins(args.data)
+        plan = make(gridfile.load(args.grid, args.settings, pins), pins)
+        store = Store(args.store)
+        tracker = Tracker(tracking_uri(store.uri), plan, store)
+        written = tracker.sync(whole=True)
+        if not tracker.knows_grid():
+            tracker.begin(f"python -m ctp.track sync {args.grid}")
+            tracker.close("FINISHED")
+    except (GridError, StoreError, TrackError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2 if isinstance(e, GridError) else 3
+    print(f"{plan.name}: {written} runs written, {len(store.done(plan.cells()))} there. MLflow: {tracker.uri}")
+    return 0

@@ -1,0 +1,110 @@
+"""What MLflow holds of a cell: the tags, params and metrics of its run. Nothing of MLflow itself is needed here."""
+
+import gc
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ctp.labels import fingerprints, params, slug
+from ctp.plan import Node
+from ctp.spec import Evaluate, canonical
+from ctp.store import DEFAULT_STORE
+
+KEY, KIND, CURRENT, STUDIES, PARENT = "ctp.key", "ctp.kind", "ctp.current", "ctp.studies", "mlflow.parentRunId"
+ERROR = "ctp.error"
+SYNCED = "ctp.synced"  # of the experiment: what it was brought up to date with
+
+
+class TrackError(Exception):
+    """MLflow cannot be reached or does not take what it is given."""
+
+
+def tracking_uri(store: str) -> str:
+    """MLFLOW_TRACKING_URI, else an SQLite file beside a local store (in ./results for a remote one)."""
+    if given := os.environ.get("MLFLOW_TRACKING_URI"):
+        return given
+    folder = Path(DEFAULT_STORE if "://" in store else store).absolute().parent
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished cell. start, end: milliseconds since 1970. metrics: (name, value, step), all as of `end`."""
+
+    start: int
+    end: int
+    tags: dict[str, str]
+    metrics: list[tuple[str, float, int]]
+
+
+def entry(node: Node, manifest: dict[str, Any], history: Iterable[dict[str, Any]] = ()) -> Entry:
+    """What the run of a finished cell says beside `tags` and `settings`. history: of learning, by step."""
+    end = int(1000 * manifest["created"])
+    numbers = manifest["metrics"] | {n: manifest[n] for n in ("seconds", "peak_memory_bytes")}
+    metrics = [(n, float(v), 0) for n, v in numbers.items()]
+    metrics += [
+        (name, float(point[name]), int(point["step"]))
+        for point in history
+        for name in ("loss", "val_loss")
+        if point.get(name) is not None
+    ]
+    own = {"ctp.device": manifest["device"], "ctp.git_commit": manifest["git_commit"] or ""}
+    if "task" in manifest:
+        own["ctp.metric"] = manifest["task"]["metric"]
+    if "machine_detail" in manifest:
+        own["ctp.machine"] = _machine(manifest["machine_detail"])
+    own |= {f"ctp.{n}": str(v) for n, v in manifest.get("text", {}).items()}
+    return Entry(end - int(1000 * manifest["seconds"]), end, own | asked(node), metrics)
+
+
+def settings(node: Node) -> dict[str, str]:
+    """Params: every axis and setting of a cell. MLflow takes 6,000 characters of each."""
+    return {n: str(v)[:6000] for n, v in params(node.cell).items()}
+
+
+def tags(grid: str, node: Node) -> dict[str, str]:
+    """Tags of a cell's run from its first moment."""
+    return {KEY: node.key, KIND: node.cell.kind, "ctp.grid": grid, "mlflow.runName": slug(node.cell), **asked(node)}
+
+
+def asked(node: Node) -> dict[str, str]:
+    """Tags that follow the grid as it is now, and what an evaluation may be compared with."""
+    own = fingerprints(node.cell) if isinstance(node.cell, Evaluate) else {}
+    return {CURRENT: "yes", STUDIES: ",".join(node.studies), **{f"ctp.{n}": v for n, v in own.items()}}
+
+
+def fingerprint(done: Iterable[Node]) -> str:
+    """One hash (hex) of these finished cells and of all tags that a check of MLflow would compare."""
+    whole = hashlib.sha256()
+    for node in sorted(done, key=lambda n: n.key):
+        whole.update(canonical([node.key, sorted(asked(node).items())]).encode())
+    return whole.hexdigest()
+
+
+def every_run(client: Any, experiment: str, which: str) -> list[Any]:
+    """All runs of an experiment for which an MLflow filter holds, page by page; `client` is an MlflowClient.
+
+    Each run is hundreds of small objects that live until the page is read: Python's collector, which looks at all of
+    them again and again, would take more than half of the time.
+    """
+    runs: list[Any] = []
+    token, collecting = None, gc.isenabled()
+    gc.disable()
+    try:
+        while token != "":
+            page = client.search_runs([experiment], which, max_results=5000, page_token=token)
+            runs += page
+            token = page.token or ""
+    finally:
+        if collecting:
+            gc.enable()
+    return runs
+
+
+def _machine(detail: dict[str, Any]) -> str:
+    """The processor that a timing is of, in a few words."""
+    gpus = [g.get("name", "GPU") for g in detail.get("gpus") or []]
+    return ", ".join(gpus) or f"{detail.get('cpu')}, {detail.get('threads')} threads"
