@@ -46,7 +46,11 @@ class Bench:
         """A line of times, lower is better; most: the claim, in seconds."""
         median = statistics.median(seconds)
         spread = f", {min(seconds):.2f} to {max(seconds):.2f} in {len(seconds)}" if len(seconds) > 1 else ""
-        self.claim(f"{what}: {median:.2f} s{spread}", most is None or median < most, most and f"below {most:g} s")
+        self.claim(
+            f"{what}: {median:.2f} s{spread}",
+            most is None or median < most,
+            None if most is None else f"below {most:g} s",
+        )
 
     def claim(self, line: str, holds: bool, claim: str | None) -> None:
         """A line and whether its claim holds."""
@@ -138,7 +142,7 @@ def throughput(bench: Bench) -> None:
         ("and Ray's end, and imports of Ray and MLflow before", whole + imports, None),
     ):
         share = ideal / seconds
-        claim = least and f"at least {least:.0%}"
+        claim = None if least is None else f"at least {least:.0%}"
         bench.claim(f"  {what}: {seconds:.1f} s, {share:.1%} of ideal", least is None or share >= least, claim)
 
 

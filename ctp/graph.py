@@ -112,7 +112,8 @@ class Walk:
 
     def _take(self, group: Group) -> list[str]:
         """The first cells of a group, as many as one task shall have."""
-        cells, task, taken = self.ready[group], [], 0.0
+        cells, taken = self.ready[group], 0.0
+        task: list[str] = []
         count, work = self._share(group)
         while cells and len(task) < count and taken < work:
             k = heapq.heappop(cells)[1]
@@ -122,7 +123,9 @@ class Walk:
         self.ready_weight -= taken
         if not cells:
             del self.ready[group]
-        return task
+        # Target and prompt: what a prompt is asked comes in a row, and its rows go through the model once.
+        turn = {inputs: i for i, inputs in enumerate(dict.fromkeys(self.plan.nodes[k].inputs for k in task))}
+        return sorted(task, key=lambda k: turn[self.plan.nodes[k].inputs])
 
     def _share(self, group: Group) -> tuple[float, float]:
         """The most cells, and the work at which it is full, of the group's next task."""

@@ -7,6 +7,8 @@ from ray.tune.search import Searcher
 from test_plan import make
 from tinygrid import grid
 
+from ctp import cost
+from ctp.graph import expected
 from ctp.labels import slug
 from ctp.resources import GIB, Resources, bundles
 from ctp.schedule import GraphSearch
@@ -35,6 +37,11 @@ class Walk:
 
     def names(self, keys):
         return [slug(self.plan.nodes[k].cell).removeprefix("tiny-llama_") for k in keys]
+
+
+def work(plan):
+    """Expected work of every cell, as a run has it."""
+    return expected(plan, {k: cost.of(n.cell, n.facts) for k, n in plan.nodes.items()})
 
 
 @pytest.fixture
@@ -66,18 +73,16 @@ def test_what_computes_longest_goes_first_wherever_it_stands(tmp_path, llama_fol
     spec = grid(llama_folder, sources=["gptq-3bit", "sparsegpt-50-4bit"])
     spec["recovery"] = [{**spec["recovery"], "k": k, "steps": steps} for k, steps in ((2, 6), (4, 600), (3, 60))]
     plan = make(tmp_path / "g.yaml", **spec)
-    walk = Walk(plan, done=cells(plan, Compress), slots=9)
+    walk = Walk(plan, done=cells(plan, Compress), slots=9, weights=work(plan))
     asked = [plan.nodes[walk.ask()[1][0]].cell for _ in range(6)]
     assert [c.recovery.steps for c in asked] == [600, 600, 60, 60, 6, 6]
-    by_steps = {plan.nodes[k].cell.recovery.steps: k for k in cells(plan, Learn)}
-    order = Walk(plan, done={by_steps[600]}).search.order
-    assert order[by_steps[6]] < order[by_steps[600]]  # what is done makes nothing before it urgent
 
 
 def test_hours_of_learning_wait_for_the_compression_of_a_longer_path(tmp_path, llama_folder):
     spec = grid(llama_folder, sources=["gptq-3bit", "sparsegpt-50-4bit"])
     spec["recovery"] |= {"steps": 10**12}
-    walk = Walk(make(tmp_path / "g.yaml", **spec), slots=4)
+    plan = make(tmp_path / "g.yaml", **spec)
+    walk = Walk(plan, slots=4, weights=work(plan))
     first, second = walk.ask(), walk.ask()
     assert walk.names([*first[1], *second[1]]) == ["gptq-3bit", "sparsegpt-50-4bit"]
     assert walk.names(walk.ask()[1]) == ["dense"]
