@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all foreign lint clean
+.PHONY: demo test test-all foreign bench lint clean
 
 demo: $(STAMP) ## the whole path on a small real model, then the transfer matrix read from MLflow
 	$(BIN)/python -m ctp.grid demo
@@ -23,6 +23,11 @@ foreign: .foreign/gptqmodel/.installed .foreign/llmcompressor/.installed ## thei
 	.foreign/$*/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
 	.foreign/$*/bin/pip install --quiet --disable-pip-version-check -r $<
 	touch $@
+
+bench: $(STAMP) foreign ## speed next to named peers on a CPU; fails where a claim does not hold, once all have run
+	@failed=; for part in learning compression transfer grid; do \
+	  echo "== benchmarks.$$part"; $(BIN)/python -m benchmarks.$$part || failed="$$failed $$part"; done; \
+	  test -z "$$failed" || { echo "claims that do not hold:$$failed"; exit 1; }
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

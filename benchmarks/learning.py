@@ -267,7 +267,7 @@ def on_gpu(steps: int) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=4, help="of each process, the first of which is not counted")
     parser.add_argument("--precision", nargs="+", choices=list(SLOWEST), default=list(SLOWEST))
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
