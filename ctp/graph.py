@@ -101,7 +101,8 @@ class Walk:
 
     def _take(self, group: Group) -> list[str]:
         """The first cells of a group, as many as one task shall have."""
-        cells, task, taken = self.ready[group], [], 0.0
+        cells, taken = self.ready[group], 0.0
+        task: list[str] = []
         count, work = self._share(group)
         while cells and len(task) < count and taken < work:
             k = heapq.heappop(cells)[1]
