@@ -46,13 +46,10 @@ class Bench:
         """A line of times, lower is better; most: the claim, in seconds."""
         median = statistics.median(seconds)
         spread = f", {min(seconds):.2f} to {max(seconds):.2f} in {len(seconds)}" if len(seconds) > 1 else ""
-        self.claim(
-            f"{what}: {median:.2f} s{spread}",
-            most is None or median < most,
-            None if most is None else f"below {most:g} s",
-        )
+        claim = "" if most is None else f"below {most:g} s"
+        self.claim(f"{what}: {median:.2f} s{spread}", most is None or median < most, claim)
 
-    def claim(self, line: str, holds: bool, claim: str | None) -> None:
+    def claim(self, line: str, holds: bool, claim: str) -> None:
         """A line and whether its claim holds."""
         print(line + (f" ({claim}: {'yes' if holds else 'NO'})" if claim else ""), flush=True)
         if not holds:
@@ -142,7 +139,7 @@ def throughput(bench: Bench) -> None:
         ("and Ray's end, and imports of Ray and MLflow before", whole + imports, None),
     ):
         share = ideal / seconds
-        claim = None if least is None else f"at least {least:.0%}"
+        claim = "" if least is None else f"at least {least:.0%}"
         bench.claim(f"  {what}: {seconds:.1f} s, {share:.1%} of ideal", least is None or share >= least, claim)
 
 
@@ -224,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     if odd := set(args.parts) - set(PARTS):
         parser.error(f"unknown part {min(odd)!r}; there are: {', '.join(PARTS)}")
     libraries = ", ".join(f"{n} {version(n)}" for n in ("ray", "mlflow", "torch", "pydantic"))
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; {libraries}")
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; {libraries}", flush=True)
     with tempfile.TemporaryDirectory(prefix="ctp-bench-") as folder:
         bench = Bench(Path(folder), args)
         for part in args.parts or PARTS:

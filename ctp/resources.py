@@ -1,13 +1,16 @@
 """What one trial takes of a machine."""
 
 import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from ctp import cost
 from ctp.plan import Plan
 from ctp.spec import Cell, Evaluate, Learn
 
 GIB = 2**30
+DRIVERS = ("nvidiactl", "dxg", "kfd")  # of NVIDIA, Windows' Linux, AMD
 BUSY = 3.6e17  # operations of a cell that is long enough, an hour at 100 TFLOP/s, to leave nothing of a GPU's speed
 
 
@@ -50,6 +53,8 @@ def gpu_memory(gib: int | None) -> int:
     """Bytes of one GPU: as given in GiB, else as found on this machine, else 24 GiB."""
     if gib is not None:
         return gib * GIB
+    if sys.platform == "linux" and not any(Path("/dev", n).exists() for n in DRIVERS):
+        return 24 * GIB  # without asking torch, which takes seconds to import
     import torch
 
     return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 24 * GIB
