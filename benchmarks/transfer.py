@@ -238,7 +238,7 @@ def main() -> int:
     parser.add_argument("--data", metavar="DIR", help="folder with local copies of C4, WikiText-2 and PTB")
     parser.add_argument("--seq-len", type=int, default=32, help="tokens of a window (default 32)")
     parser.add_argument("--windows", type=int, default=4, help="windows of each text (default 4)")
-    parser.add_argument("--longer", type=int, nargs="*", default=[128, 512], help="also these lengths")
+    parser.add_argument("--longer", type=int, nargs="*", default=[256], help="also these lengths")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of torch (default: all)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
