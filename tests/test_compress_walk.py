@@ -92,7 +92,7 @@ def test_each_block_sees_the_compressed_ones_before_it(case):
         for block in blocks[:-1]:
             for b in batches:
                 b.hidden = b.run(block)
-        compress_block(blocks[-1], batches, GPTQ(bits=2), "last")
+        compress_block(blocks[-1], batches, GPTQ(bits=2), "last", batches[0])
     got = decoder_blocks(model)[1][-1].state_dict()
     for name, value in blocks[-1].state_dict().items():
         agree = torch.isclose(value, got[name], rtol=1e-4, atol=1e-5).float().mean()

@@ -7,8 +7,10 @@ from torch import nn
 
 from ctp.recover.attach import frozen, scored_logits, summed_nll
 from ctp.recover.attention import BLOCK, causal_attention
+from ctp.recover.block import forward_of
 from ctp.recover.fused import in_dtype
 from ctp.recover.objective import Objective, choose, linear_nll
+from ctp.recover.scratch import Scratch
 from tests.tiny import random_windows, tiny_bloom, tiny_llama, tiny_mixtral, tiny_opt
 
 K, S = 5, 12
@@ -47,6 +49,24 @@ def own_and_ours(model, windows, prompt, recompute, packed):
         assert (ours.packed, ours.headless) == (packed, True)
         with ours.active():
             return own, loss_and_gradient(lambda: ours.nll(windows, prompt), prompt)
+
+
+def test_a_block_of_known_parts_is_one_function_and_others_are_not():
+    model, windows = tiny_llama(), random_windows(3, S)
+    prompt = nn.Parameter(model.get_input_embeddings().weight[:K].detach() + 0.1)
+    biased, halved = (x.self_attn.q_proj for x in model.model.layers[:2])
+    biased.bias = nn.Parameter(torch.linspace(-1, 1, len(biased.weight)))
+    halved.register_forward_hook(lambda module, args, out: out / 2)  # nobody knows what a hook does
+    blocks = model.model.layers
+    with frozen(model):
+        assert [forward_of(b) is not None for b in blocks] == [True, False]
+        assert forward_of(tiny_opt().model.decoder.layers[0]) is None
+    for recompute in (False, True):
+        exact, found = own_and_ours(model, windows, prompt, recompute, True)
+        assert found[0] == pytest.approx(exact[0], rel=1e-6)
+        assert far(found[1], exact[1]) < 1e-4
+    blocks[0].mlp.up_proj.weight.requires_grad_()
+    assert forward_of(blocks[0]) is None
 
 
 def test_without_a_prompt_and_with_something_learning_inside():
@@ -155,7 +175,7 @@ def test_attention_is_torchs(t, s, keep):
     mask = torch.ones(t, s, dtype=torch.bool).tril(s - t)
     grouped = [x.repeat_interleave(2, 1) for x in (k, v)]
     wanted = F.scaled_dot_product_attention(q, *grouped, attn_mask=mask, scale=0.3)
-    found = causal_attention(q, k, v, 0.3, keep)
+    found = causal_attention(q, k, v, 0.3, keep, Scratch())
     seed = torch.randn_like(wanted)
     assert torch.allclose(found, wanted, atol=1e-5)
     for a, b in zip(*(torch.autograd.grad(o, (q, k, v), seed) for o in (found, wanted)), strict=True):

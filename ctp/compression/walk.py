@@ -25,6 +25,7 @@ from ctp.methods import Solver
 
 Progress = Callable[[int, int], None]
 CPU_TOKENS = 1024
+PROBE = 8  # tokens that show how a block is put together
 
 
 def compress_model(
@@ -54,8 +55,9 @@ def compress_model(
         keep_heap()
         check_chain(model, windows[:1])
         batches = capture(model, windows, batch or _batch(model, windows.shape[1]))
+        probe = capture(model, windows[:1, :PROBE], 1)[0]
         for i, block in enumerate(blocks):
-            layers |= compress_block(block, batches, compression, f"{prefix}.{i}")
+            layers |= compress_block(block, batches, compression, f"{prefix}.{i}", probe)
             if i + 1 < len(blocks):
                 with packed_linears(block):
                     for b in batches:
@@ -71,12 +73,15 @@ def _batch(model: nn.Module, tokens: int) -> int:
     return max(1, CPU_TOKENS // tokens) if on_cpu else 4
 
 
-def compress_block(block: nn.Module, batches: Sequence[Batch], compression: Solver, prefix: str) -> dict[str, Layer]:
+def compress_block(
+    block: nn.Module, batches: Sequence[Batch], compression: Solver, prefix: str, probe: Batch
+) -> dict[str, Layer]:
     """Compresses one block's linears in place on the inputs in `batches`; names get `prefix` in front.
 
+    probe: anything that the block can be run with, to see which linears share an input.
     With true_sequential, each group of linears sees the inputs that the compressed ones before it produce.
     """
-    groups = shared_inputs(block, batches[0])
+    groups = shared_inputs(block, probe)
     layers: dict[str, Layer] = {}
     for stage in [[g] for g in groups] if compression.true_sequential else [groups]:
         for names, hessian in zip(stage, hessians(block, stage, batches), strict=True):

@@ -4,7 +4,7 @@ Positions stand one behind the other: k prompt rows, then b windows of t tokens.
 window to the prompt and to itself; the prompt's queries, keys and values are there once and not b times.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.attention.bias import causal_lower_right
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ctp.recover.scratch import Scratch
 
 NAME = "ctp_packed"  # in transformers' registry of attention implementations
 BLOCK = 128  # query rows that are computed together: what lies after the last of them is left out
@@ -26,7 +28,8 @@ class Layout:
     k: int
     b: int
     t: int
-    keep: bool = True
+    keep: bool
+    scratch: Scratch = field(repr=False, compare=False)
 
     def positions(self, device: torch.device) -> Tensor:
         """Position ids (1, k + b t): every window goes on from k."""
@@ -54,10 +57,10 @@ def packed_attention(
         sizes = [layout.k, layout.b * layout.t]
         (qp, qw), (kp, kw), (vp, vw) = (x.split(sizes, 2) for x in (q, k, v))
         kw, vw = (torch.cat([p.expand(layout.b, -1, -1, -1), _windows(w, layout)], 2) for p, w in ((kp, kw), (vp, vw)))
-        windows = causal_attention(_windows(qw, layout), kw, vw, scaling, layout.keep)
+        windows = causal_attention(_windows(qw, layout), kw, vw, scaling, layout.keep, layout.scratch)
         out = windows.transpose(1, 2).flatten(0, 1)[None]
         if layout.k:
-            prompt = causal_attention(qp, kp, vp, scaling, layout.keep)
+            prompt = causal_attention(qp, kp, vp, scaling, layout.keep, layout.scratch)
             out = torch.cat([prompt.transpose(1, 2), out], 1)
     return out, None
 
@@ -67,7 +70,7 @@ def _windows(x: Tensor, layout: Layout) -> Tensor:
     return x[0].unflatten(1, (layout.b, layout.t)).transpose(0, 1)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, keep: bool = True) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, keep: bool, scratch: Scratch) -> Tensor:
     """softmax(scale q k^T) v, where the last of s keys is the last query's own: q (b, heads, t, d), k and v (b, kv
     heads, s, d) with s >= t. Returns (b, heads, t, d).
 
@@ -75,7 +78,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, keep: bool =
     anyhow: on a GPU torch's kernels do.
     """
     if q.device.type == "cpu":
-        return _Attention.apply(q, k, v, scale, keep)
+        return _Attention.apply(q, k, v, scale, keep, scratch)
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2]), scale=scale)
@@ -88,45 +91,54 @@ class _Attention(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, keep: bool) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, keep: bool, scratch: Scratch) -> Tensor:
         b, _heads, t, d = q.shape
         # Contiguous: a view would keep all positions of the layer in memory.
         grouped = q.reshape(b * k.shape[1], -1, t, d).contiguous()
         keys, values = (x.reshape(-1, *x.shape[2:]).contiguous() for x in (k, v))
         out, weights = torch.empty_like(grouped), []
         for i in range(0, t, BLOCK):
-            w = _weights(grouped, keys, i, scale)
+            w = _weights(grouped, keys, i, scale, scratch, keep)
             out[:, :, i : i + BLOCK] = torch.bmm(w, values[:, : w.shape[2]]).view_as(grouped[:, :, i : i + BLOCK])
             weights.append(w)
         ctx.save_for_backward(grouped, keys, values, *(weights if keep else ()))
-        ctx.scale, ctx.shapes = scale, (q.shape, k.shape)
+        ctx.scale, ctx.scratch, ctx.shapes = scale, scratch, (q.shape, k.shape)
         return out.view(q.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grouped, keys, values, *weights = ctx.saved_tensors
+        take = ctx.scratch.take
         grad = grads[0].reshape(grouped.shape)
         dq, dk, dv = torch.empty_like(grouped), torch.empty_like(keys), torch.empty_like(values)
         for j, i in reversed(list(enumerate(range(0, grouped.shape[2], BLOCK)))):  # the last sees all: it writes first
-            w = weights[j] if weights else _weights(grouped, keys, i, ctx.scale)
+            w = weights[j] if weights else _weights(grouped, keys, i, ctx.scale, ctx.scratch, keep=False)
             some, seen, add = slice(i, i + BLOCK), w.shape[2], float(w.shape[2] < keys.shape[1])
             g, q = grad[:, :, some].flatten(1, 2), grouped[:, :, some].flatten(1, 2)
             dv[:, :seen].baddbmm_(w.transpose(1, 2), g, beta=add)
-            ds = torch._softmax_backward_data(torch.bmm(g, values[:, :seen].transpose(1, 2)), w, -1, w.dtype)
+            dw = torch.bmm(g, values[:, :seen].transpose(1, 2), out=take(0, w.shape, w.device, w.dtype))
+            ds = torch._softmax_backward_data(dw, w, -1, w.dtype, grad_input=take(2, w.shape, w.device, w.dtype))
             dk[:, :seen].baddbmm_(ds.transpose(1, 2), q, beta=add, alpha=ctx.scale)
             dq[:, :, some] = torch.bmm(ds, keys[:, :seen]).mul_(ctx.scale).view_as(dq[:, :, some])
         shape_q, shape_k = ctx.shapes
-        return dq.view(shape_q), dk.view(shape_k), dv.view(shape_k), None, None
+        return dq.view(shape_q), dk.view(shape_k), dv.view(shape_k), None, None, None
 
 
-def _weights(grouped: Tensor, keys: Tensor, start: int, scale: float) -> Tensor:
-    """Attention weights (n, heads of a group x rows, keys seen) of the block of queries at `start`."""
+def _weights(grouped: Tensor, keys: Tensor, start: int, scale: float, scratch: Scratch, keep: bool) -> Tensor:
+    """Attention weights (n, heads of a group x rows, keys seen) of the block of queries at `start`.
+
+    keep: in memory of their own, else in the scratch's buffer 1.
+    """
     t, s = grouped.shape[2], keys.shape[1]
     stop = min(start + BLOCK, t)
     rows, seen = stop - start, s - t + stop
     bias = torch.full((rows, seen), -torch.inf, dtype=grouped.dtype).triu_(seen - rows + 1).repeat(grouped.shape[1], 1)
     q = grouped[:, :, start:stop].flatten(1, 2)
-    return torch.softmax(torch.baddbmm(bias, q, keys[:, :seen].transpose(1, 2), alpha=scale), -1)
+    shape = (*q.shape[:2], seen)
+    scores = torch.baddbmm(
+        bias, q, keys[:, :seen].transpose(1, 2), alpha=scale, out=scratch.take(0, shape, q.device, q.dtype)
+    )
+    return torch.softmax(scores, -1, out=q.new_empty(shape) if keep else scratch.take(1, shape, q.device, q.dtype))
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)

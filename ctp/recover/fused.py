@@ -15,6 +15,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from ctp.compression.blocks import decoder_blocks
+from ctp.recover.block import LINEARS, forward_of, is_norm, is_silu
 
 
 class _RMSNorm(Function):
@@ -50,22 +51,6 @@ class _SwiGLU(Function):
         return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
 
 
-class _GatedMLP(Function):
-    """down(silu(gate(x)) * up(x)) that keeps x alone: gate and up are computed again, the last product is not."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        ctx.save_for_backward(x, gate, up, down)
-        return F.linear(F.silu(F.linear(x, gate)).mul_(F.linear(x, up)), down)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate, up, down = ctx.saved_tensors
-        g, a, b = grads[0] @ down, F.linear(x, gate), F.linear(x, up)
-        dx = (F.silu(a).mul_(g)) @ up
-        return dx.add_(torch.ops.aten.silu_backward(g.mul_(b), a) @ gate), None, None, None
-
-
 def _norm(module: nn.Module, x: Tensor) -> Tensor:
     return _RMSNorm.apply(x, module.weight, module.variance_epsilon)
 
@@ -74,46 +59,27 @@ def _mlp(module: Any, x: Tensor) -> Tensor:
     return module.down_proj(_SwiGLU.apply(module.gate_proj(x), module.up_proj(x)))
 
 
-def _frugal_mlp(module: Any, x: Tensor) -> Tensor:
-    device = x.device.type
-    weights = [m.weight for m in (module.gate_proj, module.up_proj, module.down_proj)]
-    if torch.is_autocast_enabled(device):
-        x, *weights = (t.to(torch.get_autocast_dtype(device)) for t in (x, *weights))
-    with torch.autocast(device, enabled=False):
-        return _GatedMLP.apply(x, *weights)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
-
-
 def _is_gated(module: Any) -> bool:
-    linears = [getattr(module, n, None) for n in ("gate_proj", "up_proj", "down_proj")]
-    act = type(getattr(module, "act_fn", None)).__name__
-    return act in ("SiLU", "SiLUActivation") and all(isinstance(x, nn.Module) for x in linears)
-
-
-def _is_plain(module: Any) -> bool:
-    """No bias, and linears of torch's own class and forward: nothing has been put around them."""
-    linears = (module.gate_proj, module.up_proj, module.down_proj)
-    return all(type(x) is nn.Linear and x.bias is None and "forward" not in vars(x) for x in linears)
+    linears = [getattr(module, n, None) for n in LINEARS[1]]
+    return is_silu(module) and all(isinstance(x, nn.Module) for x in linears)
 
 
 def replacements(model: nn.Module, fused: bool, recompute: bool) -> dict[nn.Module, Callable[..., Any]]:
     """The forward that each module is to have instead of its own.
 
-    fused: norms and gated MLPs as here; whether that computes the same is the caller's to check, as a module is known
-    by the names of its parts. recompute: only the inputs of MLPs wait for the backward pass; where a block has no MLP
-    that allows it, only the block's.
+    fused: blocks are one function (ctp.recover.block) where they can be, else their norms and gated MLPs as here;
+    whether that computes the same is the caller's to check, as a module is known by the names of its parts. recompute:
+    of other blocks only the input waits for the backward pass.
     """
     found: dict[nn.Module, Callable[..., Any]] = {}
     if fused:
-        found |= {m: partial(_norm, m) for m in model.modules() if _is_norm(m)}
+        found |= {m: partial(_norm, m) for m in model.modules() if is_norm(m)}
+        found |= {m: partial(_mlp, m) for m in model.modules() if _is_gated(m)}
     for block in decoder_blocks(model)[1] if fused or recompute else ():
-        gated = [m for m in block.modules() if fused and _is_gated(m)]
-        frugal = recompute and bool(gated) and all(map(_is_plain, gated))
-        found |= {m: partial(_frugal_mlp if frugal else _mlp, m) for m in gated}
-        if recompute and not frugal:
+        whole = forward_of(block) if fused else None
+        if whole is not None:
+            found[block] = whole
+        elif recompute:
             found[block] = partial(checkpoint, block.forward, use_reentrant=False)
     return found
 

@@ -7,7 +7,7 @@ batch x window x vocabulary is ever there.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ctp.recover.attention import NAME, Layout
 from ctp.recover.fused import replaced, replacements
 from ctp.recover.head import head_of
 from ctp.recover.prefix import Prefix, prefix
+from ctp.recover.scratch import Scratch
 
 # Largest difference of a hidden state, relative to the largest one, at which two computations of it are the same.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -87,6 +88,7 @@ class Objective:
     packed: bool
     headless: bool
     recompute: bool = False
+    scratch: Scratch = field(default_factory=Scratch, repr=False, compare=False)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -115,7 +117,7 @@ class Objective:
             return scored_states(self.model, windows, self._front(prompt))
         ids = windows[:, :-1]
         b, t = ids.shape
-        layout = Layout(0 if prompt is None else len(prompt), b, t, keep=not self.recompute)
+        layout = Layout(0 if prompt is None else len(prompt), b, t, not self.recompute, self.scratch)
         rows = self.model.get_input_embeddings()(ids.flatten())
         if prompt is not None:
             rows = torch.cat([prompt.to(rows.device, rows.dtype), rows])
