@@ -136,7 +136,7 @@ class EvaluateJob(Job):
         """What the cell's measure gives, with fewer inputs at a time where memory runs out. Raises OutOfMemory."""
         if not self.cell.measure.batched:
             return self.cell.measure.measure(self)
-        asked, before, at_once = self.runtime.batch, dict(self.record), AtOnce(self.runtime.batch)
+        asked, before, at_once = self.runtime.batch, dict(self.record), AtOnce(self.runtime.batch, self.runtime.halved)
 
         def attempt(batch: int) -> dict[str, float]:
             for left in self.folder.iterdir():

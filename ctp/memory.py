@@ -38,10 +38,13 @@ def ran_out(error: BaseException) -> bool:
 
 
 class AtOnce:
-    """How many windows (or rows) go through the model at once: halved where memory runs out, and so from then on."""
+    """How many windows (or rows) go through the model at once: halved where memory runs out, and so from then on.
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    halved: how often that has happened before.
+    """
+
+    def __init__(self, size: int, halved: int = 0) -> None:
+        self.size = max(1, -(-size // 2**halved))
         self.tried: list[int] = []  # what was too much
 
     def __call__(self, attempt: Callable[[int], T]) -> T:

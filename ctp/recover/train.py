@@ -118,7 +118,7 @@ def train(
         if getattr(model, "hf_device_map", None) is None:
             model.to(accelerator.device)
         with make() as trainable, _rounded(model, accelerator):
-            run = _Run(trainable, windows, validation, spec, state, accelerator, runtime.recompute)
+            run = _Run(trainable, windows, validation, spec, state, accelerator, runtime)
             _loop(run, runtime.checkpoint_seconds, checkpoint, report)
     return state
 
@@ -168,7 +168,7 @@ class _Run:
         spec: Learned,
         state: TrainState,
         accelerator: Accelerator,
-        recompute: bool,
+        runtime: Runtime,
     ) -> None:
         self.trainable, self.windows, self.validation = trainable, windows, validation
         self.spec, self.state, self.accelerator = spec, state, accelerator
@@ -186,8 +186,9 @@ class _Run:
         if accelerator.scaler is not None and state.scaler:
             accelerator.scaler.load_state_dict(state.scaler)
         with accelerator.autocast():
-            self.objective = choose(trainable.model, windows, trainable.prompt, recompute)
-        self.at_once = AtOnce(state.at_once or self.micro_batch)
+            self.objective = choose(trainable.model, windows, trainable.prompt, runtime.recompute)
+        at_most = AtOnce(self.micro_batch, runtime.halved).size
+        self.at_once = AtOnce(min(state.at_once or at_most, at_most))
         self.losses: deque[float] = deque(maxlen=5)
         self.rate, self.trained, self.training_seconds = 0.0, 0, 0.0
 
