@@ -153,9 +153,9 @@ class Walk:
             return  # Tune repeats a trial's last report, and a retry repeats what the first try told
         if what == "done":
             self._done(k, event.get("seconds"))
-        elif what == "failed":
-            self._fail(k, event["error"])
         self.on_event(event)
+        if what == "failed":
+            self._fail(k, event["error"])
 
     def _done(self, k: str, seconds: float | None) -> None:
         sort = _sort(self.plan.nodes[k].cell)
@@ -185,9 +185,9 @@ class Walk:
             for k in left[1:]:
                 self._offer(k)
             reason = death(last_words)
-            self._fail(left[0], reason)
             event = {"event": "failed", "key": left[0], "error": reason, "traceback": last_words or reason}
             self.on_event({**event, "died": True})
+            self._fail(left[0], reason)
 
     def _fail(self, k: str, error: str) -> None:
         self.outcome.failed[k] = error

@@ -163,11 +163,11 @@ def summarise(plan: Plan, outcome: "Outcome", seconds: float, store: Store) -> N
     counts = {"done": outcome.done, "failed": outcome.failed, "skipped": outcome.skipped,
               "not started or cut off": outcome.unfinished}  # fmt: skip
     print(f"{plan.name}: " + ", ".join(f"{len(v)} {n}" for n, v in counts.items() if v) + f" in {duration(seconds)}")
-    for k, reason in outcome.failed.items():
+    for k in (k for k in plan.nodes if k in outcome.failed):
         cell = plan.nodes[k].cell
-        print(f"  failed: {slug(cell)}: {one_line(reason)} ({store.failure(cell)})")
-    for k, reason in outcome.skipped.items():
-        print(f"  skipped: {slug(plan.nodes[k].cell)}: {reason}")
+        print(f"  failed: {slug(cell)}: {one_line(outcome.failed[k])} ({store.failure(cell)})")
+    for k in (k for k in plan.nodes if k in outcome.skipped):
+        print(f"  skipped: {slug(plan.nodes[k].cell)}: {outcome.skipped[k]}")
 
 
 def _positive(text: str) -> int:

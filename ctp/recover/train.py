@@ -291,7 +291,7 @@ class _Run:
         return {n: p.detach().to("cpu", copy=True) for n, p in self.trainable.parameters.items()}
 
     def _diverged(self, what: str) -> FloatingPointError:
-        last = ", ".join(f"{x:.4g}" for x in self.losses)
+        last = ", ".join(f"{x:.4g}" for x in self.losses) or "none"
         return FloatingPointError(f"step {self.state.step}: {what}; learning rate {self.rate:.3g}; last losses: {last}")
 
 
