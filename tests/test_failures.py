@@ -18,7 +18,7 @@ from tinygrid import byte_tokenizer, grid, write_grid
 from transformers import LlamaForCausalLM, LlamaModel
 
 from ctp import grid as command
-from ctp import schedule
+from ctp import methods, plugins, schedule
 from ctp.graph import WORKER_DIED, Walk, death, ended_for_memory, plain
 from ctp.job import token_windows
 from ctp.memory import AtOnce, OutOfMemory, ran_out, said
@@ -326,6 +326,40 @@ def test_a_retry_after_a_death_for_memory_begins_with_less(tmp_path):
     witness.on_trial_error(None, Trial)
     assert Trial.config["halved"] == 2
     assert Search.last_words == {"a": plain(DEAD)}
+
+
+@pytest.mark.slow
+def test_workers_that_are_killed(tmp_path, llama_folder, monkeypatch, capsys, database):
+    """By the kernel, in real workers: retries take fewer windows at once where memory was why; the line and record of
+    what cannot be done are the driver's, as nobody else is left."""
+    start = schedule.ray.init
+    monkeypatch.setattr(schedule.ray, "init", lambda **how: start(num_cpus=2, **how))
+    monkeypatch.setattr(schedule, "ended_for_memory", lambda words: words.count("Failure #"))  # all of these were
+    monkeypatch.setattr(methods.Measure, "registry", dict(methods.Measure.registry))
+    monkeypatch.setattr(plugins, "_sources", {})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    monkeypatch.chdir(tmp_path)
+    content = grid(llama_folder, compression="dense", sources=[], recovery=[])
+    content["plugins"] = str(Path(__file__).parent / "plugins" / "hungry.py")
+    content["measures"] = [{"method": "hungry", "fits": [1, 0]}, content["measures"]]
+    code = command.main([str(write_grid(tmp_path / "killed.yaml", content)), "--device", "cpu"])
+    out = capsys.readouterr().out.splitlines()
+    assert code == 1
+    assert "killed: 3 done, 1 failed in" in "".join(out)
+    assert not [line for line in out if "raylet" in line]
+    store = Store(str(tmp_path / "results" / "store"))
+    [manifest] = [json.loads(p.read_text()) for p in Path(store.root).glob("evaluate/*hungry-1*/manifest.json")]
+    assert (manifest["metrics"]["batch"], manifest["at_once"]) == (1, 1)
+    [failed] = starting(out, "failed: tiny-llama_dense_none_hungry-0: ")
+    record = json.loads(Path(re.search(r"\((/.*\.json)\)$", failed)[1]).read_text())
+    assert f": {WORKER_DIED} (" in failed
+    assert record["error"] == WORKER_DIED
+    assert "Failure # 3" in record["traceback"]
+    [run_] = [r for r in runs(database, "killed") if r.info.status == "FAILED"]
+    assert run_.data.tags["ctp.error"] == WORKER_DIED
+    assert "Failure # 3" in mlflow.artifacts.load_text(f"{run_.info.artifact_uri}/traceback.txt")
+    assert command.main([str(tmp_path / "killed.yaml"), "--plan", "--retry-failed"]) == 0
+    assert "3 done, 1 to run" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------- numbers that are none
