@@ -224,13 +224,12 @@ def ended_for_memory(words: str) -> int:
 
 def death(words: str) -> str:
     """Why a worker died, where Ray knows more than that it did."""
-    full = re.findall(r"Memory on the node \(IP: ([^,)]*).*?\) was (\S+) used / (\S+) limit", words)
-    if not full:
+    if not ended_for_memory(words):
         return WORKER_DIED
-    node, used, limit = full[-1]
-    return (f"out of memory: Ray ended its worker on {node}, where {used} of {limit} were in use, and its retries "
-            "(learning and measuring: with fewer windows at once); could help: more --cpus a cell, --recompute or "
-            "--packed where prompts are learned, a larger machine")  # fmt: skip
+    use = re.findall(r"Memory on the node \(IP: ([^,)]*).*?\) was (\S+) used / (\S+) limit", words)
+    where = " on {}, where {} of {} were in use,".format(*use[-1]) if use else ""
+    return (f"out of memory: Ray ended its worker{where} and its retries, which feed fewer windows at "
+            "once; could help: more --cpus a cell, --recompute or --packed for learning, a larger machine")  # fmt: skip
 
 
 def _sort(cell: Cell) -> Group:

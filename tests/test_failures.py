@@ -1,8 +1,11 @@
 """Faults put into real tiny cells: each is one clear line, stops only what needs it, and is tried again."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -188,6 +191,46 @@ def test_memory_that_does_not_do_for_one_window_is_told(grid_run, llama_folder, 
     code, out, _ = grid_run("short", content, "--retry-failed")
     assert code == 0
     assert "No cell failed last time" in out[-1]
+
+
+SCARCE = """
+import json, resource, sys
+from pathlib import Path
+from tiny import random_windows, tiny_llama
+from ctp.methods import SoftPrompt
+from ctp.recover.soft_prompt import learn
+from ctp.spec import Runtime
+
+spec = SoftPrompt(k=8, text={"dataset": "d", "split": "train", "seq_len": 512}, steps=2, validate_every=2, lr=0.01,
+                  batch=8, accumulate=int(sys.argv[1]))
+if limit := int(sys.argv[2]):
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+train, validation = (random_windows(8, 512, vocab=4096, seed=seed) for seed in (1, 2))
+model = tiny_llama(vocab=4096, hidden=256, layers=6, context=1024)
+learned = learn(model, train, validation, spec, runtime=Runtime(device="cpu"))
+[peak] = [x.split()[1] for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmPeak:")]
+print(json.dumps([int(peak) * 1024, learned.history[-1].get("at_once"), learned.best_val_loss]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS and /proc")
+def test_a_process_that_is_given_little_memory():
+    """A real lack: half of what a batch takes beyond a single window. As torch says it, and nobody plays it."""
+
+    def learned(accumulate, limit=0):
+        asked = [sys.executable, "-c", SCARCE, str(accumulate), str(limit)]
+        root = Path(__file__).parent
+        path = os.pathsep.join([str(root), str(root.parent), os.environ.get("PYTHONPATH", "")])
+        ran = subprocess.run(asked, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=True)
+        return json.loads(ran.stdout.splitlines()[-1])
+
+    (most, all_, loss), (least, _, _) = learned(1), learned(8)
+    assert all_ is None
+    used, at_once, short = learned(1, (most + least) // 2)
+    assert least < used < most
+    assert at_once in (1, 2, 4)
+    assert short == pytest.approx(loss, rel=1e-6)
 
 
 def test_an_evaluation_goes_on_with_fewer_windows(tmp_path, llama_folder, monkeypatch):
@@ -475,7 +518,12 @@ def test_a_gated_model(grid_run, remote, llama_folder, monkeypatch):  # noqa: F8
     [line] = err
     assert "'some/llama' is gated: accept its licence on" in line
     assert "HF_TOKEN" in line
+    remote.token_refused = True
+    code, out, err = grid_run("gated", content)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert "the hub refuses this machine's token for the model 'some/llama' (401)" in err[0]
 
+    remote.token_refused = False
     remote.gated.clear()
     own = schedule.run
 
