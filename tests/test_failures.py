@@ -288,6 +288,15 @@ def test_a_timing_is_not_tried_with_something_else(tmp_path, llama_folder, monke
     assert tried == [1]
 
 
+def test_a_compression_is_not_tried_with_other_batches(tmp_path, llama_folder, monkeypatch):
+    """Sums in another order would round a weight to another code here and there."""
+    bench = Bench(tmp_path, llama_folder)
+    seen = full_above(monkeypatch, 24, "torch")  # one window, as the check of the blocks takes
+    with pytest.raises(OutOfMemory, match=r"bytes; could help: fewer windows than calibration.count = 8, more --cpus"):
+        bench.execute(bench.all(Compress)[1])
+    assert [n for n in seen if n > 24] == [8 * 24]
+
+
 def raising(error):
     raise error
 
