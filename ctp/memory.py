@@ -75,10 +75,12 @@ def free() -> None:
 
 def said(error: BaseException) -> str:
     """What could not be had, on one line, in the words of whoever could not give it, without their advice."""
+    if isinstance(error, OutOfMemory):
+        return str(error)
     text = " ".join(str(error).split())
     text = text.rpartition("DefaultCPUAllocator: ")[2]
-    for advice in (". Process", " Of the allocated memory", " Error code"):
-        text = text.partition(advice)[0]
+    for rest in (". Process", " Of the allocated memory", " Error code"):
+        text = text.partition(rest)[0]
     name = type(error).__name__
     return text[:300].rstrip(". ") or ("no memory was left" if name == "MemoryError" else name)
 
@@ -89,12 +91,12 @@ def _listed(sizes: list[int]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def explained(error: BaseException, trace: str, help: str) -> OutOfMemory:
+def explained(error: BaseException, trace: str, advice: str) -> OutOfMemory:
     """The error of a cell: what could not be had, what was tried, what could help; `trace` goes along as a note.
 
     It is not chained to `error`, whose frames hold the tensors that took the memory.
     """
-    failure = OutOfMemory(f"{said(error)}; {help}")
+    failure = OutOfMemory(f"{said(error)}; {advice}")
     failure.add_note(trace)
     return failure
 
