@@ -7,6 +7,7 @@ another has all the rest (guided self-scheduling: Polychronopoulos and Kuck 1987
 
 import heapq
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,16 +26,12 @@ Group = tuple[Any, ...]
 
 @dataclass
 class Outcome:
-    """How a run ended: key -> reason for what failed or was skipped; `unfinished` was neither (interrupted).
-
-    errors: what Ray says of trials whose worker died.
-    """
+    """How a run ended: key -> reason for what failed or was skipped; `unfinished` was neither (interrupted)."""
 
     done: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     unfinished: set[str] = field(default_factory=set)
-    errors: list[str] = field(default_factory=list)
 
 
 class Walk:
@@ -156,9 +153,9 @@ class Walk:
             return  # Tune repeats a trial's last report, and a retry repeats what the first try told
         if what == "done":
             self._done(k, event.get("seconds"))
-        elif what == "failed":
-            self._fail(k, event["error"])
         self.on_event(event)
+        if what == "failed":
+            self._fail(k, event["error"])
 
     def _done(self, k: str, seconds: float | None) -> None:
         sort = _sort(self.plan.nodes[k].cell)
@@ -172,9 +169,9 @@ class Walk:
             if waiting in self.waiting:
                 self._offer(waiting)
 
-    def end(self, name: str, error: bool = False) -> None:
-        """The task is over; error: its worker died. Then only the cell that it died on has failed: the first that is
-        not done, as they are done in turn. The others go to another worker."""
+    def end(self, name: str, error: bool = False, last_words: str = "") -> None:
+        """The task is over; error: its worker died, of which Ray says `last_words`. Then only the cell that it died on
+        has failed: the first that is not done, as they are done in turn. The others go to another worker."""
         task = self.tasks.pop(name, [])
         self.heard.discard(name)
         self.free_model = _sort(self.plan.nodes[task[-1]].cell)[1] if task and not error else ""
@@ -187,8 +184,10 @@ class Walk:
             self.waiting.update(left[1:])
             for k in left[1:]:
                 self._offer(k)
-            self._fail(left[0], WORKER_DIED)
-            self.on_event({"event": "failed", "key": left[0], "error": WORKER_DIED})
+            reason = death(last_words)
+            event = {"event": "failed", "key": left[0], "error": reason, "traceback": last_words or reason}
+            self.on_event({**event, "died": True})
+            self._fail(left[0], reason)
 
     def _fail(self, k: str, error: str) -> None:
         self.outcome.failed[k] = error
@@ -208,6 +207,29 @@ class Walk:
         self.outcome.skipped.update(blocked)
         for k, reason in blocked.items():
             self.on_event({"event": "skipped", "key": k, "error": reason})
+
+
+# -------------------------------------------------------------- what Ray says of a death
+
+
+def plain(words: str) -> str:
+    """Without the command lines of the machine's other processes, which may hold what is nobody's business."""
+    return re.sub(r"Top \d+ memory users:.*?(?=\nFailure # |\Z)", "", words, flags=re.DOTALL)
+
+
+def ended_for_memory(words: str) -> int:
+    """How often Ray ended the worker because its machine ran low on memory."""
+    return words.count("killed due to the node running low on memory")
+
+
+def death(words: str) -> str:
+    """Why a worker died, where Ray knows more than that it did."""
+    if not ended_for_memory(words):
+        return WORKER_DIED
+    use = re.findall(r"Memory on the node \(IP: ([^,)]*).*?\) was (\S+) used / (\S+) limit", words)
+    where = " on {}, where {} of {} were in use,".format(*use[-1]) if use else ""
+    return (f"out of memory: Ray ended its worker{where} and its retries, which feed fewer windows at "
+            "once; could help: more --cpus a cell, --recompute or --packed for learning, a larger machine")  # fmt: skip
 
 
 def _sort(cell: Cell) -> Group:

@@ -16,13 +16,14 @@ from ctp import gridfile, preview
 from ctp.gridtext import GridError
 from ctp.labels import slug
 from ctp.pins import Pins
-from ctp.plan import BUILD, TRANSFER, Plan, keep, make, states, where
-from ctp.progress import Printer, duration
+from ctp.plan import BUILD, TRANSFER, Plan, again, keep, make, states, where
+from ctp.progress import Printer, duration, one_line
 from ctp.resources import Resources, gpu_memory
 from ctp.spec import Runtime
 from ctp.store import Store, StoreError, default_store
 
 if TYPE_CHECKING:
+    from ctp.graph import Outcome
     from ctp.track import Tracker
 from ctp.runinfo import TrackError, tracking_uri
 
@@ -47,7 +48,10 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m ctp.grid",
         description="Run a grid: compress models, learn prompts through them, measure how the prompts transfer. "
         "What is in the store is not run again.",
-        epilog="Exit codes: 0 all done, 1 some cells failed, 2 bad usage or grid file, 3 store or tracking "
+        epilog="A cell that fails stops only those that need it. Its line in the summary says why, and which file has "
+        "the traceback; MLflow has its run as FAILED. The next run tries it again, with whatever else is missing; "
+        "--retry-failed tries nothing else. "
+        "Exit codes: 0 all done, 1 some cells failed, 2 bad usage or grid file, 3 store or tracking "
         "unreachable, 130 interrupted.",
     )
     p.add_argument("grid", metavar="NAME", help="grid/NAME.yaml, or the path of a grid file")
@@ -58,6 +62,8 @@ def parser() -> argparse.ArgumentParser:
                    help="only cells where this holds, and what they need: 'source=gptq-3bit and k>=50'")  # fmt: skip
     p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="settings",
                    help="override the grid file: recovery.0.steps=10")  # fmt: skip
+    p.add_argument("--retry-failed", action="store_true", help="run the cells that failed last time and what they "
+                   "held up, and nothing else; without it they run again too, with all that is missing")  # fmt: skip
     p.add_argument("--fail-fast", action="store_true", help="hand out nothing more after the first failure")
     p.add_argument("--store", default=default_store(), metavar="URI",
                    help="where artifacts go: a folder or any fsspec URI (CTP_STORE; default %(default)s)")  # fmt: skip
@@ -90,7 +96,7 @@ def command(args: argparse.Namespace) -> int:
     if not args.plan:
         store.check_writable()
     state = states(plan, store)
-    todo = {k for k, why in state.items() if why != "done"}
+    todo = again(plan, state) if args.retry_failed else {k for k, why in state.items() if why != "done"}
     if args.stage:
         todo = {k for k in todo if plan.nodes[k].stage == args.stage}
         plan = keep(plan, {k for k, n in plan.nodes.items() if n.stage == args.stage})
@@ -105,7 +111,8 @@ def command(args: argparse.Namespace) -> int:
     tracker = Tracker(tracking_uri(store.uri), whole, store)
     tracker.sync(whole=not (args.where or args.stage), trust=True)
     if not todo:
-        print(f"Nothing to run. Store: {store.uri}  MLflow: {tracker.uri}")
+        why = "No cell failed last time" if args.retry_failed else "Nothing to run"
+        print(f"{why}. Store: {store.uri}  MLflow: {tracker.uri}")
         return OK
     runtime = Runtime(
         device=args.device, batch=args.batch, checkpoint_seconds=args.checkpoint_seconds, recompute=args.recompute,
@@ -141,7 +148,7 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
             return _fail(USAGE, str(e))
         raise
     interrupted = bool(outcome.unfinished) and not (args.fail_fast and outcome.failed)
-    summarise(plan, outcome, time.monotonic() - begun)
+    summarise(plan, outcome, time.monotonic() - begun, store)
     print(f"Store: {store.uri}  MLflow: {tracker.uri}", flush=True)
     tracker.close("KILLED" if interrupted else "FAILED" if outcome.failed or outcome.skipped else "FINISHED")
     if tracker.trouble:
@@ -151,16 +158,16 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
     return FAILED if outcome.failed or outcome.skipped or outcome.unfinished else OK
 
 
-def summarise(plan: Plan, outcome: Any, seconds: float) -> None:
-    """What is new, what failed and why."""
+def summarise(plan: Plan, outcome: "Outcome", seconds: float, store: Store) -> None:
+    """What is new; a line for each cell that failed, its cause and the file with the traceback; what that held up."""
     counts = {"done": outcome.done, "failed": outcome.failed, "skipped": outcome.skipped,
               "not started or cut off": outcome.unfinished}  # fmt: skip
     print(f"{plan.name}: " + ", ".join(f"{len(v)} {n}" for n, v in counts.items() if v) + f" in {duration(seconds)}")
-    for title, cells in (("failed", outcome.failed), ("skipped", outcome.skipped)):
-        for k, reason in cells.items():
-            print(f"  {title}: {slug(plan.nodes[k].cell)}: {reason.splitlines()[0]}")
-    for error in outcome.errors:
-        print(f"  Ray says: {error.splitlines()[-1]}")
+    for k in (k for k in plan.nodes if k in outcome.failed):
+        cell = plan.nodes[k].cell
+        print(f"  failed: {slug(cell)}: {one_line(outcome.failed[k])} ({store.failure(cell)})")
+    for k in (k for k in plan.nodes if k in outcome.skipped):
+        print(f"  skipped: {slug(plan.nodes[k].cell)}: {outcome.skipped[k]}")
 
 
 def _positive(text: str) -> int:

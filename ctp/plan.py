@@ -17,6 +17,7 @@ from ctp.spec import Cell, Compress, Evaluate, Learn, key
 from ctp.store import Store
 
 BUILD, TRANSFER = "build", "transfer"
+FAILED = "failed last time"  # how the state of such a cell begins
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ def states(plan: Plan, store: Store) -> dict[str, str]:
         if k in done:
             out[k] = "done"
         elif k in failed:
-            out[k] = f"failed last time: {failed[k]}"
+            out[k] = f"{FAILED}: {failed[k]}"
         elif (step := started.get(store.folder(node.cell).rsplit("/", 1)[-1])) is not None:
             out[k] = f"interrupted at step {step}"
         elif missing:
@@ -278,3 +279,16 @@ def runnable(plan: Plan, todo: set[str], done: set[str]) -> Mapping[str, str]:
             if i in blocked or (i not in done and i not in todo):
                 blocked[k] = f"needs {slug(plan.nodes[i].cell)}"
     return blocked
+
+
+def again(plan: Plan, state: Mapping[str, str]) -> set[str]:
+    """The cells that failed last time, and those they held up that can run once they are done; no others.
+
+    state: as `states` gives it.
+    """
+    chosen: set[str] = set()
+    for k, node in plan.nodes.items():
+        held_up = state[k] != "done" and chosen.intersection(node.inputs)
+        if state[k].startswith(FAILED) or (held_up and all(state[i] == "done" or i in chosen for i in node.inputs)):
+            chosen.add(k)
+    return chosen

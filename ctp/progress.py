@@ -30,7 +30,7 @@ class Printer:
         else:
             self.ended += 1
             took = duration(now - self.started[k]) if k in self.started else ""
-            text = took if kind == "done" else event["error"].splitlines()[0]
+            text = took if kind == "done" else one_line(event["error"])
             self._say({"done": "done", "failed": "FAILED", "skipped": "skipped"}[kind], k, text)
 
     def _say(self, what: str, k: str, text: str) -> None:
@@ -48,9 +48,18 @@ def _how_far(event: dict[str, Any], seconds: float, made: int) -> str:
         parts.append(f"best validation {event['best_val_loss']:.3f}")
     if event.get("tokens_per_s"):
         parts.append(f"{event['tokens_per_s']:,.0f} tokens/s")
+    if "at_once" in event:
+        parts.append(f"for lack of memory {event['at_once']} at once")
     if made:
         parts.append(f"about {duration(seconds / made * (steps - step))} left")
     return ", ".join(parts)
+
+
+def one_line(error: str, most: int = 500) -> str:
+    """An error as one line of a terminal, whoever wrote it: at most so long, without line breaks and control codes."""
+    text = "".join(c if c.isprintable() else " " for c in error)
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def duration(seconds: float) -> str:

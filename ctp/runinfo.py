@@ -54,6 +54,8 @@ def entry(node: Node, manifest: dict[str, Any], history: Iterable[dict[str, Any]
     own = {"ctp.device": manifest["device"], "ctp.git_commit": manifest["git_commit"] or ""}
     if "task" in manifest:
         own["ctp.metric"] = manifest["task"]["metric"]
+    if "at_once" in manifest:
+        own["ctp.at_once"] = str(manifest["at_once"])  # windows at a time, fewer than asked for: memory ran out
     if "machine_detail" in manifest:
         own["ctp.machine"] = _machine(manifest["machine_detail"])
     own |= {f"ctp.{n}": str(v) for n, v in manifest.get("text", {}).items()}

@@ -15,11 +15,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from ctp import cost, plugins
-from ctp.graph import Event, Outcome, Walk, expected
+from ctp.graph import Event, Outcome, Walk, ended_for_memory, expected, plain
 from ctp.labels import slug
 from ctp.plan import Plan
 from ctp.resources import Resources, alone
@@ -35,9 +36,12 @@ os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Ray prints these, paragraphs long, into whatever the driver prints: what they say is in the failed cell's record.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker died or was killed|node running low on memory")
 
 import ray
 from ray import tune
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 TELL_SECONDS = 0.25  # at most so often a worker tells what happened: each time costs Tune's loop some milliseconds
@@ -54,6 +58,7 @@ class GraphSearch(Walk, Searcher):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         Searcher.__init__(self)
         Walk.__init__(self, *args, **kwargs)
+        self.last_words: dict[str, str] = {}  # trial -> what Ray says of its death
 
     def set_search_properties(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -71,7 +76,7 @@ class GraphSearch(Walk, Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if result:
             self.on_trial_result(trial_id, result)
-        self.end(trial_id, error)
+        self.end(trial_id, error, self.last_words.pop(trial_id, ""))
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its searcher to restore it later; this one is never restored."""
@@ -82,6 +87,23 @@ class GraphSearch(Walk, Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to restore."""
+
+
+class Witness(FIFOScheduler):
+    """Tune tells its searcher that a trial failed, and just before, and at every retry, its scheduler: who can see why.
+
+    A retry of what was ended for memory begins with half as many windows at once, and the next with a quarter.
+    """
+
+    def __init__(self, search: GraphSearch) -> None:
+        super().__init__()
+        self.search = search
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        with suppress(OSError, TypeError):  # no file, no folder for one
+            words = plain(Path(trial.error_file).read_text(errors="replace"))
+            self.search.last_words[trial.trial_id] = words
+            trial.config["halved"] = ended_for_memory(words)
 
 
 # ------------------------------------------------------------------------ running
@@ -103,35 +125,41 @@ def run(plan: Plan, todo: set[str], done: set[str], *, store: str, runtime: Runt
         # Where every slot is known, what to do next is decided when one is free; Tune's queue would be decided before.
         alike = len({tuple(sorted(bundles[k].items())) for k in todo if not alone(plan.nodes[k].cell)}) <= 1
         place = Store(store)
+
+        def heard(event: Event) -> None:
+            if event.get("died"):  # every other failure is kept by the worker that it happened to
+                _keep_failure(place, plan.nodes[event["key"]].cell, event["error"], event["traceback"])
+            on_event(event)
+
         search = GraphSearch(
-            plan, todo, done, slots, bundles, on_event, fail_fast,
+            plan, todo, done, slots, bundles, heard, fail_fast,
             weights=expected(plan, costs), landed=lambda k: place.has(plan.nodes[k].cell),
             ahead=None if address or not alike else 0,
         )  # fmt: skip
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots + 1)
-        errors = _fit(search, max(1, len(todo)), store, runtime)
+        _fit(search, max(1, len(todo)), store, runtime)
     outcome = search.outcome
-    outcome.errors = errors
     ended = outcome.done | set(outcome.failed) | set(outcome.skipped)
     outcome.unfinished = todo - ended
     return outcome
 
 
-def _fit(search: GraphSearch, most: int, store: str, runtime: Runtime) -> list[str]:
-    """Have Tune run everything; returns what Ray says of trials whose worker died."""
+def _fit(search: GraphSearch, most: int, store: str, runtime: Runtime) -> None:
+    """Have Tune run everything."""
     with tempfile.TemporaryDirectory(prefix="ctp-tune-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(
                 tune.with_parameters(_Task, store=store, runtime=runtime.model_dump(mode="json")),
                 lambda config: tune.PlacementGroupFactory([config["bundle"]]),
             ),
-            tune_config=tune.TuneConfig(search_alg=search, num_samples=most, reuse_actors=True),
+            tune_config=tune.TuneConfig(search_alg=search, num_samples=most, reuse_actors=True,
+                                        scheduler=Witness(search)),
             run_config=tune.RunConfig(
                 storage_path=scratch, verbose=0, failure_config=tune.FailureConfig(max_failures=2),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )  # fmt: skip
-        return [str(e).strip() for e in tuner.fit().errors]
+        tuner.fit()
 
 
 # ---------------------------------------------------------------------- in a worker
@@ -151,6 +179,7 @@ class _Task(tune.Trainable):
 
     def _begin(self) -> None:
         cells = json.loads(self.config.pop("cells"))  # Tune would send them back with every result
+        self.how = self.how.model_copy(update={"halved": self.config.pop("halved", 0)})
         self.told: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
         threading.Thread(target=self._work, args=(cells,), daemon=True).start()
 

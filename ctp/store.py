@@ -207,6 +207,10 @@ class Store:
         if self.fs.exists(self._failure(cell)):
             self.fs.rm_file(self._failure(cell))
 
+    def failure(self, cell: Cell) -> str:
+        """The file that says why the last try of the cell failed, with the traceback: a path, or a URI."""
+        return self._failure(cell) if self.local else str(self.fs.unstrip_protocol(self._failure(cell)))
+
     def failures(self) -> dict[str, str]:
         """key -> the last error, of every cell whose last try failed."""
         found = {}

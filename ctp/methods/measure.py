@@ -30,12 +30,14 @@ PAPER_QUESTIONS = "\n".join(
 class Measure(Method):
     """What is measured on a target.
 
-    prompts_only: means nothing without a prompt. alone: nothing else may run on its machine.
+    prompts_only: means nothing without a prompt. alone: nothing else may run on its machine. batched: it feeds
+    `job.runtime.batch` inputs at a time, and fewer where memory runs out.
     """
 
     registry: ClassVar[dict[str, type[Method]]] = {}
     prompts_only: ClassVar[bool] = False
     alone: ClassVar[bool] = False
+    batched: ClassVar[bool] = True
 
     def measure(self, job: "EvaluateJob") -> dict[str, float]:
         """Numbers about `job.model`, behind `job.prompt` where there is one; files go into `job.folder`."""
@@ -99,6 +101,7 @@ class Latency(Measure):
     """
 
     alone: ClassVar[bool] = True
+    batched: ClassVar[bool] = False
 
     method: Literal["latency"] = "latency"
     seq_len: PositiveInt = 1024
@@ -153,6 +156,7 @@ class Neighbours(Measure):
     """Cosine between every row of a prompt and the `top` vocabulary rows nearest to it (the paper's appendix D)."""
 
     prompts_only: ClassVar[bool] = True
+    batched: ClassVar[bool] = False
 
     method: Literal["neighbours"] = "neighbours"
     top: PositiveInt = 100
