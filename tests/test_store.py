@@ -213,4 +213,4 @@ def test_what_is_done_takes_one_listing_a_kind(store, monkeypatch):
     monkeypatch.setattr(store.fs, "find", lambda path, **how: calls.append((path, how)) or find(path, **how))
     assert len(store.done([compress(bits=2), compress(bits=4)])) == 2
     # Without a depth: with one, object stores are asked folder by folder. A local folder is asked without fsspec.
-    assert calls == ([] if store.local else [(f"{store.root}/{kind}", {}) for kind in KINDS])
+    assert calls == ([] if store.local else [(f"{store.root}/{kind}", {"detail": True}) for kind in KINDS])
