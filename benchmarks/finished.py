@@ -21,8 +21,8 @@ from ctp.pins import Pins
 from ctp.plan import Plan, make
 from ctp.spec import Evaluate
 from ctp.store import MANIFEST, Store
-from ctp.unfinished import identity
 from ctp.track import Tracker
+from ctp.unfinished import identity
 
 TEXT = {"dataset": "newswire", "split": "train", "seq_len": 24}
 SIX = ["dense", {"method": "gptq", "bits": [2, 3, 4]}, {"method": "sparsegpt", "sparsity": [0.5, 0.75]}]

@@ -93,6 +93,16 @@ class Folders:
             except FileNotFoundError as e:
                 raise Damaged(f"{place} is missing, though the manifest names it") from e
 
+    @contextmanager
+    def inspected(self, source: str, manifest: Mapping[str, Any], name: str) -> Iterator[Path]:
+        """A local folder with one of the files that the manifest of `source` names. Raises as `download`."""
+        if self.local:
+            yield Path(source)
+            return
+        with self.workspace() as work:
+            self.download(source, {**manifest, "files": {name: manifest["files"][name]}}, work)
+            yield work
+
     # -------------------------------------------------------------------- writing
 
     @contextmanager
@@ -134,7 +144,7 @@ class Folders:
             self.remove(f"{target}/{payload.rstrip('/')}")
 
     def _rename(self, work: Path, target: str) -> None:
-        """Rename `work` to `target`, unless a finished artifact is there; anything else there is moved out of the way."""
+        """Rename `work` to `target`, unless an artifact is there; an unfinished one is moved out of the way."""
         work.chmod(0o755)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         for _ in range(10):  # another may do the same at this moment

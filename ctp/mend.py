@@ -1,4 +1,4 @@
-"""What a run does about artifacts that turn out to be damaged: the store has moved them aside, their cells run again."""
+"""What a run does about damaged artifacts: the store has moved them aside, and their cells run again."""
 
 from collections.abc import Callable
 from typing import TypeVar

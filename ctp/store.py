@@ -24,7 +24,7 @@ from ctp.folders import DAY, TEMPORARY
 from ctp.labels import slug
 from ctp.manifest import MANIFEST, Damaged, content, parse, verify
 from ctp.remote import StoreError
-from ctp.spec import KINDS, Cell, key
+from ctp.spec import KINDS, Cell, Learn, key
 from ctp.unfinished import Unfinished, folder_name, identity
 
 __all__ = ["DEFAULT_STORE", "MANIFEST", "Damaged", "Draft", "Store", "StoreError", "default_store"]
@@ -124,7 +124,8 @@ class Store(Unfinished):
             yield draft
             self.commit(work, self.folder(cell), {**identity(cell), **draft.record})
         self.forget_failure(cell)
-        self.remove(self._partial(cell))
+        if isinstance(cell, Learn):
+            self.remove(self._partial(cell))
 
     def fetch(self, cell: Cell) -> Path:
         """A local folder with the cell's files, every hash verified (once per Store).

@@ -1,4 +1,4 @@
-"""What the store keeps of cells that are not done: the last state of a prompt that is being learned, and why a try failed.
+"""What the store keeps of cells that are not done: the last state of a prompt being learned, why a try failed.
 
 {root}/partial/{slug}-{key[:12]}/step-…/  states, each a folder with a manifest
 {root}/failed/{slug}-{key[:12]}.json      the last error
@@ -87,9 +87,8 @@ class Unfinished(Folders):
 
     def forget_failure(self, cell: Cell) -> None:
         """The cell is done: its old failure says nothing any more."""
-        if self.exists(self._failure(cell)):
-            with suppress(FileNotFoundError):  # another driver was faster
-                self.fs.rm_file(self._failure(cell))
+        with suppress(FileNotFoundError):
+            self.fs.rm_file(self._failure(cell))
 
     def failures(self) -> dict[str, str]:
         """key -> the last error, of every cell whose last try failed."""
