@@ -7,6 +7,7 @@ files go into a folder of their own inside, and the manifest that names them com
 import glob
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -27,6 +28,7 @@ from ctp.remote import StoreError, connect, no_room, unsupported
 DAMAGED, TEMPORARY = "damaged", ".tmp"
 DAY = 24 * 3600.0
 PULSE = 600.0  # seconds between two signs of life in the folder of what is being made
+_PAYLOAD = re.compile("payload-[0-9a-f]{12}")
 LEAST_ROOM = 2**20  # bytes free, below which nothing is begun
 
 
@@ -97,7 +99,7 @@ class Folders:
     def inspected(self, source: str, manifest: Mapping[str, Any], name: str) -> Iterator[Path]:
         """A local folder with one of the files that the manifest of `source` names. Raises as `download`."""
         if self.local:
-            yield Path(source)
+            yield Path(source, manifest.get("payload", ""))  # of a store that was copied from an object store
             return
         with self.workspace() as work:
             self.download(source, {**manifest, "files": {name: manifest["files"][name]}}, work)
@@ -243,7 +245,10 @@ class Folders:
         return False
 
     def _copy_aside(self, folder: str, to: str, manifest: bytes | None) -> bool:
-        files = list(self.find(folder))
+        # Not what others are bringing just now: each has a payload folder of its own.
+        own = _PAYLOAD.search((manifest or b"").decode(errors="replace"))
+        inner = {p: p[len(folder) + 1 :] for p in self.find(folder)}
+        files = [p for p, n in inner.items() if not n.startswith("payload-") or (own and n.startswith(f"{own[0]}/"))]
         for file in files:
             with suppress(FileNotFoundError):
                 self.fs.cp_file(file, f"{to}{file[len(folder) :]}")

@@ -146,7 +146,7 @@ class Store(Unfinished):
     def _local_copy(self, cell: Cell, manifest: dict[str, Any]) -> Path:
         files = manifest["files"]
         if self.local:
-            path = Path(self.folder(cell))
+            path = Path(self.folder(cell), manifest.get("payload", ""))  # where it was copied from an object store
             verify(path, files)
             return path
         # Named by content too: another store may hold other bytes under this key.

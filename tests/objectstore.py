@@ -1,4 +1,4 @@
-"""An S3 server of this process (moto), with a person in front of it who may answer first: errors, silence, torn bodies."""
+"""An S3 server of this process (moto), and in front of it what may answer first: errors, silence, lost answers."""
 
 import threading
 import time
