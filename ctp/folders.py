@@ -21,8 +21,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from ctp.cache import sha256_file
-from ctp.manifest import MANIFEST, Damaged, parse
+from ctp.manifest import MANIFEST, Damaged, files_of, parse
 from ctp.remote import StoreError, connect, no_room, unsupported
 
 DAMAGED, TEMPORARY = "damaged", ".tmp"
@@ -131,8 +130,7 @@ class Folders:
         """
         if links := [p for p in work.rglob("*") if p.is_symlink()]:
             raise ValueError(f"{links[0].relative_to(work)} is a link: an artifact holds files of its own")
-        files = sorted(p for p in work.rglob("*") if p.is_file())
-        listing = {str(p.relative_to(work)): {"sha256": sha256_file(p), "size": p.stat().st_size} for p in files}
+        listing = files_of(work)
         # In an object store two racers must not write over each other's files: each has a folder of its own.
         payload = "" if self.local else f"payload-{uuid.uuid4().hex[:12]}/"
         text = json.dumps({**record, "files": listing, "payload": payload}, indent=1, sort_keys=True)

@@ -64,6 +64,12 @@ def plain(name: str) -> bool:
     return bool(parts) and str(PurePosixPath(name)) == name and not {"/", "..", "."} & set(parts) and "\0" not in name
 
 
+def files_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a manifest says of the files in a folder: name -> sha256 and size."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): {"sha256": sha256_file(p), "size": p.stat().st_size} for p in files}
+
+
 def verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises Damaged where a file is not the one that the manifest names: missing, torn, changed, or a link elsewhere.
 

@@ -8,6 +8,8 @@ Nothing that is done is overwritten, and nothing is read whose bytes are not tho
 is moved to damaged/, and its cell is computed again.
 """
 
+import hashlib
+import json
 import os
 import shutil
 import sys
@@ -22,7 +24,7 @@ from typing import Any
 from ctp.cache import cache_dir, fill
 from ctp.folders import DAY, TEMPORARY
 from ctp.labels import slug
-from ctp.manifest import MANIFEST, Damaged, content, parse, verify
+from ctp.manifest import MANIFEST, Damaged, content, files_of, parse, verify
 from ctp.remote import StoreError
 from ctp.spec import KINDS, Cell, Learn, key
 from ctp.unfinished import Unfinished, folder_name, identity
@@ -83,8 +85,8 @@ class Store(Unfinished):
         return f"{self.root}/{cell.kind}/{folder_name(cell)}"
 
     def has(self, cell: Cell) -> bool:
-        """Is the cell done?"""
-        return self.exists(f"{self.folder(cell)}/{MANIFEST}")
+        """Is the cell done? What this machine made but could not send to an object store is sent now."""
+        return self.exists(f"{self.folder(cell)}/{MANIFEST}") or self._send(cell)
 
     def done(self, cells: Iterable[Cell]) -> set[str]:
         """The keys of those cells that are done: one listing per kind, not one request per cell.
@@ -122,10 +124,49 @@ class Store(Unfinished):
         with self.room(), self.workspace() as work:
             draft = Draft(work)
             yield draft
-            self.commit(work, self.folder(cell), {**identity(cell), **draft.record})
+            record = {**identity(cell), **draft.record}
+            try:
+                self.commit(work, self.folder(cell), record)
+            except (StoreError, FileNotFoundError) as e:
+                raise self._keep(cell, work, record, e) from e
+        self._tidy(cell)
+
+    def _tidy(self, cell: Cell) -> None:
+        """The cell is done: what was kept of tries is of no use any more."""
         self.forget_failure(cell)
         if isinstance(cell, Learn):
             self.remove(self._partial(cell))
+
+    def _kept(self, cell: Cell) -> Path:
+        return cache_dir() / "unsent" / f"{key(cell)[:24]}-{hashlib.sha256(self.uri.encode()).hexdigest()[:12]}"
+
+    def _keep(self, cell: Cell, work: Path, record: dict[str, Any], e: Exception) -> Exception:
+        """Put what could not be sent into this machine's cache: it may have taken hours. Returns what to raise."""
+        if self.local:
+            return e
+
+        def make(to: Path) -> None:
+            shutil.copytree(work, to / "files")
+            (to / "record.json").write_text(json.dumps({"record": record, "files": files_of(work)}))
+
+        shutil.rmtree(self._kept(cell), ignore_errors=True)
+        kept = fill(self._kept(cell), make)
+        return StoreError(f"{e}; what was computed is kept in {kept} and sent when this machine tries the cell again")
+
+    def _send(self, cell: Cell) -> bool:
+        """Send what an earlier try kept here, if it is whole. Is the cell done now?"""
+        kept = self._kept(cell)
+        if self.local or not kept.is_dir():
+            return False
+        said = json.loads((kept / "record.json").read_text())
+        try:
+            verify(kept / "files", said["files"])
+        except Damaged:
+            return False
+        self.commit(kept / "files", self.folder(cell), said["record"])
+        shutil.rmtree(kept, ignore_errors=True)
+        self._tidy(cell)
+        return True
 
     def fetch(self, cell: Cell) -> Path:
         """A local folder with the cell's files, every hash verified (once per Store).

@@ -101,14 +101,32 @@ def test_a_silent_store_does_not_hold_the_listing_up_for_ever(store, server, mon
     assert time.monotonic() - begun < 5
 
 
-def test_an_upload_cut_off_is_no_artifact_and_is_repeated(store, server):
-    with server.fault(403, method="PUT", path="manifest.json"), pytest.raises(StoreError):
-        publish(store, compress())
+def test_an_upload_cut_off_is_no_artifact_and_is_repeated(store, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(store, "_put_new", killed)
+        with pytest.raises(KeyboardInterrupt):
+            publish(store, compress())
     assert not store.has(compress())
     assert store.done([compress()]) == set()
     assert objects(store)  # the payload of the try; gc takes it after a day
     publish(store, compress(), "again")
     assert (store.fetch(compress()) / "sub" / "a.txt").read_text() == "again"
+
+
+def test_what_could_not_be_sent_is_kept_and_sent_by_the_next_try(store, server):
+    with server.fault(503, method="PUT"), pytest.raises(StoreError, match=r"is kept in .*unsent"):
+        publish(store, compress(), "hours of work")
+    assert store.done([compress()]) == set()
+    assert not Store(f"{store.uri}/elsewhere").has(compress())
+    assert Store(store.uri).has(compress())
+    assert store.done([compress()]) == {key(compress())}
+    assert (store.fetch(compress()) / "sub" / "a.txt").read_text() == "hours of work"
+    assert store.manifest(compress())["metrics"] == {"x": 1.5}
+    store.remove(store.folder(compress()))
+    assert not store.has(compress())  # sent once
 
 
 def test_an_answer_that_was_lost_does_not_make_a_racer_of_oneself(store, server):
