@@ -46,15 +46,19 @@ class Folders:
 
         Raises StoreError where the store does not answer.
         """
-        return list(self.sizes(folder, pattern))
-
-    def sizes(self, folder: str, pattern: str) -> dict[str, int]:
-        """As `glob`: path -> bytes."""
         base = f"{self.root}/{folder}"
         if self.local:  # by far faster: folders whose files the pattern names are not listed
-            return _sizes(f"{base}/{p}" for p in glob.glob(pattern, root_dir=base, include_hidden=True))
-        found = self.find(base)
-        return {p: int(f.get("size") or 0) for p, f in found.items() if _matches(p[len(base) + 1 :], pattern)}
+            return [f"{base}/{p}" for p in glob.glob(pattern, root_dir=base, include_hidden=True)]
+        return [p for p in self.find(base) if _matches(p[len(base) + 1 :], pattern)]
+
+    def finished(self, folder: str) -> set[str]:
+        """The names of what has a manifest in a folder of the store. An empty one, from a power cut, is none."""
+        base = f"{self.root}/{folder}"
+        if self.local:
+            inside = os.listdir(base) if os.path.isdir(base) else ()
+            return {name for name in inside if _size(f"{base}/{name}/{MANIFEST}")}
+        names = ((p[len(base) + 1 :].split("/"), f) for p, f in self.find(base).items())
+        return {n[0] for n, f in names if len(n) == 2 and n[1] == MANIFEST and f.get("size")}
 
     def find(self, path: str) -> dict[str, dict[str, Any]]:
         """Every file under a path of an object store, with what the store says of it. Raises StoreError."""
@@ -281,12 +285,11 @@ def _pulse(work: Path, gone: threading.Event) -> None:
             os.utime(work)
 
 
-def _sizes(paths: Iterator[str]) -> dict[str, int]:
-    found = {}
-    for path in paths:
-        with suppress(FileNotFoundError):  # gone since it was listed
-            found[path] = os.stat(path).st_size
-    return found
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
 
 
 def _matches(path: str, pattern: str) -> bool:

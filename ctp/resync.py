@@ -35,6 +35,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, GridError) else 3
     for line in store.damaged:
-        print(f"damaged: {line} by the next run", file=sys.stderr)
+        print(line, file=sys.stderr)
     print(f"{plan.name}: {written} runs written, {len(store.done(plan.cells()))} there. MLflow: {tracker.uri}")
     return 0

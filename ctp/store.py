@@ -89,11 +89,8 @@ class Store(Unfinished):
         return self.exists(f"{self.folder(cell)}/{MANIFEST}") or self._send(cell)
 
     def done(self, cells: Iterable[Cell]) -> set[str]:
-        """The keys of those cells that are done: one listing per kind, not one request per cell.
-
-        An empty manifest, as a machine leaves it that lost power, is none.
-        """
-        found = {p.split("/")[-2] for kind in KINDS for p, size in self.sizes(kind, f"*/{MANIFEST}").items() if size}
+        """The keys of those cells that are done: one listing per kind, not one request per cell."""
+        found = set().union(*(self.finished(kind) for kind in KINDS))
         return {key(c) for c in cells if folder_name(c) in found}
 
     def manifest(self, cell: Cell) -> dict[str, Any]:
@@ -211,7 +208,7 @@ class Store(Unfinished):
             return Damaged(f"{e}; it could not be moved out of the way ({other}): remove {self.folder(cell)}")
         if not to:
             return Damaged(f"{e}; {slug(cell)} was computed anew or moved meanwhile: it is looked at again next time")
-        said = f"{e}; moved to {to}: {slug(cell)} is computed again"
+        said = f"{e}; moved to {to}: the next run that needs {slug(cell)} computes it again"
         self.damaged.append(said)
         return Damaged(said)
 

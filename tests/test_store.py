@@ -80,7 +80,7 @@ def test_changed_or_missing_bytes_are_never_read(store, damage):
         store.fs.rm_file(path)
     else:
         store.fs.pipe_file(path, damage)
-    with pytest.raises(Damaged, match=r"a\.txt.*moved to .*damaged/compress/.*computed again"):
+    with pytest.raises(Damaged, match=r"a\.txt.*moved to .*damaged/compress/.*computes it again"):
         Store(store.uri).fetch(compress())
     assert not store.has(compress())
     [kept] = [p for p in store.fs.find(f"{store.root}/damaged") if p.endswith("damaged.json")]
