@@ -96,7 +96,7 @@ class Folders:
             try:
                 self.fs.get_file(place, str(target / name))
             except FileNotFoundError as e:
-                raise Damaged(f"{place} is missing, though the manifest names it") from e
+                raise Damaged(f"{name} is missing, though the manifest names it") from e
 
     @contextmanager
     def inspected(self, source: str, manifest: Mapping[str, Any], name: str) -> Iterator[Path]:

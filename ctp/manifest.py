@@ -73,19 +73,20 @@ def files_of(folder: Path) -> dict[str, dict[str, Any]]:
 def verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises Damaged where a file is not the one that the manifest names: missing, torn, changed, or a link elsewhere.
 
-    An error of reading (a disk, a permission) is raised as it is: it says nothing of what was written.
+    An error of reading (a disk, a permission) is raised as it is: it says nothing of what was written. Messages begin
+    with the file's name in the folder.
     """
     home = folder.resolve()
     for name, said in files.items():
         path = folder / name
         if not path.resolve().is_relative_to(home):
-            raise Damaged(f"{path} is a link that leaves its folder")
+            raise Damaged(f"{name} is a link that leaves its folder")
         if not path.is_file():
-            raise Damaged(f"{path} is missing, though the manifest names it")
+            raise Damaged(f"{name} is missing, though the manifest names it")
         if path.stat().st_size != said["size"]:
-            raise Damaged(f"{path} has {path.stat().st_size} bytes, not the {said['size']} that its manifest says")
+            raise Damaged(f"{name} has {path.stat().st_size} bytes, not the {said['size']} that its manifest says")
         if sha256_file(path) != said["sha256"]:
-            raise Damaged(f"{path} is not the file that its manifest names: its bytes have changed")
+            raise Damaged(f"{name} is not the file that its manifest names: its bytes have changed")
 
 
 def content(files: Mapping[str, Any]) -> str:

@@ -26,14 +26,14 @@ def check(store: Store, found: Sequence[Artifact], chosen: Iterable[Artifact]) -
     specs = {a.manifest["key"]: a.manifest["spec"] for a in found if a.manifest}
     needed = {i[:DIGITS] for a in found if a.manifest for i in a.manifest.get("inputs", ())}
     for artifact in chosen:
-        remove = f"`python -m ctp.store rm {'--force ' * (artifact.digits in needed)}{artifact.digits}`, or leave it to"
+        remove = f"python -m ctp.store rm {'--force ' * (artifact.digits in needed)}{artifact.digits}"
         if artifact.manifest is None and not artifact.damage:
             if store.local or artifact.quiet > DAY:  # in an object store it may be coming just now
                 yield Finding(artifact.path, "files without a manifest: cut off before it was done", "gc removes it")
             continue
         problem = artifact.damage or _damage(store, artifact) or _identity(artifact, specs)
         if problem:
-            yield Finding(artifact.path, problem, f"{remove} the next run that reads it; it is computed again")
+            yield Finding(artifact.path, problem, f"{remove}; the next run computes it again")
             continue
         yield from _relations(artifact, known)
 

@@ -177,7 +177,7 @@ class Store(Unfinished):
                 with self.room():
                     found = self._local_copy(cell, manifest)
             except Damaged as e:
-                raise self._give_up(cell, text, e) from e
+                raise self._give_up(cell, text, Damaged(f"{self.folder(cell)}/{e}")) from e
             self._verified[key(cell)] = found
         return self._verified[key(cell)]
 
