@@ -17,6 +17,7 @@ from ctp.store import Store
 from ctp.unfinished import FAILED, PARTIAL
 
 KEY = re.compile("[0-9a-fA-F]{6,64}")  # what stands for an artifact: its key, or how that begins
+_OURS = re.compile(r".+-[0-9a-f]{12}", re.DOTALL)
 DIGITS = 12  # of its key, at the end of an artifact's folder name
 READERS = 16
 
@@ -50,6 +51,11 @@ class Artifact:
     @property
     def path(self) -> str:
         return f"{self.kind}/{self.name}"
+
+    @property
+    def ours(self) -> bool:
+        """Is it called as ctp calls its folders?"""
+        return bool(_OURS.fullmatch(self.name)) and "" not in self.files
 
     @property
     def digits(self) -> str:
@@ -152,6 +158,8 @@ def litter(store: Store, planned: set[str] | None = None) -> list[Litter]:
     done = {a.name for a in found if a.manifest}
     out = list(_unfinished(store))
     for a in found:
+        if not a.ours:
+            continue  # somebody's, who must know
         if a.manifest is None and not a.damage:
             out += [Litter(a.path, a.size, "cut off before it was done")] * (a.quiet > DAY)
         elif planned is not None and not any(k.startswith(a.digits) for k in planned):
@@ -162,13 +170,13 @@ def litter(store: Store, planned: set[str] | None = None) -> list[Litter]:
     for name, (size, _) in _grouped(files(store, PARTIAL), 1).items():
         if name in done:
             out.append(Litter(f"{PARTIAL}/{name}", size, "a state of a cell that is done"))
-        elif planned is not None and name[-DIGITS:] not in keep:
+        elif planned is not None and _OURS.fullmatch(name) and name[-DIGITS:] not in keep:
             out.append(Litter(f"{PARTIAL}/{name}", size, "a state of no cell of these grids"))
     for name, file in files(store, FAILED).items():
         cell = name.removesuffix(".json")
         if cell in done:
             out.append(Litter(f"{FAILED}/{name}", file.size, "a failure of a cell that is done"))
-        elif planned is not None and cell[-DIGITS:] not in keep:
+        elif planned is not None and _OURS.fullmatch(cell) and cell[-DIGITS:] not in keep:
             out.append(Litter(f"{FAILED}/{name}", file.size, "a failure of no cell of these grids"))
     for name, (size, _) in _grouped(files(store, DAMAGED), 2).items():
         out.append(Litter(f"{DAMAGED}/{name}", size, "damaged, and computed again where a run needed it"))

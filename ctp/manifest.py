@@ -43,6 +43,9 @@ def _wrong(manifest: Any) -> str:
         return f"kind = {manifest.get('kind')!r}, or it has no spec; kinds are {', '.join(KINDS)}"
     if not isinstance(manifest.get("payload", ""), str) or not _PAYLOAD.fullmatch(manifest.get("payload", "")):
         return f"payload = {manifest['payload']!r}, not a folder that ctp makes"
+    inputs = manifest.get("inputs")
+    if not isinstance(inputs, list) or not all(isinstance(i, str) and _KEY.fullmatch(i) for i in inputs):
+        return f"inputs = {inputs!r}, not a list of keys"
     files = manifest.get("files")
     if not isinstance(files, dict):
         return "it names no files"

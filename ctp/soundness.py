@@ -10,6 +10,8 @@ from ctp.housekeeping import DIGITS, Artifact
 from ctp.manifest import INPUTS, MANIFEST, Damaged, own_key, verify
 from ctp.store import Store
 
+AGED = "python -m ctp.store gc, which removes it when it is a day old"
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -27,9 +29,12 @@ def check(store: Store, found: Sequence[Artifact], chosen: Iterable[Artifact]) -
     needed = {i[:DIGITS] for a in found if a.manifest for i in a.manifest.get("inputs", ())}
     for artifact in chosen:
         remove = f"python -m ctp.store rm {'--force ' * (artifact.digits in needed)}{artifact.digits}"
+        if not artifact.ours:
+            yield Finding(artifact.path, "no manifest names this", "nobody reads it: move it elsewhere")
+            continue
         if artifact.manifest is None and not artifact.damage:
             if store.local or artifact.quiet > DAY:  # in an object store it may be coming just now
-                yield Finding(artifact.path, "files without a manifest: cut off before it was done", "gc removes it")
+                yield Finding(artifact.path, "files without a manifest: cut off before it was done", AGED)
             continue
         problem = artifact.damage or _damage(store, artifact) or _identity(artifact, specs)
         if problem:
@@ -48,6 +53,8 @@ def _damage(store: Store, artifact: Artifact) -> str:
                 verify(folder, {name: said})
     except Damaged as e:
         return str(e)
+    except OSError as e:  # of a disk; an object store's errors are no finding, they end the check
+        return f"it cannot be read ({e})"
     return ""
 
 
@@ -89,5 +96,5 @@ def _relations(artifact: Artifact, known: set[tuple[str, str]]) -> Iterator[Find
         ours = name.startswith("payload-") and not (payload and name.startswith(payload))
         if name in named or (ours and time.time() - file.time < DAY):  # another driver's, which comes too late
             continue
-        remedy = "gc removes it" if ours else "nobody reads it: remove that file"
+        remedy = AGED if ours else "nobody reads it: move it elsewhere"
         yield Finding(f"{artifact.path}/{name}", "no manifest names this file", remedy)

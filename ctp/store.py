@@ -16,7 +16,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,9 @@ class Store(Unfinished):
     def _sweep(self) -> None:
         """What killed workers left unfinished goes when it gave no sign of life for a day."""
         for path in Path(self.root, TEMPORARY).glob("*") if self.local else ():
-            if time.time() - path.stat().st_mtime > DAY:
-                shutil.rmtree(path, ignore_errors=True)
+            with suppress(FileNotFoundError):  # another driver's worker is done with it
+                if time.time() - path.stat().st_mtime > DAY:
+                    shutil.rmtree(path, ignore_errors=True)
 
     # ------------------------------------------------------------- what is there
 

@@ -86,6 +86,7 @@ def test_any_damaged_file_is_found(full, cell, damage, said, capsys):
         (b"[1]", "is not an object"),
         (b"\xff\xfe", "is not JSON"),
         (b'{"key": "../../x"}', "not 64 hex digits"),
+        (b'{"key": "%s", "kind": "evaluate", "spec": {}, "inputs": [3]}' % (b"0" * 64), "not a list of keys"),
     ],
 )
 def test_a_torn_manifest_is_found_and_the_rest_is_listed(full, text, said, capsys):
@@ -168,6 +169,9 @@ def everything(store):  # noqa: F811
 
 
 def test_gc_leaves_a_tidy_store_alone(full, capsys, monkeypatch):
+    for path in ("compress/notes.txt", "evaluate/my plots/a.png", f"{full.folder(CELLS[0])[len(full.root) + 1 :]}/b"):
+        full.fs.makedirs(f"{full.root}/{path}".rpartition("/")[0], exist_ok=True)
+        full.fs.pipe_file(f"{full.root}/{path}", b"mine")  # not ctp's
     full.save_partial(learn(compress(bits=4)), 5, lambda folder: (folder / "s").write_text("x"))
     full.record_failure(compress(bits=2), "ValueError: boom", "trace")
     older(monkeypatch)
@@ -176,6 +180,9 @@ def test_gc_leaves_a_tidy_store_alone(full, capsys, monkeypatch):
     assert code == 0
     assert "nothing to remove" in out
     assert everything(full) == before
+    code, out, _ = call(full, "verify", capsys=capsys)
+    assert code == 1
+    assert out.count("move it elsewhere") == 3
 
 
 def test_gc_removes_what_no_run_needs(full, capsys, monkeypatch):

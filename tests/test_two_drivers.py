@@ -30,7 +30,7 @@ def run_both(tmp_path, file, store, **env):
             env={**os.environ, **own, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         ))  # fmt: skip
     try:
-        return [(out, d.returncode) for d in drivers for out in (d.communicate(timeout=280)[0],)]
+        return [(out, d.returncode) for d in drivers for out in (d.communicate(timeout=800)[0],)]
     finally:
         for d in drivers:
             d.kill()
