@@ -35,8 +35,6 @@ def connect(uri: str) -> tuple[Any, str]:
     """(file system, root) of a store's URI; all but a local folder's tries again. Raises StoreError on a bad URI."""
     how: dict[str, Any] = {}
     scheme = uri.split("://")[0] if "://" in uri else "file"
-    if scheme not in ("file", "local", "memory"):
-        how["use_listings_cache"] = False  # what is there is asked anew: others write to it
     if scheme in ("s3", "s3a"):
         how["config_kwargs"] = S3_CONFIG | dict(fsspec.config.conf.get("s3", {}).get("config_kwargs", {}))
     try:
@@ -70,6 +68,8 @@ class Retrying:
         begun = time.monotonic()
         for tries, pause in enumerate((*PAUSES, None), 1):
             try:
+                if name in ("find", "info"):
+                    self._fs.invalidate_cache()  # others write to the store
                 return request(*args, **how)
             except (FileNotFoundError, FileExistsError, NotImplementedError):
                 raise

@@ -72,7 +72,7 @@ def rm(store: Store, args: argparse.Namespace) -> int:
     chosen = housekeeping.select(found, args.cells)
     behind = housekeeping.dependants(found, chosen)
     if behind and not (args.force or args.with_dependants):
-        print(f"Nothing removed: {_listing(behind)} made from {_listing(chosen)}.\n--with-dependants removes them too; "
+        print(f"Nothing removed: {len(behind)} artifacts were made from {_listing(chosen)}: {_listing(behind)}.\n--with-dependants removes them too; "
               "--force leaves them: their numbers stand, and a run that needs the input computes it again.",
               file=sys.stderr)  # fmt: skip
         return WRONG
@@ -96,8 +96,8 @@ def _remove(store: Store, going: Sequence[Litter], dry_run: bool) -> None:
 
 
 def _listing(found: Sequence[Artifact]) -> str:
-    names = ", ".join(a.path for a in found[:5])
-    return names + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+    names = ", ".join(a.path for a in found[:3])
+    return names + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def _planned(names: Sequence[str], data: str | None) -> set[str]:

@@ -1,10 +1,12 @@
 """A damaged artifact is told, moved aside and made again in the same run; what was made from it stays."""
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from test_grid import manifests, run
+from test_track import runs
 from test_work import Bench
 from tinygrid import grid, write_grid
 
@@ -14,6 +16,7 @@ from ctp.mend import complete, past_damage
 from ctp.plan import runnable
 from ctp.spec import Compress, Evaluate, Learn, key
 from ctp.store import Damaged, Store
+from ctp.track import Tracker
 
 
 def by_hand(bench, rounds):
@@ -121,6 +124,24 @@ def test_what_reads_many_artifacts_goes_on_past_damaged_ones():
 
     with pytest.raises(Damaged, match="cannot be moved"):
         past_damage(store, stuck)
+
+
+def test_mlflow_is_brought_up_to_date_past_a_torn_manifest(tmp_path, llama_folder):
+    bench = Bench(tmp_path, llama_folder)
+    for cell in bench.cells:
+        bench.execute(cell)
+    last = bench.cells[-1]
+    path = Path(bench.store.folder(last), "manifest.json")
+    path.write_bytes(path.read_bytes()[:100])
+    tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", bench.plan, bench.store)
+    past_damage(bench.store, lambda: tracker.sync(whole=True))
+    assert bench.store.done(bench.cells) == set(bench.plan.nodes) - {key(last)}
+    [line] = bench.store.damaged
+    assert "is not JSON" in line
+    assert "computes it again" in line
+    bench.execute(last)
+    assert tracker.sync(whole=True) == 1
+    assert len(runs(tracker.uri, "g")) == len(bench.plan.nodes)
 
 
 @pytest.mark.slow
