@@ -72,13 +72,13 @@ def rm(store: Store, args: argparse.Namespace) -> int:
     chosen = housekeeping.select(found, args.cells)
     behind = housekeeping.dependants(found, chosen)
     if behind and not (args.force or args.with_dependants):
-        print(f"Nothing removed: {len(behind)} artifacts were made from {_listing(chosen)}: {_listing(behind)}.\n--with-dependants removes them too; "
-              "--force leaves them: their numbers stand, and a run that needs the input computes it again.",
-              file=sys.stderr)  # fmt: skip
+        made = f"{len(behind)} artifacts were made from {_listing(chosen)}: {_listing(behind)}."
+        print(f"Nothing removed: {made}\n--with-dependants removes them too; --force leaves them: their numbers stand, "
+              "and a run that needs the input computes it again.", file=sys.stderr)  # fmt: skip
         return WRONG
     # Last what others were made from: should this be cut off, no artifact is without its inputs.
-    going = [*reversed(behind if args.with_dependants else []), *reversed(chosen)]
-    _remove(store, [Litter(a.path, a.size, a.manifest["key"] if a.manifest else "") for a in going], args.dry_run)
+    going = {a.path for a in (*chosen, *(behind if args.with_dependants else ()))}
+    _remove(store, [Litter(a.path, a.size, "") for a in reversed(found) if a.path in going], args.dry_run)
     return OK
 
 
