@@ -137,10 +137,11 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
 
     done = {k for k, why in state.items() if why == "done"}
     try:
-        outcome = complete(plan, todo, done, store, lambda todo, done: schedule.run(
-            plan, todo, done, store=store.uri, runtime=runtime, address=args.address, fail_fast=args.fail_fast,
-            resources=Resources(args.cpus, gpu_memory(args.gpu_memory)), on_event=on_event,
-        ), printer.expect)  # fmt: skip
+        with schedule.session(args.address):
+            outcome = complete(plan, todo, done, store, lambda todo, done: schedule.run(
+                plan, todo, done, store=store.uri, runtime=runtime, address=args.address, fail_fast=args.fail_fast,
+                resources=Resources(args.cpus, gpu_memory(args.gpu_memory)), on_event=on_event,
+            ), printer.expect)  # fmt: skip
     except BaseException as e:
         with contextlib.suppress(StoreError, TrackError):
             tracker.close("FAILED" if isinstance(e, schedule.ResourceError) else "KILLED")
