@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ctp import gridfile, preview
 from ctp.gridtext import GridError
 from ctp.labels import slug
+from ctp.mend import complete, past_damage
 from ctp.pins import Pins
 from ctp.plan import BUILD, TRANSFER, Plan, again, keep, make, states, where
 from ctp.progress import Printer, duration, one_line
@@ -109,7 +110,13 @@ def command(args: argparse.Namespace) -> int:
     from ctp.track import Tracker  # MLflow takes a second to import: a plan needs none
 
     tracker = Tracker(tracking_uri(store.uri), whole, store)
-    tracker.sync(whole=not (args.where or args.stage), trust=True)
+    past_damage(store, lambda: tracker.sync(whole=not (args.where or args.stage), trust=True))
+    if store.damaged:
+        print("\n".join(store.damaged), flush=True)
+        state = states(plan, store)
+        todo |= {
+            k for k, why in state.items() if why != "done" and (not args.stage or plan.nodes[k].stage == args.stage)
+        }
     if not todo:
         why = "No cell failed last time" if args.retry_failed else "Nothing to run"
         print(f"{why}. Store: {store.uri}  MLflow: {tracker.uri}")
@@ -137,10 +144,11 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
 
     done = {k for k, why in state.items() if why == "done"}
     try:
-        outcome = schedule.run(
-            plan, todo, done, store=store.uri, runtime=runtime, address=args.address, fail_fast=args.fail_fast,
-            resources=Resources(args.cpus, gpu_memory(args.gpu_memory)), on_event=on_event,
-        )  # fmt: skip
+        with schedule.session(args.address):
+            outcome = complete(plan, todo, done, store, lambda todo, done: schedule.run(
+                plan, todo, done, store=store.uri, runtime=runtime, address=args.address, fail_fast=args.fail_fast,
+                resources=Resources(args.cpus, gpu_memory(args.gpu_memory)), on_event=on_event,
+            ), printer.expect)  # fmt: skip
     except BaseException as e:
         with contextlib.suppress(StoreError, TrackError):
             tracker.close("FAILED" if isinstance(e, schedule.ResourceError) else "KILLED")
@@ -150,7 +158,8 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
     interrupted = bool(outcome.unfinished) and not (args.fail_fast and outcome.failed)
     summarise(plan, outcome, time.monotonic() - begun, store)
     print(f"Store: {store.uri}  MLflow: {tracker.uri}", flush=True)
-    tracker.close("KILLED" if interrupted else "FAILED" if outcome.failed or outcome.skipped else "FINISHED")
+    how = "KILLED" if interrupted else "FAILED" if outcome.failed or outcome.skipped else "FINISHED"
+    past_damage(store, lambda: tracker.close(how))
     if tracker.trouble:
         print(f"MLflow was away for a while ({tracker.trouble}); what it missed has been written now.")
     if interrupted:

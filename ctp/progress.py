@@ -17,6 +17,10 @@ class Printer:
         self.last: dict[str, float] = {}
         self.first: dict[str, tuple[float, int]] = {}  # when a cell first told its step: loading is not its pace
 
+    def expect(self, cells: set[str]) -> None:
+        """These run again."""
+        self.total += len(cells)
+
     def tell(self, event: dict[str, Any]) -> None:
         """Print what there is to say of one event."""
         k, kind, now = event["key"], event["event"], time.monotonic()

@@ -5,6 +5,7 @@ import sys
 
 from ctp import gridfile
 from ctp.gridtext import GridError
+from ctp.mend import past_damage
 from ctp.pins import Pins
 from ctp.plan import make
 from ctp.runinfo import TrackError, tracking_uri
@@ -26,12 +27,14 @@ def main(argv: list[str] | None = None) -> int:
         plan = make(gridfile.load(args.grid, args.settings, pins), pins)
         store = Store(args.store)
         tracker = Tracker(tracking_uri(store.uri), plan, store)
-        written = tracker.sync(whole=True)
+        written = past_damage(store, lambda: tracker.sync(whole=True))
         if not tracker.knows_grid():
             tracker.begin(f"python -m ctp.track sync {args.grid}")
             tracker.close("FINISHED")
     except (GridError, StoreError, TrackError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, GridError) else 3
+    for line in store.damaged:
+        print(line, file=sys.stderr)
     print(f"{plan.name}: {written} runs written, {len(store.done(plan.cells()))} there. MLflow: {tracker.uri}")
     return 0

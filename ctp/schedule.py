@@ -109,6 +109,13 @@ class Witness(FIFOScheduler):
 # ------------------------------------------------------------------------ running
 
 
+@contextmanager
+def session(address: str | None) -> Iterator[None]:
+    """Every `run` in here is on one cluster, which is joined or started once. Raises ResourceError."""
+    with _cluster(address):
+        yield
+
+
 def run(plan: Plan, todo: set[str], done: set[str], *, store: str, runtime: Runtime, resources: Resources,
         address: str | None, fail_fast: bool, on_event: Callable[[Event], None]) -> Outcome:  # fmt: skip
     """Run the cells in `todo`. Raises ResourceError before anything starts where a cell fits no machine."""
@@ -276,7 +283,10 @@ def _check(plan: Plan, todo: set[str], bundles: dict[str, dict[str, float]]) -> 
 
 @contextmanager
 def _cluster(address: str | None) -> Iterator[dict[str, float]]:
-    """The cluster at `address`, or one of this machine's own; yields its resources in all."""
+    """The cluster at `address`, or one of this machine's own; yields its resources in all. Inside itself: that one."""
+    if ray.is_initialized():
+        yield ray.cluster_resources()
+        return
     for name in ("ray", "ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     own: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 256 * 2**20}
