@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from ctp import hub, packaged_text
 from ctp.cache import sha256_file
 from ctp.inputs import Windows
-from ctp.names import unknown
+from ctp.names import shown, unknown
+from ctp.paths import expanded, there
 from ctp.texts import CORPORA, SPLITS, Corpus, find, local_root, parse_corpus
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ def locate(corpus: Corpus, split: str, data_dir: str | Path | None = None) -> tu
     if corpus.packaged:
         return f"package:{corpus.name}", packaged_text.fingerprint(corpus.name)
     if corpus.path:
-        path = Path(corpus.path).expanduser().absolute()
+        path = expanded(corpus.path).absolute()
+        if not there(path):
+            raise ValueError(f"{corpus.name}: there is no file or folder {shown(str(path))}")
         if path.is_file():
             return _locate_divided(corpus, path)
         return _locate_file(corpus, split, path)

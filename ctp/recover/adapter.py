@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ctp import hub
 from ctp.cache import digest
+from ctp.names import shown
+from ctp.paths import folder_named
 
 if TYPE_CHECKING:  # torch takes seconds to import, and pinning a grid needs none of it
     from torch import Tensor
@@ -43,12 +45,11 @@ class AdapterFacts:
 
 def locate(path: str, revision: str = "") -> tuple[str, str, str]:
     """(short name, revision, location) of a folder or hub id. Raises ValueError, in one sentence, if there is none."""
-    folder = Path(path).expanduser()
-    if len(path) < 1000 and folder.is_dir():
+    if (folder := folder_named(path)) is not None:
         _check_files(folder)
         return folder.resolve().name, _revision(folder), str(folder.resolve())
     if path.startswith(("/", ".", "~")):
-        raise ValueError(f"there is no folder {path!r}")
+        raise ValueError(f"there is no folder {shown(path)}")
     return path, hub.commit(path, revision, "adapter"), f"hub:{path}"
 
 
