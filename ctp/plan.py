@@ -63,7 +63,10 @@ def make(grid: Grid, pins: Pins) -> Plan:
         k: Node(cell, k, tuple(key(i) for i in cell.inputs), tuple(names), pins.facts(_model_of(cell)))
         for k, (cell, names) in wanted.items()
     }
-    problems = [f"{grid.path}: {p}" for p in dict.fromkeys(p for n in nodes.values() for p in _misfits(n))]
+    told: dict[str, list[str]] = {}  # of a cell and what needs it, the first mistake: the others follow from it
+    for n in nodes.values():
+        told[n.key] = [p for i in n.inputs for p in told[i]] or _misfits(n)
+    problems = [f"{grid.path}: {p}" for p in dict.fromkeys(p for found in told.values() for p in found)]
     if not nodes:
         problems = [f"{grid.path}: no cell comes out of this grid"]
     if problems:

@@ -15,7 +15,7 @@ import yaml
 from ctp.names import shown
 
 MOST_BYTES = 256 * 1024  # of a file
-MOST_VALUES = 20_000  # of a file, with every alias and merge key written out
+MOST_VALUES = 10_000  # of a file, with every alias and merge key written out
 DEEPEST = 40  # mappings and lists within each other
 _TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the rest of a line would be shown in another order
 
