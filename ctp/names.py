@@ -24,6 +24,14 @@ def one_line(text: str) -> str:
     return text if len(text) <= LINE else f"{text[: 2 * LINE // 3]} … {text[-LINE // 3 :]}"
 
 
+def brief(error: BaseException) -> str:
+    """What an error of another library says, in one line of some hundred characters."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 300 else f"{text[:300]} …"
+    kind = type(error).__name__
+    return text if text and kind == "ValueError" else f"{kind}: {text}" if text else kind
+
+
 def unknown(what: str, name: object, allowed: Iterable[str]) -> str:
     """One sentence: the wrong name, the nearest right one, all that are allowed."""
     names = sorted(map(str, allowed))

@@ -70,6 +70,7 @@ class Pins:
         """Fill in revision, dtype and the short name. Raises ValueError where there is no such model."""
         name, revision, location = self._locate("model", self._find_model, data["name"], data.get("revision"))
         known = models.facts(location, revision)
+        models.check_usable(location, revision, known.vocab)
         dtype = data.get("dtype", "auto")
         return {**data, "name": name, "revision": revision, "dtype": known.dtype if dtype == "auto" else dtype}
 
