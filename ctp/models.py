@@ -299,9 +299,9 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     print(f"Converting {path.name} (once on this machine) ...", flush=True)
     logging.disable_progress_bar()
     with contextlib.redirect_stderr(io.StringIO()):  # its reader draws a bar of its own
-        read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **LOCAL)
     config = type(read.config)(**{n: v for n, v in read.config.to_dict().items() if n != "quantization_config"})
     model = type(read)(config)  # a fresh one: the loaded one still calls itself quantized
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, **LOCAL).save_pretrained(folder)
