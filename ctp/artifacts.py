@@ -20,7 +20,9 @@ from ctp.formats import FORMATS
 from ctp.labels import slug
 from ctp.methods import Dense
 from ctp.models import locate, quiet
+from ctp.names import plain
 from ctp.recover.adapter import copy_adapter
+from ctp.redact import scrub
 from ctp.spec import KINDS, Cell, Compress, Learn, Runtime, from_json, key
 from ctp.store import MANIFEST, Store, StoreError, default_store
 
@@ -74,7 +76,7 @@ def find(store: Store, text: str) -> tuple[Cell, dict[str, Any]]:
     manifests = [m for m in (_read(store, p) for p in found) if m["key"].startswith(text)]
     if len(manifests) != 1:
         what = "no artifact" if not manifests else f"{len(manifests)} artifacts"
-        raise ValueError(f"{what} in {store.uri} with a key that begins with {text!r}")
+        raise ValueError(f"{what} in {scrub(store.uri)} with a key that begins with {text!r}")
     (manifest,) = manifests
     try:
         cell = from_json(manifest)
@@ -161,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         store = Store(args.store)
         if args.command == "ls":
             found = entries(store, (args.kind,) if args.kind else tuple(KINDS))
-            print(table(found) if found else f"No {args.kind or 'artifact'} is done in {store.uri}")
+            print(plain(table(found)) if found else f"No {args.kind or 'artifact'} is done in {scrub(store.uri)}")
             return OK
         for note in export_key(args.key, store, args.folder, args.format):
             print(note)

@@ -21,6 +21,7 @@ from ctp.names import one_line, shown
 from ctp.pins import Pins
 from ctp.plan import BUILD, TRANSFER, Plan, keep, make, states, where
 from ctp.progress import Printer, duration
+from ctp.redact import scrub
 from ctp.resources import Resources, gpu_memory
 from ctp.spec import Runtime
 from ctp.store import Store, StoreError, default_store
@@ -49,7 +50,7 @@ class _Parser(argparse.ArgumentParser):
     """Bad usage in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"error: {one_line(message)}; --help says what is allowed\n")
+        self.exit(USAGE, f"error: {one_line(scrub(message))}; --help says what is allowed\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -115,7 +116,7 @@ def command(args: argparse.Namespace) -> int:
     tracker = Tracker(tracking_uri(store.uri), whole, store)
     tracker.sync(whole=not (args.where or args.stage), trust=True)
     if not todo:
-        print(f"Nothing to run. Store: {store.uri}  MLflow: {tracker.uri}")
+        print(f"Nothing to run. Store: {scrub(store.uri)}  MLflow: {scrub(tracker.uri)}")
         return OK
     runtime = Runtime(
         device=args.device, batch=args.batch, checkpoint_seconds=args.checkpoint_seconds, recompute=args.recompute,
@@ -152,7 +153,7 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
         raise
     interrupted = bool(outcome.unfinished) and not (args.fail_fast and outcome.failed)
     summarise(plan, outcome, time.monotonic() - begun)
-    print(f"Store: {store.uri}  MLflow: {tracker.uri}", flush=True)
+    print(f"Store: {scrub(store.uri)}  MLflow: {scrub(tracker.uri)}", flush=True)
     tracker.close("KILLED" if interrupted else "FAILED" if outcome.failed or outcome.skipped else "FINISHED")
     if tracker.trouble:
         print(f"MLflow was away for a while ({tracker.trouble}); what it missed has been written now.")
@@ -197,7 +198,7 @@ def _seconds(text: str) -> float:
 
 def _fail(code: int, *lines: str) -> int:
     for line in lines:
-        print(f"error: {one_line(line)}" if code != INTERRUPTED else line, file=sys.stderr)
+        print(f"error: {one_line(scrub(line))}" if code != INTERRUPTED else line, file=sys.stderr)
     return code
 
 

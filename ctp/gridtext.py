@@ -9,6 +9,7 @@ import yaml
 
 from ctp.names import one_line, shown, unknown
 from ctp.paths import expanded, there
+from ctp.redact import scrub
 from ctp.yamltext import DEEPEST, MOST_BYTES, MOST_VALUES, parse_yaml
 
 
@@ -18,7 +19,7 @@ class GridError(Exception):
     MOST = 20
 
     def __init__(self, problems: list[str]) -> None:
-        lines = [one_line(p) for p in problems[: self.MOST]]
+        lines = [one_line(scrub(p)) for p in problems[: self.MOST]]
         if len(problems) > self.MOST:
             lines.append(f"and {len(problems) - self.MOST:,} more mistakes")
         super().__init__("\n".join(lines))

@@ -20,8 +20,13 @@ def shown(value: object) -> str:
 
 def one_line(text: str) -> str:
     """A message in one line, of a long one both ends: line breaks are spaces, control characters are written out."""
-    text = "".join(c if c.isprintable() else " " if c in "\n\t" else repr(c)[1:-1] for c in text.strip())
+    text = plain(text.strip()).replace("\n", " ").replace("\t", " ")
     return text if len(text) <= LINE else f"{text[: 2 * LINE // 3]} … {text[-LINE // 3 :]}"
+
+
+def plain(text: str) -> str:
+    """A text that does nothing to the terminal it is printed on: control characters but line breaks are written out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def brief(error: BaseException) -> str:

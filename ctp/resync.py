@@ -7,6 +7,7 @@ from ctp import gridfile
 from ctp.gridtext import GridError
 from ctp.pins import Pins
 from ctp.plan import make
+from ctp.redact import scrub
 from ctp.runinfo import TrackError, tracking_uri
 from ctp.store import Store, StoreError, default_store
 from ctp.track import Tracker
@@ -33,5 +34,5 @@ def main(argv: list[str] | None = None) -> int:
     except (GridError, StoreError, TrackError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, GridError) else 3
-    print(f"{plan.name}: {written} runs written, {len(store.done(plan.cells()))} there. MLflow: {tracker.uri}")
+    print(f"{plan.name}: {written} runs written, {len(store.done(plan.cells()))} there. MLflow: {scrub(tracker.uri)}")
     return 0

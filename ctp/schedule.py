@@ -21,7 +21,9 @@ from typing import Any
 from ctp import cost, plugins
 from ctp.graph import Event, Outcome, Walk, expected
 from ctp.labels import slug
+from ctp.names import plain
 from ctp.plan import Plan
+from ctp.redact import scrub
 from ctp.resources import Resources, alone
 from ctp.resources import bundles as resources_of
 from ctp.spec import Runtime, from_json, key, to_json
@@ -131,7 +133,7 @@ def _fit(search: GraphSearch, most: int, store: str, runtime: Runtime) -> list[s
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )  # fmt: skip
-        return [str(e).strip() for e in tuner.fit().errors]
+        return [scrub(str(e).strip()) for e in tuner.fit().errors]
 
 
 # ---------------------------------------------------------------------- in a worker
@@ -166,7 +168,7 @@ class _Task(tune.Trainable):
             if event is None:
                 return {"events": events, "done": True}
             if isinstance(event, BaseException):
-                raise RuntimeError(f"{type(event).__name__}: {event}") from event
+                raise RuntimeError(scrub(f"{type(event).__name__}: {event}")) from None
             if not events:
                 end = time.monotonic() + TELL_SECONDS
             events.append(event)
@@ -195,7 +197,7 @@ def _do(data: dict[str, Any], place: Store, how: Runtime, tell: Callable[[Event]
         begun = time.monotonic()
         execute(cell, place, how, _throttled(k, tell))
     except Exception as e:  # whatever went wrong is this cell's failure, and only this cell's
-        error, trace = f"{type(e).__name__}: {e}".strip(), traceback.format_exc()
+        error, trace = plain(scrub(f"{type(e).__name__}: {e}".strip())), plain(scrub(traceback.format_exc()))
         if cell is not None:
             _keep_failure(place, cell, error, trace)
         tell({"event": "failed", "key": k, "error": error, "traceback": trace})

@@ -28,6 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ctp.cache import cache_dir, fill, sha256_file
 from ctp.labels import slug
+from ctp.redact import scrub
 from ctp.spec import KINDS, Cell, canonical, key, to_json
 
 DEFAULT_STORE = "results/store"
@@ -42,6 +43,9 @@ def default_store() -> str:
 
 class StoreError(Exception):
     """The store cannot be reached or written, or what it holds is not what its manifest says."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(scrub(message))
 
 
 @dataclass
@@ -58,7 +62,7 @@ class Store:
     def __init__(self, uri: str) -> None:
         try:
             self.fs, root = fsspec.core.url_to_fs(uri)
-        except (ValueError, ImportError) as e:
+        except Exception as e:  # ValueError, ImportError, and whatever the client of a server raises
             raise StoreError(f"store {uri!r}: {e}") from e
         self.local = isinstance(self.fs, LocalFileSystem)
         self.root = str(Path(root).resolve()) if self.local else root.rstrip("/")
