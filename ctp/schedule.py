@@ -40,7 +40,11 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.search import Searcher
+
+# Tune would hand AWS keys to its workers by a way that Ray writes into its logs. Workers have their node's environment.
+class_cache.ENV_VARS_TO_PROPAGATE = {n for n in class_cache.ENV_VARS_TO_PROPAGATE if not n.startswith("AWS_")}
 
 TELL_SECONDS = 0.25  # at most so often a worker tells what happened: each time costs Tune's loop some milliseconds
 SILENCE_SECONDS = 5.0  # a worker that has nothing to tell looks up so often, for Tune to stop it

@@ -1,6 +1,7 @@
 """No secret of the person who runs a grid reaches the store, MLflow, a log or the screen."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ PLANTED = {
 # A method of compression whose work fails with every secret that a library's error might quote.
 PLUGIN = '''
 import os
+import re
 from typing import Literal
 from ctp.methods import Compression
 
@@ -62,6 +64,7 @@ def session():
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_no_planted_secret_is_anywhere_after_a_run(tmp_path, llama_folder, session):
     (tmp_path / "leaky.py").write_text(PLUGIN)
     content = grid(llama_folder, compression=["dense", "leaky"], sources="all", recovery=None, calibration=None)
@@ -169,3 +172,24 @@ def test_no_archive_is_unpacked_and_no_index_leaves_its_folder(tmp_path, name):
     source = "".join(p.read_text() for p in (Path(models.__file__).parent).rglob("*.py"))
     for unpacks in ("tarfile", "zipfile", "extractall", "unpack_archive"):
         assert unpacks not in source
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("file", ["requirements.lock", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/foreign/*.txt"))])
+def test_every_dependency_is_pinned_exactly(file):
+    lines = [x.partition("#")[0].strip() for x in (ROOT / file).read_text().splitlines()]
+    loose = [x for x in lines if x and not re.fullmatch(r"[\w.\[\]-]+==[\w.+!-]+", x)]
+    assert loose == []
+
+
+def test_what_make_installs_by_name_is_pinned():
+    words = " ".join(re.findall(r"pip install (.*)", (ROOT / "Makefile").read_text())).split()
+    named = [w for w in words if re.match(r"[a-z]", w) and not w.endswith((".lock", ".txt"))]
+    assert named
+    assert [w for w in named if "==" not in w and "requirements" not in w] == []
+
+
+def test_an_audit_that_could_not_ask_does_not_pass():
+    assert "pip-audit --strict" in (ROOT / "Makefile").read_text()
