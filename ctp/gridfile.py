@@ -173,7 +173,9 @@ def _reported(recoveries: tuple[Recovery, ...], measures: tuple[Measure, ...], w
     return [
         f"{where}recovery.{field} = {own.dataset} {own.split}: measures report on the same documents; take another "
         "split or skip some, or say on_reported: true"
-        for field, own in dict.fromkeys(pair for r in learned for pair in (("text", r.text), ("validation", r.validation)))
+        for field, own in dict.fromkeys(
+            pair for r in learned for pair in (("text", r.text), ("validation", r.validation))
+        )
         if any(own.overlaps(text) for text in texts)
     ]
 

@@ -172,7 +172,7 @@ def define(raw: Mapping[str, Any]) -> dict[str, Any]:
     def named(name: str, place: str, within: tuple[str, ...]) -> Any:
         if len(within) > DEEPEST:
             raise GridError([f"{place}: more than {DEEPEST} definitions that stand for each other in turn"])
-        elif name in within:
+        if name in within:
             circle = frozenset(within[within.index(name) :])
             if circle not in circles:
                 problems.append(f"{place} = '${name}': the definition comes back to itself")

@@ -33,7 +33,9 @@ def check_config(folder: Path) -> None:
     for name in LAYERS:
         count = config.get(name, 1)
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST_LAYERS:
-            raise ValueError(f"config.json: {name} = {shown(count)}: should be a whole number from 1 to {MOST_LAYERS:,}")
+            raise ValueError(
+                f"config.json: {name} = {shown(count)}: should be a whole number from 1 to {MOST_LAYERS:,}"
+            )
     for name in POSITIONS:
         if isinstance(config.get(name), int) and config[name] < 1:
             raise ValueError(f"config.json: {name} = {config[name]}: should be above 0")

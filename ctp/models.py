@@ -151,7 +151,9 @@ def check_usable(location: str, revision: str, vocab: int) -> None:
 def _code(folder: Path) -> str:
     """Why a folder that brings code of its own is not for ctp; "" where it brings none."""
     said = [n for n in ("config.json", "tokenizer_config.json") if '"auto_map"' in _text(folder / n)]
-    return f"it needs Python code that comes with it (auto_map in {said[0]}), and such code is never run" if said else ""
+    return (
+        f"it needs Python code that comes with it (auto_map in {said[0]}), and such code is never run" if said else ""
+    )
 
 
 def _text(path: Path) -> str:

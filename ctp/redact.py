@@ -4,7 +4,9 @@ import os
 import re
 
 HIDDEN = "***"
-_NAME = r"(?:token|secret|password|passwd|passphrase|credentials?|api_?key|access_?key(?:_id)?|secret_?key|private_?key)"
+_NAME = (
+    r"(?:token|secret|password|passwd|passphrase|credentials?|api_?key|access_?key(?:_id)?|secret_?key|private_?key)"
+)
 _VARIABLE = re.compile(rf"(?:^|_){_NAME}(?:$|_)", re.IGNORECASE)
 _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s'\"@]*(?:@[^/\s'\"@]*)*@", re.IGNORECASE), rf"\1{HIDDEN}@"),  # user:password

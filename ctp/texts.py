@@ -113,7 +113,9 @@ def _check_data_files(name: str, value: Any) -> None:
     for split, files in value.items():
         listed = files if isinstance(files, list) and files else [files]
         if not all(isinstance(f, str) and f for f in listed):
-            raise ValueError(f"data set {name!r}: data_files.{split} = {shown(files)} must be a file or a list of files")
+            raise ValueError(
+                f"data set {name!r}: data_files.{split} = {shown(files)} must be a file or a list of files"
+            )
 
 
 def find(name: str, custom: Mapping[str, Corpus] | None = None, data_dir: str | Path | None = None) -> Corpus:

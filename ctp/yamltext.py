@@ -17,7 +17,9 @@ from ctp.names import shown
 MOST_BYTES = 256 * 1024  # of a file
 MOST_VALUES = 10_000  # of a file, with every alias and merge key written out
 DEEPEST = 40  # mappings and lists within each other
-_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the rest of a line would be shown in another order
+_TURNING = (
+    "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the rest of a line would be shown in another order
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -33,7 +35,10 @@ class _Loader(yaml.SafeLoader):
         if self.depth > DEEPEST or self.nodes > MOST_VALUES:
             _refuse(_TOO_DEEP if self.depth > DEEPEST else _TOO_MANY, self.peek_event().start_mark)
         if tag := getattr(self.peek_event(), "tag", None):
-            _refuse(f"the tag {shown(tag)}: text, numbers, lists and mappings are told by how they look", self.peek_event().start_mark)
+            _refuse(
+                f"the tag {shown(tag)}: text, numbers, lists and mappings are told by how they look",
+                self.peek_event().start_mark,
+            )
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node

@@ -113,10 +113,20 @@ def test_a_key_left_out(refused, demo, place):
 @pytest.mark.parametrize(
     ("name", "place", "value", "said"),
     [
-        ("full_paper", ("define", "opt-1.3b", "name"), "facebook/opt-1.3", "models[0]: 'facebook/opt-1.3' is no folder"),
+        (
+            "full_paper",
+            ("define", "opt-1.3b", "name"),
+            "facebook/opt-1.3",
+            "models[0]: 'facebook/opt-1.3' is no folder",
+        ),
         ("full_paper", ("define", "prompt", "steps"), "many", "recovery.steps = 'many': should be a valid integer"),
         ("full_paper", ("define", "c4", "dataset"), "C4", "unknown data set 'C4'; did you mean 'c4'?"),
-        ("paper_code", ("define", "prompt", "dtype"), "float64", "dtype = 'float64': should be 'float32' or 'bfloat16'"),
+        (
+            "paper_code",
+            ("define", "prompt", "dtype"),
+            "float64",
+            "dtype = 'float64': should be 'float32' or 'bfloat16'",
+        ),
         ("paper_code", ("define", "promt"), {"k": 1}, "define.promt: nothing uses it; unknown definition 'promt'"),
         ("controls", ("extends", "grid"), "full_papr", "unknown grid 'full_papr'; did you mean 'full_paper'?"),
         ("controls", ("define", "seeds"), list(range(3000)), "cells; at most 100,000: make several grids of it"),
@@ -233,7 +243,9 @@ def test_arguments(capsys, args, said):
     assert said in line
 
 
-@pytest.mark.parametrize("name", ["", "..", "/", "/tmp", "\0", "a\0.yaml", "y" * 300, "y" * 300 + ".yaml", "\x1b[2J", "~"])
+@pytest.mark.parametrize(
+    "name", ["", "..", "/", "/tmp", "\0", "a\0.yaml", "y" * 300, "y" * 300 + ".yaml", "\x1b[2J", "~"]
+)
 def test_names_of_no_grid(capsys, name):
     assert grid.main([name, "--plan"]) == 2
     [line] = capsys.readouterr().err.splitlines()

@@ -90,7 +90,11 @@ def test_no_planted_secret_is_anywhere_after_a_run(tmp_path, llama_folder, sessi
     [
         (["--store", "ftp://user:plantedUrlPw@127.0.0.1:9/x"], {}, 3),
         (["--store", "nope://user:plantedUrlPw@host/x"], {}, 3),
-        ([], {"MLFLOW_TRACKING_URI": "http://user:plantedUrlPw@127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}, 3),
+        (
+            [],
+            {"MLFLOW_TRACKING_URI": "http://user:plantedUrlPw@127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"},
+            3,
+        ),
         (["--set", "models=https://user:plantedUrlPw@hub.example/x"], {}, 2),
         (["--set", "colour={token: plantedSet}"], {}, 2),
         (["--token=plantedSet"], {}, 2),
@@ -112,7 +116,10 @@ def test_an_error_shows_no_secret(tmp_path, llama_folder, args, environment, cod
         ("http://token@host/a and ftp://a:b@c", "http://***@host/a and ftp://***@c"),
         ("https://u:p@ss@host/x", "https://***@host/x"),
         ("https://host/x?token=abc&page=2", "https://host/x?token=***&page=2"),
-        ("https://b/x?X-Amz-Signature=abc&X-Amz-Credential=def", "https://b/x?X-Amz-Signature=***&X-Amz-Credential=***"),
+        (
+            "https://b/x?X-Amz-Signature=abc&X-Amz-Credential=def",
+            "https://b/x?X-Amz-Signature=***&X-Amz-Credential=***",
+        ),
         ("--hf-token abcdef --batch 4", "--hf-token *** --batch 4"),
         ("--set store.password=abcdef", "--set store.password=***"),
         ("{'api_key': 'abcdef', 'n': 1}", "{'api_key': '***', 'n': 1}"),
@@ -177,7 +184,9 @@ def test_no_archive_is_unpacked_and_no_index_leaves_its_folder(tmp_path, name):
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("file", ["requirements.lock", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/foreign/*.txt"))])
+@pytest.mark.parametrize(
+    "file", ["requirements.lock", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/foreign/*.txt"))]
+)
 def test_every_dependency_is_pinned_exactly(file):
     lines = [x.partition("#")[0].strip() for x in (ROOT / file).read_text().splitlines()]
     loose = [x for x in lines if x and not re.fullmatch(r"[\w.\[\]-]+==[\w.+!-]+", x)]

@@ -86,7 +86,9 @@ def adapter_facts(folder: str | Path) -> AdapterFacts:
     if KINDS[kind] == "prompt":
         k, width = config.get("num_virtual_tokens"), config.get("token_dim")
         if not isinstance(k, int) or not isinstance(width, int) or k < 1 or width < 1:
-            raise ValueError(f"{CONFIG}: num_virtual_tokens = {shown(k)} and token_dim = {shown(width)} must be above 0")
+            raise ValueError(
+                f"{CONFIG}: num_virtual_tokens = {shown(k)} and token_dim = {shown(width)} must be above 0"
+            )
         return AdapterFacts("prompt", k, width)
     for name, allowed in PLAIN_LORA.items():
         if (value := config.get(name, allowed[0])) not in allowed:
