@@ -95,8 +95,8 @@ def check_shapes(held: Mapping[str, Shape], wanted: Mapping[str, Shape], kind: s
     same = {n: n if n in wanted else short.get(n, n.partition(".")[2]) for n in held}
     there = set(same.values()) & wanted.keys()
     if 2 * len(there) < len(wanted):
-        raise ValueError(f"config.json says {kind}, and the weights are another model's: of its {len(wanted):,} tensors "
-                         f"{len(there):,} are there")  # fmt: skip
+        raise ValueError(f"config.json says {kind}, and the weights are another model's: of its {len(wanted):,} "
+                         f"tensors {len(there):,} are there")  # fmt: skip
     if empty := _blocks(wanted) - _blocks(there):
         raise ValueError(f"config.json says {kind} with a block {min(empty)}, of which there is no weight")
     for name, own in same.items():

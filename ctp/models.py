@@ -139,7 +139,7 @@ def check_usable(location: str, revision: str, vocab: int) -> None:
     modelfiles.weight_files(Path(location))
     if said := modelfiles.read_object(Path(location) / "config.json").get("quantization_config"):
         how = said.get("quant_method") if isinstance(said, dict) else said
-        raise ValueError(f"{location} is quantized already (quant_method = {shown(how)}): a grid's models are plain ones; "
+        raise ValueError(f"{location} is quantized already (quant_method = {shown(how)}): a grid's models are plain; "
                          "name it as a compression of its base model, {method: checkpoint, path: …}")  # fmt: skip
     ids = load_tokenizer(location, revision).get_vocab().values()
     if max(ids, default=-1) >= vocab:

@@ -1,4 +1,4 @@
-"""Names that may be paths: asked of the file system whatever they hold, for a name that no file can have is no error."""
+"""Names that may be paths: the file system is asked whatever they hold, a name that no file can have included."""
 
 from pathlib import Path
 

@@ -8,8 +8,9 @@ _NAME = (
     r"(?:token|secret|password|passwd|passphrase|credentials?|api_?key|access_?key(?:_id)?|secret_?key|private_?key)"
 )
 _VARIABLE = re.compile(rf"(?:^|_){_NAME}(?:$|_)", re.IGNORECASE)
+# user:password@ of a URL, fields of its query, name = value, --name value, tokens of known form.
 _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s'\"@]*(?:@[^/\s'\"@]*)*@", re.IGNORECASE), rf"\1{HIDDEN}@"),  # user:password
+    (re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s'\"@]*(?:@[^/\s'\"@]*)*@", re.IGNORECASE), rf"\1{HIDDEN}@"),
     (re.compile(r"([?&;][\w-]*(?:token|secret|passw|key|sig|credential|auth)[\w-]*=)[^&\s'\"]+", re.IGNORECASE),
      rf"\1{HIDDEN}"),
     (re.compile(rf"(?<![a-z])((?:[\w.-]*[_.-])?{_NAME}['\"]?\s*[=:]\s*['\"]?)[^\s'\",&}}\]]{{4,}}", re.IGNORECASE),

@@ -3,14 +3,15 @@
 FILES stand for themselves. VALUES, KEYS and LACKING are put into real grids.
 """
 
+import itertools
 import math
 
 _LETTERS = "abcdefghij"
 BILLION_LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{c}: &{c} [{', '.join([f'*{p}'] * 9)}]\n" for p, c in zip(_LETTERS, _LETTERS[1:], strict=False)
+    f"{c}: &{c} [{', '.join([f'*{p}'] * 9)}]\n" for p, c in itertools.pairwise(_LETTERS)
 )
 MERGED_LAUGHS = "a: &a {x: 1, y: 2, z: 3}\n" + "".join(
-    f"{c}: &{c} {{<<: [{', '.join([f'*{p}'] * 30)}]}}\n" for p, c in zip(_LETTERS, _LETTERS[1:], strict=False)
+    f"{c}: &{c} {{<<: [{', '.join([f'*{p}'] * 30)}]}}\n" for p, c in itertools.pairwise(_LETTERS)
 )
 DEFINED_LAUGHS = "define: {d9: 1, " + ", ".join(f"d{i}: [{', '.join([f'$d{i + 1}'] * 9)}]" for i in range(9)) + "}\n"
 CHAIN = "define: {d500: 1, " + ", ".join(f"d{i}: $d{i + 1}" for i in range(500)) + "}\nmodels: $d0\n"
@@ -155,7 +156,8 @@ VALUES: dict[tuple[str | int, ...], tuple[object, ...]] = {
     ("measures", 0, "text", "count"): WRONG_COUNTS,
     ("measures", 0, "text", "seq_len"): (*WRONG_COUNTS, 9000),
     ("plugins",): (3, "no.such.module", "nothing.py", "y" * 300 + ".py", "a\0.py"),
-    ("datasets",): (3, ["a"], {"own": 3}, {"own": {}}, {"own": {"path": 3}}, {"own": {"pth": "x"}}, {"c4": {"path": "x"}},
+    ("datasets",): (3, ["a"], {"own": 3}, {"own": {}}, {"own": {"path": 3}}, {"own": {"pth": "x"}},
+                    {"c4": {"path": "x"}},
                     {"../x": {"path": "x"}}, {"own": {"hub": "a/b", "data_files": 3}},
                     {"own": {"hub": "a/b", "data_files": {"train": 3}}}),
 }  # fmt: skip
