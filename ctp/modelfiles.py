@@ -41,6 +41,14 @@ def check_config(folder: Path) -> None:
             raise ValueError(f"config.json: {name} = {config[name]}: should be above 0")
 
 
+def needs_code(folder: Path) -> str:
+    """Why a folder that brings code of its own is not for ctp; "" where it brings none."""
+    for file in (folder / "config.json", folder / "tokenizer_config.json"):
+        if file.is_file() and '"auto_map"' in file.read_text("utf-8", "replace"):
+            return f"it needs Python code that comes with it (auto_map in {file.name}), and such code is never run"
+    return ""
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that the folder's model is loaded from: those that an index names, or the only one.
 

@@ -123,7 +123,9 @@ def load_tokenizer(location: str, revision: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, **LOCAL)
     except Exception as e:  # transformers' own, and those of the libraries below it, have no common kind
-        raise ValueError(f"the tokenizer of {location} cannot be loaded: {_code(folder) or brief(e)}") from e
+        raise ValueError(
+            f"the tokenizer of {location} cannot be loaded: {modelfiles.needs_code(folder) or brief(e)}"
+        ) from e
 
 
 def check_usable(location: str, revision: str, vocab: int) -> None:
@@ -146,18 +148,6 @@ def check_usable(location: str, revision: str, vocab: int) -> None:
         raise ValueError(f"the tokenizer of {location} has tokens up to {max(ids)}, and the model's embedding {vocab} "
                          "rows: it is another model's")  # fmt: skip
     write_json(memo, {"vocab": vocab})
-
-
-def _code(folder: Path) -> str:
-    """Why a folder that brings code of its own is not for ctp; "" where it brings none."""
-    said = [n for n in ("config.json", "tokenizer_config.json") if '"auto_map"' in _text(folder / n)]
-    return (
-        f"it needs Python code that comes with it (auto_map in {said[0]}), and such code is never run" if said else ""
-    )
-
-
-def _text(path: Path) -> str:
-    return path.read_text("utf-8", "replace") if path.is_file() else ""
 
 
 @contextlib.contextmanager
@@ -212,7 +202,9 @@ def facts(location: str, revision: str) -> Facts:
             found = config_facts(config)
             _check_shapes(config, held)
     except Exception as e:  # whatever a configuration that fits no model makes transformers and torch raise
-        raise ValueError(f"the configuration of {location} cannot be used: {_code(folder) or brief(e)}") from e
+        raise ValueError(
+            f"the configuration of {location} cannot be used: {modelfiles.needs_code(folder) or brief(e)}"
+        ) from e
     write_json(memo, asdict(found))
     return found
 
