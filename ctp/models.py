@@ -133,10 +133,8 @@ def check_usable(location: str, revision: str, vocab: int) -> None:
 
     Looked at once a machine, without the weights themselves.
     """
-    if not Path(location).is_absolute():
-        return
     memo = cache_dir() / "usable" / f"{revision.replace(':', '-')}.json"
-    if memo.exists():
+    if memo.exists() or not Path(location).is_absolute():
         return
     modelfiles.weight_files(Path(location))
     if said := modelfiles.read_object(Path(location) / "config.json").get("quantization_config"):
