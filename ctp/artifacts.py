@@ -22,7 +22,9 @@ from ctp.labels import slug
 from ctp.manifest import MANIFEST, Damaged, parse
 from ctp.methods import Dense
 from ctp.models import locate, quiet
+from ctp.names import plain
 from ctp.recover.adapter import copy_adapter
+from ctp.redact import scrub
 from ctp.spec import KINDS, Cell, Compress, Learn, Runtime, from_json, key
 from ctp.store import Store, StoreError, default_store
 
@@ -81,7 +83,7 @@ def find(store: Store, text: str) -> tuple[Cell, dict[str, Any]]:
     manifests = [m for m in (_read(store, p) for p in found) if m["key"].startswith(text)]
     if len(manifests) != 1:
         what = "no artifact" if not manifests else f"{len(manifests)} artifacts"
-        raise ValueError(f"{what} in {store.uri} with a key that begins with {text!r}")
+        raise ValueError(f"{what} in {scrub(store.uri)} with a key that begins with {text!r}")
     (manifest,) = manifests
     try:
         cell = from_json(manifest)
@@ -186,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
 def _list(store: Store, kind: str | None) -> int:
     damaged: list[str] = []
     found = entries(store, (kind,) if kind else tuple(KINDS), damaged)
-    print(table(found) if found else f"No {kind or 'artifact'} is done in {store.uri}")
+    print(plain(table(found)) if found else f"No {kind or 'artifact'} is done in {scrub(store.uri)}")
     for line in damaged:
         print(f"ctp.store: {line}", file=sys.stderr)
     return WRONG if damaged else OK

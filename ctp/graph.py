@@ -212,7 +212,7 @@ class Walk:
 # -------------------------------------------------------------- what Ray says of a death
 
 
-def plain(words: str) -> str:
+def own_words(words: str) -> str:
     """Without the command lines of the machine's other processes, which may hold what is nobody's business."""
     return re.sub(r"Top \d+ memory users:.*?(?=\nFailure # |\Z)", "", words, flags=re.DOTALL)
 

@@ -7,18 +7,22 @@ Exit codes: 0 everything is done; 1 some cells failed or could not run; 2 bad us
 import argparse
 import contextlib
 import os
+import re
 import shlex
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ctp import gridfile, preview
 from ctp.gridtext import GridError
+from ctp.inputs import MOST
 from ctp.labels import slug
 from ctp.mend import complete, past_damage
+from ctp.names import one_line, shown
 from ctp.pins import Pins
 from ctp.plan import BUILD, TRANSFER, Plan, again, keep, make, states, where
-from ctp.progress import Printer, duration, one_line
+from ctp.progress import Printer, duration
+from ctp.redact import scrub
 from ctp.resources import Resources, gpu_memory
 from ctp.spec import Runtime
 from ctp.store import Store, StoreError, default_store
@@ -44,8 +48,15 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(INTERRUPTED, "interrupted; running the same command again goes on from here")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Bad usage in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"error: {one_line(scrub(message))}; --help says what is allowed\n")
+
+
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = _Parser(
         prog="python -m ctp.grid",
         description="Run a grid: compress models, learn prompts through them, measure how the prompts transfer. "
         "What is in the store is not run again.",
@@ -66,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--retry-failed", action="store_true", help="run the cells that failed last time and what they "
                    "held up, and nothing else; without it they run again too, with all that is missing")  # fmt: skip
     p.add_argument("--fail-fast", action="store_true", help="hand out nothing more after the first failure")
-    p.add_argument("--store", default=default_store(), metavar="URI",
+    p.add_argument("--store", type=_uri, default=default_store(), metavar="URI",
                    help="where artifacts go: a folder or any fsspec URI (CTP_STORE; default %(default)s)")  # fmt: skip
     p.add_argument("--data", metavar="DIR", help="local copies of c4, wikitext2 and ptb (CTP_DATA_DIR)")
     p.add_argument("--address", default=os.environ.get("RAY_ADDRESS"), metavar="ADDR",
@@ -157,7 +168,7 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
         raise
     interrupted = bool(outcome.unfinished) and not (args.fail_fast and outcome.failed)
     summarise(plan, outcome, time.monotonic() - begun, store)
-    print(f"Store: {store.uri}  MLflow: {tracker.uri}", flush=True)
+    print(f"Store: {scrub(store.uri)}  MLflow: {scrub(tracker.uri)}", flush=True)
     how = "KILLED" if interrupted else "FAILED" if outcome.failed or outcome.skipped else "FINISHED"
     past_damage(store, lambda: tracker.close(how))
     if tracker.trouble:
@@ -180,22 +191,30 @@ def summarise(plan: Plan, outcome: "Outcome", seconds: float, store: Store) -> N
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value
+    if not re.fullmatch("[0-9]{1,10}", text) or not 1 <= int(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"{shown(text)}: must be a whole number from 1 to {MOST:,}")
+    return int(text)
+
+
+def _uri(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{shown(text)}: must be a folder or an fsspec URI")
+    return text
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be a number of seconds")
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= MOST:
+        raise argparse.ArgumentTypeError(f"{shown(text)}: must be a number of seconds, from 0 to {MOST:,}")
     return value
 
 
 def _fail(code: int, *lines: str) -> int:
     for line in lines:
-        print(f"error: {line}" if code != INTERRUPTED else line, file=sys.stderr)
+        print(f"error: {one_line(scrub(line))}" if code != INTERRUPTED else line, file=sys.stderr)
     return code
 
 

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from ctp.labels import slug
+from ctp.names import one_line
 from ctp.plan import Plan
 
 
@@ -57,13 +58,6 @@ def _how_far(event: dict[str, Any], seconds: float, made: int) -> str:
     if made:
         parts.append(f"about {duration(seconds / made * (steps - step))} left")
     return ", ".join(parts)
-
-
-def one_line(error: str, most: int = 500) -> str:
-    """An error as one line of a terminal, whoever wrote it: at most so long, without line breaks and control codes."""
-    text = "".join(c if c.isprintable() else " " for c in error)
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def duration(seconds: float) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from ctp.redact import scrub
+
 PAUSES = (1.0, 4.0, 12.0, 30.0)  # seconds between five tries, each times 0.5 to 1.5 by chance
 PATIENCE = 60.0  # seconds after which a request is not tried again; files are, as one may take longer than that
 SECONDS = {"cat_file": 60, "pipe_file": 60, "rm_file": 60, "info": 60, "makedirs": 60, "find": 600}  # of one try
@@ -30,6 +32,9 @@ _LOST = {"ConnectionError", "TimeoutError", "HTTPClientError", "ClientPayloadErr
 class StoreError(Exception):
     """The store cannot be reached or written, or what it holds is not what its manifest says."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(scrub(message))
+
 
 def connect(uri: str) -> tuple[Any, str]:
     """(file system, root) of a store's URI; all but a local folder's tries again. Raises StoreError on a bad URI."""
@@ -39,7 +44,7 @@ def connect(uri: str) -> tuple[Any, str]:
         how["config_kwargs"] = S3_CONFIG | dict(fsspec.config.conf.get("s3", {}).get("config_kwargs", {}))
     try:
         fs, root = fsspec.core.url_to_fs(uri, **how)
-    except (ValueError, ImportError) as e:
+    except Exception as e:  # ValueError, ImportError, and whatever the client of a server raises
         raise StoreError(f"store {uri!r}: {e}") from e
     if isinstance(fs, LocalFileSystem):
         return fs, str(Path(root).resolve())

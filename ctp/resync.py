@@ -8,6 +8,7 @@ from ctp.gridtext import GridError
 from ctp.mend import past_damage
 from ctp.pins import Pins
 from ctp.plan import make
+from ctp.redact import scrub
 from ctp.runinfo import TrackError, tracking_uri
 from ctp.store import Store, StoreError, default_store
 from ctp.track import Tracker
@@ -36,5 +37,5 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(e, GridError) else 3
     for line in store.damaged:
         print(line, file=sys.stderr)
-    print(f"{plan.name}: {written} runs written, {len(store.done(plan.cells()))} there. MLflow: {tracker.uri}")
+    print(f"{plan.name}: {written} runs written, {len(store.done(plan.cells()))} there. MLflow: {scrub(tracker.uri)}")
     return 0

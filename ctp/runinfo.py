@@ -10,6 +10,7 @@ from typing import Any
 
 from ctp.labels import fingerprints, params, slug
 from ctp.plan import Node
+from ctp.redact import scrub
 from ctp.spec import Evaluate, canonical
 from ctp.store import DEFAULT_STORE
 
@@ -20,6 +21,9 @@ SYNCED = "ctp.synced"  # of the experiment: what it was brought up to date with
 
 class TrackError(Exception):
     """MLflow cannot be reached or does not take what it is given."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(scrub(message))
 
 
 def tracking_uri(store: str) -> str:

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from ctp import cost, plugins
-from ctp.graph import Event, Outcome, Walk, ended_for_memory, expected, plain
+from ctp.graph import Event, Outcome, Walk, ended_for_memory, expected, own_words
 from ctp.labels import slug
+from ctp.names import plain
 from ctp.plan import Plan
+from ctp.redact import scrub
 from ctp.resources import Resources, alone
 from ctp.resources import bundles as resources_of
 from ctp.spec import Runtime, from_json, key, to_json
@@ -41,8 +43,12 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker died or was killed|no
 
 import ray
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
+
+# Tune would hand AWS keys to its workers by a way that Ray writes into its logs. Workers have their node's environment.
+class_cache.ENV_VARS_TO_PROPAGATE = {n for n in class_cache.ENV_VARS_TO_PROPAGATE if not n.startswith("AWS_")}
 
 TELL_SECONDS = 0.25  # at most so often a worker tells what happened: each time costs Tune's loop some milliseconds
 SILENCE_SECONDS = 5.0  # a worker that has nothing to tell looks up so often, for Tune to stop it
@@ -101,7 +107,7 @@ class Witness(FIFOScheduler):
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         with suppress(OSError, TypeError):  # no file, no folder for one
-            words = plain(Path(trial.error_file).read_text(errors="replace"))
+            words = plain(scrub(own_words(Path(trial.error_file).read_text(errors="replace"))))
             self.search.last_words[trial.trial_id] = words
             trial.config["halved"] = ended_for_memory(words)
 
@@ -202,7 +208,7 @@ class _Task(tune.Trainable):
             if event is None:
                 return {"events": events, "done": True}
             if isinstance(event, BaseException):
-                raise RuntimeError(f"{type(event).__name__}: {event}") from event
+                raise RuntimeError(scrub(f"{type(event).__name__}: {event}")) from None
             if not events:
                 end = time.monotonic() + TELL_SECONDS
             events.append(event)
@@ -231,7 +237,7 @@ def _do(data: dict[str, Any], place: Store, how: Runtime, tell: Callable[[Event]
         begun = time.monotonic()
         execute(cell, place, how, _throttled(k, tell))
     except Exception as e:  # whatever went wrong is this cell's failure, and only this cell's
-        error, trace = f"{type(e).__name__}: {e}".strip(), traceback.format_exc()
+        error, trace = plain(scrub(f"{type(e).__name__}: {e}".strip())), plain(scrub(traceback.format_exc()))
         if cell is not None:
             _keep_failure(place, cell, error, trace)
         tell({"event": "failed", "key": k, "error": error, "traceback": trace})

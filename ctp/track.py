@@ -26,6 +26,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 
 from ctp.plan import Node, Plan
+from ctp.redact import scrub
 from ctp.runinfo import (
     CURRENT,
     ERROR,
@@ -88,10 +89,10 @@ class Tracker:
 
     def begin(self, command: str) -> None:
         """Open the parent run of this invocation and start writing."""
-        own = {KIND: "grid", "ctp.command": command, "mlflow.runName": f"grid {self.plan.name}"}
+        own = {KIND: "grid", "ctp.command": scrub(command), "mlflow.runName": f"grid {self.plan.name}"}
         try:
             self.parent = self.client.create_run(self.experiment, tags=own).info.run_id
-            self.client.log_text(self.parent, self.plan.grid.text, "grid.yaml")
+            self.client.log_text(self.parent, scrub(self.plan.grid.text), "grid.yaml")
         except Exception as e:
             raise TrackError(f"MLflow at {self.uri}: {type(e).__name__}: {_first_line(e)}") from e
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
@@ -187,7 +188,7 @@ class Tracker:
                     self._handle(event)
                     continue
             except Exception as e:
-                self.trouble = f"{type(e).__name__}: {_first_line(e)}"
+                self.trouble = scrub(f"{type(e).__name__}: {_first_line(e)}")
             if event["event"] == "failed":
                 self._missed.append(event)
 

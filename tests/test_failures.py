@@ -22,12 +22,12 @@ from transformers import LlamaForCausalLM, LlamaModel
 
 from ctp import grid as command
 from ctp import methods, plugins, schedule
-from ctp.graph import WORKER_DIED, Walk, death, ended_for_memory, plain
+from ctp.graph import WORKER_DIED, Walk, death, ended_for_memory, own_words
 from ctp.job import token_windows
 from ctp.memory import AtOnce, OutOfMemory, ran_out, said
 from ctp.methods import Latency, LoRA, Perplexity
+from ctp.names import one_line
 from ctp.plan import again, states
-from ctp.progress import one_line
 from ctp.recover.lora import learn_lora
 from ctp.spec import Compress, Evaluate, Learn, key, to_json
 from ctp.store import Store
@@ -71,6 +71,7 @@ def grid_run(tmp_path, monkeypatch, capsys, database):
     monkeypatch.chdir(tmp_path)
 
     def runner(name, content, *args):
+        capsys.readouterr()  # what a test's own models have said
         code = command.main([str(write_grid(tmp_path / f"{name}.yaml", content)), "--device", "cpu", *args])
         printed = capsys.readouterr()
         return code, printed.out.splitlines(), printed.err.splitlines()
@@ -355,7 +356,7 @@ Top 10 memory users: PID\tMEM(GB)\tCOMMAND
 
 def test_what_ray_says_of_a_death():
     """As Ray 2.60 writes it, shortened."""
-    words = plain(DEAD)
+    words = own_words(DEAD)
     assert "secret" not in words
     assert ended_for_memory(words) == 2
     assert "on 192.0.2.2, where 22.53GB of 23.54GB were in use" in death(words)
@@ -377,7 +378,7 @@ def test_a_retry_after_a_death_for_memory_begins_with_less(tmp_path):
     Path(Trial.error_file).write_text(DEAD)
     witness.on_trial_error(None, Trial)
     assert Trial.config["halved"] == 2
-    assert Search.last_words == {"a": plain(DEAD)}
+    assert Search.last_words == {"a": own_words(DEAD)}
 
 
 @pytest.mark.slow
@@ -419,12 +420,12 @@ def test_workers_that_are_killed(tmp_path, llama_folder, monkeypatch, capsys, da
 
 def test_a_prompt_that_diverges(grid_run, llama_folder):
     content = grid(llama_folder, compression=["dense"], sources=["dense"])
-    content["recovery"]["lr"] = 1e30
+    content["recovery"] |= {"lr": 1e9, "weight_decay": 1e3, "steps": 6}
     code, out, err = grid_run("diverging", content)
     assert (code, err) == (1, [])
     [failed], [skipped] = starting(out, "failed:"), starting(out, "skipped:")
     assert re.match(r"failed: tiny-llama_dense_soft_prompt-k4-pydoc: FloatingPointError: step \d+: the .* loss is "
-                    r"(not finite|nan|inf); learning rate 1e\+30; last losses: ", failed)  # fmt: skip
+                    r"(not finite|nan|inf); learning rate 1e\+09; last losses: ", failed)  # fmt: skip
     assert skipped.endswith("needs tiny-llama_dense_soft_prompt-k4-pydoc")
     told = [line.split()[1] for line in out if line.startswith("[")]
     assert told.index("FAILED") < told.index("skipped")
@@ -570,5 +571,4 @@ def test_what_retry_failed_runs(tmp_path, llama_folder):
 
 
 def test_an_error_is_one_line_of_a_terminal():
-    assert one_line("ValueError: a\n\n  b\x1b[31m\tc\r\n") == "ValueError: a b [31m c"
-    assert one_line("x" * 600) == "x" * 499 + "…"
+    assert one_line("ValueError: a\n\n  b\x1b[31m\tc\n") == "ValueError: a b\\x1b[31m c"

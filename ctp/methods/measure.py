@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from ctp.inputs import Pinned, PositiveInt, Windows
+from ctp.inputs import Count, Pinned, PositiveInt, Windows
 from ctp.methods.base import Method
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Task(Pinned, Measure):
 
     method: Literal["task"] = "task"
     name: Annotated[str, Field(min_length=1)]
-    shots: Annotated[int, Field(strict=True, ge=0)] = 0
+    shots: Count = 0
     limit: PositiveInt | None = None
 
     @property
@@ -107,7 +107,7 @@ class Latency(Measure):
     seq_len: PositiveInt = 1024
     new_tokens: PositiveInt = 32
     batch: PositiveInt = 1
-    warmup: Annotated[int, Field(strict=True, ge=0)] = 2
+    warmup: Count = 2
     repeats: PositiveInt = 7
 
     @property
