@@ -54,7 +54,7 @@ def verify(store: Store, args: argparse.Namespace) -> int:
         return WRONG if wrong else OK
     for w in wrong:
         print(f"{w.path}: {w.problem}. To do: {w.remedy}")
-    end = f"{len(wrong)} problems" if wrong else "every one is whole"
+    end = f"{len(wrong)} problem{'s' * (len(wrong) > 1)}" if wrong else "every one is whole"
     print(f"{store.uri}: {len(chosen)} artifacts, {size(total)}: {end}")
     return WRONG if wrong else OK
 
