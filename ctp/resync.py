@@ -33,5 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     except (GridError, StoreError, TrackError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, GridError) else 3
-    print(f"{plan.name}: {written} runs written, {len(store.done(plan.cells()))} there. MLflow: {tracker.uri}")
+    ended = f", {tracker.ended} that dead invocations had left ended" if tracker.ended else ""
+    there = len(store.done(plan.cells()))
+    print(f"{plan.name}: {written} runs written{ended}, {there} there. MLflow: {tracker.uri}")
     return 0

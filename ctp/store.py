@@ -218,6 +218,14 @@ class Store:
                 continue  # cut off while it was written: the cell is missing all the same
         return found
 
+    def failure(self, cell: Cell) -> dict[str, Any]:
+        """What `record_failure` kept of the cell's last try; empty where there is nothing, or it was cut off."""
+        try:
+            record: dict[str, Any] = json.loads(self.fs.cat_file(self._failure(cell)))
+        except (ValueError, OSError):
+            return {}
+        return record
+
     def started(self) -> dict[str, int]:
         """Folder name of a cell -> the step it had reached, of every cell that was interrupted."""
         paths = self.glob("partial", f"*/step-*/{MANIFEST}")
