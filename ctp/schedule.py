@@ -14,11 +14,12 @@ import tempfile
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ctp import cost, plugins
+from ctp import cost, drain, plugins
 from ctp.graph import Event, Outcome, Walk, expected
 from ctp.labels import slug
 from ctp.plan import Plan
@@ -34,14 +35,16 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # ctp.drain has its own
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 from ray import tune
+from ray.experimental import internal_kv
 from ray.tune.search import Searcher
 
 TELL_SECONDS = 0.25  # at most so often a worker tells what happened: each time costs Tune's loop some milliseconds
-SILENCE_SECONDS = 5.0  # a worker that has nothing to tell looks up so often, for Tune to stop it
+SILENCE_SECONDS = 2.0  # a worker that has nothing to tell looks up so often, for Tune to stop it
 
 
 class ResourceError(Exception):
@@ -106,26 +109,44 @@ def run(plan: Plan, todo: set[str], done: set[str], *, store: str, runtime: Runt
         search = GraphSearch(
             plan, todo, done, slots, bundles, on_event, fail_fast,
             weights=expected(plan, costs), landed=lambda k: place.has(plan.nodes[k].cell),
+            reached=lambda k: place.reached(plan.nodes[k].cell),
             ahead=None if address or not alike else 0,
         )  # fmt: skip
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots + 1)
-        errors = _fit(search, max(1, len(todo)), store, runtime)
+        with _stoppable(search) as word:
+            errors = _fit(search, store, runtime, word)
     outcome = search.outcome
     outcome.errors = errors
-    ended = outcome.done | set(outcome.failed) | set(outcome.skipped)
-    outcome.unfinished = todo - ended
+    outcome.unfinished = todo - outcome.done - set(outcome.failed) - set(outcome.skipped)
+    for k in place.done(plan.nodes[k].cell for k in outcome.unfinished) if outcome.stopped_by else ():
+        outcome.unfinished.remove(k)  # done in time, but nobody listened any more
+        outcome.done.add(k)
+        on_event({"event": "done", "key": k})
     return outcome
 
 
-def _fit(search: GraphSearch, most: int, store: str, runtime: Runtime) -> list[str]:
+@contextmanager
+def _stoppable(search: GraphSearch) -> Iterator[str]:
+    """SIGINT and SIGTERM drain the run in here. Yields the word by which the cluster tells its workers."""
+    word = f"ctp-drain-{uuid.uuid4().hex}"
+
+    def begin() -> None:
+        internal_kv._internal_kv_put(word, b"1")
+
+    with drain.draining(search.drain, begin) as came:
+        yield word
+    search.outcome.stopped_by = came[0] if came else 0
+
+
+def _fit(search: GraphSearch, store: str, runtime: Runtime, word: str) -> list[str]:
     """Have Tune run everything; returns what Ray says of trials whose worker died."""
     with tempfile.TemporaryDirectory(prefix="ctp-tune-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(_Task, store=store, runtime=runtime.model_dump(mode="json")),
+                tune.with_parameters(_Task, store=store, runtime=runtime.model_dump(mode="json"), word=word),
                 lambda config: tune.PlacementGroupFactory([config["bundle"]]),
             ),
-            tune_config=tune.TuneConfig(search_alg=search, num_samples=most, reuse_actors=True),
+            tune_config=tune.TuneConfig(search_alg=search, num_samples=-1, reuse_actors=True),
             run_config=tune.RunConfig(
                 storage_path=scratch, verbose=0, failure_config=tune.FailureConfig(max_failures=2),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -140,8 +161,8 @@ def _fit(search: GraphSearch, most: int, store: str, runtime: Runtime) -> list[s
 class _Task(tune.Trainable):
     """One task at a time: a thread does its cells in turn and never waits for Tune; each step tells what happened."""
 
-    def setup(self, config: dict[str, Any], store: str, runtime: dict[str, Any]) -> None:
-        self.place, self.how = Store(store), Runtime.model_validate(runtime)
+    def setup(self, config: dict[str, Any], store: str, runtime: dict[str, Any], word: str) -> None:
+        self.place, self.how, self.word = Store(store), Runtime.model_validate(runtime), word
         self._begin()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -151,11 +172,18 @@ class _Task(tune.Trainable):
 
     def _begin(self) -> None:
         cells = json.loads(self.config.pop("cells"))  # Tune would send them back with every result
+        self._look()
         self.told: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
         threading.Thread(target=self._work, args=(cells,), daemon=True).start()
 
+    def _look(self) -> None:
+        """Is the run to stop?"""
+        if not drain.asked.is_set() and internal_kv._internal_kv_exists(self.word):
+            drain.asked.set()
+
     def step(self) -> dict[str, Any]:
         """The events since the last step."""
+        self._look()
         events: list[Event] = []
         end = time.monotonic() + SILENCE_SECONDS
         while (left := end - time.monotonic()) > 0:
@@ -175,6 +203,8 @@ class _Task(tune.Trainable):
     def _work(self, cells: list[dict[str, Any]]) -> None:
         try:
             for data in cells:
+                if drain.asked.is_set():
+                    break
                 _do(data, self.place, self.how, self.told.put)
         except BaseException as e:  # not a cell's error: those are told
             self.told.put(e)
@@ -194,6 +224,8 @@ def _do(data: dict[str, Any], place: Store, how: Runtime, tell: Callable[[Event]
         tell({"event": "start", "key": k})
         begun = time.monotonic()
         execute(cell, place, how, _throttled(k, tell))
+    except drain.Drained:
+        tell({"event": "drained", "key": k})
     except Exception as e:  # whatever went wrong is this cell's failure, and only this cell's
         error, trace = f"{type(e).__name__}: {e}".strip(), traceback.format_exc()
         if cell is not None:

@@ -57,8 +57,9 @@ class Tracker:
         """Open the parent run of this invocation and start writing."""
         own = {KIND: "grid", "ctp.command": command, "mlflow.runName": f"grid {self.plan.name}", **signs()}
         try:
-            self.runs.parent = self.client.create_run(self.experiment, tags=own).info.run_id
-            self.client.log_text(self.runs.parent, self.plan.grid.text, "grid.yaml")
+            parent = self.client.create_run(self.experiment, tags=own).info.run_id
+            self.runs.parent = parent
+            self.client.log_text(parent, self.plan.grid.text, "grid.yaml")
         except Exception as e:
             raise TrackError(f"MLflow at {self.uri}: {type(e).__name__}: {first_line(e)}") from e
         self._beat_at = time.monotonic() + BEAT_SECONDS
@@ -147,7 +148,7 @@ class Tracker:
             known = self.runs.known().get(k)
             if known is None or (known.status != "RUNNING" and known.tags.get(ERROR) != error[:5000]):
                 node = self.plan.nodes[k]
-                self.runs.fail(node, error, self.store.failure(node.cell).get("traceback", ""))
+                self.runs.fail(node, error, self.store.failure_record(node.cell).get("traceback", ""))
                 written += 1
         return written
 
