@@ -1,7 +1,8 @@
 """How a run is stopped: a signal to the driver, a word to its workers, a saved state of what is being learned.
 
-The first Ctrl-C, or SIGTERM as clusters and Slurm send it before they kill, drains: no cell is begun, prompts save where
-they are and stop, other cells have `SECONDS` to end. A second one stops at once: at most a checkpoint's age is lost.
+The first Ctrl-C, or SIGTERM as clusters and Slurm send it before they kill, drains: no cell is begun, prompts save
+where they are and stop, other cells have `SECONDS` to end. A second one stops at once: at most a checkpoint's age is
+lost.
 """
 
 import os
@@ -59,8 +60,8 @@ def draining(hold: Callable[[], object], tell: Callable[[], object]) -> Iterator
         if len(came) > 1:
             now()
             return
-        print(f"stopping: prompts are saved, short cells end; in {SECONDS:.0f} s, or at the next Ctrl-C, all is cut off",
-              file=sys.stderr, flush=True)  # fmt: skip
+        rest = f"what still runs in {SECONDS:.0f} s, or at the next Ctrl-C, is cut off"
+        print(f"stopping: prompts are saved, short cells end; {rest}", file=sys.stderr, flush=True)
         hold()
         threading.Thread(target=tell, daemon=True).start()  # a call to the cluster may be what the signal cut short
         timer = threading.Timer(SECONDS, now)

@@ -1,8 +1,8 @@
 """`python -m ctp.grid NAME`: plan a grid, run what is missing, say what happened.
 
 Exit codes: 0 everything is done; 1 some cells failed or could not run; 2 bad usage or grid file;
-3 store or tracking unreachable; 130 interrupted (Ctrl-C), 143 terminated (SIGTERM): what was being learned is saved, and
-the same command goes on from there.
+3 store or tracking unreachable; 130 interrupted (Ctrl-C), 143 terminated (SIGTERM): what was being learned is saved,
+and the same command goes on from there.
 """
 
 import argparse

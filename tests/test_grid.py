@@ -26,7 +26,7 @@ def run(module, *args, cwd):
 
 def manifests(folder):
     return {p.parent.name: json.loads(p.read_text()) for p in folder.glob("results/store/*/*/manifest.json")
-            if p.parent.parent.name != "partial"}  # fmt: skip
+            if p.parent.parent.name not in ("partial", ".tmp")}  # fmt: skip
 
 
 def processes(marker):
