@@ -39,7 +39,6 @@ class Tracker:
         self.ended = 0  # runs of dead invocations that were still RUNNING
         self.trouble = ""  # the first thing that went wrong while the grid ran
         self._whole = False
-        self.runs.live: set[str] = set()  # learning now
         self._events: queue.Queue[Event | None] = queue.Queue()
         self._backlog: deque[Event] = deque()  # not written yet, in order
         self._aside: list[Event] = []  # what a server that answers does not take
