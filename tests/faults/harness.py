@@ -46,12 +46,9 @@ class Place:
         self.moments_file = self.folder / "moments"
         self.moments_file.touch()
         self.log = (self.folder / "log").open("a+")
-        self.env = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "CTP_FAULTS_FILE": str(self.moments_file),
-            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        }
+        self.env = {**os.environ, "PYTHONPATH": str(ROOT), "CTP_FAULTS_FILE": str(self.moments_file)}
+        # Ray's workers would give way to all else that runs on the machine.
+        self.env |= {"RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
         self.env |= {"MLFLOW_TRACKING_URI": self.uri} if self.uri else {}
 
     def start(self, *args):
@@ -113,11 +110,15 @@ class Place:
     # ------------------------------------------------------------- what is there
 
     def artifacts(self):
-        """Folder of a finished cell -> file -> hash of its bytes."""
+        """Folder of a finished cell -> file -> hash of its bytes; of a history, all but how long it took."""
         found = {}
         for path in (self.folder / "results" / "store").glob("[!.]*/*/manifest.json"):
             files = json.loads(path.read_text())["files"]
-            found[f"{path.parent.parent.name}/{path.parent.name}"] = {n: f["sha256"] for n, f in files.items()}
+            hashes = {n: f["sha256"] for n, f in files.items() if n != "history.json"}
+            if "history.json" in files:
+                history = json.loads((path.parent / "history.json").read_text())
+                hashes["history"] = {n: v for n, v in history.items() if n != "seconds"}
+            found[f"{path.parent.parent.name}/{path.parent.name}"] = hashes
         return found
 
     def tracked(self):
