@@ -162,6 +162,37 @@ def test_cells_that_travelled_with_a_killer_get_another_worker(plan):
     assert first not in tried
 
 
+def test_a_prompt_that_learned_on_outlives_its_workers(plan):
+    """Machines that are taken away every hour must not end a prompt of ten hours; one that kills them does."""
+    [learned] = cells(plan, Learn)
+    saved = iter([30, 70, 70])
+    walk = Walk(plan, done=cells(plan, Compress), reached=lambda k: next(saved))
+    tries = 0
+    while learned not in walk.search.outcome.failed:
+        trial, keys = walk.ask()
+        if keys == [learned]:
+            tries += 1
+            walk.search.on_trial_complete(trial, None, error=True)
+        else:
+            walk.end(trial, keys)
+    assert tries == 3
+    assert len(walk.search.outcome.skipped) == 3
+
+
+def test_draining_hands_out_nothing_and_blames_nobody(plan):
+    walk = Walk(plan)
+    (first, keys), (second, _) = walk.ask(), walk.ask()
+    walk.search.drain()
+    assert walk.ask() is None  # two still run
+    walk.search.on_trial_result(first, {"events": [{"event": "drained", "key": keys[0]}]})
+    walk.search.on_trial_complete(first, {"done": True})
+    walk.search.on_trial_complete(second, None, error=True)
+    assert walk.ask() == Searcher.FINISHED
+    assert not walk.search.outcome.failed
+    assert not walk.search.outcome.done
+    assert walk.events == []
+
+
 def test_fail_fast_starts_nothing_more(plan):
     walk = Walk(plan, fail_fast=True)
     first, second = walk.ask(), walk.ask()
