@@ -121,9 +121,19 @@ class Place:
             found[f"{path.parent.parent.name}/{path.parent.name}"] = hashes
         return found
 
+    def everything(self):
+        """All that MLflow says of every run, times included."""
+        client = self.client()
+        experiment = client.get_experiment_by_name("small")
+        runs = every_run(client, experiment.experiment_id, "")
+        return experiment.tags, {r.info.run_id: r.to_dictionary() for r in runs}
+
+    def client(self):
+        return MlflowClient(self.uri or f"sqlite:///{self.folder}/results/mlflow.db")
+
     def tracked(self):
         """(key of a cell, what its run says) for every run of a cell, in order; statuses of the invocations."""
-        client = MlflowClient(self.uri or f"sqlite:///{self.folder}/results/mlflow.db")
+        client = self.client()
         experiment = client.get_experiment_by_name("small").experiment_id
         cells, invocations = [], []
         for run in every_run(client, experiment, ""):

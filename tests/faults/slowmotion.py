@@ -66,7 +66,7 @@ def watch_driver():
     before(runs, "_open", "open")
     before(track.Tracker, "begin", "invocation")
     before(schedule, "_cluster", "ray")
-    before(schedule.GraphSearch, "suggest", "hand-out", linger=0.005)
+    before(schedule.GraphSearch, "suggest", "hand-out", linger=0)
     before(cellruns.CellRuns, "finish", "log")
     after(cellruns.CellRuns, "_create", "log")
     before(cellruns.CellRuns, "start", "log")

@@ -27,16 +27,6 @@ def targets():
             yield from [(victim, role, stage)] * count
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, llama_folder):
-    place = Place(tmp_path_factory.mktemp("undisturbed"), llama_folder)
-    assert place.run() == 0, place.said()
-    place.end()
-    assert len(place.artifacts()) == 3 + 2 + 9
-    check_equal(place, place)
-    return place
-
-
 def test_killed_anywhere(tmp_path, llama_folder, undisturbed, capsys):
     killer, begun, rounds = Killer(targets(), SEED), time.monotonic(), 0
     while killer.targets and time.monotonic() - begun < SECONDS:
