@@ -285,7 +285,8 @@ def _cluster(address: str | None) -> Iterator[dict[str, float]]:
     own: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 256 * 2**20}
     try:
         _knock(address)
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **own)
+        with drain.terminable():  # and again afterwards: Ray puts a handler of its own in its place
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **own)
     except (OSError, RuntimeError, ValueError) as e:
         raise ResourceError(f"no Ray cluster at {address or 'this machine'}: {type(e).__name__}: {e}") from e
     try:
