@@ -109,7 +109,7 @@ def run(plan: Plan, todo: set[str], done: set[str], *, store: str, runtime: Runt
         search = GraphSearch(
             plan, todo, done, slots, bundles, on_event, fail_fast,
             weights=expected(plan, costs), landed=lambda k: place.has(plan.nodes[k].cell),
-            reached=lambda k: place.reached(plan.nodes[k].cell),
+            reached=lambda k: place.started().get(place.folder(plan.nodes[k].cell).rpartition("/")[2], 0),
             ahead=None if address or not alike else 0,
         )  # fmt: skip
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots + 1)

@@ -218,18 +218,6 @@ class Store:
                 continue  # cut off while it was written: the cell is missing all the same
         return found
 
-    def failure_record(self, cell: Cell) -> dict[str, Any]:
-        """What `record_failure` kept of the cell's last try; empty where there is nothing, or it was cut off."""
-        try:
-            record: dict[str, Any] = json.loads(self.fs.cat_file(self._failure(cell)))
-        except (ValueError, OSError):
-            return {}
-        return record
-
-    def reached(self, cell: Cell) -> int:
-        """The step of the cell's newest saved state, 0 where there is none."""
-        return max((int(p.rpartition("step-")[2]) for p in self._partial_steps(cell)), default=0)
-
     def started(self) -> dict[str, int]:
         """Folder name of a cell -> the step it had reached, of every cell that was interrupted."""
         paths = self.glob("partial", f"*/step-*/{MANIFEST}")

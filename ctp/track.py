@@ -5,24 +5,27 @@ never stalls the grid. What it missed is written when it answers again, at the e
 NAME`, which writes from the store whatever MLflow lacks.
 """
 
+import json
 import queue
 import random
 import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeVar
 
 from ctp.alive import BEAT, BEAT_SECONDS, signs
 from ctp.cellruns import BATCH, CellRuns, Event
 from ctp.plan import Plan
-from ctp.runinfo import CURRENT, ERROR, KEY, KIND, TrackError, asked, fingerprint
+from ctp.runinfo import CURRENT, ERROR, KEY, KIND, PARENT, TrackError, asked, fingerprint
 from ctp.runs import first_line
-from ctp.spec import Learn
+from ctp.spec import Cell, Learn
 from ctp.store import Store, StoreError
 
 PATIENCE = 5.0, 300.0  # seconds until a server that did not answer is tried again: at first, and at most
+T = TypeVar("T")
 BACKLOG = 10_000  # events that wait for a server; of more, progress is dropped
 
 
@@ -83,9 +86,9 @@ class Tracker:
             self._thread.join()
         try:
             self.sync(self._whole)
-            self._rest()
+            self._twice(self._rest)
         finally:
-            self._end(status)
+            self._twice(lambda: self._end(status))
 
     def sync(self, whole: bool = False, trust: bool = False) -> int:
         """Write every finished cell that MLflow lacks, and why others failed; returns how many. Of cells with several
@@ -96,32 +99,46 @@ class Tracker:
         only.
         """
         self._whole = whole
+        written, found = self._twice(lambda: self._sync(whole, trust))
+        self.ended += found
+        return written
+
+    def _sync(self, whole: bool, trust: bool) -> tuple[int, int]:
+        """(runs written, runs ended that dead invocations had left)."""
         done = self.store.done(self.plan.cells())
         mark = fingerprint(self.plan.nodes[k] for k in done)
         said = f"{'whole' if whole else 'part'} {mark}"
-        try:
-            orphans = self.runs.orphans()
-            marked = trust and not orphans and self.runs.synced in (f"whole {mark}", said)
-            if marked and (not done or self.runs.has(random.choice(list(done)))):
-                self.runs.checked = done
-                return 0
-            written = self._write(done)
-            self._adopt({r.info.run_id: r for r in orphans}, done)
-            written += self._write_failures(done)
-            self.runs.settle(self.runs.created)
-            written += self._write(done & self.runs.created)  # of two writers the other one's run may have stayed
-            if whole:
-                self._retire()
-            self.runs.mark(said)
-            for run in orphans:  # last: as long as they are there, nothing is trusted
-                if run.data.tags.get(KIND) == "grid":
-                    self.runs.end_invocation(run)
-        except StoreError:
-            raise
-        except Exception as e:
-            raise self._lost(e) from e
-        self.ended += len(orphans)
-        return written
+        orphans = self.runs.orphans()
+        marked = trust and not orphans and self.runs.synced in (f"whole {mark}", said)
+        if marked and (not done or self.runs.has(random.choice(list(done)))):
+            self.runs.checked = done
+            return 0, 0
+        written = self._write(done)
+        self._adopt({r.info.run_id: r for r in orphans}, done)
+        written += self._write_failures(done)
+        self.runs.settle(self.runs.created)
+        written += self._write(done & self.runs.created)  # of two writers the other one's run may have stayed
+        if whole:
+            self._retire()
+        self.runs.mark(said)
+        for run in orphans:  # last: as long as they are there, nothing is trusted
+            if run.data.tags.get(KIND) == "grid":
+                self.runs.end_invocation(run)
+        return written, len(orphans)
+
+    def _twice(self, write: Callable[[], T]) -> T:
+        """What `write` returns. Where it fails it is tried once more, and what MLflow has is read anew: another driver
+        may have deleted a double that was to be written. Raises TrackError."""
+        for left in (1, 0):
+            try:
+                return write()
+            except StoreError:
+                raise
+            except Exception as e:
+                if not left:
+                    raise self._lost(e) from e
+                self.runs.forget()
+        raise AssertionError("unreachable")
 
     def _write(self, done: set[str]) -> int:
         """Finish the runs of finished cells that are not."""
@@ -147,7 +164,7 @@ class Tracker:
             known = self.runs.known().get(k)
             if known is None or (known.status != "RUNNING" and known.tags.get(ERROR) != error[:5000]):
                 node = self.plan.nodes[k]
-                self.runs.fail(node, error, self.store.failure_record(node.cell).get("traceback", ""))
+                self.runs.fail(node, error, _traceback(self.store, node.cell))
                 written += 1
         return written
 
@@ -171,24 +188,19 @@ class Tracker:
 
     def _rest(self) -> None:
         """What the thread could not write, but for what the store has told since."""
-        try:
-            left = [*self._aside, *self._backlog]
-            self.runs.progress([e for e in left if e["event"] == "progress"])
-            for event in left:
-                known = self.runs.known().get(event["key"])
-                if event["event"] == "failed" and (known is None or known.status != "FINISHED"):
-                    self._handle(event)
-        except Exception as e:
-            raise self._lost(e) from e
+        left = [*self._aside, *self._backlog]
+        self.runs.progress([e for e in left if e["event"] == "progress"])
+        for event in left:
+            known = self.runs.known().get(event["key"])
+            if event["event"] == "failed" and (known is None or known.status != "FINISHED"):
+                self._handle(event)
 
     def _end(self, status: str) -> None:
-        try:
-            for k in list(self.runs.live):
+        for k in self.runs.live & set(self.runs.known()):
+            if self.runs.known()[k].tags.get(PARENT) == self.parent:  # or another driver is at it by now
                 self.runs.cut_off(k)
-            if self.parent is not None:
-                self.client.set_terminated(self.parent, status)
-        except Exception as e:
-            raise self._lost(e) from e
+        if self.parent is not None:
+            self.client.set_terminated(self.parent, status)
 
     def _lost(self, e: Exception) -> TrackError:
         return TrackError(
@@ -254,6 +266,15 @@ class Tracker:
             self.runs.start(node)
         elif kind == "progress":
             self.runs.progress([event])
+
+
+def _traceback(store: Store, cell: Cell) -> str:
+    """Of the cell's last try; empty where it was cut off while it was written."""
+    name = store.folder(cell).rpartition("/")[2]
+    try:
+        return str(json.loads(store.fs.cat_file(f"{store.root}/failed/{name}.json"))["traceback"])
+    except (OSError, ValueError, KeyError):
+        return ""
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ class Place:
     uri: str = ""
     drivers: list[subprocess.Popen] = field(default_factory=list)
     read: int = 0  # bytes of the moments that were looked at
+    workers: set[int] = field(default_factory=set)  # that told of a moment
 
     def __post_init__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +78,9 @@ class Place:
             lines = file.read()
         whole = lines[: lines.rfind("\n") + 1]
         self.read += len(whole)
-        return [(int(pid), role, stage) for pid, role, stage in (x.split(" ", 2) for x in whole.splitlines())]
+        found = [(int(pid), role, stage) for pid, role, stage in (x.split(" ", 2) for x in whole.splitlines())]
+        self.workers |= {pid for pid, role, _ in found if role == "worker"}
+        return found
 
     def wait_for(self, role, stage, seconds=120):
         """Wait until a process is at this stage; returns its pid."""
@@ -177,7 +180,7 @@ class Killer:
         self.random.shuffle(self.targets)
         self.killed = []  # (victim, stage it was seen at)
 
-    def watch(self, place, driver, workers=3):
+    def watch(self, place, driver, workers=5):
         """Follow a driver until it ends, or is dead; kill at most so many of its workers."""
         while driver.poll() is None:
             for pid, role, stage in place.moments():
@@ -204,4 +207,9 @@ class Killer:
             driver.wait()
         self.targets.remove(target)
         self.killed.append((target[0], f"{target[1]}: {target[2]}"))
+        print(
+            f"--- {len(self.killed)}: killed the {target[0]} while {target[1]} {pid} was at {target[2]}",
+            file=place.log,
+            flush=True,
+        )
         return True

@@ -54,8 +54,9 @@ def watch_worker():
     before(job.Job, "progress", "compress")
     before(train._Run, "update", lambda run: f"learn {run.state.step}", linger=0.01)
     before(store.Store, "save_partial", "checkpoint")
-    before(store.Store, "_commit", "publish")
-    after(store.Store, "_commit", "published")
+    commit = "commit" if hasattr(store.Store, "commit") else "_commit"
+    before(store.Store, commit, "publish")
+    after(store.Store, commit, "published")
     before(work, "evaluating", "evaluate")
 
 

@@ -76,12 +76,11 @@ def test_a_server_that_comes_back_during_the_run(place, server, undisturbed):
     place.wait_for("worker", "learn 5")
     server.kill()
     place.wait_for("worker", "learn 25")  # the losses at 10 and 20 were told meanwhile
-    workers = place.processes(b"_Task")
-    for pid in workers:  # they wait until the server has started
+    for pid in place.workers:  # they wait until the server has started
         kill(pid, signal.SIGSTOP)
     time.sleep(5)
     server.start()
-    for pid in workers:
+    for pid in place.workers:
         kill(pid, signal.SIGCONT)
     assert driver.wait(timeout=300) == 0, place.said()
     assert "MLflow was away for a while" in place.said()
