@@ -61,7 +61,7 @@ class Place:
 
     def run(self, *args):
         """A driver from its start to its end; returns the exit code."""
-        return self.start(*args).wait(timeout=300)
+        return self.start(*args).wait(timeout=600)
 
     def sync(self):
         command = [sys.executable, "-m", "ctp.track", "sync", str(self.file)]
@@ -82,7 +82,7 @@ class Place:
         self.workers |= {pid for pid, role, _ in found if role == "worker"}
         return found
 
-    def wait_for(self, role, stage, seconds=120):
+    def wait_for(self, role, stage, seconds=400):
         """Wait until a process is at this stage; returns its pid."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:

@@ -82,7 +82,7 @@ def test_a_server_that_comes_back_during_the_run(place, server, undisturbed):
     server.start()
     for pid in place.workers:
         kill(pid, signal.SIGCONT)
-    assert driver.wait(timeout=300) == 0, place.said()
+    assert driver.wait(timeout=600) == 0, place.said()
     assert "MLflow was away for a while" in place.said()
     check_equal(place, undisturbed)
     client = mlflow.MlflowClient(server.uri)
@@ -97,7 +97,7 @@ def test_a_server_that_comes_back_too_late(place, server, undisturbed):
     driver = place.start()
     place.wait_for("worker", "learn 5")
     server.kill()
-    assert driver.wait(timeout=300) == 3, place.said()
+    assert driver.wait(timeout=600) == 3, place.said()
     assert "Nothing is lost" in place.said()
     assert place.artifacts() == undisturbed.artifacts()
     server.start()

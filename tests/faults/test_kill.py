@@ -64,7 +64,7 @@ def test_a_prompt_that_was_80_percent_trained_goes_on(tmp_path, llama_folder, un
         if victim == "driver":
             driver.wait()
             driver = place.start("--where", "k=4")
-        assert driver.wait(timeout=120) == 0, place.said()
+        assert driver.wait(timeout=600) == 0, place.said()
         again = [int(stage.split()[1]) for _, _, stage in place.moments() if stage.startswith("learn")]
         first = min(step for step in again if step <= reached + 5)
         assert reached - 1 <= first  # the step that was cut off is the only one that is done again

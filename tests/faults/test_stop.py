@@ -17,7 +17,7 @@ def test_a_signal_drains_and_the_next_run_goes_on(place, undisturbed, number, co
     place.wait_for("worker", f"learn {STEPS // 4}")
     assert kill(driver.pid, number)
     begun = time.monotonic()
-    assert driver.wait(timeout=120) == code, place.said()
+    assert driver.wait(timeout=600) == code, place.said()
     assert time.monotonic() - begun < 30
     assert "stopping: prompts are saved" in place.said()
     assert f"{word}; running the same command again goes on from here" in place.said()
@@ -35,6 +35,6 @@ def test_a_signal_drains_and_the_next_run_goes_on(place, undisturbed, number, co
 
 def test_two_drivers_on_one_store_and_one_mlflow(place, undisturbed):
     both = [place.start(), place.start()]
-    assert [d.wait(timeout=300) for d in both] == [0, 0], place.said()
+    assert [d.wait(timeout=600) for d in both] == [0, 0], place.said()
     check_equal(place, undisturbed)
     assert place.tracked()[1] == ["FINISHED", "FINISHED"]
