@@ -2,7 +2,7 @@
 
 Exit codes: 0 everything is done; 1 some cells failed or could not run; 2 bad usage or grid file;
 3 store or tracking unreachable; 130 interrupted (Ctrl-C), 143 terminated (SIGTERM): what was being learned is saved,
-and the same command goes on from there.
+and the same command goes on from there. A driver whose own Ray node died is ended by Ray, with 1.
 """
 
 import argparse

@@ -129,11 +129,7 @@ def run(plan: Plan, todo: set[str], done: set[str], *, store: str, runtime: Runt
 def _stoppable(search: GraphSearch) -> Iterator[str]:
     """SIGINT and SIGTERM drain the run in here. Yields the word by which the cluster tells its workers."""
     word = f"ctp-drain-{uuid.uuid4().hex}"
-
-    def begin() -> None:
-        internal_kv._internal_kv_put(word, b"1")
-
-    with drain.draining(search.drain, begin) as came:
+    with drain.draining(search.drain, lambda: internal_kv._internal_kv_put(word, b"1")) as came:
         yield word
     search.outcome.stopped_by = came[0] if came else 0
 
