@@ -68,6 +68,7 @@ class CellRuns(Runs):
         return metrics
 
     def fail(self, node: Node, error: str, trace: str) -> None:
+        """The cell's last try failed; trace: the traceback, empty where there is none."""
         run = self.run(node)
         run.tags |= {ERROR: error[:5000]}
         self.client.set_tag(run.run_id, ERROR, run.tags[ERROR])

@@ -227,6 +227,7 @@ class Tracker:
                 self._write_backlog()
 
     def _write_backlog(self) -> None:
+        """Write what waits, in order, until the server does not take one."""
         answers = False
         try:
             if self._wait or time.monotonic() >= self._beat_at:

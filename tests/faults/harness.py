@@ -55,7 +55,8 @@ class Place:
     def start(self, *args):
         """A driver, in the background."""
         command = [sys.executable, "-m", "ctp.grid", str(self.file), "--checkpoint-seconds", "0", *args]
-        driver = subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=self.log, stderr=self.log)
+        driver = subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=self.log, stderr=self.log,
+                                  start_new_session=True)  # fmt: skip
         self.drivers.append(driver)
         return driver
 

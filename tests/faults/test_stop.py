@@ -1,21 +1,27 @@
 """Ctrl-C and SIGTERM drain, two drivers at once get along: afterwards all is as one undisturbed run leaves it."""
 
+import os
 import signal
 import time
 
 import pytest
-from harness import STEPS, check_equal, kill
+from harness import STEPS, check_equal
 
 pytestmark = pytest.mark.faults
 
 
-@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"),
-                                                      (signal.SIGTERM, 143, "terminated")])  # fmt: skip
-def test_a_signal_drains_and_the_next_run_goes_on(place, undisturbed, number, code, word):
+@pytest.mark.parametrize(
+    ("send", "number", "code", "word"),
+    [
+        (os.killpg, signal.SIGINT, 130, "interrupted"),  # as a terminal does: to the whole process group
+        (os.kill, signal.SIGTERM, 143, "terminated"),
+    ],
+)
+def test_a_signal_drains_and_the_next_run_goes_on(place, undisturbed, send, number, code, word):
     late = "--checkpoint-seconds", "3600"  # so that it is the signal by which the state is saved
     driver = place.start(*late)
     place.wait_for("worker", f"learn {STEPS // 4}")
-    assert kill(driver.pid, number)
+    send(driver.pid, number)
     begun = time.monotonic()
     assert driver.wait(timeout=600) == code, place.said()
     assert time.monotonic() - begun < 30
