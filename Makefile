@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all foreign bench lint audit clean
+.PHONY: demo test test-all test-faults foreign bench lint audit clean
 
 demo: $(STAMP) ## the whole path on a small real model, then the transfer matrix read from MLflow
 	$(BIN)/python -m ctp.grid demo
@@ -14,7 +14,10 @@ test: lint ## all tests but the slow ones
 	$(BIN)/python -m pytest
 
 test-all: lint foreign ## and the slow ones, against the real GPTQModel and llm-compressor too
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -m "not faults"
+
+test-faults: $(STAMP) ## kill -9 of drivers, workers, raylets; servers that go away; a quarter of an hour on two cores
+	$(BIN)/python -m pytest tests/faults -m faults
 
 foreign: .foreign/gptqmodel/.installed .foreign/llmcompressor/.installed ## their environments; they do not fit into ctp's
 

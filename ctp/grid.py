@@ -1,7 +1,8 @@
 """`python -m ctp.grid NAME`: plan a grid, run what is missing, say what happened.
 
 Exit codes: 0 everything is done; 1 some cells failed or could not run; 2 bad usage or grid file;
-3 store or tracking unreachable; 130 interrupted.
+3 store or tracking unreachable; 130 interrupted (Ctrl-C), 143 terminated (SIGTERM): what was being learned is saved,
+and the same command goes on from there. A driver whose own Ray node died is ended by Ray, with 1.
 """
 
 import argparse
@@ -9,11 +10,12 @@ import contextlib
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ctp import gridfile, preview
+from ctp import drain, gridfile, preview
 from ctp.gridtext import GridError
 from ctp.inputs import MOST
 from ctp.labels import slug
@@ -32,20 +34,22 @@ if TYPE_CHECKING:
     from ctp.track import Tracker
 from ctp.runinfo import TrackError, tracking_uri
 
-OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+GOES_ON = "running the same command again goes on from here"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(argv)
     try:
-        return command(args)
+        with drain.terminable():
+            return command(args)
     except GridError as e:
         return _fail(USAGE, *e.problems)
     except (StoreError, TrackError) as e:
         return _fail(UNREACHABLE, str(e))
-    except KeyboardInterrupt:
-        return _fail(INTERRUPTED, "interrupted; running the same command again goes on from here")
+    except KeyboardInterrupt as e:
+        return _stopped(TERMINATED if isinstance(e, drain.Terminated) else INTERRUPTED)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,7 +68,8 @@ def parser() -> argparse.ArgumentParser:
         "the traceback; MLflow has its run as FAILED. The next run tries it again, with whatever else is missing; "
         "--retry-failed tries nothing else. "
         "Exit codes: 0 all done, 1 some cells failed, 2 bad usage or grid file, 3 store or tracking "
-        "unreachable, 130 interrupted.",
+        "unreachable, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM). The first of these signals has prompts saved "
+        "and short cells end, for at most 20 seconds; the second one stops at once.",
     )
     p.add_argument("grid", metavar="NAME", help="grid/NAME.yaml, or the path of a grid file")
     p.add_argument("--plan", action="store_true", help="say what would run, and run nothing")
@@ -166,7 +171,7 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
         if isinstance(e, schedule.ResourceError):
             return _fail(USAGE, str(e))
         raise
-    interrupted = bool(outcome.unfinished) and not (args.fail_fast and outcome.failed)
+    interrupted = bool(outcome.unfinished) and bool(outcome.stopped_by or not (args.fail_fast and outcome.failed))
     summarise(plan, outcome, time.monotonic() - begun, store)
     print(f"Store: {scrub(store.uri)}  MLflow: {scrub(tracker.uri)}", flush=True)
     how = "KILLED" if interrupted else "FAILED" if outcome.failed or outcome.skipped else "FINISHED"
@@ -174,7 +179,7 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
     if tracker.trouble:
         print(f"MLflow was away for a while ({tracker.trouble}); what it missed has been written now.")
     if interrupted:
-        return _fail(INTERRUPTED, "interrupted; running the same command again goes on from here")
+        return _stopped(TERMINATED if outcome.stopped_by == signal.SIGTERM else INTERRUPTED)
     return FAILED if outcome.failed or outcome.skipped or outcome.unfinished else OK
 
 
@@ -214,11 +219,16 @@ def _seconds(text: str) -> float:
 
 def _fail(code: int, *lines: str) -> int:
     for line in lines:
-        print(f"error: {one_line(scrub(line))}" if code != INTERRUPTED else line, file=sys.stderr)
+        print(f"error: {one_line(scrub(line))}", file=sys.stderr)
+    return code
+
+
+def _stopped(code: int) -> int:
+    print(f"{'interrupted' if code == INTERRUPTED else 'terminated'}; {GOES_ON}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    os._exit(code) if code == INTERRUPTED else sys.exit(code)
+    os._exit(code) if code in (INTERRUPTED, TERMINATED) else sys.exit(code)

@@ -29,7 +29,7 @@ def complete(plan: Plan, todo: set[str], done: set[str], store: Store, run: Call
     that failed or were skipped for want of it. on_again hears which cells these are."""
     outcome = run(todo, done)
     for _ in range(ROUNDS):
-        if outcome.unfinished or not outcome.failed:
+        if outcome.unfinished or outcome.stopped_by or not outcome.failed:
             break
         done = done | outcome.done
         gone = done - store.done(plan.nodes[k].cell for k in done)
@@ -58,4 +58,4 @@ def _merge(outcome: Outcome, more: Outcome, again: set[str]) -> None:
     outcome.done = (outcome.done - again) | more.done
     outcome.failed = {k: e for k, e in outcome.failed.items() if k not in again} | more.failed
     outcome.skipped = {k: e for k, e in outcome.skipped.items() if k not in again} | more.skipped
-    outcome.unfinished = more.unfinished
+    outcome.unfinished, outcome.stopped_by = more.unfinished, more.stopped_by

@@ -37,5 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(e, GridError) else 3
     for line in store.damaged:
         print(line, file=sys.stderr)
-    print(f"{plan.name}: {written} runs written, {len(store.done(plan.cells()))} there. MLflow: {scrub(tracker.uri)}")
+    ended = f", {tracker.ended} that dead invocations had left ended" if tracker.ended else ""
+    there = len(store.done(plan.cells()))
+    print(f"{plan.name}: {written} runs written{ended}, {there} there. MLflow: {scrub(tracker.uri)}")
     return 0

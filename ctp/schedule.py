@@ -14,12 +14,13 @@ import tempfile
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ctp import cost, plugins
+from ctp import cost, drain, plugins
 from ctp.graph import Event, Outcome, Walk, ended_for_memory, expected, own_words
 from ctp.labels import slug
 from ctp.names import plain
@@ -37,12 +38,14 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # ctp.drain has its own
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Ray prints these, paragraphs long, into whatever the driver prints: what they say is in the failed cell's record.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker died or was killed|node running low on memory")
 
 import ray
 from ray import tune
+from ray.experimental import internal_kv
 from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
@@ -51,7 +54,7 @@ from ray.tune.search import Searcher
 class_cache.ENV_VARS_TO_PROPAGATE = {n for n in class_cache.ENV_VARS_TO_PROPAGATE if not n.startswith("AWS_")}
 
 TELL_SECONDS = 0.25  # at most so often a worker tells what happened: each time costs Tune's loop some milliseconds
-SILENCE_SECONDS = 5.0  # a worker that has nothing to tell looks up so often, for Tune to stop it
+SILENCE_SECONDS = 2.0  # a worker that has nothing to tell looks up so often, for Tune to stop it
 
 
 class ResourceError(Exception):
@@ -147,25 +150,39 @@ def run(plan: Plan, todo: set[str], done: set[str], *, store: str, runtime: Runt
         search = GraphSearch(
             plan, todo, done, slots, bundles, heard, fail_fast,
             weights=expected(plan, costs), landed=lambda k: place.has(plan.nodes[k].cell),
+            reached=lambda k: place.started().get(place.folder(plan.nodes[k].cell).rpartition("/")[2], 0),
             ahead=None if address or not alike else 0,
         )  # fmt: skip
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots + 1)
-        _fit(search, max(1, len(todo)), store, runtime)
+        with _stoppable(search) as word:
+            _fit(search, store, runtime, word)
     outcome = search.outcome
-    ended = outcome.done | set(outcome.failed) | set(outcome.skipped)
-    outcome.unfinished = todo - ended
+    outcome.unfinished = todo - outcome.done - set(outcome.failed) - set(outcome.skipped)
+    for k in place.done(plan.nodes[k].cell for k in outcome.unfinished) if outcome.stopped_by else ():
+        outcome.unfinished.remove(k)  # done in time, but nobody listened any more
+        outcome.done.add(k)
+        on_event({"event": "done", "key": k})
     return outcome
 
 
-def _fit(search: GraphSearch, most: int, store: str, runtime: Runtime) -> None:
+@contextmanager
+def _stoppable(search: GraphSearch) -> Iterator[str]:
+    """SIGINT and SIGTERM drain the run in here. Yields the word by which the cluster tells its workers."""
+    word = f"ctp-drain-{uuid.uuid4().hex}"
+    with drain.draining(search.drain, lambda: internal_kv._internal_kv_put(word, b"1")) as came:
+        yield word
+    search.outcome.stopped_by = came[0] if came else 0
+
+
+def _fit(search: GraphSearch, store: str, runtime: Runtime, word: str) -> None:
     """Have Tune run everything."""
     with tempfile.TemporaryDirectory(prefix="ctp-tune-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(_Task, store=store, runtime=runtime.model_dump(mode="json")),
+                tune.with_parameters(_Task, store=store, runtime=runtime.model_dump(mode="json"), word=word),
                 lambda config: tune.PlacementGroupFactory([config["bundle"]]),
             ),
-            tune_config=tune.TuneConfig(search_alg=search, num_samples=most, reuse_actors=True,
+            tune_config=tune.TuneConfig(search_alg=search, num_samples=-1, reuse_actors=True,
                                         scheduler=Witness(search)),
             run_config=tune.RunConfig(
                 storage_path=scratch, verbose=0, failure_config=tune.FailureConfig(max_failures=2),
@@ -181,8 +198,8 @@ def _fit(search: GraphSearch, most: int, store: str, runtime: Runtime) -> None:
 class _Task(tune.Trainable):
     """One task at a time: a thread does its cells in turn and never waits for Tune; each step tells what happened."""
 
-    def setup(self, config: dict[str, Any], store: str, runtime: dict[str, Any]) -> None:
-        self.place, self.how = Store(store), Runtime.model_validate(runtime)
+    def setup(self, config: dict[str, Any], store: str, runtime: dict[str, Any], word: str) -> None:
+        self.place, self.how, self.word = Store(store), Runtime.model_validate(runtime), word
         self._begin()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -193,11 +210,18 @@ class _Task(tune.Trainable):
     def _begin(self) -> None:
         cells = json.loads(self.config.pop("cells"))  # Tune would send them back with every result
         self.how = self.how.model_copy(update={"halved": self.config.pop("halved", 0)})
+        self._look()
         self.told: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
         threading.Thread(target=self._work, args=(cells,), daemon=True).start()
 
+    def _look(self) -> None:
+        """Is the run to stop?"""
+        if not drain.asked.is_set() and internal_kv._internal_kv_exists(self.word):
+            drain.asked.set()
+
     def step(self) -> dict[str, Any]:
         """The events since the last step."""
+        self._look()
         events: list[Event] = []
         end = time.monotonic() + SILENCE_SECONDS
         while (left := end - time.monotonic()) > 0:
@@ -217,6 +241,8 @@ class _Task(tune.Trainable):
     def _work(self, cells: list[dict[str, Any]]) -> None:
         try:
             for data in cells:
+                if drain.asked.is_set():
+                    break
                 _do(data, self.place, self.how, self.told.put)
         except BaseException as e:  # not a cell's error: those are told
             self.told.put(e)
@@ -236,6 +262,8 @@ def _do(data: dict[str, Any], place: Store, how: Runtime, tell: Callable[[Event]
         tell({"event": "start", "key": k})
         begun = time.monotonic()
         execute(cell, place, how, _throttled(k, tell))
+    except drain.Drained:
+        tell({"event": "drained", "key": k})
     except Exception as e:  # whatever went wrong is this cell's failure, and only this cell's
         error, trace = plain(scrub(f"{type(e).__name__}: {e}".strip())), plain(scrub(traceback.format_exc()))
         if cell is not None:
@@ -298,7 +326,8 @@ def _cluster(address: str | None) -> Iterator[dict[str, float]]:
     own: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 256 * 2**20}
     try:
         _knock(address)
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **own)
+        with drain.terminable():  # and again afterwards: Ray puts a handler of its own in its place
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **own)
     except (OSError, RuntimeError, ValueError) as e:
         raise ResourceError(f"no Ray cluster at {address or 'this machine'}: {type(e).__name__}: {e}") from e
     try:

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ctp import drain
 from ctp.evaluate.perplexity import PerplexityResult, perplexity
 from ctp.machine import keep_heap
 from ctp.memory import AtOnce, smaller
@@ -152,9 +153,12 @@ def _loop(run: "_Run", checkpoint_seconds: float, checkpoint: Checkpoint | None,
         if report is not None and (validated or now - told >= 1):
             report(run.numbers())
             told = now
-        if checkpoint is not None and not last and now - saved >= checkpoint_seconds:
+        if checkpoint is None or last:
+            continue
+        if now - saved >= checkpoint_seconds or drain.asked.is_set():
             checkpoint(run.snapshot())
             saved = time.monotonic()
+        drain.check()
 
 
 class _Run:
