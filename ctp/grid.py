@@ -64,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", metavar="DIR", help="local copies of c4, wikitext2 and ptb (CTP_DATA_DIR)")
     p.add_argument("--address", default=os.environ.get("RAY_ADDRESS"), metavar="ADDR",
                    help="join a Ray cluster: auto, host:port, ray://… (RAY_ADDRESS; default: its own)")  # fmt: skip
+    p.add_argument("--insecure-ray", action="store_true",
+                   help="join a cluster that takes work from anyone who can reach it")  # fmt: skip
     p.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
     )
@@ -133,6 +135,7 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
         outcome = schedule.run(
             plan, todo, done, store=store.uri, runtime=runtime, address=args.address, fail_fast=args.fail_fast,
             resources=Resources(args.cpus, gpu_memory(args.gpu_memory)), on_event=on_event,
+            insecure=args.insecure_ray,
         )  # fmt: skip
     except BaseException as e:
         with contextlib.suppress(StoreError, TrackError):
