@@ -18,7 +18,7 @@ from typing import Any
 import ray
 import yaml
 from ray._private import ray_constants, services
-from ray._raylet import Config
+from ray._raylet import Config  # type: ignore[attr-defined]
 
 from ctp.resources import Fleet, fleet
 

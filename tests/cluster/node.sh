@@ -1,6 +1,6 @@
 #!/bin/bash
 # One machine of the test: what `unshare --net --uts --pid --mount --fork --mount-proc` runs.
-# node.sh NAME ADDRESS FOLDER KEEP:…  HIDE:…    home and /tmp are its own, the rest of the disk is read-only.
+# node.sh NAME ADDRESS FOLDER KEEP:… HIDE:…    /root, /tmp and /run are its own, the rest of the disk is read-only.
 set -euo pipefail
 name=$1 address=$2 folder=$3 keep=$4 hide=$5
 hostname "$name"
@@ -12,12 +12,11 @@ chmod -R go= "$folder/root"
 chmod 1777 "$folder/tmp"
 IFS=: read -ra kept <<< "$keep"
 for i in "${!kept[@]}"; do mkdir "$folder/keep/$i"; mount --bind "${kept[i]}" "$folder/keep/$i"; done
-keys=("$folder"/keep/*)
 exec 7< "$folder" # the folder is hidden below, and is still needed
 IFS=: read -ra hidden <<< "$hide"
-for path in "${hidden[@]}"; do mount --bind "/proc/self/fd/7/empty" "$path"; done
 mount -t tmpfs tmpfs /dev/shm
 for own in tmp run root; do mount --bind "/proc/self/fd/7/$own" "/$own"; done
+for path in "${hidden[@]}"; do if [[ -d $path ]]; then mount --bind /proc/self/fd/7/empty "$path"; fi; done
 for i in "${!kept[@]}"; do mkdir -p "${kept[i]}"; mount --rbind "/proc/self/fd/7/keep/$i" "${kept[i]}"; done
 mount -o remount,bind,ro /
 until ip link show eth0 &> /dev/null; do sleep 0.1; done

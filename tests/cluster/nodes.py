@@ -35,7 +35,7 @@ def key_pair(path: Path) -> str:
 
 
 class Node:
-    """A machine that answers to ssh by `public_key`. keep: folders it sees beside the system's; hide: those it does not."""
+    """A machine that answers to ssh by `public_key`. keep: folders that it sees; hide: those that it does not."""
 
     def __init__(self, number: int, name: str, base: Path, public_key: str, keep: list[Path], hide: list[Path]) -> None:
         self.name, self.address, folder = name, f"{NET}.{number}", base / name
@@ -43,6 +43,7 @@ class Node:
         key_pair(home / ".ssh" / "host_key")
         (home / ".ssh" / "authorized_keys").write_text(public_key)
         (home / ".ssh" / "sshd_config").write_text(SSHD)
+        (home / ".bashrc").touch()
         folder.mkdir()
         script = Path(__file__).with_name("node.sh")
         words = [self.name, self.address, str(folder), ":".join(map(str, keep)), ":".join(map(str, hide))]

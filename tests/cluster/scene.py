@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from nodes import NET, Node, bridge, key_pair
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
 from onprem import on_premises
 
+ROOT = Path(__file__).parents[2]
 S3 = f"http://{NET}.1:5555"
 STORE = "s3://ctp-test/study"
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_ENDPOINT_URL": S3,
         "AWS_DEFAULT_REGION": "us-east-1"}  # fmt: skip
+STYLE = "--log-style pretty --log-color false"
 JOB = ("python -m ctp.grid demo --set models=tiny-llama --set recovery.0.k=[8,16] --set recovery.0.steps=400 "
        "--checkpoint-seconds 2 --device cpu")  # fmt: skip
 
@@ -33,8 +32,10 @@ class Scene:
     """The user's machine: its home, its copy of cluster.yaml, and all it typed and saw."""
 
     def __init__(self, base: Path) -> None:
-        self.base, self.told, self.lines = base, {}, []
-        self.home = base / "laptop"
+        self.base, self.told = base, dict[str, Any]()
+        self.home, self.checkout = base / "laptop", base / "checkout"
+        ignored = shutil.ignore_patterns(".*", "results", "__pycache__", "tests", "benchmarks")
+        shutil.copytree(ROOT, self.checkout, ignore=ignored)
         (self.home / ".ray").mkdir(parents=True)
         self.env = {n: v for n, v in os.environ.items() if not n.startswith(("RAY_", "CTP_", "MLFLOW_"))}
         self.env |= {"HOME": str(self.home), "RAY_TMPDIR": str(self.home / "tmp"), "RAY_UP_enable_autoscaler_v2": "0",
@@ -42,27 +43,25 @@ class Scene:
                      "NO_COLOR": "1", **KEYS}  # fmt: skip
         (self.home / "tmp").mkdir()
 
-    def run(self, command: str, timeout: float = 300, check: bool = True, **env: str) -> str:
-        """What a command prints; both go into the transcript."""
-        print("$", command, flush=True)
+    def run(self, command: str, code: int | None = 0, timeout: float = 300) -> str:
+        """What a command prints; both go into the transcript. Raises RuntimeError unless it exits with `code`."""
         begun = time.monotonic()
-        done = subprocess.run(command, shell=True, cwd=ROOT, env=self.env | env, text=True, timeout=timeout,
+        self.tell(f"$ {command}")
+        done = subprocess.run(command, shell=True, cwd=self.checkout, env=self.env, text=True, timeout=timeout,
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
         text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", done.stdout)
-        print(text, flush=True)
-        self.lines += [f"$ {command}", text.rstrip(), f"[{time.monotonic() - begun:.0f} s, exit code {done.returncode}]"]
-        (self.base / "transcript.txt").write_text("\n".join(self.lines) + "\n")
-        if check and done.returncode:
-            raise RuntimeError(f"{command}: exit code {done.returncode}")
+        self.tell(f"{text.rstrip()}\n[{time.monotonic() - begun:.0f} s, exit code {done.returncode}]\n")
+        if code is not None and done.returncode != code:
+            raise RuntimeError(f"{command}: exit code {done.returncode}, not {code}")
         return text
+
+    def tell(self, line: str) -> None:
+        with (self.base / "transcript.txt").open("a") as f:
+            print(line, file=f, flush=True)
 
     def on_head(self, command: str, **how: Any) -> str:
         """The same on the cluster's head."""
-        return self.run(f"ray exec {self.file} {shlex.quote('. ~/ctp.env; ' + command)}", **how)
-
-    @property
-    def file(self) -> Path:
-        return self.base / "cluster.yaml"
+        return self.run(f"ray exec {STYLE} cluster.yaml {shlex.quote('. ~/ctp.env; ' + command)}", **how)
 
     def write_cluster_yaml(self, nodes: list[Node], env: Path, also: Path) -> None:
         """The file of the repository, on premises, with this store; packages are there instead of installed."""
@@ -72,7 +71,7 @@ class Scene:
         # Instead of an hour of pip on three machines that share one disk: the environment that runs this test.
         begin, end = text.index("  # torch first"), text.index("\n# Ray's dashboard")
         there = f"ln -sfn {env} ~/ctp-env && echo 'export PYTHONPATH=$HOME/ctp PATH=$PATH:{also}' >> ~/ctp.env"
-        self.file.write_text(text[:begin] + f"  - {there}\n" + text[end:])
+        (self.checkout / "cluster.yaml").write_text(text[:begin] + f"  - {there}\n" + text[end:])
 
     def s3(self) -> Any:
         """The store's bucket, listed anew at every call."""
@@ -83,7 +82,6 @@ class Scene:
 
     def wait(self, what: str, ready: Any, seconds: float) -> Any:
         """Until ready() is true. Raises TimeoutError."""
-        print("waiting:", what, flush=True)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if found := ready():
@@ -103,26 +101,24 @@ def play(scene: Scene) -> None:
     subprocess.Popen([env / "bin" / "python", "-m", "moto.server", "-H", "0.0.0.0", "-p", "5555"], env=scene.env,
                      stdout=(scene.base / "moto.log").open("w"), stderr=subprocess.STDOUT)  # fmt: skip
     public = key_pair(scene.home / "key")
-    keep = list(dict.fromkeys([env, also]))
-    hide = [Path("/tmp"), Path("/root"), ROOT, Path("/run")]
-    nodes = [Node(i + 2, n, scene.base, public, keep, hide) for i, n in enumerate(("head", "worker1", "worker2"))]
+    keep = list(dict.fromkeys([env, also, Path(sys.base_prefix)]))
+    nodes = [Node(i + 2, n, scene.base, public, keep, [ROOT]) for i, n in enumerate(("head", "worker1", "worker2"))]
     scene.write_cluster_yaml(nodes, env, also / "bin")
     scene.wait("S3", lambda: make_bucket(scene), 60)
     scene.run("ray get-auth-token --generate > /dev/null")
-    scene.run(f"ray up -y {scene.file}", timeout=400)
-    scene.told["up"] = scene.wait("two workers", lambda: _workers(scene) == 2, 240)
-    scene.on_head("ray status")
+    scene.run(f"ray up -y {STYLE} cluster.yaml", timeout=400)
     guarded(scene, nodes)
     scene.on_head(f"ray job submit --no-wait --submission-id demo -- {JOB}")
     lost = lose_one(scene, nodes[1:])
+    scene.on_head("ray status")
     scene.on_head("ray job logs --follow demo", timeout=500)
     scene.told["status"] = scene.on_head("ray job status demo")
     scene.told["nodes"] = scene.on_head("ray status")
     scene.on_head("python -m analysis.transfer_matrix demo --dataset newswire")
-    scene.on_head(JOB, check=False)
+    scene.on_head(JOB)
     scene.told["copies"] = {n.name: scene.run(ssh(scene, n, "ls ~/.cache/ctp/artifacts | wc -l"))
                             for n in nodes if n is not lost and n is not nodes[0]}  # fmt: skip
-    scene.run(f"ray down -y {scene.file}", timeout=400)
+    scene.run(f"ray down -y {STYLE} cluster.yaml", timeout=400)
     left = [n for n in nodes if n is not lost]
     scene.wait("nothing of Ray runs", lambda: not any(_ray(n) for n in left), 180)
     scene.told["store"] = sorted(p for p in scene.s3().find("ctp-test/study"))
@@ -145,21 +141,12 @@ def _ray(node: Node) -> list[str]:
     return [line for line in node.processes() if re.search(r"raylet|gcs_server|ray::", line)]
 
 
-def _workers(scene: Scene) -> int:
-    """How many workers have joined."""
-    text = scene.on_head("ray status", check=False)
-    return len(re.findall(r"^ 1 node_\w+$|^ 1 local.cluster.node$", text, re.M)) - 1
-
-
 def guarded(scene: Scene, nodes: list[Node]) -> None:
     """What someone on the same network gets without the token, and what listens where."""
     head = nodes[0].address
-    outside = "http://{}:{}"
     for port in (8265, 5000):
-        scene.run(f"curl -sS -m 5 {outside.format(head, port)}", check=False)
-    token = scene.env | {"RAY_AUTH_MODE": "disabled"}
-    scene.run(f"RAY_AUTH_MODE=disabled ray status --address {head}:6379 2>&1 | tail -1", check=False)
-    del token
+        scene.run(f"curl -sS -m 5 http://{head}:{port}", code=7)
+    scene.told["stranger"] = scene.run(f"RAY_AUTH_MODE=disabled ray status --address {head}:6379 2>&1", code=None)
     scene.told["listening"] = {n.name: scene.run(ssh(scene, n, "ss -Hltnp")) for n in nodes}
 
 
@@ -170,7 +157,7 @@ def lose_one(scene: Scene, workers: list[Node]) -> Node:
     time.sleep(5)
     lost: Node = busy[-1]
     scene.told["lost"] = {"name": lost.name, "address": lost.address, "ran": _at_work(lost)}
-    scene.lines += [f"# {lost.name} ({lost.address}) is lost here; it ran {', '.join(_at_work(lost))}"]
+    scene.tell(f"# {lost.name} ({lost.address}) is lost here; it ran {', '.join(scene.told['lost']['ran'])}\n")
     lost.lose()
     return lost
 
@@ -188,7 +175,6 @@ def main(folder: str) -> None:
         raise
     finally:
         (scene.base / "told.json").write_text(json.dumps(scene.told, indent=1))
-        shutil.copy(scene.base / "transcript.txt", scene.base / "transcript.final.txt")
 
 
 if __name__ == "__main__":
