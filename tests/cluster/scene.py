@@ -122,6 +122,15 @@ def play(scene: Scene) -> None:
     left = [n for n in nodes if n is not lost]
     scene.wait("nothing of Ray runs", lambda: not any(_ray(n) for n in left), 180)
     scene.told["store"] = sorted(p for p in scene.s3().find("ctp-test/study"))
+    scene.told["saves"] = _saves((scene.base / "moto.log").read_text())
+
+
+def _saves(log: str) -> dict[str, list[tuple[str, int]]]:
+    """Of every prompt: which machine saved its state, and as of which step, by the log of the S3 server."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for address, prompt, step in re.findall(r'(?m)^(\S+) .*"PUT /\S+/partial/(\S+)/step-(\d+)/manifest\.json', log):
+        found.setdefault(prompt, []).append((address, int(step)))
+    return found
 
 
 def make_bucket(scene: Scene) -> bool:
