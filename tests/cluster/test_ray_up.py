@@ -44,7 +44,7 @@ def played(tmp_path_factory):
 def test_every_cell_is_done_though_a_machine_was_lost(played):
     told, text = played
     assert re.search(rf"demo: {CELLS} done in", text)
-    assert "SUCCEEDED" in told["status"]
+    assert "Job 'demo' succeeded" in told["status"]
     manifests = [p for p in told["store"] if p.endswith("/manifest.json")]
     assert len(manifests) == len({p.split("/")[-2] for p in manifests}) == CELLS
     assert not [p for p in told["store"] if "/partial/" in p or "/failed/" in p]

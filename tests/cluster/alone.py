@@ -1,0 +1,80 @@
+"""Pieces that need namespaces of their own: `alone.py PIECE FOLDER` plays one and prints JSON as its last line."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+from nodes import NET, bridge
+
+TOKEN = "0123456789abcdef" * 2
+
+
+def listening(folder: Path) -> dict[str, list[str]]:
+    """What a grid's own Ray listens on, on a machine with a network: address of each socket, without its port."""
+    os.environ["RAY_AUTH_TOKEN"] = TOKEN
+    import ray
+
+    from ctp.cluster import join
+
+    with join(None) as machines:
+        ray.get(ray.remote(lambda: None).remote())
+        lines = subprocess.run(["ss", "-Hltn"], capture_output=True, text=True, check=True).stdout.splitlines()
+        slots = machines.slots({"CPU": 1})
+    return {"listening": [line.split()[3].rpartition(":")[0] for line in lines], "slots": [str(slots)]}
+
+
+def empty(folder: Path) -> dict[str, object]:
+    """A grid on a cluster that has no worker yet: Ray's autoscaler starts two, and ends them when nothing is to do."""
+    from ray.cluster_utils import AutoscalingCluster
+
+    home = Path(os.environ["HOME"])
+    sort = {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 2}
+    cluster = AutoscalingCluster({"CPU": 0}, {"cpu": sort}, autoscaler_v2=True, idle_timeout_minutes=0.2, max_workers=2)
+    (home / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(cluster._config))
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    cluster.start()
+    before = _nodes()
+    command = [sys.executable, "-m", "ctp.grid", "demo", "--set", "models=tiny-llama", "--set", "recovery.0.steps=200",
+               "--store", str(folder / "store"), "--device", "cpu"]  # fmt: skip
+    done = subprocess.run([*command, "--address", f"{NET}.1:6379"], capture_output=True, text=True, check=False)
+    most = _nodes()
+    left, end = most, time.monotonic() + 120
+    while left > 1 and time.monotonic() < end:
+        time.sleep(2)
+        left = _nodes()
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    cluster.shutdown()
+    told = {"code": done.returncode, "printed": done.stdout + done.stderr}
+    return told | {"nodes": [before, most, left]}
+
+
+def _nodes() -> int:
+    """How many machines the cluster has."""
+    text = subprocess.run(["ray", "status"], capture_output=True, text=True, check=True).stdout
+    active = text.partition("Active:")[2].partition("Pending:")[0]
+    return sum(int(n) for n in re.findall(r"^ (\d+) \S+", active, re.M))
+
+
+def open_cluster(folder: Path) -> dict[str, object]:
+    """A grid sent to a cluster that asks for no token, as `ray start --head` starts it."""
+    start = ["ray", "start", "--head", "--port=6379", "--num-cpus=1", "--include-dashboard=false"]
+    subprocess.run(start, env=os.environ | {"RAY_AUTH_MODE": "disabled"}, check=True, capture_output=True)
+    told = {}
+    grid = [sys.executable, "-m", "ctp.grid", "demo", "--set", "models=tiny-llama", "--where", "kind=compress",
+            "--where", "compression=dense", "--device", "cpu", "--store", str(folder / "store")]  # fmt: skip
+    for name, more in (("refused", []), ("insecure", ["--insecure-ray"])):
+        done = subprocess.run([*grid, "--address", "auto", *more], capture_output=True, text=True, check=False)
+        told[name] = [done.returncode, done.stderr, done.stdout]
+    subprocess.run(["ray", "stop", "--force"], capture_output=True, check=True)
+    return told
+
+
+if __name__ == "__main__":
+    bridge()
+    piece = {"listening": listening, "empty": empty, "open": open_cluster}[sys.argv[1]]
+    print(json.dumps(piece(Path(sys.argv[2]))))
