@@ -12,6 +12,13 @@ import yaml
 from nodes import NET, bridge
 
 TOKEN = "0123456789abcdef" * 2
+HEAD = "f" * 51 + "00000"  # the name that Ray's simulated machines give to the head
+FAKE: dict[str, object] = {
+    "cluster_name": "fake", "max_workers": 2, "upscaling_speed": 1.0, "idle_timeout_minutes": 0.2, "auth": {},
+    "docker": {}, "file_mounts": {}, "cluster_synced_files": [], "file_mounts_sync_continuously": False,
+    "initialization_commands": [], "setup_commands": [], "head_setup_commands": [], "worker_setup_commands": [],
+    "head_start_ray_commands": [], "worker_start_ray_commands": [], "rsync_exclude": [], "rsync_filter": [],
+}  # fmt: skip
 
 
 def listening(folder: Path) -> dict[str, list[str]]:
@@ -30,14 +37,17 @@ def listening(folder: Path) -> dict[str, list[str]]:
 
 def empty(folder: Path) -> dict[str, object]:
     """A grid on a cluster that has no worker yet: Ray's autoscaler starts two, and ends them when nothing is to do."""
-    from ray.cluster_utils import AutoscalingCluster
-
-    home = Path(os.environ["HOME"])
-    sort = {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 2}
-    cluster = AutoscalingCluster({"CPU": 0}, {"cpu": sort}, autoscaler_v2=True, idle_timeout_minutes=0.2, max_workers=2)
-    (home / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(cluster._config))
+    sorts = {"head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+             "cpu": {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 2}}  # fmt: skip
+    config = Path(os.environ["HOME"], "ray_bootstrap_config.yaml")
+    provider = {"type": "fake_multinode", "launch_multiple": True, "head_node_id": HEAD}
+    types = {"available_node_types": sorts, "head_node_type": "head", "provider": provider}
+    config.write_text(yaml.safe_dump(types | FAKE))
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-    cluster.start()
+    own = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1",
+           "RAY_CLOUD_INSTANCE_ID": HEAD, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD}  # fmt: skip
+    start = ["ray", "start", "--head", "--port=6379", "--num-cpus=0", f"--autoscaling-config={config}"]
+    subprocess.run([*start, "--include-dashboard=false"], env=os.environ | own, check=True, capture_output=True)
     before = _nodes()
     command = [sys.executable, "-m", "ctp.grid", "demo", "--set", "models=tiny-llama", "--set", "recovery.0.steps=200",
                "--store", str(folder / "store"), "--device", "cpu"]  # fmt: skip
@@ -47,10 +57,8 @@ def empty(folder: Path) -> dict[str, object]:
     while left > 1 and time.monotonic() < end:
         time.sleep(2)
         left = _nodes()
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    cluster.shutdown()
-    told = {"code": done.returncode, "printed": done.stdout + done.stderr}
-    return told | {"nodes": [before, most, left]}
+    subprocess.run(["ray", "stop", "--force"], capture_output=True, check=True)
+    return {"code": done.returncode, "printed": done.stdout + done.stderr, "nodes": [before, most, left]}
 
 
 def _nodes() -> int:

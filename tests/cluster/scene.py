@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -61,7 +62,7 @@ class Scene:
 
     def on_head(self, command: str, **how: Any) -> str:
         """The same on the cluster's head."""
-        return self.run(f"ray exec {STYLE} cluster.yaml {shlex.quote('. ~/ctp.env; ' + command)}", **how)
+        return self.run(f"ray exec {STYLE} cluster.yaml {shlex.quote(command)}", **how)
 
     def write_cluster_yaml(self, nodes: list[Node], env: Path, also: Path) -> None:
         """The file of the repository, on premises, with this store; packages are there instead of installed."""
@@ -98,8 +99,7 @@ def play(scene: Scene) -> None:
     assert mlflow.origin is not None
     also = Path(mlflow.origin).parents[4]
     bridge()
-    subprocess.Popen([env / "bin" / "python", "-m", "moto.server", "-H", "0.0.0.0", "-p", "5555"], env=scene.env,
-                     stdout=(scene.base / "moto.log").open("w"), stderr=subprocess.STDOUT)  # fmt: skip
+    serve_s3(scene.base / "s3.log")
     public = key_pair(scene.home / "key")
     keep = list(dict.fromkeys([env, also, Path(sys.base_prefix)]))
     nodes = [Node(i + 2, n, scene.base, public, keep, [ROOT]) for i, n in enumerate(("head", "worker1", "worker2"))]
@@ -122,7 +122,7 @@ def play(scene: Scene) -> None:
     left = [n for n in nodes if n is not lost]
     scene.wait("nothing of Ray runs", lambda: not any(_ray(n) for n in left), 180)
     scene.told["store"] = sorted(p for p in scene.s3().find("ctp-test/study"))
-    scene.told["saves"] = _saves((scene.base / "moto.log").read_text())
+    scene.told["saves"] = _saves((scene.base / "s3.log").read_text())
 
 
 def _saves(log: str) -> dict[str, list[tuple[str, int]]]:
@@ -131,6 +131,17 @@ def _saves(log: str) -> dict[str, list[tuple[str, int]]]:
     for address, prompt, step in re.findall(r'(?m)^(\S+) .*"PUT /\S+/partial/(\S+)/step-(\d+)/manifest\.json', log):
         found.setdefault(prompt, []).append((address, int(step)))
     return found
+
+
+def serve_s3(log: Path) -> None:
+    """A store that speaks S3, for all machines; every request is a line of the log."""
+    from moto.server import ThreadedMotoServer
+
+    logger = logging.getLogger("werkzeug")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(logging.FileHandler(log))
+    logger.propagate = False
+    ThreadedMotoServer(ip_address="0.0.0.0", port=5555, verbose=False).start()
 
 
 def make_bucket(scene: Scene) -> bool:
@@ -155,7 +166,13 @@ def guarded(scene: Scene, nodes: list[Node]) -> None:
     head = nodes[0].address
     for port in (8265, 5000):
         scene.run(f"curl -sS -m 5 http://{head}:{port}", code=7)
-    scene.told["stranger"] = scene.run(f"RAY_AUTH_MODE=disabled ray status --address {head}:6379 2>&1", code=None)
+    asked = {
+        "status": f"RAY_AUTH_MODE=disabled ray status --address {head}:6379 2>&1 | tail -1",
+        "client": f"RAY_AUTH_MODE=disabled python -c 'import ray; ray.init(\"ray://{head}:10001\")' 2>&1 | tail -1",
+        "agent": f"curl -sS -m 5 http://{head}:52365/api/local_raylet_healthz",
+        "metrics": f"curl -sS -m 5 http://{head}:44217/metrics | head -3",
+    }
+    scene.told["stranger"] = {name: scene.run(command, code=None) for name, command in asked.items()}
     scene.told["listening"] = {n.name: scene.run(ssh(scene, n, "ss -Hltnp")) for n in nodes}
 
 
