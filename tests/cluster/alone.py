@@ -12,6 +12,7 @@ import yaml
 from nodes import NET, bridge
 
 TOKEN = "0123456789abcdef" * 2
+SIMULATED = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 HEAD = "f" * 51 + "00000"  # the name that Ray's simulated machines give to the head
 FAKE: dict[str, object] = {
     "cluster_name": "fake", "max_workers": 2, "upscaling_speed": 1.0, "idle_timeout_minutes": 0.2, "auth": {},
@@ -37,11 +38,11 @@ def listening(folder: Path) -> dict[str, list[str]]:
 
 def empty(folder: Path) -> dict[str, object]:
     """A grid on a cluster that has no worker yet: Ray's autoscaler starts two, and ends them when nothing is to do."""
-    sorts = {"head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+    sorts = {"ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
              "cpu": {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 2}}  # fmt: skip
     config = Path(os.environ["HOME"], "ray_bootstrap_config.yaml")
-    provider = {"type": "fake_multinode", "launch_multiple": True, "head_node_id": HEAD}
-    types = {"available_node_types": sorts, "head_node_type": "head", "provider": provider}
+    provider = {"type": "external", "module": SIMULATED, "launch_multiple": True, "head_node_id": HEAD}
+    types = {"available_node_types": sorts, "head_node_type": "ray.head.default", "provider": provider}
     config.write_text(yaml.safe_dump(types | FAKE))
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     own = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1",
@@ -83,6 +84,8 @@ def open_cluster(folder: Path) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    Path("/tmp/ray").mkdir(exist_ok=True)  # not that of this machine's own Ray: it names the cluster of `auto`
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/tmp/ray"], check=True)
     bridge()
     piece = {"listening": listening, "empty": empty, "open": open_cluster}[sys.argv[1]]
     print(json.dumps(piece(Path(sys.argv[2]))))
