@@ -5,12 +5,15 @@ import sys
 
 import pytest
 from test_plan import make
-from tinygrid import grid, write_grid
+from tinygrid import grid
 
 from ctp import cluster
+from ctp import grid as cli
 from ctp.cluster import ResourceError, check_token
 from ctp.resources import Fleet, Machine, bundles, fleet
 from ctp.resources import Resources as Each
+from ctp.spec import Runtime
+from ctp.store import Store
 
 HEAD = {"CPU": 0, "memory": 1e10, "node:__internal_head__": 1}
 GPU = {"CPU": 8, "GPU": 1}
@@ -107,15 +110,28 @@ def test_rays_client_must_show_a_token(monkeypatch, no_token):
     check_token("ray://10.9.8.7:10001")
 
 
-def test_the_command_line_refuses_in_one_line(tmp_path, llama_folder, monkeypatch, no_token, capsys):
-    from ctp.grid import main
+class Tracker:
+    """MLflow's part, without MLflow, whose import and new database take longer than all tests here."""
 
+    ended = ""
+
+    def begin(self, command):
+        pass
+
+    def close(self, status):
+        self.ended = status
+
+
+def test_the_command_line_refuses_in_one_line(tmp_path, llama_folder, monkeypatch, no_token, capsys):
     monkeypatch.setattr(cluster, "_knock", lambda address: None)
     monkeypatch.setattr(cluster, "_asks", lambda place: False)
-    file = write_grid(tmp_path / "g.yaml", grid(llama_folder))
-    assert main([str(file), "--store", str(tmp_path / "store"), "--address", "10.9.8.7:6379"]) == 2
+    plan = make(tmp_path / "g.yaml", **grid(llama_folder))
+    args = cli.parser().parse_args(["g", "--address", "10.9.8.7:6379"])
+    store, tracker = Store(str(tmp_path / "store")), Tracker()
+    assert cli.run(plan, set(plan.nodes), {}, store, tracker, Runtime(device="cpu"), args) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: the Ray cluster at 10.9.8.7:6379 takes work from anyone who can reach it")
+    assert tracker.ended == "FAILED"
 
 
 def test_whether_a_cluster_asks_is_asked_without_a_token(monkeypatch):

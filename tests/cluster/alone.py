@@ -50,7 +50,7 @@ def empty(folder: Path) -> dict[str, object]:
     start = ["ray", "start", "--head", "--port=6379", "--num-cpus=0", f"--autoscaling-config={config}"]
     subprocess.run([*start, "--include-dashboard=false"], env=os.environ | own, check=True, capture_output=True)
     before = _nodes()
-    command = [sys.executable, "-m", "ctp.grid", "demo", "--set", "models=tiny-llama", "--set", "recovery.0.steps=200",
+    command = [sys.executable, "-m", "ctp.grid", "demo", "--set", "models=tiny-llama", "--set", "recovery.0.steps=20",
                "--store", str(folder / "store"), "--device", "cpu"]  # fmt: skip
     done = subprocess.run([*command, "--address", f"{NET}.1:6379"], capture_output=True, text=True, check=False)
     most = _nodes()

@@ -169,7 +169,7 @@ def guarded(scene: Scene, nodes: list[Node]) -> None:
     asked = {
         "status": f"RAY_AUTH_MODE=disabled ray status --address {head}:6379 2>&1 | tail -1",
         "client": f"RAY_AUTH_MODE=disabled python -c 'import ray; ray.init(\"ray://{head}:10001\")' 2>&1 | tail -1",
-        "agent": f"curl -sS -m 5 http://{head}:52365/api/local_raylet_healthz",
+        "agent": f'curl -sS -m 5 -d \'{{"entrypoint": "id"}}\' http://{head}:52365/api/job_agent/jobs/',
         "metrics": f"curl -sS -m 5 http://{head}:44217/metrics | head -3",
     }
     scene.told["stranger"] = {name: scene.run(command, code=None) for name, command in asked.items()}
@@ -178,7 +178,7 @@ def guarded(scene: Scene, nodes: list[Node]) -> None:
 
 def lose_one(scene: Scene, workers: list[Node]) -> Node:
     """A worker disappears while it learns a prompt of which a state has been saved."""
-    scene.wait("a saved state of a prompt", lambda: scene.s3().find("ctp-test/study/partial"), 240)
+    scene.wait("a saved state of a prompt", lambda: scene.s3().find("ctp-test/study/partial"), 600)
     busy = scene.wait("a worker at work", lambda: [n for n in workers if _at_work(n)], 60)
     time.sleep(5)
     lost: Node = busy[-1]
@@ -198,6 +198,7 @@ def main(folder: str) -> None:
         play(scene)
     except BaseException as e:
         scene.told["error"] = f"{type(e).__name__}: {e}"
+        scene.on_head("ray job logs demo | tail -n 30; ray status", code=None)
         raise
     finally:
         (scene.base / "told.json").write_text(json.dumps(scene.told, indent=1))

@@ -79,6 +79,8 @@ def test_a_second_run_has_nothing_to_do(played):
 def test_nobody_gets_in_without_the_token(played):
     told, text = played
     assert "InvalidAuthToken" in told["stranger"]["status"]
+    assert "Unauthorized" in told["stranger"]["agent"]
+    assert "ConnectionError" in told["stranger"]["client"]
     assert len(re.findall(r"curl: \(7\) Failed to connect to 10\.77\.0\.2 port (?:8265|5000)", text)) == 2
     head = told["listening"]["head"]
     assert re.search(r" 127\.0\.0\.1:8265 ", head)
