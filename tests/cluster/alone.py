@@ -52,14 +52,18 @@ def empty(folder: Path) -> dict[str, object]:
     before = _nodes()
     command = [sys.executable, "-m", "ctp.grid", "demo", "--set", "models=tiny-llama", "--set", "recovery.0.steps=20",
                "--store", str(folder / "store"), "--device", "cpu"]  # fmt: skip
-    done = subprocess.run([*command, "--address", f"{NET}.1:6379"], capture_output=True, text=True, check=False)
-    most = _nodes()
+    with (folder / "log").open("w") as log:
+        grid = subprocess.Popen([*command, "--address", f"{NET}.1:6379"], stdout=log, stderr=log)
+    most = before
+    while grid.poll() is None:
+        most = max(most, _nodes())
+        time.sleep(1)
     left, end = most, time.monotonic() + 120
     while left > 1 and time.monotonic() < end:
         time.sleep(2)
         left = _nodes()
     subprocess.run(["ray", "stop", "--force"], capture_output=True, check=True)
-    return {"code": done.returncode, "printed": done.stdout + done.stderr, "nodes": [before, most, left]}
+    return {"code": grid.returncode, "printed": (folder / "log").read_text(), "nodes": [before, most, left]}
 
 
 def _nodes() -> int:

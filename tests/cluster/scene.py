@@ -177,19 +177,22 @@ def guarded(scene: Scene, nodes: list[Node]) -> None:
 
 
 def lose_one(scene: Scene, workers: list[Node]) -> Node:
-    """A worker disappears while it learns a prompt of which a state has been saved."""
-    scene.wait("a saved state of a prompt", lambda: scene.s3().find("ctp-test/study/partial"), 600)
-    busy = scene.wait("a worker at work", lambda: [n for n in workers if _at_work(n)], 60)
-    time.sleep(5)
-    lost: Node = busy[-1]
-    scene.told["lost"] = {"name": lost.name, "address": lost.address, "ran": _at_work(lost)}
-    scene.tell(f"# {lost.name} ({lost.address}) is lost here; it ran {', '.join(scene.told['lost']['ran'])}\n")
+    """A worker disappears while it learns a prompt of which it has saved some states."""
+    lost: Node = scene.wait("a prompt that is being learned", lambda: _learning(scene, workers), 600)
+    scene.told["lost"] = {"name": lost.name, "address": lost.address}
+    scene.tell(f"# {lost.name} ({lost.address}) is lost here.\n")
     lost.lose()
     return lost
 
 
-def _at_work(node: Node) -> list[str]:
-    return [line for line in node.processes() if re.match(r"ray::_Task", line)]
+def _learning(scene: Scene, workers: list[Node]) -> Node | None:
+    """The worker that has just saved the third or a later state of a prompt, of which half at most is learned."""
+    for saves in _saves((scene.base / "s3.log").read_text()).values():
+        for node in workers:
+            steps = [step for address, step in saves if address == node.address]
+            if len(steps) >= 3 and steps[-1] <= 200:
+                return node
+    return None
 
 
 def main(folder: str) -> None:
