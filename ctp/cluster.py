@@ -70,7 +70,7 @@ def join(address: str | None, insecure: bool = False) -> Iterator[Fleet]:
     except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as e:
         raise ResourceError(f"no Ray cluster at {address or 'this machine'}: {type(e).__name__}: {e}") from e
     try:
-        yield machines()
+        yield machines() if address else fleet(_alive())
     finally:
         ray.shutdown()
 
