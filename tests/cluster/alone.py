@@ -47,8 +47,7 @@ def empty(folder: Path) -> dict[str, object]:
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     own = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1",
            "RAY_CLOUD_INSTANCE_ID": HEAD, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD}  # fmt: skip
-    start = ["ray", "start", "--head", "--port=6379", "--num-cpus=0", f"--autoscaling-config={config}"]
-    subprocess.run([*start, "--include-dashboard=false"], env=os.environ | own, check=True, capture_output=True)
+    _ray(f"start --head --port=6379 --num-cpus=0 --include-dashboard=false --autoscaling-config={config}", **own)
     before = _nodes()
     command = [sys.executable, "-m", "ctp.grid", "demo", "--set", "models=tiny-llama", "--set", "recovery.0.steps=20",
                "--store", str(folder / "store"), "--device", "cpu"]  # fmt: skip
@@ -62,28 +61,34 @@ def empty(folder: Path) -> dict[str, object]:
     while left > 1 and time.monotonic() < end:
         time.sleep(2)
         left = _nodes()
-    subprocess.run(["ray", "stop", "--force"], capture_output=True, check=True)
+    _ray("stop --force")
     return {"code": grid.returncode, "printed": (folder / "log").read_text(), "nodes": [before, most, left]}
+
+
+def _ray(words: str, **env: str) -> str:
+    """What a command of Ray prints. Raises RuntimeError with it where the command fails."""
+    asked = subprocess.run(["ray", *words.split()], env=os.environ | env, capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise RuntimeError(f"ray {words}: {asked.stdout}{asked.stderr}")
+    return asked.stdout
 
 
 def _nodes() -> int:
     """How many machines the cluster has."""
-    text = subprocess.run(["ray", "status"], capture_output=True, text=True, check=True).stdout
-    active = text.partition("Active:")[2].partition("Pending:")[0]
+    active = _ray("status").partition("Active:")[2].partition("Pending:")[0]
     return sum(int(n) for n in re.findall(r"^ (\d+) \S+", active, re.M))
 
 
 def open_cluster(folder: Path) -> dict[str, object]:
     """A grid sent to a cluster that asks for no token, as `ray start --head` starts it."""
-    start = ["ray", "start", "--head", "--port=6379", "--num-cpus=1", "--include-dashboard=false"]
-    subprocess.run(start, env=os.environ | {"RAY_AUTH_MODE": "disabled"}, check=True, capture_output=True)
+    _ray("start --head --port=6379 --num-cpus=1 --include-dashboard=false", RAY_AUTH_MODE="disabled")
     told = {}
     grid = [sys.executable, "-m", "ctp.grid", "demo", "--set", "models=tiny-llama", "--where", "kind=compress",
             "--where", "compression=dense", "--device", "cpu", "--store", str(folder / "store")]  # fmt: skip
     for name, more in (("refused", []), ("insecure", ["--insecure-ray"])):
         done = subprocess.run([*grid, "--address", "auto", *more], capture_output=True, text=True, check=False)
         told[name] = [done.returncode, done.stderr, done.stdout]
-    subprocess.run(["ray", "stop", "--force"], capture_output=True, check=True)
+    _ray("stop --force")
     return told
 
 
