@@ -21,7 +21,6 @@ def play(piece, folder):
         pytest.skip("namespaces are root's, and not allowed here")
     own = {n: v for n, v in os.environ.items() if not n.startswith(("RAY_", "CTP_", "MLFLOW_"))}
     env = own | {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}", "HOME": str(folder), "RAY_USAGE_STATS_ENABLED": "0",
-                 "RAY_raylet_start_wait_time_s": "180",
                  "PATH": f"{Path(sys.executable).parent}:{own['PATH']}:/usr/sbin:/sbin"}  # fmt: skip
     command = [*ALONE, sys.executable, str(HERE / "alone.py"), piece, str(folder)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=580, check=False)
