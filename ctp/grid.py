@@ -87,6 +87,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", metavar="DIR", help="local copies of c4, wikitext2 and ptb (CTP_DATA_DIR)")
     p.add_argument("--address", default=os.environ.get("RAY_ADDRESS"), metavar="ADDR",
                    help="join a Ray cluster: auto, host:port, ray://… (RAY_ADDRESS; default: its own)")  # fmt: skip
+    p.add_argument("--insecure-ray", action="store_true",
+                   help="join a cluster that takes work from anyone who can reach it")  # fmt: skip
     p.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
     )
@@ -160,10 +162,11 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
 
     done = {k for k, why in state.items() if why == "done"}
     try:
-        with schedule.session(args.address):
+        with schedule.session(args.address, args.insecure_ray):
             outcome = complete(plan, todo, done, store, lambda todo, done: schedule.run(
                 plan, todo, done, store=store.uri, runtime=runtime, address=args.address, fail_fast=args.fail_fast,
                 resources=Resources(args.cpus, gpu_memory(args.gpu_memory)), on_event=on_event,
+                insecure=args.insecure_ray,
             ), printer.expect)  # fmt: skip
     except BaseException as e:
         with contextlib.suppress(StoreError, TrackError):

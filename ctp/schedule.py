@@ -1,4 +1,4 @@
-"""The only file that knows Ray: one Tuner over the whole graph, a searcher that walks it, resources per trial.
+"""What knows Ray Tune: one Tuner over the whole graph, a searcher that walks it, resources per trial.
 
 A trial is a task (see ctp.graph). The searcher hands a task out when its inputs are in the store. The store is the
 resume: every start is a fresh Tuner over what is missing. Errors of a cell are caught in the trial and told; Tune's
@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import queue
-import socket
 import tempfile
 import threading
 import time
@@ -26,7 +25,7 @@ from ctp.labels import slug
 from ctp.names import plain
 from ctp.plan import Plan
 from ctp.redact import scrub
-from ctp.resources import Resources, alone
+from ctp.resources import Fleet, Resources, alone
 from ctp.resources import bundles as resources_of
 from ctp.spec import Runtime, from_json, key, to_json
 from ctp.store import Store
@@ -43,22 +42,19 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Ray prints these, paragraphs long, into whatever the driver prints: what they say is in the failed cell's record.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker died or was killed|node running low on memory")
 
-import ray
 from ray import tune
 from ray.experimental import internal_kv
 from ray.tune.execution import class_cache
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
+from ctp.cluster import ResourceError, join
+
 # Tune would hand AWS keys to its workers by a way that Ray writes into its logs. Workers have their node's environment.
 class_cache.ENV_VARS_TO_PROPAGATE = {n for n in class_cache.ENV_VARS_TO_PROPAGATE if not n.startswith("AWS_")}
 
 TELL_SECONDS = 0.25  # at most so often a worker tells what happened: each time costs Tune's loop some milliseconds
 SILENCE_SECONDS = 2.0  # a worker that has nothing to tell looks up so often, for Tune to stop it
-
-
-class ResourceError(Exception):
-    """There is no cluster at the address, or a cell asks for more than any machine in it has."""
 
 
 class GraphSearch(Walk, Searcher):
@@ -119,25 +115,28 @@ class Witness(FIFOScheduler):
 
 
 @contextmanager
-def session(address: str | None) -> Iterator[None]:
+def session(address: str | None, insecure: bool = False) -> Iterator[None]:
     """Every `run` in here is on one cluster, which is joined or started once. Raises ResourceError."""
-    with _cluster(address):
+    with join(address, insecure):
         yield
 
 
 def run(plan: Plan, todo: set[str], done: set[str], *, store: str, runtime: Runtime, resources: Resources,
-        address: str | None, fail_fast: bool, on_event: Callable[[Event], None]) -> Outcome:  # fmt: skip
-    """Run the cells in `todo`. Raises ResourceError before anything starts where a cell fits no machine."""
-    with _cluster(address) as total:
-        gpus = total.get("GPU", 0) > 0 and runtime.device != "cpu"
+        address: str | None, fail_fast: bool, on_event: Callable[[Event], None],
+        insecure: bool = False) -> Outcome:  # fmt: skip
+    """Run the cells in `todo`. insecure: the cluster at `address` need not ask for a token.
+
+    Raises ResourceError before anything starts where a cell fits no machine.
+    """
+    with join(address, insecure) as machines:
+        gpus = machines.gpus and runtime.device != "cpu"
         costs = {k: cost.of(n.cell, n.facts, runtime.batch) for k, n in plan.nodes.items()}
-        bundles = resources_of(plan, resources, gpus, runtime.batch, _cores(resources))
-        if runtime.device == "cuda" and not total.get("GPU"):
+        bundles = resources_of(plan, resources, gpus, runtime.batch, machines.cores(resources.cpus))
+        if runtime.device == "cuda" and not gpus:
             raise ResourceError("--device cuda, but no machine here has a GPU")
-        _check(plan, todo, bundles)
-        slots = max(1, int(total.get("CPU", 1) // resources.cpus))
-        if total.get("GPU", 0) and todo:
-            slots = max(1, min(slots, int(total["GPU"] / max(bundles[k].get("GPU", 1) for k in todo))))
+        _check(plan, todo, bundles, machines)
+        share = max((bundles[k].get("GPU", 0) for k in todo), default=0)
+        slots = machines.slots({"CPU": resources.cpus, "GPU": share})
         # Where every slot is known, what to do next is decided when one is free; Tune's queue would be decided before.
         alike = len({tuple(sorted(bundles[k].items())) for k in todo if not alone(plan.nodes[k].cell)}) <= 1
         place = Store(store)
@@ -293,51 +292,12 @@ def _throttled(k: str, tell: Callable[[Event], None], seconds: float = 1.0) -> C
     return report
 
 
-# ------------------------------------------------------------------------ resources
-
-
-def _cores(resources: Resources) -> float:
-    """Of the smallest machine that runs trials; a head may run none."""
-    machines = [n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"]]
-    return min((n for n in machines if n >= resources.cpus), default=resources.cpus)
-
-
-def _check(plan: Plan, todo: set[str], bundles: dict[str, dict[str, float]]) -> None:
-    """Tune would wait for ever for a bundle that no node can give."""
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+def _check(plan: Plan, todo: set[str], bundles: dict[str, dict[str, float]], machines: Fleet) -> None:
+    """Tune would wait for ever for a bundle that no machine can give."""
     for k in todo:
-        bundle = bundles[k]
-        if not any(all(have.get(name, 0) >= want for name, want in bundle.items()) for have in nodes):
-            have = [{name: n.get(name, 0) for name in ("CPU", "GPU")} for n in nodes]
+        if not machines.fits(bundles[k]):
+            have = [{name: m.has.get(name, 0) for name in ("CPU", "GPU")} for m in machines.machines]
             raise ResourceError(
-                f"{slug(plan.nodes[k].cell)} needs {bundle}, and no node has it: {have}. --cpus sets the cores a trial "
-                "takes, --gpu-memory says how large a GPU is"
+                f"{slug(plan.nodes[k].cell)} needs {bundles[k]}, and no machine has it: {have}. --cpus sets the cores "
+                "a trial takes, --gpu-memory says how large a GPU is"
             )
-
-
-@contextmanager
-def _cluster(address: str | None) -> Iterator[dict[str, float]]:
-    """The cluster at `address`, or one of this machine's own; yields its resources in all. Inside itself: that one."""
-    if ray.is_initialized():
-        yield ray.cluster_resources()
-        return
-    for name in ("ray", "ray.tune", "ray.train"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    own: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 256 * 2**20}
-    try:
-        _knock(address)
-        with drain.terminable():  # and again afterwards: Ray puts a handler of its own in its place
-            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **own)
-    except (OSError, RuntimeError, ValueError) as e:
-        raise ResourceError(f"no Ray cluster at {address or 'this machine'}: {type(e).__name__}: {e}") from e
-    try:
-        yield ray.cluster_resources()
-    finally:
-        ray.shutdown()
-
-
-def _knock(address: str | None) -> None:
-    """Ray itself tries a dead address for minutes. Raises OSError where nobody listens."""
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
-    if colon and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
