@@ -161,6 +161,7 @@ def test_a_smaller_micro_batch_is_kept_for_the_rest_of_the_run(monkeypatch, undi
     assert max(seen[2:]) == 4 + 2 * (S - 1)  # after the two trials of the objective on one window
 
 
+@pytest.mark.slow
 def test_memory_that_does_not_do_for_one_window_is_told(grid_run, llama_folder, monkeypatch, database):
     """One line with what was tried and what could help; MLflow has it; --retry-failed does it and nothing else."""
     content = grid(llama_folder)
@@ -433,6 +434,7 @@ def test_a_prompt_that_diverges(grid_run, llama_folder):
     assert any("failed last time: FloatingPointError" in line for line in out)
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_numbers(grid_run, llama_folder, tmp_path):
     """No Hessian, no perplexity: each is told, by name, and what can be measured is."""
     content = grid(llama_folder, recovery={"method": "random_prompt", "k": 2})
