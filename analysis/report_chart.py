@@ -17,7 +17,7 @@ POINTS = 200  # of a line at most
 
 @dataclass(frozen=True)
 class Mark:
-    """A point. series: which colour and shape. text: what it says when pointed at. bar: the half width of its spread."""
+    """A point. series: which colour and shape. text: what it says when pointed at. bar: ends of its spread, on y."""
 
     x: float
     y: float
@@ -41,7 +41,8 @@ class Box:
 class Chart:
     """One panel. alt: all that it shows, in words. left, right, top, bottom: edges of the plot.
 
-    ticks: (place, label). lines: (series, "x,y x,y"). rules: (x, y, x, y) of reference lines. legend: (series, label), series -1 is the rule.
+    ticks: (place, label). lines: (series, "x,y x,y"). links: (x, y, x) of level lines. rules: (x, y, x, y) of reference
+    lines. legend: (series, label), where series -1 is the rule.
     """
 
     caption: str

@@ -6,16 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
-from typing import Any
 
 import pandas as pd
 
 from analysis import paper, tables
-from analysis.compare import BETTER, MISSING, OK, OTHER, WORSE, Line, compare, shown
-from analysis.report_figures import severity, unseeded
+from analysis.compare import BETTER, MISSING, OK, OTHER, WORSE, Line, judge, shown
+from analysis.report_figures import by_severity, unseeded
 from analysis.report_read import FINISHED, Cell, Record
 from analysis.report_table import Sheet, Value, number, of_paper, text
-from analysis.runs import AnalysisError
+from analysis.runs import AXES, AnalysisError
 from ctp.progress import duration
 
 TOLERANCE = 0.05  # as `analysis.compare` has it
@@ -112,8 +111,9 @@ def _learned(record: Record) -> Sheet | None:
     rows = rows.reindex(columns=list(dict.fromkeys([*rows.columns, *wanted])))
     body = [
         [text(r.model), text(r.source), text(r.recovery_label), text(r.learned_on or "-"),
-         number(r.trainable_parameters, f"{r.trainable_parameters:,.0f}"), number(r.initial_val_loss, _loss(r, "initial_val_loss")),
-         number(r.best_val_loss, _loss(r, "best_val_loss")), number(r.best_step, f"{r.best_step:.0f}"), took(r.seconds)]
+         number(r.trainable_parameters, f"{r.trainable_parameters:,.0f}"),
+         number(r.initial_val_loss, f"{r.initial_val_loss:.3f}"), number(r.best_val_loss, f"{r.best_val_loss:.3f}"),
+         number(r.best_step, f"{r.best_step:.0f}"), took(r.seconds)]
         for _, r in rows.sort_values(["model", "source", "recovery_label"]).iterrows()
     ]  # fmt: skip
     head = ["model", "learned through", "recovery", "learned on", "trained numbers", "first loss", "best loss",
@@ -122,18 +122,14 @@ def _learned(record: Record) -> Sheet | None:
     return Sheet("Prompts and adapters", head, body, {4, 5, 6, 7, 8}, notes, long=len(body) > 12)
 
 
-def _loss(row: Any, name: str) -> str:
-    return f"{row[name]:.3f}"
-
-
 def _read(record: Record) -> Sheet | None:
     rows = record.measured("perplexity")
     if rows.empty:
         return None
     body = []
-    for (model, dataset, split, seq_len), own in rows.groupby(["model", "dataset", "split", "seq_len"]):
-        tokens = float(own.scored_tokens.iloc[0])
-        body.append([text(model), text(dataset), text(split), number(seq_len, str(seq_len)),
+    for (model, dataset, split, _), own in rows.groupby(AXES):
+        tokens, window = float(own.scored_tokens.iloc[0]), int(own.seq_len.iloc[0])
+        body.append([text(model), text(dataset), text(split), number(window, str(window)),
                      number(tokens, f"{tokens:,.0f}"), number(len(own), str(len(own)))])  # fmt: skip
     head = ["model", "text", "split", "window, tokens", "scored tokens", "evaluations"]
     return Sheet("Texts that perplexities are of", head, body, {3, 4, 5}, long=len(body) > 12)
@@ -147,14 +143,11 @@ def perplexities(record: Record) -> Sheet | None:
     rows = record.measured("perplexity")
     if rows.empty:
         return None
-    first = {t: own.iloc[0] for t, own in rows.groupby("target")}
-    order = sorted(rows.index, key=lambda i: (rows.model[i], rows.dataset[i], severity(rows.target[i], first[rows.target[i]]),
-                                              rows.source[i] != "none", rows.source[i]))  # fmt: skip
     body = [
         [text(r.model), text(f"{r.dataset} {r.split}"), text(r.target), text("-" if r.source == "none" else r.source),
          text(r.recovery_label or "no prompt"), number(r.ppl), number(r.ppl_paper),
          number(r.scored_tokens, f"{r.scored_tokens:,.0f}")]
-        for _, r in rows.loc[order].iterrows()
+        for r in by_severity(rows)
     ]  # fmt: skip
     head = ["model", "text", "model behind (target)", "learned through (source)", "prompt or adapter", "ppl",
             "ppl_paper", "scored tokens"]  # fmt: skip
@@ -167,14 +160,11 @@ def tasks(record: Record) -> Sheet | None:
     if rows.empty:
         return None
     rows = rows.reindex(columns=list(dict.fromkeys([*rows.columns, "score_stderr", "documents"])))
-    first = {t: own.iloc[0] for t, own in rows.groupby("target")}
-    order = sorted(rows.index, key=lambda i: (rows.model[i], rows.task[i], severity(rows.target[i], first[rows.target[i]]),
-                                              rows.source[i] != "none"))  # fmt: skip
     body = [
         [text(r.model), text(r.task), text(r.target), text(unseeded(r.recovery_label) or "no prompt"),
          number(r.score, f"{r.score:.3f}"), number(r.score_stderr, f"{r.score_stderr:.3f}"), text(r.metric or "-"),
          number(r.documents, f"{r.documents:.0f}")]
-        for _, r in rows.loc[order].iterrows()
+        for r in by_severity(rows)
     ]  # fmt: skip
     head = ["model", "task", "compression", "prompt or adapter", "score", "standard error", "metric", "documents"]
     return Sheet("Scores of tasks", head, body, {4, 5, 7}, long=len(body) > 20)
@@ -192,22 +182,27 @@ class Comparison:
 
 def against_paper(record: Record) -> Comparison:
     """The paper's tables of which something has run, and every number with its verdict."""
-    sheets, troubles, lines = [], [], []
-    for name in tables.TABLES:
+    sheets: list[Sheet] = []
+    troubles: list[str] = []
+    lines: list[Line] = []
+    for name in paper.tables():
         try:
-            if any(record.results.table(paper.entries(name)).values()):
+            own = _judged(record, name)
+            if name in tables.TABLES and any(line.verdict != MISSING for line in own):
                 sheets.append(of_paper(tables.build(name, record.results)))
+            lines += own
         except AnalysisError as e:
             troubles.append(f"{name}: {e}")
-    try:
-        lines = compare(record.results, TOLERANCE)
-    except AnalysisError as e:
-        troubles += [] if troubles else [str(e)]
     counts = Counter(line.verdict for line in lines)
     verdicts = [(v, counts[v], TONE.get(v, "")) for v in (OK, BETTER, WORSE, OTHER, MISSING) if lines]
     measured = [line for line in lines if line.verdict != MISSING]
     every = _lines(measured) if measured else None
     return Comparison(verdicts, sheets, every, troubles)
+
+
+def _judged(record: Record, name: str) -> list[Line]:
+    numbers = [e for e in paper.entries(name) if e.value is not None]
+    return [judge(n, measured, TOLERANCE) for n, measured in record.results.table(numbers).items()]
 
 
 def _lines(lines: list[Line]) -> Sheet:

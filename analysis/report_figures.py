@@ -19,6 +19,7 @@ from analysis.tables import readable
 SERIES = 3  # kinds of prompts in a panel beside "no prompt"; tables have them all
 LINES = 8  # of a panel of curves
 ANSWER = 2000  # characters
+LOST = 1.05  # times the dense perplexity: below it there is too little to win back for a share to mean something
 
 
 @dataclass
@@ -31,10 +32,10 @@ class Part:
     sheets: list[Sheet] = field(default_factory=list)
     troubles: list[str] = field(default_factory=list)
 
-    def attempt(self, make: Callable[[], None]) -> None:
-        """Add something; runs that do not belong in one table are told in its place."""
+    def attempt(self, make: Callable[..., None], *given: Any) -> None:
+        """Add something: make(self, *given). Runs that do not belong in one table are told in its place."""
         try:
-            make()
+            make(self, *given)
         except AnalysisError as e:
             self.troubles.append(str(e))
 
@@ -75,6 +76,13 @@ def severity(name: str, row: Any) -> tuple[Any, ...]:
     return (name != "dense", bool(bits) + (bool(bits) and bool(zeros)), zeros, -bits, name)
 
 
+def by_severity(rows: pd.DataFrame) -> list[Any]:
+    """Evaluations, the rows of one model, text or task after the other, from dense on, without a prompt first."""
+    told = [(row.model, row.dataset, row.task, severity(row.target, row), row.source != "none", row.source, row.k, row)
+            for _, row in rows.iterrows()]  # fmt: skip
+    return [row for *_, row in sorted(told, key=lambda t: t[:-1])]
+
+
 # ------------------------------------------------------- perplexity against compression
 
 
@@ -84,7 +92,7 @@ def compressions(record: Record) -> list[Part]:
     for model, rows in by_model(record.measured("perplexity")):
         part = Part(model)
         for name, own in _texts(rows):
-            part.attempt(lambda name=name, own=own: _one_text(part, name, own))  # type: ignore[misc]
+            part.attempt(_one_text, name, own)
         parts.append(part)
     return parts
 
@@ -92,10 +100,10 @@ def compressions(record: Record) -> list[Part]:
 def _one_text(part: Part, name: str, rows: pd.DataFrame) -> None:
     check_alike(rows)
     targets = sorted(rows.target.unique(), key=lambda t: severity(t, rows[rows.target == t].iloc[0]))
-    without = {t: float(v) for t, v in rows[rows.source == "none"].groupby("target").ppl.mean().items()}
+    without = {str(t): float(v) for t, v in rows[rows.source == "none"].groupby("target").ppl.mean().items()}
     behind = own_prompts(rows)
     series = ["no prompt", *list(behind)[:SERIES]]
-    every = [without, *(behind[s] for s in series[1:])]
+    every: list[dict[str, float]] = [without, *(behind[s] for s in series[1:])]
     dense = without.get("dense")
     lines = [(t, [s.get(t) for s in every]) for t in targets if t != "dense" or any(t in s for s in every[1:])]
     lines = [(t, own) for t, own in lines if any(v is not None and math.isfinite(v) and v > 0 for v in own)]
@@ -122,8 +130,9 @@ def own_prompts(rows: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 
 def won_back(dense: float | None, without: float | None, behind: float) -> float | None:
-    """Share of the lost log-likelihood that comes back, in percent; None where nothing was lost or it is not known."""
-    if not dense or not without or without <= dense:
+    """Share of the lost log-likelihood that comes back, in percent; None where (next to) nothing was lost, or it is not
+    known."""
+    if not dense or not without or without < LOST * dense:
         return None
     return 100 * math.log(without / behind) / math.log(without / dense)
 
@@ -149,25 +158,34 @@ def _gains(caption: str, targets: list[str], without: dict[str, float], behind: 
 
 
 def transfer(record: Record) -> list[Part]:
-    """For each model, source x target of each text on which a prompt met more than one model or none but others."""
+    """For each model, source x target of each text on which a prompt met another model than its own."""
     parts = []
     for model, rows in by_model(record.measured("perplexity")):
         part = Part(model)
-        for name, own in _texts(rows[rows.recovery.notna()]):
-            if (own.source != "none").any():
-                part.attempt(lambda name=name, own=own: part.heats.append(_matrix(name, own)))  # type: ignore[misc]
+        for name, own in _texts(rows):
+            if _moved(own).any():
+                part.attempt(_matrix, name, own)
         if part.heats or part.troubles:
             parts.append(part)
     return parts
 
 
-def _matrix(name: str, rows: pd.DataFrame) -> Heat:
+def _moved(rows: pd.DataFrame) -> "pd.Series[bool]":
+    """Which rows are of something that was learned through another model than the one behind it."""
+    return (rows.source != rows.target) & ~rows.source.isin(["none", "untrained", "imported"])
+
+
+def _matrix(part: Part, name: str, rows: pd.DataFrame) -> None:
+    """What moved, and no prompt; other rows, of one number each, stand with their own model."""
+    called = rows.apply(transfer_matrix.label, axis=1)
+    rows = rows[called.isin({transfer_matrix.NO_PROMPT, *called[_moved(rows)]})]
     values = transfer_matrix.matrix(rows, "ppl").drop(index=transfer_matrix.REFERENCE, errors="ignore")
-    values = values.dropna(how="all")
-    first = {t: own.iloc[0] for t, own in rows.groupby("target")}
-    values = values[sorted(values.columns, key=lambda t: severity(t, first[t]))]
+    met = rows[rows.source != "none"].target
+    values = values[[t for t in values.columns if t == "dense" or t in set(met)]].dropna(how="all")
+    order = dict.fromkeys(row.target for row in by_severity(rows))
+    values = values[[t for t in order if t in values.columns]]
     caption = f"Perplexity on {name}: rows say where a prompt was learned, columns the model behind it"
-    return heat(caption, "source ↓ target →", values, transfer_matrix.spread(rows, "ppl"))
+    part.heats.append(heat(caption, "source ↓ target →", values, transfer_matrix.spread(rows, "ppl")))
 
 
 # ------------------------------------------------------------------------ learning
@@ -184,13 +202,13 @@ def learning(record: Record) -> list[Part]:
             group = group.sort_values(["recovery_label", "source"])
             for i in range(0, len(group), LINES):
                 more = f" ({i // LINES + 1})" if len(group) > LINES else ""
-                some, caption = group.iloc[i : i + LINES], f"{method} learned on {learned_on}{more}"
-                part.attempt(lambda c=caption, s=some: part.charts.append(_losses(record, c, s)))  # type: ignore[misc]
+                caption = f"{method} learned on {learned_on}{more}"
+                part.attempt(_losses, record, caption, group.iloc[i : i + LINES])
         parts.append(part)
     return parts
 
 
-def _losses(record: Record, caption: str, rows: pd.DataFrame) -> Chart:
+def _losses(part: Part, record: Record, caption: str, rows: pd.DataFrame) -> None:
     alike = rows.recovery_label.nunique() == 1
     lines = []
     for _, row in rows.iterrows():
@@ -199,7 +217,7 @@ def _losses(record: Record, caption: str, rows: pd.DataFrame) -> Chart:
             lines.append((str(row.source) if alike else f"{row.source}, {row.recovery_label}", points))
     if not lines:
         raise AnalysisError(f"{caption}: no validation loss is a finite number")
-    return curves(caption, "step", "validation loss, nats per token", lines)
+    part.charts.append(curves(caption, "step", "validation loss, nats per token", lines))
 
 
 # ------------------------------------------------------------------------ latency
@@ -219,7 +237,7 @@ def latency(record: Record) -> list[Part]:
         lines, spread = [], []
         for (model, target), own in rows.groupby(["model", "target"]):
             own = own.reindex(columns=["k", metric, f"{metric}_iqr"]).groupby("k").mean().sort_index() * 1000
-            lines.append((f"{model} {target}", [(float(k), float(v)) for k, v in own[metric].items()]))
+            lines.append((f"{model} {target}", list(zip(map(float, own.index), map(float, own[metric]), strict=True))))
             spread.append([float(v) for v in own[f"{metric}_iqr"].fillna(0)])
         for i in range(0, len(lines), LINES):
             name = what.partition(",")[0].capitalize()
@@ -247,12 +265,12 @@ def neighbours(record: Record) -> list[Part]:
     parts = []
     for _, row in record.measured("neighbours").iterrows():
         part = Part(f"{row.model}, prompt {unseeded(row.recovery_label)} learned through {row.source}")
-        part.attempt(lambda part=part, row=row: _words(record, part, row))  # type: ignore[misc]
+        part.attempt(_words, record, row)
         parts.append(part)
     return parts
 
 
-def _words(record: Record, part: Part, row: Any) -> None:
+def _words(part: Part, record: Record, row: Any) -> None:
     found = record.json(row.run_id, "neighbours.json")
     counts, edges = found["histogram"]["counts"], found["histogram"]["edges"]
     shares = [100 * c / sum(counts) for c in counts]
@@ -274,10 +292,7 @@ def answers(record: Record) -> list[tuple[str, list[Answers]]]:
     out = []
     for model, rows in by_model(record.measured("generation")):
         asked: dict[str, dict[str, str]] = {}
-        first = {t: own.iloc[0] for t, own in rows.groupby("target")}
-        order = sorted(rows.index, key=lambda i: (severity(rows.target[i], first[rows.target[i]]),
-                                                  rows.source[i] != "none", rows.recovery_label[i]))  # fmt: skip
-        for _, row in rows.loc[order].iterrows():
+        for row in by_severity(rows):
             who = _who(row)
             for one in record.json(row.run_id, "answers.json"):
                 asked.setdefault(str(one["question"]), {}).setdefault(who, str(one["answer"]).strip()[:ANSWER])

@@ -5,7 +5,7 @@ from statistics import median
 
 import pandas as pd
 
-from analysis.report_figures import by_model, won_back
+from analysis.report_figures import LOST, by_model, won_back
 from analysis.report_read import Record
 from analysis.report_table import Sheet, Value, number, text
 from analysis.runs import AXES
@@ -14,8 +14,8 @@ HEAD = ["model", "text", "learned", "dense", "helps the model it was learned thr
         "helps other compressions"]  # fmt: skip
 NOTES = [
     "It helps where the perplexity behind it is lower than that of the same model alone, both per scored token. Of the "
-    "loss that compression costs (log-perplexity above the dense model's), 100 % won back is as good as dense; below 0 "
-    "it got worse."
+    "loss that compression costs (log-perplexity above the dense model's), 100 % won back is as good as dense, below 0 "
+    f"it got worse; a compression that costs less than {100 * (LOST - 1):.0f} % of perplexity has no share."
 ]
 
 
@@ -23,11 +23,11 @@ def at_a_glance(record: Record) -> Sheet | None:
     """One row a model, text, and kind and text of learning; None where nothing was learned and evaluated."""
     body: list[list[Value]] = []
     for model, rows in by_model(record.measured("perplexity")):
-        for (_, dataset, split, seq_len), own in rows.groupby(AXES):
+        for (_, dataset, split, _), own in rows.groupby(AXES):
             without = own[own.source == "none"].groupby("target").ppl.mean()
             learned = own[~own.source.isin(["none", "untrained", "imported"]) & own.target.isin(without.index)]
             for (recovery, on), group in learned.groupby(["recovery", "learned_on"]):
-                name = f"{dataset} {split}, {seq_len} tokens"
+                name = f"{dataset} {split}"
                 body.append([text(model), text(name), text(f"{recovery} on {on}" if on else recovery),
                              *_row(group, without)])  # fmt: skip
     return Sheet("Does what was learned help?", HEAD, body, {3, 4, 5, 6}, NOTES) if body else None

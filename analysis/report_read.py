@@ -77,7 +77,7 @@ class Record:
         self.cells = [_cell(r) for r in runs]
         done = [r for r in runs if r.info.status == FINISHED]
         self._metrics: dict[str, dict[str, float]] = {r.info.run_id: r.data.metrics for r in done}
-        self.rows = frame(done)
+        self.rows = _compact(frame(done))
         for measure in REQUIRED:
             of_measure(self.rows, measure)
 
@@ -139,6 +139,11 @@ def versions(cells: Iterable[Cell], store: Store) -> list[dict[str, str]]:
         if told not in found:
             found.append(told)
     return found
+
+
+def _compact(rows: pd.DataFrame) -> pd.DataFrame:
+    """The same rows with words as Python objects in one block: hundreds of columns of Arrow's are slow to pick from."""
+    return rows.astype({c: object for c in rows.columns if isinstance(rows[c].dtype, pd.StringDtype)}).copy()
 
 
 def _cell(run: Any) -> Cell:
