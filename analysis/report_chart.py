@@ -126,7 +126,7 @@ def levels(
     bottom = 8 + LINE * len(rows)
     chart = Chart(caption, _told(caption, rows, series, reference), bottom + 36, left, 4, WIDTH - 14, bottom)
     scale = Scale.over(values, left + 6, WIDTH - 20)
-    chart.xticks, chart.xlabel = scale.ticks(), unit + (", logarithmic" if scale.log else "")
+    chart.xticks, chart.xlabel = scale.ticks(), unit + (", log scale" if scale.log else "")
     for i, (name, own) in enumerate(rows):
         y = 8 + LINE * (i + 0.5)
         chart.yticks.append((y, cut(name)))
@@ -171,7 +171,7 @@ def curves(caption: str, xlabel: str, ylabel: str, lines: Sequence[Line], zero: 
     )
     chart = Chart(caption, f"{caption}, {ylabel} over {xlabel}: {ends}.", bottom + 36, left, 4, WIDTH - 14, bottom)
     chart.xticks, chart.yticks = x.ticks(6), y.ticks(5)
-    chart.xlabel, chart.ylabel = xlabel, ylabel + (", logarithmic" if y.log else "")
+    chart.xlabel, chart.ylabel = xlabel, ylabel + (" (log)" if y.log else "")
     for s, (label, points) in enumerate(thin):
         chart.lines.append((s, " ".join(f"{x(a)},{y(b)}" for a, b in points)))
         chart.legend.append((s, label))

@@ -13,7 +13,7 @@ from analysis import paper, tables
 from analysis.compare import BETTER, MISSING, OK, OTHER, WORSE, Line, judge, shown
 from analysis.report_figures import by_severity, unseeded
 from analysis.report_read import FINISHED, Cell, Record
-from analysis.report_table import Sheet, Value, number, of_paper, text
+from analysis.report_table import LONG, Sheet, Value, number, of_paper, text
 from analysis.runs import AXES, AnalysisError
 from ctp.progress import duration
 
@@ -95,7 +95,7 @@ def _compressed(record: Record) -> Sheet | None:
         for _, r in rows.sort_values(["model", "compression"]).iterrows() if r.compression != "dense"
     ]  # fmt: skip
     head = ["model", "compression", "bits per weight", "zeros", "smaller than float16", "size", "took"]
-    return Sheet("Compressed models", head, body, {2, 3, 4, 5, 6}, long=len(body) > 12) if body else None
+    return Sheet("Compressed models", head, body, {2, 3, 4, 5, 6}, long=len(body) > LONG) if body else None
 
 
 def _metric(record: Record, rows: pd.DataFrame, name: str) -> pd.Series:
@@ -119,7 +119,7 @@ def _learned(record: Record) -> Sheet | None:
     head = ["model", "learned through", "recovery", "learned on", "trained numbers", "first loss", "best loss",
             "best step", "took"]  # fmt: skip
     notes = ["Losses are of the validation text, in nats per scored token."]
-    return Sheet("Prompts and adapters", head, body, {4, 5, 6, 7, 8}, notes, long=len(body) > 12)
+    return Sheet("Prompts and adapters", head, body, {4, 5, 6, 7, 8}, notes, long=len(body) > LONG)
 
 
 def _read(record: Record) -> Sheet | None:
@@ -132,7 +132,7 @@ def _read(record: Record) -> Sheet | None:
         body.append([text(model), text(dataset), text(split), number(window, str(window)),
                      number(tokens, f"{tokens:,.0f}"), number(len(own), str(len(own)))])  # fmt: skip
     head = ["model", "text", "split", "window, tokens", "scored tokens", "evaluations"]
-    return Sheet("Texts that perplexities are of", head, body, {3, 4, 5}, long=len(body) > 12)
+    return Sheet("Texts that perplexities are of", head, body, {3, 4, 5}, long=len(body) > LONG)
 
 
 # ------------------------------------------------------------------------ the numbers
@@ -167,7 +167,7 @@ def tasks(record: Record) -> Sheet | None:
         for r in by_severity(rows)
     ]  # fmt: skip
     head = ["model", "task", "compression", "prompt or adapter", "score", "standard error", "metric", "documents"]
-    return Sheet("Scores of tasks", head, body, {4, 5, 7}, long=len(body) > 20)
+    return Sheet("Scores of tasks", head, body, {4, 5, 7}, long=len(body) > LONG)
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,9 @@ def against_paper(record: Record) -> Comparison:
         try:
             own = _judged(record, name)
             if name in tables.TABLES and any(line.verdict != MISSING for line in own):
-                sheets.append(of_paper(tables.build(name, record.results)))
+                sheet = of_paper(tables.build(name, record.results))
+                sheet.notes = [n for n in sheet.notes if n not in {said for s in sheets for said in s.notes}]
+                sheets.append(sheet)
             lines += own
         except AnalysisError as e:
             troubles.append(f"{name}: {e}")
@@ -255,7 +257,7 @@ def cost(record: Record) -> list[Sheet]:
     notes = ["Time of the cells added up; cells that ran beside each other count in full."]
     sheets = [Sheet("Time and memory", head, body, {1, 2, 3, 4, 5}, notes)]
     sheets.append(Sheet("The longest cells", ["cell", "kind", "took", "peak memory"], slowest, {2, 3}, long=True))
-    return [*sheets, Sheet("Invocations", ["command", "began", "took", "ended"], calls, {2}, long=len(calls) > 12)]
+    return [*sheets, Sheet("Invocations", ["command", "began", "took", "ended"], calls, {2}, long=len(calls) > LONG)]
 
 
 def provenance(record: Record, found: list[dict[str, str]]) -> list[Sheet]:

@@ -10,6 +10,7 @@ from analysis.render import Table, short
 
 # Cividis from its bright end to its dark one: even steps of lightness, the same to colour-blind people.
 RAMP = ("#fee838", "#e1cc55", "#c3b369", "#a59c74", "#8a8678", "#707173", "#575d6d", "#3b496c", "#123570", "#00224e")
+LONG = 20  # rows; a longer table begins closed
 INKS = ("#000000", "#ffffff")
 
 
@@ -58,11 +59,15 @@ def number(value: float | None, shown: str = "") -> Value:
 
 
 def of_paper(table: Table) -> Sheet:
-    """A table of `analysis.tables` as it stands; figures have commas and spreads, so it keeps the paper's order."""
+    """A table of `analysis.tables` in the paper's order; cells that it leaves empty under a label repeat the label."""
     numeric = set() if table.wide else set(range(table.labels, len(table.head)))
-    rows = [[Value(c) for c in row] for row in table.body]
-    head = [h or ("row" if i == 0 else "") for i, h in enumerate(table.head)]
-    return Sheet(f"{_spoken(table.name)}. {table.title}", head, rows, numeric, list(table.notes), sortable=False)
+    rows: list[list[Value]] = []
+    for row in table.body:
+        above = [v.text for v in rows[-1]] if rows and not row[0] else row
+        rows.append([Value(c or (above[i] if i < table.labels else "")) for i, c in enumerate(row)])
+    head = [h or ("row" if i == 0 else "setting") for i, h in enumerate(table.head)]
+    caption = f"{_spoken(table.name)}. {table.title}"
+    return Sheet(caption, head, rows, numeric, list(table.notes), len(rows) > LONG, sortable=False)
 
 
 def _spoken(name: str) -> str:
