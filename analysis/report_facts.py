@@ -11,7 +11,7 @@ import pandas as pd
 
 from analysis import paper, tables
 from analysis.compare import BETTER, MISSING, OK, OTHER, WORSE, Line, judge, shown
-from analysis.report_figures import by_severity, unseeded
+from analysis.report_figures import by_severity, called
 from analysis.report_read import FINISHED, Cell, Record
 from analysis.report_table import LONG, Sheet, Value, number, of_paper, text
 from analysis.runs import AXES, AnalysisError
@@ -145,7 +145,7 @@ def perplexities(record: Record) -> Sheet | None:
         return None
     body = [
         [text(r.model), text(f"{r.dataset} {r.split}"), text(r.target), text("-" if r.source == "none" else r.source),
-         text(r.recovery_label or "no prompt"), number(r.ppl), number(r.ppl_paper),
+         text("no prompt" if r.source == "none" else r.recovery_label or called(r)), number(r.ppl), number(r.ppl_paper),
          number(r.scored_tokens, f"{r.scored_tokens:,.0f}")]
         for r in by_severity(rows)
     ]  # fmt: skip
@@ -161,7 +161,7 @@ def tasks(record: Record) -> Sheet | None:
         return None
     rows = rows.reindex(columns=list(dict.fromkeys([*rows.columns, "score_stderr", "documents"])))
     body = [
-        [text(r.model), text(r.task), text(r.target), text(unseeded(r.recovery_label) or "no prompt"),
+        [text(r.model), text(r.task), text(r.target), text("no prompt" if r.source == "none" else called(r)),
          number(r.score, f"{r.score:.3f}"), number(r.score_stderr, f"{r.score_stderr:.3f}"), text(r.metric or "-"),
          number(r.documents, f"{r.documents:.0f}")]
         for r in by_severity(rows)

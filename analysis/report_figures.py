@@ -60,9 +60,15 @@ def _texts(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         yield f"{dataset} ({split}, windows of {seq_len} tokens)", own
 
 
-def unseeded(label: str) -> str:
+def called(row: Any) -> str:
     """A recovery's label whatever its seed."""
-    return re.sub("-seed[0-9]+$", "", label)
+    return re.sub("-seed[0-9]+$", "", row.recovery_label) or f"{row.recovery} {row.learned_on}".strip()
+
+
+def dense_of(rows: pd.DataFrame) -> float | None:
+    """The perplexity of the model as it was; None where it was not evaluated."""
+    own = rows[(rows.target_level == "dense") & (rows.source == "none")]
+    return None if own.empty else float(own.ppl.mean())
 
 
 def severity(name: str, row: Any) -> tuple[Any, ...]:
@@ -73,7 +79,7 @@ def severity(name: str, row: Any) -> tuple[Any, ...]:
         return 0.0 if found is None or pd.isna(found) else float(found)
 
     bits, zeros = value("bits"), value("sparsity")
-    return (name != "dense", bool(bits) + (bool(bits) and bool(zeros)), zeros, -bits, name)
+    return (row.get("target_level", name) != "dense", bool(bits) + (bool(bits) and bool(zeros)), zeros, -bits, name)
 
 
 def by_severity(rows: pd.DataFrame) -> list[Any]:
@@ -104,8 +110,8 @@ def _one_text(part: Part, name: str, rows: pd.DataFrame) -> None:
     behind = own_prompts(rows)
     series = ["no prompt", *list(behind)[:SERIES]]
     every: list[dict[str, float]] = [without, *(behind[s] for s in series[1:])]
-    dense = without.get("dense")
-    lines = [(t, [s.get(t) for s in every]) for t in targets if t != "dense" or any(t in s for s in every[1:])]
+    dense, whole = dense_of(rows), set(rows[rows.target_level == "dense"].target)
+    lines = [(t, [s.get(t) for s in every]) for t in targets if t not in whole or any(t in s for s in every[1:])]
     lines = [(t, own) for t, own in lines if any(v is not None and math.isfinite(v) and v > 0 for v in own)]
     if lines:
         reference = ("dense, no prompt", dense) if dense else None
@@ -122,7 +128,7 @@ def own_prompts(rows: pd.DataFrame) -> dict[str, dict[str, float]]:
     """Recovery -> target -> mean perplexity, of what was learned through the very model that it stands in front of; of
     several lengths the longest, most common kinds first."""
     own = rows[(rows.source == rows.target) & (rows.recovery != "none")]
-    own = own.assign(called=own.recovery_label.map(unseeded))
+    own = own.assign(called=[called(row) for _, row in own.iterrows()])
     common = own.groupby("called").agg(n=("target", "nunique"), k=("k", "max"))
     order = common.sort_values(["n", "k"], ascending=False, kind="stable").index
     means = own.groupby(["called", "target"]).ppl.mean()
@@ -181,7 +187,9 @@ def _matrix(part: Part, name: str, rows: pd.DataFrame) -> None:
     rows = rows[called.isin({transfer_matrix.NO_PROMPT, *called[_moved(rows)]})]
     values = transfer_matrix.matrix(rows, "ppl").drop(index=transfer_matrix.REFERENCE, errors="ignore")
     met = rows[rows.source != "none"].target
-    values = values[[t for t in values.columns if t == "dense" or t in set(met)]].dropna(how="all")
+    values = values[[t for t in values.columns if t in {*met, *rows[rows.target_level == "dense"].target}]].dropna(
+        how="all"
+    )
     order = dict.fromkeys(row.target for row in by_severity(rows))
     values = values[[t for t in order if t in values.columns]]
     caption = f"Perplexity on {name}: rows say where a prompt was learned, columns the model behind it"
@@ -264,7 +272,7 @@ def neighbours(record: Record) -> list[Part]:
     """For each prompt, how near the vocabulary comes, and its vectors' nearest words."""
     parts = []
     for _, row in record.measured("neighbours").iterrows():
-        part = Part(f"{row.model}, prompt {unseeded(row.recovery_label)} learned through {row.source}")
+        part = Part(f"{row.model}, prompt {called(row)} learned through {row.source}")
         part.attempt(_words, record, row)
         parts.append(part)
     return parts
@@ -304,4 +312,4 @@ def _who(row: Any) -> str:
     if row.source == "none":
         return f"{row.target}, no prompt"
     through = "" if row.source in (row.target, "untrained", "imported") else f" learned through {row.source}"
-    return f"{row.target}, {unseeded(row.recovery_label)}{through}"
+    return f"{row.target}, {called(row)}{through}"

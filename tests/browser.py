@@ -12,8 +12,8 @@ from pathlib import Path
 import aiohttp
 
 PATH = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--remote-debugging-port=0",
-         "--hide-scrollbars", "--disable-background-networking", "--disable-component-update"]  # fmt: skip
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+         "--hide-scrollbars", "--remote-debugging-port=0", "--disable-background-networking", "--disable-component-update"]  # fmt: skip
 
 
 class Page:
@@ -65,14 +65,16 @@ class Page:
         assert "exceptionDetails" not in told, told
         return told["result"].get("value")
 
+    async def height(self):
+        """Of all of the page, in CSS pixels."""
+        return (await self.ask("Page.getLayoutMetrics"))["cssContentSize"]["height"]
+
     async def screenshot(self, whole=False):
         """The window, or all of the page, as a PNG's bytes."""
-        return base64.b64decode((await self.ask("Page.captureScreenshot", captureBeyondViewport=whole, **(
-            {"clip": await self._whole()} if whole else {})))["data"])  # fmt: skip
-
-    async def _whole(self):
         size = (await self.ask("Page.getLayoutMetrics"))["cssContentSize"]
-        return {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 16000), "scale": 1}
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 16000), "scale": 1}
+        params = {"clip": clip, "captureBeyondViewport": True} if whole else {}
+        return base64.b64decode((await self.ask("Page.captureScreenshot", **params))["data"])
 
 
 @asynccontextmanager

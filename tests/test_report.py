@@ -1,0 +1,360 @@
+"""A grid's report: one file that tells everything, asks nobody, and believes nothing that models or strangers write.
+
+What a person sees is looked at in Chromium (Debian: `apt-get install chromium`) where there is one.
+"""
+
+import asyncio
+import re
+from collections import Counter
+from html.parser import HTMLParser
+
+import browser
+import mlflow
+import pytest
+from paperruns import Writer
+
+from analysis import paper, report
+from analysis.compare import compare
+from analysis.report_chart import Scale, levels
+from analysis.report_figures import severity, won_back
+from analysis.report_table import contrast, shade
+from analysis.results import Results
+from analysis.runs import AnalysisError
+
+EVIL = '<script>document.title="owned"</script><img src="http://evil.example/x.png" onerror="alert(1)">'
+NEEDS = pytest.mark.skipif(browser.PATH is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
+QUESTION = "Where is Tulsa?"
+
+
+def entry(table, **where):
+    """The first entry of a table that measures this."""
+    return next(e for e in paper.entries(table) if where.items() <= e.where.items())
+
+
+def tags(name, **more):
+    return {"mlflow.runName": name, "ctp.key": "0" * 64, "ctp.git_commit": "c0ffee" * 6 + "abcd", **more}
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory):
+    """MLflow with something of everything: perplexities, learning, answers, latencies, words, and a failure."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+    writer = Writer(uri, {"a": EVIL}, ["table2", "figure1", "figure6", "figure9"])
+    writer.paper("table2", factor=1.2)
+    moved = entry("figure5", source="gptq-3bit", target="gptq-4bit", dataset="ptb")
+    writer.write(moved, ppl(9.0), None, {"ctp.studies": "figure5"})
+    answer = [{"question": f"{QUESTION} {EVIL}", "answer": f"{EVIL}\x00\x1b[31m \ud83d in Oklahoma", "tokens": 9}]
+    for target in ("dense", "sparsegpt-62.5"):
+        writer.write(entry("figure1", target=target, recovery="none"), {"questions": 1}, None, tags("answers"),
+                     {"answers.json": answer})  # fmt: skip
+    for k in (0, 50, 100):
+        timed = {"prefill_seconds": 0.1 + k / 1e4, "prefill_seconds_iqr": 0.01, "decode_seconds_per_token": 0.03,
+                 "decode_seconds_per_token_iqr": 0.002}  # fmt: skip
+        own = {"k": k, "recovery": "random_prompt" if k else "none", "source": "untrained" if k else "none"}
+        writer.write(entry("figure6"), timed, own, tags(f"latency {k}"))
+    edges = [i / 50 - 1 for i in range(101)]
+    near = {"nearest": [{"row": 0, "word": EVIL, "token": "x", "id": 7, "cosine": 0.5}],
+            "histogram": {"edges": edges, "counts": [0] * 55 + [3, 5, 2] + [0] * 42}}  # fmt: skip
+    writer.write(entry("figure9"), {"fraction_below_0.16": 0.4, "max_cosine": 0.5}, None, tags("words"),
+                 {"neighbours.json": near})  # fmt: skip
+    learn(writer)
+    failed = writer.write(entry("table8", k=25), ppl(3.0), None, tags("failed cell", **{"ctp.error": EVIL}),
+                          {"traceback.txt": "Traceback: " + EVIL})  # fmt: skip
+    writer.client.set_terminated(failed, "FAILED")
+    return uri
+
+
+def ppl(value):
+    return {"ppl": value, "ppl_paper": value, "nll_sum": 1.0, "scored_tokens": 1, "positions": 1, "seconds": 2.0}
+
+
+def learn(writer):
+    learned = entry("table6", measure="learn", recovery="soft_prompt")
+    said = {"trainable_parameters": 512000, "seconds": 3600, "initial_val_loss": 3.0, "best_val_loss": 2.5}
+    run = writer.write(learned, said, {"recovery_label": "soft_prompt-k100-c4"}, tags("a prompt"))
+    for step, loss in ((0, 3.0), (10, 2.75), (20, 2.5)):
+        writer.client.log_metric(run, "val_loss", loss, step=step)
+
+
+@pytest.fixture(scope="module")
+def record(uri):
+    mlflow.set_tracking_uri(uri)
+    return report.Record("g")
+
+
+@pytest.fixture(scope="module")
+def html(record):
+    return report.render(record, [{"python": "3.11", "torch": "2.13.0"}])
+
+
+class Parsed(HTMLParser):
+    """Every tag with its attributes, and the text outside style and script."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words, self._in = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._in.append(tag)
+
+    def handle_endtag(self, tag):
+        self._in.pop() if self._in[-1:] == [tag] else None
+
+    def handle_data(self, data):
+        if self._in[-1:] not in (["style"], ["script"]):
+            self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def parsed(html):
+    return Parsed(html)
+
+
+# ------------------------------------------------------------------------ what it says
+
+
+def test_it_tells_what_ran_and_what_came_out(record, parsed):
+    words = re.sub(r"\s+", " ", " ".join(parsed.words))
+    assert f"{len(record.cells) - 1} of {len(record.cells)} cells finished" in words
+    for said in ("Table 2. Perplexity of LLaMA-7B behind prompts", "294.16", "c0ffee", "Tulsa", "in Oklahoma", "2.13.0",
+                 "failed cell", "1 h 00 min", "ppl_paper divides", "over all positions", "512,000"):  # fmt: skip
+        assert said in words, said
+    three_bit = next(e for e in paper.entries("table2") if e.row == ("3-bit w/o prompt",) and e.column == "C4")
+    assert f"{1.2 * three_bit.value:.2f}" in words  # ours, beside
+    assert three_bit.printed in words
+
+
+def test_both_denominators_are_explained_in_two_sentences():
+    assert len(re.findall(r"\.(?: |$)", report.report_facts.DENOMINATORS)) == 2
+
+
+def test_verdicts_are_those_of_compare(record):
+    found = report.report_facts.against_paper(record)
+    verdicts = {v: n for v, n, _ in found.verdicts}
+    assert verdicts["worse"] >= 8  # a fifth above the paper's, of its own model and settings
+    assert {v: n for v, n in verdicts.items() if n} == Counter(line.verdict for line in compare(record.results, 0.05))
+    shown = {s.caption[:7] for s in found.sheets}
+    assert "Table 2" in shown
+    assert "Table 5" not in shown  # no task ran
+
+
+def test_nothing_of_strangers_is_markup(html, parsed):
+    assert "<script>document" not in html
+    assert [t for t, _ in parsed.tags].count("script") == 1
+    assert not [a for _, a in parsed.tags if any(n.startswith("on") for n in a)]
+    assert "img" not in {t for t, _ in parsed.tags}
+    assert " ".join(parsed.words).count('document.title="owned"') >= 5  # grid file, answers, words, failure, traceback
+    assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]", html)
+
+
+def test_nobody_is_asked_for_anything(html, parsed):
+    places = [a[n] for _, a in parsed.tags for n in ("src", "href", "action", "data", "poster", "srcset") if n in a]
+    assert all(p.startswith(("#", "data:")) for p in places)
+    [(_, policy)] = [t for t in parsed.tags if t[1].get("http-equiv") == "Content-Security-Policy"]
+    assert policy["content"].startswith("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-")
+    assert "@import" not in html
+    assert "url(" not in html
+    assert len(html.encode()) < 300_000
+
+
+def test_every_figure_says_in_words_what_it_shows(parsed):
+    charts = [a for t, a in parsed.tags if t == "svg" and a.get("role") == "img"]
+    assert len(charts) >= 5  # two texts, learning, prefill and decode, cosines
+    assert all(len(a["aria-label"]) > 40 for a in charts)
+    of_c4 = next(a["aria-label"] for a in charts if a["aria-label"].startswith("c4"))
+    assert "dense, no prompt 9.11" in of_c4
+    assert "gptq-3bit-plain 12.9 no prompt" in of_c4
+    ids = [a["id"] for _, a in parsed.tags if "id" in a]
+    assert {a["href"][1:] for t, a in parsed.tags if t == "a"} <= set(ids)
+    assert len(ids) == len(set(ids))
+
+
+def test_a_table_that_would_be_too_large_is_cut_and_says_so(record, monkeypatch):
+    content = report._content(record, [])
+    monkeypatch.setattr(report, "_content", lambda *_: content)
+    monkeypatch.setattr(report, "ROWS", (5000, 3))
+    whole = report.render(record)
+    monkeypatch.setattr(report, "LARGEST", len(whole.encode()) - 1)
+    short = report.render(record)
+    assert "The first 3 of " in short
+    assert "The first 3 of " not in whole
+    monkeypatch.setattr(report, "LARGEST", 1000)
+    with pytest.raises(AnalysisError, match="at most 1,000"):
+        report.render(record)
+
+
+def test_runs_that_do_not_belong_together_are_told_in_their_place(uri, record, monkeypatch):
+    rows, results = record.rows.copy(), record.results
+    one = rows[(rows.measure == "perplexity") & (rows.dataset == "c4")].index[0]
+    rows.loc[one, "protocol"] = "another"
+    monkeypatch.setattr(record, "rows", rows)
+    monkeypatch.setitem(record.__dict__, "results", Results(rows, results.roles, results.studies))
+    words = " ".join(Parsed(report.render(record)).words)
+    assert "table2: perplexity c4: runs with different protocol do not belong in one table" in words
+    assert "ptb (test" in words  # the rest is there
+
+
+def test_the_command(uri, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    file = tmp_path / "new" / "report.html"
+    assert report.main(["g", "--out", str(file), "--store", str(tmp_path / "none")]) == 0
+    assert capsys.readouterr().out.strip() == str(file)
+    assert file.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert report.main(["nothing", "--store", str(tmp_path / "none")]) == 1
+    assert "no experiment 'nothing'" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------ numbers and colours
+
+
+def test_shares_of_the_loss():
+    assert won_back(10.0, 20.0, 10.0) == pytest.approx(100)
+    assert won_back(10.0, 20.0, 20.0) == 0
+    assert won_back(10.0, 20.0, 40.0) == pytest.approx(-100)
+    assert won_back(10.0, 40.0, 20.0) == pytest.approx(50)  # half of the log-perplexity that was lost
+    assert won_back(10.0, 10.2, 9.0) is None  # nothing was lost
+    assert won_back(None, 20.0, 9.0) is None
+
+
+def test_compressions_stand_by_kind_and_strength():
+    def row(**settings):
+        return {f"spec.target.compression.{n}": v for n, v in settings.items()}
+
+    named = {"dense": {}, "p50": {"sparsity": "0.5"}, "p75": {"sparsity": "0.75"}, "q4": {"bits": "4"},
+             "q2": {"bits": "2"}, "both": {"sparsity": "0.5", "bits": "4"}}  # fmt: skip
+    assert sorted(sorted(named), key=lambda n: severity(n, row(**named[n]))) == list(named)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "log"), [(3.0, 4.0, False), (10.0, 1e8, True), (0.0, 5.0, False), (7, 7, False)]
+)
+def test_axes_have_round_ticks_inside(low, high, log):
+    scale = Scale.over([low, high], 0, 100)
+    ticks = scale.ticks()
+    assert scale.log == log
+    assert 2 <= len(ticks) <= 6
+    places = [x for x, _ in ticks]
+    assert places == sorted(places)
+    assert 0 <= places[0] < places[-1] <= 100
+    assert 0 < scale(low) <= scale(high) < 100
+
+
+def test_a_chart_has_a_mark_for_each_number():
+    chart = levels("t", "ppl", [("a", [10.0, None]), ("b", [100.0, 1000.0])], ["without", "with"], ("dense", 9.0))
+    assert [(m.series, m.text) for m in chart.marks] == [
+        (0, "a, without: 10"),
+        (0, "b, without: 100"),
+        (1, "b, with: 1k"),
+    ]
+    xs = [m.x for m in chart.marks]
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2)  # a decade each, on a logarithmic axis
+    assert chart.alt == "t: dense 9; a 10 without; b 100 without, 1k with."
+    assert chart.rules[0][0] < xs[0]
+
+
+def test_contrast_is_wcags():
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.478, abs=0.001)  # W3C's own example of just too little
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_words_and_marks_stand_out(theme):
+    """WCAG 2.2 AA: 4.5 for words, 3 for marks."""
+    own = report.PALETTE[theme]
+    for ground in (own["bg"], own["soft"]):
+        for ink in ("ink", "muted", "accent", "ok", "bad"):
+            assert contrast(own[ink], ground) >= 4.5, (ink, ground)
+    assert all(contrast(c, own["bg"]) >= 3 for c in (*report.SERIES[theme], own["rule"]))
+    used = set(re.findall(r"var\(--([a-z0-9]+)\)", "".join(p.read_text() for p in templates())))
+    assert used - {f"s{i}" for i in range(8)} <= own.keys()
+
+
+def test_numbers_stand_out_on_every_colour_of_a_heat_map():
+    for share in (i / 200 for i in range(201)):
+        assert max(contrast(shade(share), ink) for ink in ("#000000", "#ffffff")) >= 4.5
+    assert (shade(0), shade(1), shade(-3)) == ("#fee838", "#00224e", "#fee838")
+
+
+def templates():
+    return [p for p in (report.Path(report.__file__).parent / "templates").iterdir() if p.suffix in (".css", ".html")]
+
+
+# ------------------------------------------------------------------------ as a person sees it
+
+
+async def look(folder, file, look, **how):
+    async with browser.page(folder) as page:
+        await page.open(file, **how)
+        found = await look(page)
+        return found, page.errors, page.requests
+
+
+@pytest.fixture(scope="module")
+def file(html, tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+TOP = "getComputedStyle(document.body).backgroundColor"
+WIDER = "document.documentElement.scrollWidth - innerWidth"
+RIGHT = "c.getBoundingClientRect().right"
+COLUMN = "[...document.querySelectorAll('.sortable')[1].tBodies[0].rows].map(r => Number(r.cells[2].dataset.sort))"
+
+
+@NEEDS
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)], ids=["desktop", "phone, dark"])
+def test_it_looks_right_and_asks_for_nothing(file, tmp_path, width, dark):
+    async def visit(page):
+        facts = [
+            await page.run(e) for e in (TOP, WIDER, "document.title", "document.querySelectorAll('svg.chart').length")
+        ]
+        overlap = await page.run(f"[...document.querySelectorAll('.chart')].every(c => {RIGHT} <= innerWidth)")
+        return facts, overlap, browser.colours(await page.screenshot())
+
+    (facts, inside, (colours, size)), errors, requests = asyncio.run(
+        look(tmp_path, file, visit, width=width, dark=dark)
+    )
+    ground = report.PALETTE["dark" if dark else "light"]["bg"]
+    rgb = ", ".join(str(int(ground[i : i + 2], 16)) for i in (1, 3, 5))
+    assert facts[:3] == [f"rgb({rgb})", 0, "g: report"]  # the theme, nothing to scroll sideways, no stranger's script
+    assert facts[3] >= 5
+    assert inside
+    assert colours > 100  # antialiased words and colours: not an empty page
+    assert size[0] == width
+    assert errors == []
+    assert {u.partition(":")[0] for u in requests} <= {"file", "data"}
+
+
+@NEEDS
+def test_tables_sort_and_the_theme_turns(file, tmp_path):
+    async def visit(page):
+        before = await page.run(COLUMN)
+        head = "document.querySelectorAll('.sortable')[1].tHead.rows[0].cells[2]"
+        await page.run(f"{head}.querySelector('button').click()")
+        up = await page.run(COLUMN), await page.run(f"{head}.getAttribute('aria-sort')")
+        await page.run(f"{head}.querySelector('button').click()")
+        down = await page.run(COLUMN)
+        await page.run("document.querySelector('.theme').click()")
+        return before, up, down, await page.run(TOP)
+
+    (before, (up, said), down, ground), errors, _ = asyncio.run(look(tmp_path, file, visit))
+    assert len(set(before)) > 1
+    assert up == sorted(before)
+    assert said == "ascending"
+    assert down == sorted(before, reverse=True)
+    assert ground == "rgb(16, 21, 27)"
+    assert errors == []
+
+
+@NEEDS
+def test_without_scripts_everything_is_there(file, tmp_path):
+    async def visit(page):
+        return browser.colours(await page.screenshot())[0], await page.height()
+
+    (colours, height), _, requests = asyncio.run(look(tmp_path, file, visit, scripts=False))
+    assert colours > 100
+    assert height > 2000
+    assert len(requests) == 1
