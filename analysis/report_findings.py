@@ -12,8 +12,8 @@ from analysis.runs import AXES
 
 HEAD = ["model and text", "learned", "helps its own model", "loss won back", "helps others", "dense perplexity"]
 NOTES = [
-    "What was learned through a compressed model helps it, or another compression of it, where the perplexity behind "
-    "it is lower than without, both per scored token.",
+    "What was learned through one compression of a model (dense is one too) helps it, or another, where the perplexity "
+    "behind it is lower than without, both per scored token.",
     "Loss won back: the median share of what compression costs its own model (log-perplexity above the dense model's). "
     "100 % is as good as dense, below 0 it got worse; where compression costs less than "
     f"{100 * (LOST - 1):.0f} % of perplexity there is no share.",

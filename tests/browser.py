@@ -12,8 +12,8 @@ from pathlib import Path
 import aiohttp
 
 PATH = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-         "--hide-scrollbars", "--remote-debugging-port=0", "--disable-background-networking", "--disable-component-update"]  # fmt: skip
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --hide-scrollbars"
+FLAGS += " --disable-background-networking --disable-component-update --remote-debugging-port=0"
 
 
 class Page:
@@ -81,8 +81,9 @@ class Page:
 async def page(folder):
     """A page of a browser of its own, which ends with it."""
     profile = Path(folder) / "profile"
-    process = subprocess.Popen([PATH, *FLAGS, f"--user-data-dir={profile}", "about:blank"], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, env=os.environ | {"HOME": str(folder)})  # fmt: skip
+    command = [PATH, *FLAGS.split(), f"--user-data-dir={profile}", "about:blank"]
+    own = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ | {"HOME": str(folder)}}
+    process = subprocess.Popen(command, **own)
     try:
         port = await _port(profile / "DevToolsActivePort")
         async with aiohttp.ClientSession() as session:
