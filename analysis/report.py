@@ -42,8 +42,8 @@ def write(grid: str, out: str | Path | None = None, store: str | None = None) ->
     """Write the report of a grid to `out` (default results/report_GRID.html); returns the file.
 
     MLflow is the one that `mlflow.set_tracking_uri` named. store: where the cells' manifests lie, for the packages.
-    Raises AnalysisError where MLflow has no such grid, or a run without its numbers. Runs that do not belong in one
-    table are told in that table's place.
+    Raises AnalysisError where MLflow has no such grid. Runs that lack numbers, or do not belong in one table, are told
+    in the place of what cannot be shown.
     """
     record = Record(grid)
     found = versions(record.cells, Store(store)) if store else []
@@ -92,6 +92,7 @@ def _content(record: Record, found: list[dict[str, str]]) -> dict[str, Any]:
     whole = sum(c.seconds for c in record.cells if c.status == FINISHED and c.seconds == c.seconds)
     return {
         "grid": record.grid, "description": record.description, "text": record.text,
+        "troubles": record.troubles,
         "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "finished": finished, "cells": len(record.cells),
         "failed": failed, "other": len(record.cells) - finished - len(failed), "took": duration(whole),
         "last": report_facts.when(max((c.end for c in record.cells), default=0)),

@@ -53,9 +53,10 @@ class Invocation:
 
 
 class Record:
-    """A grid as MLflow has it. Raises AnalysisError where it has no such grid, or a run without its numbers.
+    """A grid as MLflow has it. Raises AnalysisError where it has no such grid.
 
-    cells: all that the grid still has. rows: the finished ones, as `analysis.runs.finished` gives them.
+    cells: all that the grid still has. rows: the finished ones, as `analysis.runs.finished` gives them. troubles: why
+    measures are left out of them, of which a run lacks a number.
     """
 
     def __init__(self, grid: str) -> None:
@@ -77,9 +78,7 @@ class Record:
         self.cells = [_cell(r) for r in runs]
         done = [r for r in runs if r.info.status == FINISHED]
         self._metrics: dict[str, dict[str, float]] = {r.info.run_id: r.data.metrics for r in done}
-        self.rows = _compact(frame(done))
-        for measure in REQUIRED:
-            of_measure(self.rows, measure)
+        self.rows, self.troubles = _usable(_compact(frame(done)))
 
     @cached_property
     def results(self) -> Results:
@@ -139,6 +138,18 @@ def versions(cells: Iterable[Cell], store: Store) -> list[dict[str, str]]:
         if told not in found:
             found.append(told)
     return found
+
+
+def _usable(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The rows of those measures whose runs are whole, and what is wrong with the others."""
+    troubles = []
+    for measure in REQUIRED:
+        try:
+            of_measure(rows, measure)
+        except AnalysisError as e:
+            rows = rows[rows.measure != measure]
+            troubles.append(f"{measure} is left out: {e}")
+    return rows, troubles
 
 
 def _compact(rows: pd.DataFrame) -> pd.DataFrame:

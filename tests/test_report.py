@@ -196,6 +196,19 @@ def test_runs_that_do_not_belong_together_are_told_in_their_place(uri, record, m
     assert "ptb (test" in words  # the rest is there
 
 
+def test_a_run_without_its_number_leaves_its_measure_out(uri, record):
+    client, run = record.client, record.measured("generation").iloc[0].run_id
+    client.delete_tag(run, "ctp.protocol")
+    try:
+        found = report.Record("g")
+    finally:
+        client.set_tag(run, "ctp.protocol", "p")
+    assert found.troubles == [f"generation is left out: run {run} has no tag ctp.protocol: `python -m ctp.track sync "
+                              "GRID` writes it"]  # fmt: skip
+    assert found.measured("generation").empty
+    assert len(found.measured("perplexity")) == len(record.measured("perplexity"))
+
+
 def test_the_command(uri, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     file = tmp_path / "new" / "report.html"
