@@ -38,13 +38,16 @@ PALETTE = {
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # what HTML cannot say
 
 
-def write(grid: str, out: str | Path | None = None, store: str | None = None) -> Path:
+def write(grid: str, out: str | Path | None = None, store: str | None = None, uri: str | None = None) -> Path:
     """Write the report of a grid to `out` (default results/report_GRID.html); returns the file.
 
-    MLflow is the one that `mlflow.set_tracking_uri` named. store: where the cells' manifests lie, for the packages.
+    store: where the cells' manifests lie, for the packages; without it they are left out. uri: whose MLflow; without it
+    the one that `mlflow.set_tracking_uri` named.
     Raises AnalysisError where MLflow has no such grid. Runs that lack numbers, or do not belong in one table, are told
     in the place of what cannot be shown.
     """
+    if uri:
+        mlflow.set_tracking_uri(uri)
     record = Record(grid)
     found = versions(record.cells, Store(store)) if store else []
     page = render(record, found)
@@ -121,8 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--out", type=Path, metavar="FILE", help="default results/report_GRID.html")
     args = p.parse_args(argv)
     try:
-        mlflow.set_tracking_uri(existing(tracking_uri(Store(args.store).uri)))
-        print(write(args.grid, args.out, args.store))
+        print(write(args.grid, args.out, args.store, existing(tracking_uri(Store(args.store).uri))))
     except (AnalysisError, StoreError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

@@ -69,12 +69,9 @@ class Page:
         """Of all of the page, in CSS pixels."""
         return (await self.ask("Page.getLayoutMetrics"))["cssContentSize"]["height"]
 
-    async def screenshot(self, whole=False):
-        """The window, or all of the page, as a PNG's bytes."""
-        size = (await self.ask("Page.getLayoutMetrics"))["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 16000), "scale": 1}
-        params = {"clip": clip, "captureBeyondViewport": True} if whole else {}
-        return base64.b64decode((await self.ask("Page.captureScreenshot", **params))["data"])
+    async def screenshot(self):
+        """The window as a PNG's bytes."""
+        return base64.b64decode((await self.ask("Page.captureScreenshot"))["data"])
 
 
 @asynccontextmanager
@@ -92,7 +89,7 @@ async def page(folder):
             async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as socket:
                 yield Page(socket)
     finally:
-        process.terminate()
+        process.terminate()  # its own process; its children end with it
         process.wait(10)
 
 

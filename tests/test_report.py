@@ -42,7 +42,10 @@ def uri(tmp_path_factory):
     writer = Writer(uri, {"a": EVIL}, ["table2", "figure1", "figure6", "figure9"])
     writer.paper("table2", factor=1.2)
     moved = entry("figure5", source="gptq-3bit", target="gptq-4bit", dataset="ptb")
-    writer.write(moved, ppl(9.0), None, {"ctp.studies": "figure5"})
+    for seed in (0, 1):
+        writer.write(
+            moved, ppl(9.0 + 2 * seed), {"seed": seed, "spec.recovery.recovery.seed": seed}, {"ctp.studies": "figure5"}
+        )
     answer = [{"question": f"{QUESTION} {EVIL}", "answer": f"{EVIL}\x00\x1b[31m \ud83d in Oklahoma", "tokens": 9}]
     for target in ("dense", "sparsegpt-62.5"):
         writer.write(entry("figure1", target=target, recovery="none"), {"questions": 1}, None, tags("answers"),
@@ -50,7 +53,12 @@ def uri(tmp_path_factory):
     for k in (0, 50, 100):
         timed = {"prefill_seconds": 0.1 + k / 1e4, "prefill_seconds_iqr": 0.01, "decode_seconds_per_token": 0.03,
                  "decode_seconds_per_token_iqr": 0.002}  # fmt: skip
-        own = {"k": k, "recovery": "random_prompt" if k else "none", "source": "untrained" if k else "none"}
+        own = {
+            "k": k,
+            "recovery": "random_prompt" if k else "none",
+            "source": "untrained" if k else "none",
+            "target": EVIL,
+        }
         writer.write(entry("figure6"), timed, own, tags(f"latency {k}"))
     edges = [i / 50 - 1 for i in range(101)]
     near = {"nearest": [{"row": 0, "word": EVIL, "token": "x", "id": 7, "cosine": 0.5}],
@@ -119,7 +127,8 @@ def test_it_tells_what_ran_and_what_came_out(record, parsed):
     words = re.sub(r"\s+", " ", " ".join(parsed.words))
     assert f"{len(record.cells) - 1} of {len(record.cells)} cells finished" in words
     for said in ("Table 2. Perplexity of LLaMA-7B behind prompts", "294.16", "c0ffee", "Tulsa", "in Oklahoma", "2.13.0",
-                 "failed cell", "1 h 00 min", "ppl_paper divides", "over all positions", "512,000"):  # fmt: skip
+                 "failed cell", "1 h 00 min", "ppl_paper divides", "over all positions", "512,000",
+                 "10.00 ± 1.41 (2)"):  # fmt: skip
         assert said in words, said
     three_bit = next(e for e in paper.entries("table2") if e.row == ("3-bit w/o prompt",) and e.column == "C4")
     assert f"{1.2 * three_bit.value:.2f}" in words  # ours, beside
@@ -145,7 +154,9 @@ def test_nothing_of_strangers_is_markup(html, parsed):
     assert [t for t, _ in parsed.tags].count("script") == 1
     assert not [a for _, a in parsed.tags if any(n.startswith("on") for n in a)]
     assert "img" not in {t for t, _ in parsed.tags}
-    assert " ".join(parsed.words).count('document.title="owned"') >= 5  # grid file, answers, words, failure, traceback
+    assert (
+        " ".join(parsed.words).count('document.title="owned"') >= 6
+    )  # grid file, charts, answers, words, error, traceback
     assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff]", html)
 
 

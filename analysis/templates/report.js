@@ -20,7 +20,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
       heads.forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", down ? "descending" : "ascending");
       const rows = [...table.tBodies[0].rows];
-      rows.sort((a, b) => (down ? -1 : 1) * compare(key(a, i), key(b, i)));
+      const missing = (row) => key(row, i) === Infinity; // at the end, whichever way
+      rows.sort((a, b) => missing(a) - missing(b) || (down ? -1 : 1) * compare(key(a, i), key(b, i)));
       table.tBodies[0].append(...rows);
     });
   });
