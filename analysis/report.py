@@ -17,7 +17,7 @@ import mlflow
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from analysis import command, report_facts, report_figures
+from analysis import command, report_facts, report_figures, report_words
 from analysis.report_findings import at_a_glance
 from analysis.report_read import FINISHED, Record, versions
 from analysis.runs import AnalysisError, existing
@@ -104,8 +104,8 @@ def _content(record: Record, found: list[dict[str, str]]) -> dict[str, Any]:
         "compressions": report_figures.compressions(record), "transfer": report_figures.transfer(record),
         "perplexities": report_facts.perplexities(record), "paper": report_facts.against_paper(record),
         "denominators": report_facts.DENOMINATORS, "tasks": report_facts.tasks(record),
-        "learning": report_figures.learning(record), "latency": report_figures.latency(record),
-        "neighbours": report_figures.neighbours(record), "answers": _or_trouble(lambda: report_figures.answers(record)),
+        "learning": report_figures.learning(record), "latency": report_words.latency(record),
+        "neighbours": report_words.neighbours(record), "answers": _or_trouble(lambda: report_words.answers(record)),
         "cost": report_facts.cost(record), "provenance": report_facts.provenance(record, found),
     }  # fmt: skip
 

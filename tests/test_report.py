@@ -11,77 +11,19 @@ from html.parser import HTMLParser
 import browser
 import mlflow
 import pytest
-from paperruns import Writer
+from reportruns import everything
 
 from analysis import paper, report
 from analysis.compare import compare
-from analysis.report_chart import Scale, levels
-from analysis.report_figures import severity, won_back
-from analysis.report_table import contrast, shade
 from analysis.results import Results
 from analysis.runs import AnalysisError
 
-EVIL = '<script>document.title="owned"</script><img src="http://evil.example/x.png" onerror="alert(1)">'
 NEEDS = pytest.mark.skipif(browser.PATH is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
-QUESTION = "Where is Tulsa?"
-
-
-def entry(table, **where):
-    """The first entry of a table that measures this."""
-    return next(e for e in paper.entries(table) if where.items() <= e.where.items())
-
-
-def tags(name, **more):
-    return {"mlflow.runName": name, "ctp.key": "0" * 64, "ctp.git_commit": "c0ffee" * 6 + "abcd", **more}
 
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory):
-    """MLflow with something of everything: perplexities, learning, answers, latencies, words, and a failure."""
-    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
-    writer = Writer(uri, {"a": EVIL}, ["table2", "figure1", "figure6", "figure9"])
-    writer.paper("table2", factor=1.2)
-    moved = entry("figure5", source="gptq-3bit", target="gptq-4bit", dataset="ptb")
-    for seed in (0, 1):
-        writer.write(
-            moved, ppl(9.0 + 2 * seed), {"seed": seed, "spec.recovery.recovery.seed": seed}, {"ctp.studies": "figure5"}
-        )
-    answer = [{"question": f"{QUESTION} {EVIL}", "answer": f"{EVIL}\x00\x1b[31m \ud83d in Oklahoma", "tokens": 9}]
-    for target in ("dense", "sparsegpt-62.5"):
-        writer.write(entry("figure1", target=target, recovery="none"), {"questions": 1}, None, tags("answers"),
-                     {"answers.json": answer})  # fmt: skip
-    for k in (0, 50, 100):
-        timed = {"prefill_seconds": 0.1 + k / 1e4, "prefill_seconds_iqr": 0.01, "decode_seconds_per_token": 0.03,
-                 "decode_seconds_per_token_iqr": 0.002}  # fmt: skip
-        own = {
-            "k": k,
-            "recovery": "random_prompt" if k else "none",
-            "source": "untrained" if k else "none",
-            "target": EVIL,
-        }
-        writer.write(entry("figure6"), timed, own, tags(f"latency {k}"))
-    edges = [i / 50 - 1 for i in range(101)]
-    near = {"nearest": [{"row": 0, "word": EVIL, "token": "x", "id": 7, "cosine": 0.5}],
-            "histogram": {"edges": edges, "counts": [0] * 55 + [3, 5, 2] + [0] * 42}}  # fmt: skip
-    writer.write(entry("figure9"), {"fraction_below_0.16": 0.4, "max_cosine": 0.5}, None, tags("words"),
-                 {"neighbours.json": near})  # fmt: skip
-    learn(writer)
-    failed = writer.write(entry("table8", k=25), ppl(3.0), None, tags("failed cell", **{"ctp.error": EVIL}),
-                          {"traceback.txt": "Traceback: " + EVIL})  # fmt: skip
-    writer.client.set_terminated(failed, "FAILED")
-    return uri
-
-
-def ppl(value):
-    return {"ppl": value, "ppl_paper": value, "nll_sum": 1.0, "scored_tokens": 1, "positions": 1, "seconds": 2.0}
-
-
-def learn(writer):
-    learned = entry("table6", measure="learn", recovery="soft_prompt")
-    said = {"trainable_parameters": 512000, "seconds": 3600, "initial_val_loss": 3.0, "best_val_loss": 2.5}
-    run = writer.write(learned, said, {"recovery_label": "soft_prompt-k100-c4"}, tags("a prompt"))
-    for step, loss in ((0, 3.0), (10, 2.75), (20, 2.5)):
-        writer.client.log_metric(run, "val_loss", loss, step=step)
+    return everything(tmp_path_factory.mktemp("mlflow"))
 
 
 @pytest.fixture(scope="module")
@@ -228,81 +170,6 @@ def test_the_command(uri, tmp_path, monkeypatch, capsys):
     assert file.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert report.main(["nothing", "--store", str(tmp_path / "none")]) == 1
     assert "no experiment 'nothing'" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------ numbers and colours
-
-
-def test_shares_of_the_loss():
-    assert won_back(10.0, 20.0, 10.0) == pytest.approx(100)
-    assert won_back(10.0, 20.0, 20.0) == 0
-    assert won_back(10.0, 20.0, 40.0) == pytest.approx(-100)
-    assert won_back(10.0, 40.0, 20.0) == pytest.approx(50)  # half of the log-perplexity that was lost
-    assert won_back(10.0, 10.2, 9.0) is None  # nothing was lost
-    assert won_back(None, 20.0, 9.0) is None
-
-
-def test_compressions_stand_by_kind_and_strength():
-    def row(**settings):
-        return {f"spec.target.compression.{n}": v for n, v in settings.items()}
-
-    named = {"dense": {}, "p50": {"sparsity": "0.5"}, "p75": {"sparsity": "0.75"}, "q4": {"bits": "4"},
-             "q2": {"bits": "2"}, "both": {"sparsity": "0.5", "bits": "4"}}  # fmt: skip
-    assert sorted(sorted(named), key=lambda n: severity(n, row(**named[n]))) == list(named)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "log"), [(3.0, 4.0, False), (10.0, 1e8, True), (0.0, 5.0, False), (7, 7, False)]
-)
-def test_axes_have_round_ticks_inside(low, high, log):
-    scale = Scale.over([low, high], 0, 100)
-    ticks = scale.ticks()
-    assert scale.log == log
-    assert 2 <= len(ticks) <= 6
-    places = [x for x, _ in ticks]
-    assert places == sorted(places)
-    assert 0 <= places[0] < places[-1] <= 100
-    assert 0 < scale(low) <= scale(high) < 100
-
-
-def test_a_chart_has_a_mark_for_each_number():
-    chart = levels("t", "ppl", [("a", [10.0, None]), ("b", [100.0, 1000.0])], ["without", "with"], ("dense", 9.0))
-    assert [(m.series, m.text) for m in chart.marks] == [
-        (0, "a, without: 10"),
-        (0, "b, without: 100"),
-        (1, "b, with: 1k"),
-    ]
-    xs = [m.x for m in chart.marks]
-    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2)  # a decade each, on a logarithmic axis
-    assert chart.alt == "t: dense 9; a 10 without; b 100 without, 1k with."
-    assert chart.rules[0][0] < xs[0]
-
-
-def test_contrast_is_wcags():
-    assert contrast("#000000", "#ffffff") == pytest.approx(21)
-    assert contrast("#777777", "#ffffff") == pytest.approx(4.478, abs=0.001)  # W3C's own example of just too little
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_words_and_marks_stand_out(theme):
-    """WCAG 2.2 AA: 4.5 for words, 3 for marks."""
-    own = report.PALETTE[theme]
-    for ground in (own["bg"], own["soft"]):
-        for ink in ("ink", "muted", "accent", "ok", "bad"):
-            assert contrast(own[ink], ground) >= 4.5, (ink, ground)
-    assert all(contrast(c, own["bg"]) >= 3 for c in (*report.SERIES[theme], own["rule"]))
-    used = set(re.findall(r"var\(--([a-z0-9]+)\)", "".join(p.read_text() for p in templates())))
-    assert used - {f"s{i}" for i in range(8)} <= own.keys()
-
-
-def test_numbers_stand_out_on_every_colour_of_a_heat_map():
-    for share in (i / 200 for i in range(201)):
-        assert max(contrast(shade(share), ink) for ink in ("#000000", "#ffffff")) >= 4.5
-    assert (shade(0), shade(1), shade(-3)) == ("#fee838", "#00224e", "#fee838")
-
-
-def templates():
-    return [p for p in (report.Path(report.__file__).parent / "templates").iterdir() if p.suffix in (".css", ".html")]
 
 
 # ------------------------------------------------------------------------ as a person sees it
