@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import ray
 import torch
 from prompts import CPU, S, run
 from test_hub import remote  # noqa: F401 (a fixture)
@@ -386,8 +387,8 @@ def test_a_retry_after_a_death_for_memory_begins_with_less(tmp_path):
 def test_workers_that_are_killed(tmp_path, llama_folder, monkeypatch, capsys, database):
     """By the kernel, in real workers: retries take fewer windows at once where memory was why; the line and record of
     what cannot be done are the driver's, as nobody else is left."""
-    start = schedule.ray.init
-    monkeypatch.setattr(schedule.ray, "init", lambda **how: start(num_cpus=2, **how))
+    start = ray.init
+    monkeypatch.setattr(ray, "init", lambda **how: start(num_cpus=2, **how))
     monkeypatch.setattr(schedule, "ended_for_memory", lambda words: words.count("Failure #"))  # all of these were
     monkeypatch.setattr(methods.Measure, "registry", dict(methods.Measure.registry))
     monkeypatch.setattr(plugins, "_sources", {})
