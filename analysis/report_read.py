@@ -78,7 +78,7 @@ class Record:
         self.cells = [_cell(r) for r in runs]
         done = [r for r in runs if r.info.status == FINISHED]
         self._metrics: dict[str, dict[str, float]] = {r.info.run_id: r.data.metrics for r in done}
-        self.rows, self.troubles = _usable(_compact(frame(done)))
+        self.rows, self.troubles = _usable(frame(done))
 
     @cached_property
     def results(self) -> Results:
@@ -150,11 +150,6 @@ def _usable(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
             rows = rows[rows.measure != measure]
             troubles.append(f"{measure} is left out: {e}")
     return rows, troubles
-
-
-def _compact(rows: pd.DataFrame) -> pd.DataFrame:
-    """The same rows with words as Python objects in one block: hundreds of columns of Arrow's are slow to pick from."""
-    return rows.astype({c: object for c in rows.columns if isinstance(rows[c].dtype, pd.StringDtype)}).copy()
 
 
 def _cell(run: Any) -> Cell:

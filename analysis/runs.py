@@ -87,9 +87,13 @@ def finished(grid: str, where: str = "") -> pd.DataFrame:
 
 
 def frame(runs: list[Any]) -> pd.DataFrame:
-    """MLflow's runs of cells as the rows that `finished` promises."""
+    """MLflow's runs of cells as the rows that `finished` promises.
+
+    Words are Python objects: hundreds of columns of Arrow's are slow to pick from.
+    """
     params = {n for r in runs for n in r.data.params}
-    return typed(pd.DataFrame([_row(r, params) for r in runs], columns=None if runs else [*WORDS, *COUNTS]))
+    rows = typed(pd.DataFrame([_row(r, params) for r in runs], columns=None if runs else [*WORDS, *COUNTS]))
+    return rows.astype({c: object for c in rows.columns if isinstance(rows[c].dtype, pd.StringDtype)}).copy()
 
 
 def _row(run: Any, params: set[str]) -> dict[str, Any]:
