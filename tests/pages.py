@@ -1,10 +1,10 @@
 """Markdown pages read as programs: their marked blocks are run in one folder, in the order in which they stand.
 
-    ```yaml file=NAME      written to NAME; python and others likewise
-    ```python              executed; a page is one program, and shares its names
-    ```sh run              commands, one a line: those of ctp in this process, others by bash
-    ```text shows          lines that the command before printed, but for their numbers; "…" stands for any lines
-    ```filter              an MLflow filter that finds runs of the grid `demo`
+```yaml file=NAME      written to NAME; python and others likewise
+```python              executed; a page is one program, and shares its names
+```sh run              commands, one a line: those of ctp in this process, others by bash
+```text shows          lines that the command before printed, but for their numbers; "…" stands for any lines
+```filter              an MLflow filter that finds runs of the grid `demo`
 """
 
 import contextlib
