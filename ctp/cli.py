@@ -102,12 +102,20 @@ def parser(whole: bool = False) -> argparse.ArgumentParser:
     if not whole:
         p.add_argument("command", metavar="COMMAND", choices=ALL, help=argparse.SUPPRESS)
         return p
-    made = {f"ctp {name}": _renamed(parser_of(load(command)), name, command) for name, command in ALL.items()}
+    made = {f"ctp {name}": _own(name, command) for name, command in ALL.items()}
     factory: Any = lambda prog, **_: made[prog]  # noqa: E731
     below = p.add_subparsers(dest="command", prog="ctp", parser_class=factory)
     for name, command in ALL.items():
         below.add_parser(name, help=command.help)
     return p
+
+
+def _own(name: str, command: Command) -> argparse.ArgumentParser:
+    """A command's parser; one without arguments where a package that it needs is not installed."""
+    try:
+        return _renamed(parser_of(load(command)), name, command)
+    except SystemExit:
+        return argparse.ArgumentParser(prog=f"ctp {name}")
 
 
 def _described() -> str:
