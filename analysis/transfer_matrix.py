@@ -13,6 +13,7 @@ import mlflow
 import pandas as pd
 
 from analysis.runs import AXES, NUMBERS, SOURCE, AnalysisError, check_alike, evaluations, existing
+from ctp.names import plain
 from ctp.runinfo import tracking_uri
 from ctp.store import Store, StoreError, default_store
 
@@ -76,7 +77,7 @@ def show(grid: str, table: pd.DataFrame) -> None:
         print(f"\n{grid}: {model} on {dataset} ({split}, windows of {seq_len}, {tokens:,} scored tokens)")
         for number, note in (("ppl", "over scored tokens"), ("ppl_paper", "the paper's denominator, for its tables")):
             print(f"\n{number} ({note})")
-            print(spread(rows, number).to_string(na_rep="-"))
+            print(plain(spread(rows, number).to_string(na_rep="-")))
 
 
 def _short(value: float) -> str:

@@ -22,6 +22,7 @@ from ctp.plan import Plan, make
 from ctp.spec import Evaluate
 from ctp.store import MANIFEST, Store
 from ctp.track import Tracker
+from ctp.unfinished import identity
 
 TEXT = {"dataset": "newswire", "split": "train", "seq_len": 24}
 SIX = ["dense", {"method": "gptq", "bits": [2, 3, 4]}, {"method": "sparsegpt", "sparsity": [0.5, 0.75]}]
@@ -89,7 +90,7 @@ def _artifacts(plan: Plan, store: Store) -> Iterator[tuple[str, dict[str, Any]]]
         metrics = {"ppl": math.exp(nll / 92), "ppl_paper": math.exp(nll / 96), "nll_sum": nll, "scored_tokens": 92,
                    "positions": 96}  # fmt: skip
         manifest = {
-            **store._identity(node.cell), "metrics": metrics, "seconds": 0.1, "device": "cpu", "created": time.time(),
+            **identity(node.cell), "metrics": metrics, "seconds": 0.1, "device": "cpu", "created": time.time(),
             "peak_memory_bytes": 1, "git_commit": None, "versions": {}, "machine": "", "python": "", "payload": "",
             "files": {"result.json": {"sha256": "0" * 64, "size": 0}},
         }  # fmt: skip

@@ -78,7 +78,10 @@ def learn_prompt(
     windows is kept apart for that (at most 32). settings: fields of ctp.methods.SoftPrompt: steps, lr, batch,
     schedule, precision, ... progress is told step, loss and rate about once a second.
 
-    Raises ValueError where a setting is wrong or texts are too short, FloatingPointError where learning diverges.
+    Where memory runs out, fewer windows go through the model at once; the batch stays what it is, up to rounding.
+
+    Raises ValueError where a setting is wrong or texts are too short, FloatingPointError where learning diverges,
+    MemoryError where one window at once is too many.
     """
     _check_plain(model, tokenizer)
     spec, device = _prompt_spec(model, texts, k, seq_len, settings), _device(device)

@@ -2,11 +2,10 @@
 
 ls                        every artifact, with its size and, for models, its true ratio against float16
 export KEY DIR --format   a folder that Hugging Face, vLLM, GPTQModel or PEFT opens
+verify, gc, rm            see ctp.storecommands
 """
 
 import argparse
-import json
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +13,22 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ctp import storecommands
 from ctp.cache import new_folder
-from ctp.columns import aligned
+from ctp.columns import aligned, size
 from ctp.formats import FORMATS
+from ctp.housekeeping import KEY
 from ctp.labels import slug
+from ctp.manifest import MANIFEST, Damaged, parse
 from ctp.methods import Dense
 from ctp.models import locate, quiet
+from ctp.names import plain
 from ctp.recover.adapter import copy_adapter
+from ctp.redact import scrub
 from ctp.spec import KINDS, Cell, Compress, Learn, Runtime, from_json, key
-from ctp.store import MANIFEST, Store, StoreError, default_store
+from ctp.store import Store, StoreError, default_store
 
-OK, USAGE, UNREACHABLE = 0, 2, 3
-KEY = re.compile("[0-9a-fA-F]{6,64}")  # what stands for an artifact: its key, or how that begins
+OK, WRONG, USAGE, UNREACHABLE = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -39,27 +42,33 @@ class Entry:
     manifest: dict[str, Any]
 
 
-def entries(store: Store, kinds: tuple[str, ...] = tuple(KINDS)) -> list[Entry]:
-    """Every finished artifact, by kind and name. Raises StoreError where a manifest cannot be read."""
+def entries(store: Store, kinds: tuple[str, ...] = tuple(KINDS), damaged: list[str] | None = None) -> list[Entry]:
+    """Every finished artifact, by kind and name. Raises StoreError where a manifest cannot be read.
+
+    damaged: a list for what is wrong with manifests that cannot be believed; without it they raise too.
+    """
     out = []
     for path in sorted(path for kind in kinds for path in store.glob(kind, f"*/{MANIFEST}")):
-        said = _read(store, path)
-        size = sum(f["size"] for f in said["files"].values())
+        try:
+            said = _read(store, path)
+        except Damaged as e:
+            if damaged is None:
+                raise
+            damaged.append(str(e))
+            continue
+        total = sum(f["size"] for f in said["files"].values())
         name = path.split("/")[-2].removesuffix(f"-{said['key'][:12]}")
-        out.append(Entry(said["key"], said["kind"], name, size, said))
+        out.append(Entry(said["key"], said["kind"], name, total, said))
     return sorted(out, key=lambda e: (kinds.index(e.kind), e.name))
 
 
 def _read(store: Store, path: str) -> dict[str, Any]:
+    if (text := store.read(path)) is None:
+        raise StoreError(f"{path} is gone: somebody removed it meanwhile")
     try:
-        manifest: dict[str, Any] = json.loads(store.fs.cat_file(path))
-        if manifest["kind"] in KINDS and manifest["key"] and manifest["files"] is not None:
-            return manifest
-    except (ValueError, KeyError, TypeError, OSError) as e:
-        raise StoreError(
-            f"{path} is no manifest ({type(e).__name__}: {e}); remove that folder to compute it again"
-        ) from e
-    raise StoreError(f"{path} is no manifest; remove that folder to compute it again")
+        return parse(text, path)
+    except Damaged as e:
+        raise Damaged(f"{e}: `python -m ctp.store verify` says what to do") from e
 
 
 def find(store: Store, text: str) -> tuple[Cell, dict[str, Any]]:
@@ -74,7 +83,7 @@ def find(store: Store, text: str) -> tuple[Cell, dict[str, Any]]:
     manifests = [m for m in (_read(store, p) for p in found) if m["key"].startswith(text)]
     if len(manifests) != 1:
         what = "no artifact" if not manifests else f"{len(manifests)} artifacts"
-        raise ValueError(f"{what} in {store.uri} with a key that begins with {text!r}")
+        raise ValueError(f"{what} in {scrub(store.uri)} with a key that begins with {text!r}")
     (manifest,) = manifests
     try:
         cell = from_json(manifest)
@@ -155,14 +164,15 @@ def _runtime(cell: Compress, store: Store) -> Runtime:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 2 bad usage, 3 store unreachable or damaged."""
+    """Run the command line; returns the exit code: 0 done, 1 something is damaged or was not removed, 2 bad usage,
+    3 store unreachable or an artifact that was asked for damaged."""
     args = parser().parse_args(argv)
     try:
         store = Store(args.store)
         if args.command == "ls":
-            found = entries(store, (args.kind,) if args.kind else tuple(KINDS))
-            print(table(found) if found else f"No {args.kind or 'artifact'} is done in {store.uri}")
-            return OK
+            return _list(store, args.kind)
+        if args.command in storecommands.COMMANDS:
+            return storecommands.COMMANDS[args.command](store, args)
         for note in export_key(args.key, store, args.folder, args.format):
             print(note)
         print(f"Written to {args.folder}")
@@ -175,6 +185,15 @@ def main(argv: list[str] | None = None) -> int:
         return UNREACHABLE
 
 
+def _list(store: Store, kind: str | None) -> int:
+    damaged: list[str] = []
+    found = entries(store, (kind,) if kind else tuple(KINDS), damaged)
+    print(plain(table(found)) if found else f"No {kind or 'artifact'} is done in {scrub(store.uri)}")
+    for line in damaged:
+        print(f"ctp.store: {line}", file=sys.stderr)
+    return WRONG if damaged else OK
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m ctp.store", description="What lies in a store, and how to get it out.")
     store: Any = {"metavar": "URI", "help": f"CTP_STORE; default {default_store()}"}
@@ -182,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(dest="command", required=True)
     ls = commands.add_parser("ls", help="every artifact, its size and what it saves against float16")
     ex = commands.add_parser("export", help="a folder that other tools open")
-    for command in (ls, ex):  # on either side of the command
+    for command in (ls, ex, *storecommands.parsers(commands)):  # on either side of the command
         command.add_argument("--store", default=argparse.SUPPRESS, **store)
     ls.add_argument("--kind", choices=tuple(KINDS))
     ex.add_argument("key", metavar="KEY", help="6 or more digits of an artifact's key, as ls prints it")
@@ -206,12 +225,4 @@ def _line(e: Entry) -> tuple[str, ...]:
         return form.format(metrics[name]) if name in metrics else "-"
 
     ratios = (shown("model_ratio", "{:.2f}x"), shown("linear_ratio", "{:.2f}x"), shown("bits_per_weight", "{:.2f}"))
-    return e.key[:12], e.kind, _size(e.size), *ratios, e.name
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.1f} TB"
+    return e.key[:12], e.kind, size(e.size), *ratios, e.name

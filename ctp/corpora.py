@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from ctp import hub, packaged_text
 from ctp.cache import sha256_file
 from ctp.inputs import Windows
-from ctp.names import unknown
+from ctp.names import shown, unknown
+from ctp.paths import expanded, there
+from ctp.textfiles import check_text, decoded, rows
 from ctp.texts import CORPORA, SPLITS, Corpus, find, local_root, parse_corpus
 
 if TYPE_CHECKING:
@@ -46,7 +48,9 @@ def locate(corpus: Corpus, split: str, data_dir: str | Path | None = None) -> tu
     if corpus.packaged:
         return f"package:{corpus.name}", packaged_text.fingerprint(corpus.name)
     if corpus.path:
-        path = Path(corpus.path).expanduser().absolute()
+        path = expanded(corpus.path).absolute()
+        if not there(path):
+            raise ValueError(f"{corpus.name}: there is no file or folder {shown(str(path))}")
         if path.is_file():
             return _locate_divided(corpus, path)
         return _locate_file(corpus, split, path)
@@ -75,6 +79,7 @@ def _locate_file(corpus: Corpus, split: str, folder: Path) -> tuple[str, str]:
     endings = (".jsonl", ".txt") if corpus.path else (".jsonl",)
     for ending in endings:
         if (path := folder / f"{split}{ending}").is_file():
+            check_text(path, _local_column(corpus))
             return f"file:{path}", f"sha256:{_sha256(path)}"
     there = [s for s in SPLITS for ending in endings if (folder / f"{s}{ending}").is_file()]
     layout = " or ".join(f"{split}{ending}" for ending in endings)
@@ -87,6 +92,7 @@ def _locate_file(corpus: Corpus, split: str, folder: Path) -> tuple[str, str]:
 def _locate_divided(corpus: Corpus, path: Path) -> tuple[str, str]:
     if path.suffix not in (".jsonl", ".txt"):
         raise ValueError(f"{corpus.name}: {path} is neither .jsonl nor .txt")
+    check_text(path, _local_column(corpus))
     pinned = f"{_sha256(path)} {packaged_text.VERSION} {_PARTS_OF_FILE}"
     return f"divide:{path}", f"sha256:{hashlib.sha256(pinned.encode()).hexdigest()}"
 
@@ -121,7 +127,7 @@ def documents(location: str, corpus: Corpus, split: str, first: int | None = Non
     path = Path(place)
     if not path.is_file():
         raise ValueError(f"{corpus.name}: {path} is missing on this machine")
-    texts = _rows(path, _local_column(corpus)) if path.suffix == ".jsonl" else [path.read_bytes().decode("utf-8")]
+    texts = rows(path, _local_column(corpus)) if path.suffix == ".jsonl" else [decoded(path, path.read_bytes())]
     if scheme == "divide":
         whole = texts if path.suffix == ".jsonl" else packaged_text.sections(texts[0])
         texts = packaged_text.part(whole, split, _PARTS_OF_FILE)
@@ -130,22 +136,6 @@ def documents(location: str, corpus: Corpus, split: str, first: int | None = Non
 
 def _local_column(corpus: Corpus) -> str:
     return corpus.column if corpus.path else "text"  # local copies of hub texts have one layout, whatever the hub's
-
-
-def _rows(path: Path, column: str) -> list[str]:
-    texts = []
-    with path.open(encoding="utf-8") as handle:
-        for number, line in enumerate(handle, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[column]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f'{path}, line {number}: no row {{"{column}": …}}') from error
-            if not isinstance(text, str):
-                raise ValueError(f"{path}, line {number}: {column!r} is no text")
-            texts.append(text)
-    return texts
 
 
 def _hub_documents(place: str, corpus: Corpus, split: str) -> list[str]:

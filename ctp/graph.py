@@ -7,6 +7,7 @@ another has all the rest (guided self-scheduling: Polychronopoulos and Kuck 1987
 
 import heapq
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,14 +28,14 @@ Group = tuple[Any, ...]
 class Outcome:
     """How a run ended: key -> reason for what failed or was skipped; `unfinished` was neither (interrupted).
 
-    errors: what Ray says of trials whose worker died.
+    stopped_by: the signal that asked for the run's end, or 0.
     """
 
     done: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     unfinished: set[str] = field(default_factory=set)
-    errors: list[str] = field(default_factory=list)
+    stopped_by: int = 0
 
 
 class Walk:
@@ -42,15 +43,18 @@ class Walk:
 
     slots: how many tasks run at once. resources: what each cell's task takes. weights: expected work of each cell, in
     any unit, to go by the longest path and to share evenly; all alike where it is None. landed: is a cell done, though
-    its worker could not tell? ahead: how many tasks may wait for a slot; None leaves that to the caller.
+    its worker could not tell? reached: the step of a cell's saved state. ahead: how many tasks may wait for a slot;
+    None leaves that to the caller.
     """
 
     def __init__(self, plan: Plan, todo: set[str], done: set[str], slots: int,
                  resources: Mapping[str, dict[str, float]], on_event: Callable[[Event], None], fail_fast: bool, *,
                  weights: Mapping[str, float] | None = None, landed: Callable[[str], bool] = lambda k: False,
-                 ahead: int | None = None) -> None:  # fmt: skip
+                 reached: Callable[[str], int] = lambda k: 0, ahead: int | None = None) -> None:  # fmt: skip
         self.plan, self.slots, self.resources, self.on_event = plan, slots, resources, on_event
         self.fail_fast, self.stopped, self.landed, self.ahead = fail_fast, False, landed, ahead
+        self.reached, self.draining = reached, False
+        self.steps: dict[str, int] = {}  # cell -> the step it had reached when its workers had died last
         self.weights = weights or dict.fromkeys(plan.nodes, 1.0)
         self.outcome = Outcome()
         self.skip(runnable(plan, todo, done))
@@ -152,13 +156,15 @@ class Walk:
         """A cell of the task started, went on, ended or failed."""
         self.heard.add(name)
         k, what = event["key"], event["event"]
+        if what == "drained":
+            return
         if k in self.finished or (what != "done" and k in self.outcome.failed):
             return  # Tune repeats a trial's last report, and a retry repeats what the first try told
         if what == "done":
             self._done(k, event.get("seconds"))
-        elif what == "failed":
-            self._fail(k, event["error"])
         self.on_event(event)
+        if what == "failed":
+            self._fail(k, event["error"])
 
     def _done(self, k: str, seconds: float | None) -> None:
         sort = _sort(self.plan.nodes[k].cell)
@@ -172,9 +178,10 @@ class Walk:
             if waiting in self.waiting:
                 self._offer(waiting)
 
-    def end(self, name: str, error: bool = False) -> None:
-        """The task is over; error: its worker died. Then only the cell that it died on has failed: the first that is
-        not done, as they are done in turn. The others go to another worker."""
+    def end(self, name: str, error: bool = False, last_words: str = "") -> None:
+        """The task is over; error: its worker died, of which Ray says `last_words`. Then only the cell that it died on
+        has failed: the first that is not done, as they are done in turn. The others go to another worker, and so does a
+        prompt that has learned on since: it does not kill them, machines die."""
         task = self.tasks.pop(name, [])
         self.heard.discard(name)
         self.free_model = _sort(self.plan.nodes[task[-1]].cell)[1] if task and not error else ""
@@ -183,12 +190,26 @@ class Walk:
             left.remove(k)
             self._done(k, None)
             self.on_event({"event": "done", "key": k})
-        if left:
-            self.waiting.update(left[1:])
-            for k in left[1:]:
-                self._offer(k)
-            self._fail(left[0], WORKER_DIED)
-            self.on_event({"event": "failed", "key": left[0], "error": WORKER_DIED})
+        if self.draining:
+            return
+        others = left if left and self._went_on(left[0]) else left[1:]
+        self.waiting.update(others)
+        for k in others:
+            self._offer(k)
+        if left and left[0] not in others:
+            reason = death(last_words)
+            event = {"event": "failed", "key": left[0], "error": reason, "traceback": last_words or reason}
+            self.on_event({**event, "died": True})
+            self._fail(left[0], reason)
+
+    def _went_on(self, k: str) -> bool:
+        """Has the cell a later saved state than when its worker and the retries had died before?"""
+        before, self.steps[k] = self.steps.get(k, 0), self.reached(k)
+        return self.steps[k] > before
+
+    def drain(self) -> None:
+        """Hand out nothing more: the run shall stop. What is cut off is neither failed nor done."""
+        self.stopped = self.draining = True
 
     def _fail(self, k: str, error: str) -> None:
         self.outcome.failed[k] = error
@@ -208,6 +229,29 @@ class Walk:
         self.outcome.skipped.update(blocked)
         for k, reason in blocked.items():
             self.on_event({"event": "skipped", "key": k, "error": reason})
+
+
+# -------------------------------------------------------------- what Ray says of a death
+
+
+def own_words(words: str) -> str:
+    """Without the command lines of the machine's other processes, which may hold what is nobody's business."""
+    return re.sub(r"Top \d+ memory users:.*?(?=\nFailure # |\Z)", "", words, flags=re.DOTALL)
+
+
+def ended_for_memory(words: str) -> int:
+    """How often Ray ended the worker because its machine ran low on memory."""
+    return words.count("killed due to the node running low on memory")
+
+
+def death(words: str) -> str:
+    """Why a worker died, where Ray knows more than that it did."""
+    if not ended_for_memory(words):
+        return WORKER_DIED
+    use = re.findall(r"Memory on the node \(IP: ([^,)]*).*?\) was (\S+) used / (\S+) limit", words)
+    where = " on {}, where {} of {} were in use,".format(*use[-1]) if use else ""
+    return (f"out of memory: Ray ended its worker{where} and its retries, which feed fewer windows at "
+            "once; could help: more --cpus a cell, --recompute or --packed for learning, a larger machine")  # fmt: skip
 
 
 def _sort(cell: Cell) -> Group:

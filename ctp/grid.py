@@ -1,54 +1,75 @@
 """`python -m ctp.grid NAME`: plan a grid, run what is missing, say what happened.
 
 Exit codes: 0 everything is done; 1 some cells failed or could not run; 2 bad usage or grid file;
-3 store or tracking unreachable; 130 interrupted.
+3 store or tracking unreachable; 130 interrupted (Ctrl-C), 143 terminated (SIGTERM): what was being learned is saved,
+and the same command goes on from there. A driver whose own Ray node died is ended by Ray, with 1.
 """
 
 import argparse
 import contextlib
 import os
+import re
 import shlex
+import signal
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from ctp import gridfile, preview
+from ctp import drain, gridfile, preview
 from ctp.gridtext import GridError
+from ctp.inputs import MOST
 from ctp.labels import slug
+from ctp.mend import complete, past_damage
+from ctp.names import one_line, shown
 from ctp.pins import Pins
-from ctp.plan import BUILD, TRANSFER, Plan, keep, make, states, where
+from ctp.plan import BUILD, TRANSFER, Plan, again, keep, make, states, where
 from ctp.progress import Printer, duration
+from ctp.redact import scrub
 from ctp.resources import Resources, gpu_memory
 from ctp.spec import Runtime
 from ctp.store import Store, StoreError, default_store
 
 if TYPE_CHECKING:
+    from ctp.graph import Outcome
     from ctp.track import Tracker
 from ctp.runinfo import TrackError, tracking_uri
 
-OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+GOES_ON = "running the same command again goes on from here"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(argv)
     try:
-        return command(args)
+        with drain.terminable():
+            return command(args)
     except GridError as e:
         return _fail(USAGE, *e.problems)
     except (StoreError, TrackError) as e:
         return _fail(UNREACHABLE, str(e))
-    except KeyboardInterrupt:
-        return _fail(INTERRUPTED, "interrupted; running the same command again goes on from here")
+    except KeyboardInterrupt as e:
+        return _stopped(TERMINATED if isinstance(e, drain.Terminated) else INTERRUPTED)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad usage in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"error: {one_line(scrub(message))}; --help says what is allowed\n")
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = _Parser(
         prog="python -m ctp.grid",
         description="Run a grid: compress models, learn prompts through them, measure how the prompts transfer. "
         "What is in the store is not run again.",
-        epilog="Exit codes: 0 all done, 1 some cells failed, 2 bad usage or grid file, 3 store or tracking "
-        "unreachable, 130 interrupted.",
+        epilog="A cell that fails stops only those that need it. Its line in the summary says why, and which file has "
+        "the traceback; MLflow has its run as FAILED. The next run tries it again, with whatever else is missing; "
+        "--retry-failed tries nothing else. "
+        "Exit codes: 0 all done, 1 some cells failed, 2 bad usage or grid file, 3 store or tracking "
+        "unreachable, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM). The first of these signals has prompts saved "
+        "and short cells end, for at most 20 seconds; the second one stops at once.",
     )
     p.add_argument("grid", metavar="NAME", help="grid/NAME.yaml, or the path of a grid file")
     p.add_argument("--plan", action="store_true", help="say what would run, and run nothing")
@@ -58,12 +79,16 @@ def parser() -> argparse.ArgumentParser:
                    help="only cells where this holds, and what they need: 'source=gptq-3bit and k>=50'")  # fmt: skip
     p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="settings",
                    help="override the grid file: recovery.0.steps=10")  # fmt: skip
+    p.add_argument("--retry-failed", action="store_true", help="run the cells that failed last time and what they "
+                   "held up, and nothing else; without it they run again too, with all that is missing")  # fmt: skip
     p.add_argument("--fail-fast", action="store_true", help="hand out nothing more after the first failure")
-    p.add_argument("--store", default=default_store(), metavar="URI",
+    p.add_argument("--store", type=_uri, default=default_store(), metavar="URI",
                    help="where artifacts go: a folder or any fsspec URI (CTP_STORE; default %(default)s)")  # fmt: skip
     p.add_argument("--data", metavar="DIR", help="local copies of c4, wikitext2 and ptb (CTP_DATA_DIR)")
     p.add_argument("--address", default=os.environ.get("RAY_ADDRESS"), metavar="ADDR",
                    help="join a Ray cluster: auto, host:port, ray://… (RAY_ADDRESS; default: its own)")  # fmt: skip
+    p.add_argument("--insecure-ray", action="store_true",
+                   help="join a cluster that takes work from anyone who can reach it")  # fmt: skip
     p.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
     )
@@ -90,7 +115,7 @@ def command(args: argparse.Namespace) -> int:
     if not args.plan:
         store.check_writable()
     state = states(plan, store)
-    todo = {k for k, why in state.items() if why != "done"}
+    todo = again(plan, state) if args.retry_failed else {k for k, why in state.items() if why != "done"}
     if args.stage:
         todo = {k for k in todo if plan.nodes[k].stage == args.stage}
         plan = keep(plan, {k for k, n in plan.nodes.items() if n.stage == args.stage})
@@ -103,9 +128,16 @@ def command(args: argparse.Namespace) -> int:
     from ctp.track import Tracker  # MLflow takes a second to import: a plan needs none
 
     tracker = Tracker(tracking_uri(store.uri), whole, store)
-    tracker.sync(whole=not (args.where or args.stage), trust=True)
+    past_damage(store, lambda: tracker.sync(whole=not (args.where or args.stage), trust=True))
+    if store.damaged:
+        print("\n".join(store.damaged), flush=True)
+        state = states(plan, store)
+        todo |= {
+            k for k, why in state.items() if why != "done" and (not args.stage or plan.nodes[k].stage == args.stage)
+        }
     if not todo:
-        print(f"Nothing to run. Store: {store.uri}  MLflow: {tracker.uri}")
+        why = "No cell failed last time" if args.retry_failed else "Nothing to run"
+        print(f"{why}. Store: {store.uri}  MLflow: {tracker.uri}")
         return OK
     runtime = Runtime(
         device=args.device, batch=args.batch, checkpoint_seconds=args.checkpoint_seconds, recompute=args.recompute,
@@ -130,60 +162,76 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
 
     done = {k for k, why in state.items() if why == "done"}
     try:
-        outcome = schedule.run(
-            plan, todo, done, store=store.uri, runtime=runtime, address=args.address, fail_fast=args.fail_fast,
-            resources=Resources(args.cpus, gpu_memory(args.gpu_memory)), on_event=on_event,
-        )  # fmt: skip
+        with schedule.session(args.address, args.insecure_ray):
+            outcome = complete(plan, todo, done, store, lambda todo, done: schedule.run(
+                plan, todo, done, store=store.uri, runtime=runtime, address=args.address, fail_fast=args.fail_fast,
+                resources=Resources(args.cpus, gpu_memory(args.gpu_memory)), on_event=on_event,
+                insecure=args.insecure_ray,
+            ), printer.expect)  # fmt: skip
     except BaseException as e:
         with contextlib.suppress(StoreError, TrackError):
             tracker.close("FAILED" if isinstance(e, schedule.ResourceError) else "KILLED")
         if isinstance(e, schedule.ResourceError):
             return _fail(USAGE, str(e))
         raise
-    interrupted = bool(outcome.unfinished) and not (args.fail_fast and outcome.failed)
-    summarise(plan, outcome, time.monotonic() - begun)
-    print(f"Store: {store.uri}  MLflow: {tracker.uri}", flush=True)
-    tracker.close("KILLED" if interrupted else "FAILED" if outcome.failed or outcome.skipped else "FINISHED")
+    interrupted = bool(outcome.unfinished) and bool(outcome.stopped_by or not (args.fail_fast and outcome.failed))
+    summarise(plan, outcome, time.monotonic() - begun, store)
+    print(f"Store: {scrub(store.uri)}  MLflow: {scrub(tracker.uri)}", flush=True)
+    how = "KILLED" if interrupted else "FAILED" if outcome.failed or outcome.skipped else "FINISHED"
+    past_damage(store, lambda: tracker.close(how))
     if tracker.trouble:
         print(f"MLflow was away for a while ({tracker.trouble}); what it missed has been written now.")
     if interrupted:
-        return _fail(INTERRUPTED, "interrupted; running the same command again goes on from here")
+        return _stopped(TERMINATED if outcome.stopped_by == signal.SIGTERM else INTERRUPTED)
     return FAILED if outcome.failed or outcome.skipped or outcome.unfinished else OK
 
 
-def summarise(plan: Plan, outcome: Any, seconds: float) -> None:
-    """What is new, what failed and why."""
+def summarise(plan: Plan, outcome: "Outcome", seconds: float, store: Store) -> None:
+    """What is new; a line for each cell that failed, its cause and the file with the traceback; what that held up."""
     counts = {"done": outcome.done, "failed": outcome.failed, "skipped": outcome.skipped,
               "not started or cut off": outcome.unfinished}  # fmt: skip
     print(f"{plan.name}: " + ", ".join(f"{len(v)} {n}" for n, v in counts.items() if v) + f" in {duration(seconds)}")
-    for title, cells in (("failed", outcome.failed), ("skipped", outcome.skipped)):
-        for k, reason in cells.items():
-            print(f"  {title}: {slug(plan.nodes[k].cell)}: {reason.splitlines()[0]}")
-    for error in outcome.errors:
-        print(f"  Ray says: {error.splitlines()[-1]}")
+    for k in (k for k in plan.nodes if k in outcome.failed):
+        cell = plan.nodes[k].cell
+        print(f"  failed: {slug(cell)}: {one_line(outcome.failed[k])} ({store.failure(cell)})")
+    for k in (k for k in plan.nodes if k in outcome.skipped):
+        print(f"  skipped: {slug(plan.nodes[k].cell)}: {outcome.skipped[k]}")
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value
+    if not re.fullmatch("[0-9]{1,10}", text) or not 1 <= int(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"{shown(text)}: must be a whole number from 1 to {MOST:,}")
+    return int(text)
+
+
+def _uri(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{shown(text)}: must be a folder or an fsspec URI")
+    return text
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be a number of seconds")
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= MOST:
+        raise argparse.ArgumentTypeError(f"{shown(text)}: must be a number of seconds, from 0 to {MOST:,}")
     return value
 
 
 def _fail(code: int, *lines: str) -> int:
     for line in lines:
-        print(f"error: {line}" if code != INTERRUPTED else line, file=sys.stderr)
+        print(f"error: {one_line(scrub(line))}", file=sys.stderr)
+    return code
+
+
+def _stopped(code: int) -> int:
+    print(f"{'interrupted' if code == INTERRUPTED else 'terminated'}; {GOES_ON}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    os._exit(code) if code == INTERRUPTED else sys.exit(code)
+    os._exit(code) if code in (INTERRUPTED, TERMINATED) else sys.exit(code)

@@ -5,6 +5,7 @@ are what all `studies` share; a study in several parts is a list of them; a file
 """
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,12 +29,15 @@ from ctp.methods import (
     Perplexity,
     Recovery,
 )
-from ctp.names import unknown
+from ctp.names import shown, unknown
 from ctp.pins import Pins
+from ctp.yamltext import odd_values
 
 STUDY_KEYS = ("title", "models", "compression", "calibration", "recovery", "sources", "targets", "transfer", "measures")
 FILE_KEYS = ("description", "extends", "define", "plugins", "datasets", "studies", *STUDY_KEYS)
 Transfer = Literal["all", "own"]
+MOST_COMBINATIONS = 4_000  # of the axes of one model, compression, recovery or measure
+MOST_CELLS = 100_000  # of a grid
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,15 @@ class Study:
     targets: tuple[str, ...]
     transfer: Transfer
     measures: tuple[Measure, ...]
+
+    @property
+    def size(self) -> int:
+        """How many cells it asks for, or a few more."""
+        variants = max(1, len(self.calibration))
+        sources, targets = len(self.sources) * variants, len(self.targets) * variants
+        learned = sum(r.learned for r in self.recoveries)
+        prompts = learned * (sources if self.transfer == "all" else 1) + len(self.recoveries) - learned
+        return len(self.models) * (targets + learned * sources + targets * len(self.measures) * (1 + prompts))
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,8 @@ def load(name: str, settings: list[str], pins: Pins) -> Grid:
     raw, pins.folders = read(path)
     for setting in settings:
         assign(raw, setting)
+    if odd := list(odd_values(raw)):
+        raise GridError([f"{path}: {p}" for p in odd])
     text = yaml.safe_dump(raw, sort_keys=False)
     problems: list[str] = [f"{k}: {unknown('key', k, FILE_KEYS)}" for k in raw if k not in FILE_KEYS]
     try:
@@ -79,6 +94,11 @@ def load(name: str, settings: list[str], pins: Pins) -> Grid:
     except GridError as e:
         raise GridError([f"{path}: {p}" for p in (*problems, *e.problems)]) from e
     own = plugins.read(raw.get("plugins"), pins.folders, problems)
+    problems += [
+        f"{k} = {shown(raw[k])}: should be text"
+        for k in ("description", "title")
+        if not isinstance(raw.get(k), str | None)
+    ]
     problems += pins.add_datasets(raw.get("datasets") or {})
     shared = {k: v for k, v in raw.items() if k in STUDY_KEYS}
     found = [
@@ -87,6 +107,8 @@ def load(name: str, settings: list[str], pins: Pins) -> Grid:
     ]
     if problems:
         raise GridError([f"{path}: {p}" for p in _once(problems)])
+    if (cells := sum(s.size for s in found if s is not None)) > MOST_CELLS:
+        raise GridError([f"{path}: some {cells:,} cells; at most {MOST_CELLS:,}: make several grids of it"])
     return Grid(path.stem, path, text, tuple(s for s in found if s is not None), own)
 
 
@@ -105,7 +127,7 @@ def _once(problems: list[str]) -> list[str]:
 def _parts(studies: Any, named: bool, problems: list[str]) -> Iterator[tuple[str, dict[str, Any], str]]:
     """(study, its settings, its place in the file) of every part of every study."""
     if not isinstance(studies, dict) or not studies:
-        problems.append(f"studies = {studies!r}: a mapping of study names to mappings, at least one")
+        problems.append(f"studies = {shown(studies)}: a mapping of study names to mappings, at least one")
         return
     for study, own in studies.items():
         several = isinstance(own, list)
@@ -115,7 +137,7 @@ def _parts(studies: Any, named: bool, problems: list[str]) -> Iterator[tuple[str
                 problems += [f"{where}{k}: {unknown('key', k, STUDY_KEYS)}" for k in part if k not in STUDY_KEYS]
                 yield str(study), part, where
             else:
-                problems.append(f"{where[:-1]} = {part!r}: a mapping; allowed keys: {', '.join(STUDY_KEYS)}")
+                problems.append(f"{where[:-1]} = {shown(part)}: a mapping; allowed keys: {', '.join(STUDY_KEYS)}")
 
 
 def _study(name: str, raw: dict[str, Any], where: str, pins: Pins, problems: list[str]) -> Study | None:
@@ -129,14 +151,14 @@ def _study(name: str, raw: dict[str, Any], where: str, pins: Pins, problems: lis
     recoveries = items("recovery", AnyRecovery, required=False)
     measures = items("measures", AnyMeasure, required=False)
     transfer = raw.get("transfer", "all")
-    if transfer not in get_args(Transfer):
-        problems.append(f"{where}transfer = {transfer!r}: allowed: {', '.join(get_args(Transfer))}")
+    if not isinstance(transfer, str) or transfer not in get_args(Transfer):
+        problems.append(f"{where}transfer = {shown(transfer)}: allowed: {', '.join(get_args(Transfer))}")
     if len(problems) > before:
         return None
     labels = [c.label for c in compressions]
     if len(set(labels)) < len(labels):
         twice = next(x for x in labels if labels.count(x) > 1)
-        problems.append(f"{where}compression: {twice!r} appears twice")
+        problems.append(f"{where}compression: {shown(twice)} appears twice")
     problems += _reported(recoveries, measures, where)
     sources = _labels(raw, "sources", labels, where, problems)
     targets = _labels(raw, "targets", labels, where, problems)
@@ -146,13 +168,14 @@ def _study(name: str, raw: dict[str, Any], where: str, pins: Pins, problems: lis
 
 def _reported(recoveries: tuple[Recovery, ...], measures: tuple[Measure, ...], where: str) -> list[str]:
     """Texts that a prompt learns from, or that choose its step, among those that are reported."""
-    texts = [m.text for m in measures if isinstance(m, Perplexity)]
+    texts = dict.fromkeys(m.text for m in measures if isinstance(m, Perplexity))
+    learned = [r for r in recoveries if isinstance(r, Learned) and not r.on_reported]
     return [
         f"{where}recovery.{field} = {own.dataset} {own.split}: measures report on the same documents; take another "
         "split or skip some, or say on_reported: true"
-        for recovery in recoveries
-        if isinstance(recovery, Learned) and not recovery.on_reported
-        for field, own in (("text", recovery.text), ("validation", recovery.validation))
+        for field, own in dict.fromkeys(
+            pair for r in learned for pair in (("text", r.text), ("validation", r.validation))
+        )
         if any(own.overlaps(text) for text in texts)
     ]
 
@@ -176,6 +199,9 @@ def _items(raw: Any, where: str, adapter: Any, pins: Pins, problems: list[str], 
     for i, item in enumerate([raw] if one else raw):
         place = where if one else f"{where}[{i}]"
         try:
+            if (several := combinations(item)) > MOST_COMBINATIONS:
+                problems.append(f"{place}: its axes have {several:,} combinations; at most {MOST_COMBINATIONS:,}")
+                continue
             singles = expand(item)
         except ValueError as e:
             problems.append(f"{place}{e}")
@@ -185,6 +211,13 @@ def _items(raw: Any, where: str, adapter: Any, pins: Pins, problems: list[str], 
                 yield checker.validate_python(single, context=pins)
             except ValidationError as e:
                 problems += [explain(place, single, err, adapter) for err in e.errors(include_url=False)]
+
+
+def combinations(item: Any) -> int:
+    """How many `expand` would give."""
+    if isinstance(item, list):
+        return sum(map(combinations, item))
+    return math.prod(map(combinations, item.values())) if isinstance(item, Mapping) else 1
 
 
 def expand(item: Any, where: str = "") -> list[Any]:
@@ -207,8 +240,8 @@ def explain(place: str, item: Any, error: Any, adapter: Any) -> str:
     if error["type"] == "missing":
         return f"{path} is missing"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    shown = "" if isinstance(error["input"], Mapping) else f" = {error['input']!r}"
-    return f"{path}{shown}: {message}"
+    value = "" if isinstance(error["input"], Mapping) else f" = {shown(error['input'])}"
+    return f"{path}{value}: {message}"
 
 
 def _fields(adapter: Any, item: Any, loc: tuple[Any, ...]) -> list[str]:

@@ -7,15 +7,23 @@ from typing import Any
 
 import yaml
 
-from ctp.names import unknown
+from ctp.names import one_line, shown, unknown
+from ctp.paths import expanded, there
+from ctp.redact import scrub
+from ctp.yamltext import DEEPEST, MOST_BYTES, MOST_VALUES, parse_yaml
 
 
 class GridError(Exception):
-    """What is wrong with a grid file: `problems` holds one line per mistake, each naming its place."""
+    """What is wrong with a grid file: `problems` holds one line per mistake, each naming its place; `MOST` at most."""
+
+    MOST = 20
 
     def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        lines = [one_line(scrub(p)) for p in problems[: self.MOST]]
+        if len(problems) > self.MOST:
+            lines.append(f"and {len(problems) - self.MOST:,} more mistakes")
+        super().__init__("\n".join(lines))
+        self.problems = lines
 
 
 def grid_folders() -> list[Path]:
@@ -28,11 +36,13 @@ def find(name: str) -> Path:
     """The file of a grid given by name or path. Raises GridError."""
     if name.endswith((".yaml", ".yml")) or "/" in name:
         path = Path(name)
+        if not there(path):
+            raise GridError([f"there is no grid file {shown(name)}"])
         if not path.is_file():
-            raise GridError([f"there is no grid file {name!r}"])
+            raise GridError([f"the grid file {shown(name)} is no file"])
         return path
     for folder in grid_folders():
-        if (path := folder / f"{name}.yaml").is_file():
+        if there(path := folder / f"{name}.yaml"):
             return path
     names = {p.stem for f in grid_folders() for p in f.glob("*.yaml")}
     raise GridError([unknown("grid", name, names)])
@@ -40,57 +50,42 @@ def find(name: str) -> Path:
 
 def beside(path: str, folders: Sequence[Path]) -> Path:
     """A path as it stands in a grid file: of the working directory or, where that has none, of the file's folders."""
-    given = Path(path).expanduser()
-    return next((p for p in (given, *(f / given for f in folders)) if p.exists()), given)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with 1e-3 as a number, and a repeated key as an error."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _unique(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [k.value for k, _ in node.value if k.tag != "tag:yaml.org,2002:merge"]
-    for k in keys:
-        if keys.count(k) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {k!r} appears twice", node.start_mark)
-    loader.flatten_mapping(node)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _unique)
-
-
-def parse_yaml(text: str) -> Any:
-    """YAML as grid files and `--set` understand it. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
+    given = expanded(path)
+    return next((p for p in (given, *(f / given for f in folders)) if there(p)), given)
 
 
 def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[Path]]:
     """What a file says over what it extends, and the folders of both, its own first. Raises GridError."""
-    try:
-        raw = parse_yaml(path.read_text())
-    except (yaml.YAMLError, OSError, ValueError) as e:  # a date that no calendar has is a ValueError
-        raise GridError([f"{path}: {' '.join(str(e).split())}"]) from e
+    raw = _parsed(path)
     if not isinstance(raw, dict):
-        raise GridError([f"{path}: a grid file is a mapping"])
+        kind = "empty" if raw is None else f"a {type(raw).__name__}"
+        raise GridError([f"{path}: a grid file is a mapping of settings; this one is {kind}"])
     if "extends" not in raw:
         return raw, [path.parent]
     base, without = _extends(raw.pop("extends"), path)
     near = path.parent / (base if base.endswith((".yaml", ".yml")) else f"{base}.yaml")
-    base_path = near if near.is_file() else find(base)
+    base_path = near if there(near) else find(base)
     if base_path.resolve() in seen:
-        raise GridError([f"{path}: extends = {base!r} comes back to itself"])
+        raise GridError([f"{path}: extends = {shown(base)} comes back to itself"])
     below, folders = read(base_path, (*seen, path.resolve()))
     if odd := [str(k) for k in without if k not in below]:
         raise GridError([f"{path}: extends.without: {unknown('key', odd[0], map(str, below))}"])
     whole = merge({k: v for k, v in below.items() if k not in without}, raw)
     _check_new(raw.get("define"), below.get("define"), whole, path)
     return whole, [path.parent, *folders]
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES:,} bytes: a grid file is a page of settings")
+        return parse_yaml(data.decode("utf-8"))
+    except UnicodeDecodeError as e:
+        raise GridError([f"{path}: byte {e.start} is {data[e.start]:#04x}: not UTF-8 text"]) from e
+    except (OSError, ValueError) as e:
+        raise GridError([f"{path}: {e}"]) from e
 
 
 def _check_new(own: Any, below: Any, whole: dict[str, Any], path: Path) -> None:
@@ -107,8 +102,9 @@ def _extends(value: Any, path: Path) -> tuple[str, list[str]]:
     said = value if isinstance(value, Mapping) else {"grid": value}
     without = said.get("without", [])
     without = without if isinstance(without, list) else [without]
-    if not isinstance(said.get("grid"), str) or said.keys() - {"grid", "without"}:
-        raise GridError([f"{path}: extends = {value!r}: a grid, or {{grid: …, without: [keys left out]}}"])
+    plain = all(isinstance(x, str) for x in (said.get("grid"), *without))
+    if not plain or said.keys() - {"grid", "without"}:
+        raise GridError([f"{path}: extends = {shown(value)}: a grid, or {{grid: …, without: [keys left out]}}"])
     return said["grid"], without
 
 
@@ -125,9 +121,9 @@ def assign(raw: dict[str, Any], setting: str) -> None:
     """Apply one `--set path=value`; the path's steps are keys and list indices, joined by dots. Raises GridError."""
     path, eq, text = setting.partition("=")
     if not eq or not path:
-        raise GridError([f"--set {setting!r}: write path=value, for example recovery.0.steps=10"])
+        raise GridError([f"--set {shown(setting)}: write path=value, for example recovery.0.steps=10"])
     if path == "extends":
-        raise GridError([f"--set {setting!r}: what a file extends is part of the file"])
+        raise GridError([f"--set {shown(setting)}: what a file extends is part of the file"])
     at: Any = raw
     steps = path.split(".")
     named = raw.get("define")
@@ -135,6 +131,12 @@ def assign(raw: dict[str, Any], setting: str) -> None:
         rest = ".".join(steps[1:])
         if not any(rest == str(n) or rest.startswith(f"{n}.") for n in named):
             raise GridError([f"--set {setting}: {unknown('definition', steps[1] if len(steps) > 1 else '', named)}"])
+    if len(steps) > DEEPEST:
+        raise GridError([f"--set {shown(setting)}: a path of {len(steps)} steps; at most {DEEPEST}"])
+    try:
+        value = parse_yaml(text)
+    except ValueError as e:
+        raise GridError([f"--set {setting}: the value is not YAML that ctp reads: {e}"]) from e
     while steps:
         # A name may hold dots itself (opt-1.3b): the longest that is there is meant.
         known = at if isinstance(at, dict) else {}
@@ -143,15 +145,13 @@ def assign(raw: dict[str, Any], setting: str) -> None:
         try:
             index: Any = int(step) if isinstance(at, list) else step
             if not steps:
-                at[index] = parse_yaml(text)
+                at[index] = value
             else:
                 at = at[index] if isinstance(at, list) else at.setdefault(step, {})
-        except yaml.YAMLError as e:
-            raise GridError([f"--set {setting}: the value is not YAML: {' '.join(str(e).split())}"]) from e
         except (ValueError, IndexError, TypeError, AttributeError) as e:
             here = path.removesuffix(".".join(["", *steps]))
             kind = f"a list of {len(at)}" if isinstance(at, list) else type(at).__name__
-            raise GridError([f"--set {setting}: no {here!r} here (its parent is {kind})"]) from e
+            raise GridError([f"--set {setting}: no {shown(here)} here (its parent is {kind})"]) from e
 
 
 # ------------------------------------------------------------------- definitions
@@ -164,12 +164,19 @@ def define(raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = raw.get("define") or {}
     if not isinstance(given, Mapping):
-        raise GridError([f"define = {given!r}: a mapping of names to what they stand for"])
+        raise GridError([f"define = {shown(given)}: a mapping of names to what they stand for"])
     problems: list[str] = []
+    circles: set[frozenset[str]] = set()
+    filled_in = 0
 
     def named(name: str, place: str, within: tuple[str, ...]) -> Any:
+        if len(within) > DEEPEST:
+            raise GridError([f"{place}: more than {DEEPEST} definitions that stand for each other in turn"])
         if name in within:
-            problems.append(f"{place} = '${name}': the definition comes back to itself")
+            circle = frozenset(within[within.index(name) :])
+            if circle not in circles:
+                problems.append(f"{place} = '${name}': the definition comes back to itself")
+            circles.add(circle)
         elif name not in given:
             problems.append(f"{place} = '${name}': {unknown('definition', name, given)}")
         else:
@@ -177,6 +184,10 @@ def define(raw: Mapping[str, Any]) -> dict[str, Any]:
         return None
 
     def filled(value: Any, place: str, within: tuple[str, ...] = ()) -> Any:
+        nonlocal filled_in
+        filled_in += 1
+        if filled_in > 10 * MOST_VALUES:
+            raise GridError([f"define: written out, the definitions are more than {10 * MOST_VALUES:,} values"])
         if isinstance(value, str) and value.startswith("$$"):
             return value[1:]
         if isinstance(value, str) and (match := _NAME.fullmatch(value)):
@@ -185,10 +196,12 @@ def define(raw: Mapping[str, Any]) -> dict[str, Any]:
             return [filled(v, f"{place}[{i}]", within) for i, v in enumerate(value)]
         if not isinstance(value, Mapping):
             return value
+        before = len(problems)
         own = {k: filled(v, f"{place}.{k}" if place else str(k), within) for k, v in value.items()}
         base = own.pop("from", {})
         if not isinstance(base, Mapping):
-            problems.append(f"{place}.from = {value['from']!r}: must name the definition of a mapping")
+            if len(problems) == before:  # else it is told already
+                problems.append(f"{place}.from = {shown(value['from'])}: must name the definition of a mapping")
             return None
         return merge(base, own)
 

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -81,11 +82,21 @@ def _mind_the_silence() -> None:
         raise ConnectionError(f"not asked again for {SILENCE:.0f} seconds")
 
 
+def _downloader() -> Any:
+    """The hub's `snapshot_download`, with bars for a person only."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    return snapshot_download
+
+
 def _cached(name: str, revision: str, what: str) -> Path | None:
     """The snapshot of a revision in the hub's own cache, if its configuration is there."""
     if what == "data set":
         return None  # kept by another library, which finds it by its commit
-    from huggingface_hub import snapshot_download
+    snapshot_download = _downloader()
 
     try:
         return Path(
@@ -115,8 +126,7 @@ def fetch(name: str, commit: str, files: Sequence[str], what: str = "model") -> 
     with FileLock(memo.with_suffix(".lock")):
         if there := _remembered(memo):
             return there  # another process of this node was first
-        from huggingface_hub import snapshot_download
-
+        snapshot_download = _downloader()
         try:
             folder = Path(
                 snapshot_download(

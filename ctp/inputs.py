@@ -9,8 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
-Seed = Annotated[int, Field(strict=True, ge=0)]
-PositiveInt = Annotated[int, Field(strict=True, gt=0)]
+MOST = 10**9  # of whatever is counted: no run comes near
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+Count = Annotated[int, Field(strict=True, ge=0, le=MOST)]
+PositiveInt = Annotated[int, Field(strict=True, gt=0, le=MOST)]
 T = TypeVar("T")
 Finite = Field(strict=True, allow_inf_nan=False)
 Bool = Annotated[bool, Field(strict=True)]
@@ -98,9 +100,9 @@ class Windows(Pinned):
     PINNED_BY: ClassVar[str] = "pin_windows"
     dataset: str
     split: Literal["train", "validation", "test"]
-    seq_len: Annotated[int, Field(strict=True, ge=2)]
+    seq_len: Annotated[int, Field(strict=True, ge=2, le=MOST)]
     count: PositiveInt | None = None
-    skip: Annotated[int, Field(strict=True, ge=0)] = 0
+    skip: Count = 0
     documents: PositiveInt | None = None
     join: str | None = None
     sampling: Literal["sequential", "crops"] = "sequential"

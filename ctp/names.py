@@ -1,7 +1,40 @@
-"""Saying what name is wrong, and which one was probably meant."""
+"""Saying what name or value is wrong, and which one was probably meant."""
 
 import difflib
 from collections.abc import Iterable
+
+LONGEST = 120  # characters of a value that an error shows
+LINE = 1500  # characters of an error
+
+
+def shown(value: object) -> str:
+    """`repr` of a value, of a long one both ends."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of thousands of digits; a list within itself
+        text = f"<{type(value).__name__}, too large to show>"
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[: LONGEST // 2]} … {text[-LONGEST // 4 :]} ({len(text):,} characters)"
+
+
+def one_line(text: str) -> str:
+    """A message in one line, of a long one both ends: line breaks are spaces, control characters are written out."""
+    text = " ".join(plain(text).split())
+    return text if len(text) <= LINE else f"{text[: 2 * LINE // 3]} … {text[-LINE // 3 :]}"
+
+
+def plain(text: str) -> str:
+    """A text that does nothing to the terminal it is printed on: control characters but line breaks are written out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def brief(error: BaseException) -> str:
+    """What an error of another library says, in one line of some hundred characters."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 300 else f"{text[:300]} …"
+    kind = type(error).__name__
+    return text if text and kind == "ValueError" else f"{kind}: {text}" if text else kind
 
 
 def unknown(what: str, name: object, allowed: Iterable[str]) -> str:
@@ -9,4 +42,4 @@ def unknown(what: str, name: object, allowed: Iterable[str]) -> str:
     names = sorted(map(str, allowed))
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    return f"unknown {what} {name!r}{hint} Allowed: {', '.join(names)}"
+    return f"unknown {what} {shown(name)}{hint} Allowed: {', '.join(names)}"

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ctp import corpora, hub, models
-from ctp.gridtext import beside
+from ctp.gridtext import GridError, beside
 from ctp.inputs import Model, Pinned
+from ctp.names import shown
+from ctp.paths import folder_named
 from ctp.recover import adapter
 
 
@@ -35,10 +37,12 @@ class Pins:
 
     data_dir: a folder with local copies of texts (also CTP_DATA_DIR), preferred to the hub. provisional: for planning
     only: where the hub cannot be reached, texts and known models get the revision "unpinned" and their names go into
-    `unpinned`; otherwise that raises ValueError.
+    `unpinned`; otherwise that raises ValueError. Raises GridError where there is no folder `data_dir`.
     """
 
     def __init__(self, data_dir: str | None = None, provisional: bool = False) -> None:
+        if data_dir is not None and folder_named(data_dir) is None:
+            raise GridError([f"--data {shown(data_dir)}: there is no such folder"])
         self.data_dir = data_dir
         self.folders: list[Path] = []  # of the grid file and what it extends: paths may be relative to them
         self.provisional = provisional
@@ -52,7 +56,7 @@ class Pins:
     def add_datasets(self, raw: Any) -> list[str]:
         """Register a grid file's own `datasets`; returns what is wrong with them."""
         if not isinstance(raw, Mapping):
-            return [f"datasets = {raw!r}: a mapping of names to descriptions"]
+            return [f"datasets = {shown(raw)}: a mapping of names to descriptions"]
         problems = []
         for name, description in raw.items():
             try:
@@ -66,6 +70,7 @@ class Pins:
         """Fill in revision, dtype and the short name. Raises ValueError where there is no such model."""
         name, revision, location = self._locate("model", self._find_model, data["name"], data.get("revision"))
         known = models.facts(location, revision)
+        models.check_usable(location, revision, known.vocab)
         dtype = data.get("dtype", "auto")
         return {**data, "name": name, "revision": revision, "dtype": known.dtype if dtype == "auto" else dtype}
 
@@ -92,7 +97,7 @@ class Pins:
             name, revision, location = self._locate(data["method"], locate, data["path"], data.get("revision"))
             fields = read(location, revision)
         except ValueError as e:
-            raise ValueError(f"path = {data['path']!r}: {e}") from e
+            raise ValueError(f"path = {shown(data['path'])}: {e}") from e
         for field, value in fields.items():
             if data.get(field, value) != value:
                 raise ValueError(f"{field} = {data[field]!r}: {name} has {value!r}")
@@ -102,6 +107,7 @@ class Pins:
         self, what: str, locate: Callable[[str, str], tuple[str, str, str]], name: str, revision: Any
     ) -> tuple[str, str, str]:
         """What `locate` gives, asked once a grid and remembered for `location`."""
+        _check_revision(revision)
         asked = (what, name, revision or "")
         if asked not in self._found:
             try:
@@ -113,7 +119,7 @@ class Pins:
             raise known
         name, found, location = known
         if revision and revision != found and not location.startswith("hub:"):
-            raise ValueError(f"revision = {revision!r}: {name} is {found} here")
+            raise ValueError(f"revision = {shown(revision)}: {name} is {found} here")
         self.locations[f"{name}@{found}"] = location
         return name, found, location
 
@@ -135,7 +141,7 @@ class Pins:
         try:
             name, revision, _ = self._locate(f"task with {shots} shots", locate, data["name"], data.get("revision"))
         except ValueError as e:
-            raise ValueError(f"name = {data['name']!r}: {e}") from e
+            raise ValueError(f"name = {shown(data['name'])}: {e}") from e
         return {**data, "name": name, "revision": revision}
 
     def pin_windows(self, data: dict[str, Any]) -> dict[str, Any]:
@@ -146,11 +152,12 @@ class Pins:
             self.datasets[name] = {"path": corpus.path}  # a folder among the local data
         if not isinstance(split, str):
             return data  # the missing split is validation's to report
+        _check_revision(data.get("revision"))
         if (name, split) not in self._texts:
             self._texts[name, split] = self._find_text(corpus, split)
         location, revision = self._texts[name, split]
         if data.get("revision") and revision != models.UNPINNED and data["revision"] != revision:
-            raise ValueError(f"revision = {data['revision']!r}: {name} {split} is {revision} here")
+            raise ValueError(f"revision = {shown(data['revision'])}: {name} {split} is {revision} here")
         self.locations[f"{name}@{revision}"] = location
         join = corpus.join if data.get("join") is None else data["join"]
         return {**data, "revision": revision, "join": join}
@@ -167,6 +174,11 @@ class Pins:
     def facts(self, model: Model) -> models.Facts:
         """Size and limits of a pinned model."""
         return models.facts(location(self.locations, model), model.revision)
+
+
+def _check_revision(given: Any) -> None:
+    if given is not None and not isinstance(given, str):
+        raise ValueError(f"revision = {shown(given)}: must be text, a commit or a hash")
 
 
 def location(locations: Mapping[str, str], thing: Pinned) -> str:

@@ -17,6 +17,7 @@ from ctp.spec import Cell, Compress, Evaluate, Learn, key
 from ctp.store import Store
 
 BUILD, TRANSFER = "build", "transfer"
+FAILED = "failed last time"  # how the state of such a cell begins
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,10 @@ def make(grid: Grid, pins: Pins) -> Plan:
         k: Node(cell, k, tuple(key(i) for i in cell.inputs), tuple(names), pins.facts(_model_of(cell)))
         for k, (cell, names) in wanted.items()
     }
-    problems = [f"{grid.path}: {p}" for p in dict.fromkeys(p for n in nodes.values() for p in _misfits(n))]
+    told: dict[str, list[str]] = {}  # of a cell and what needs it, the first mistake: the others follow from it
+    for n in nodes.values():
+        told[n.key] = [p for i in n.inputs for p in told[i]] or _misfits(n)
+    problems = [f"{grid.path}: {p}" for p in dict.fromkeys(p for found in told.values() for p in found)]
     if not nodes:
         problems = [f"{grid.path}: no cell comes out of this grid"]
     if problems:
@@ -137,7 +141,7 @@ def _misfits(node: Node) -> list[str]:
 def _beyond(setting: str, seq_len: int, k: int, facts: Facts, name: str) -> list[str]:
     if facts.context is None or seq_len + k <= facts.context:
         return []
-    with_prompt = f" and a prompt of {k}" if k else ""
+    with_prompt = f" and a prompt of {k}" if k and seq_len <= facts.context else ""
     return [f"{setting} = {seq_len}{with_prompt}: beyond the context of {name}, {facts.context} tokens"]
 
 
@@ -171,7 +175,7 @@ def _learn_misfits(cell: Learn, facts: Facts, name: str) -> list[str]:
         if blocks > facts.layers:
             out.append(f"recovery.layers = {blocks}: {name} has {facts.layers} decoder blocks")
         out += _beyond("recovery.text.seq_len", spec.text.seq_len, spec.prompt_rows, facts, name)
-        out += _beyond("recovery.validation.seq_len", spec.validation.seq_len, spec.prompt_rows, facts, name)
+        out = out or _beyond("recovery.validation.seq_len", spec.validation.seq_len, spec.prompt_rows, facts, name)
         if spec.precision == "fp32" and cell.source.model.dtype == "float16":
             out.append(f"recovery.precision = 'fp32': {name} is float16, whose gradients underflow: use bf16 or fp16")
     elif isinstance(spec, Adapter) and spec.width not in (0, facts.width):
@@ -258,7 +262,7 @@ def states(plan: Plan, store: Store) -> dict[str, str]:
         if k in done:
             out[k] = "done"
         elif k in failed:
-            out[k] = f"failed last time: {failed[k]}"
+            out[k] = f"{FAILED}: {failed[k]}"
         elif (step := started.get(store.folder(node.cell).rsplit("/", 1)[-1])) is not None:
             out[k] = f"interrupted at step {step}"
         elif missing:
@@ -278,3 +282,16 @@ def runnable(plan: Plan, todo: set[str], done: set[str]) -> Mapping[str, str]:
             if i in blocked or (i not in done and i not in todo):
                 blocked[k] = f"needs {slug(plan.nodes[i].cell)}"
     return blocked
+
+
+def again(plan: Plan, state: Mapping[str, str]) -> set[str]:
+    """The cells that failed last time, and those they held up that can run once they are done; no others.
+
+    state: as `states` gives it.
+    """
+    chosen: set[str] = set()
+    for k, node in plan.nodes.items():
+        held_up = state[k] != "done" and chosen.intersection(node.inputs)
+        if state[k].startswith(FAILED) or (held_up and all(state[i] == "done" or i in chosen for i in node.inputs)):
+            chosen.add(k)
+    return chosen

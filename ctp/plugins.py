@@ -8,6 +8,8 @@ from types import ModuleType
 from typing import Any
 
 from ctp.gridtext import beside
+from ctp.names import shown
+from ctp.paths import there
 
 
 def read(given: Any, folders: Sequence[Path], problems: list[str]) -> dict[str, str]:
@@ -17,12 +19,12 @@ def read(given: Any, folders: Sequence[Path], problems: list[str]) -> dict[str, 
     """
     out: dict[str, str] = {}
     for item in given if isinstance(given, list) else [] if given is None else [given]:
-        place = f"plugins = {item!r}"
+        place = f"plugins = {shown(item)}"
         if not isinstance(item, str) or not item:
             problems.append(f"{place}: the path of a .py file, or the name of an installed module")
             continue
         path = beside(item, folders)
-        if item.endswith(".py") and not path.is_file():
+        if item.endswith(".py") and not (there(path) and path.is_file()):
             problems.append(f"{place}: there is no such file, here or beside the grid file")
             continue
         name = path.stem if item.endswith(".py") else item

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from ctp.labels import slug
+from ctp.names import one_line
 from ctp.plan import Plan
 
 
@@ -16,6 +17,10 @@ class Printer:
         self.started: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self.first: dict[str, tuple[float, int]] = {}  # when a cell first told its step: loading is not its pace
+
+    def expect(self, cells: set[str]) -> None:
+        """These run again."""
+        self.total += len(cells)
 
     def tell(self, event: dict[str, Any]) -> None:
         """Print what there is to say of one event."""
@@ -30,7 +35,7 @@ class Printer:
         else:
             self.ended += 1
             took = duration(now - self.started[k]) if k in self.started else ""
-            text = took if kind == "done" else event["error"].splitlines()[0]
+            text = took if kind == "done" else one_line(event["error"])
             self._say({"done": "done", "failed": "FAILED", "skipped": "skipped"}[kind], k, text)
 
     def _say(self, what: str, k: str, text: str) -> None:
@@ -48,6 +53,8 @@ def _how_far(event: dict[str, Any], seconds: float, made: int) -> str:
         parts.append(f"best validation {event['best_val_loss']:.3f}")
     if event.get("tokens_per_s"):
         parts.append(f"{event['tokens_per_s']:,.0f} tokens/s")
+    if "at_once" in event:
+        parts.append(f"for lack of memory {event['at_once']} at once")
     if made:
         parts.append(f"about {duration(seconds / made * (steps - step))} left")
     return ", ".join(parts)

@@ -1,9 +1,11 @@
-"""What one trial takes of a machine."""
+"""What one trial takes of a machine, and what machines there are."""
 
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ctp import cost
 from ctp.plan import Plan
@@ -58,3 +60,68 @@ def gpu_memory(gib: int | None) -> int:
     import torch
 
     return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 24 * GIB
+
+
+# --------------------------------------------------------------------- machines
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine, or a sort of machine and how many of it there may be at most. has: resource -> how much."""
+
+    has: Mapping[str, float]
+    count: int = 1
+
+    def room(self, want: Mapping[str, float]) -> int:
+        """How many bundles of this size one such machine holds."""
+        return min((int(self.has.get(name, 0) / each) for name, each in want.items() if each), default=0)
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The machines of a cluster: those that are there, and the sorts that its autoscaler starts when there is work.
+
+    Those that it has started are among both: numbers are the larger of the two, never the sum.
+    """
+
+    there: Sequence[Machine]
+    may_come: Sequence[Machine] = ()
+
+    @property
+    def machines(self) -> list[Machine]:
+        return [*self.there, *self.may_come]
+
+    @property
+    def gpus(self) -> bool:
+        """Has any machine a GPU?"""
+        return any(m.has.get("GPU", 0) > 0 for m in self.machines)
+
+    def fits(self, bundle: Mapping[str, float]) -> bool:
+        """Is there, or may there be, a machine that holds the bundle?"""
+        return any(m.room(bundle) for m in self.machines)
+
+    def slots(self, bundle: Mapping[str, float]) -> int:
+        """How many such bundles run at once when all machines are there; at least 1."""
+        counts = (sum(m.count * m.room(bundle) for m in machines) for machines in (self.there, self.may_come))
+        return max(1, *counts)
+
+    def cores(self, at_least: float) -> float:
+        """Of the smallest machine with so many: a head may run no trials."""
+        cores = (m.has.get("CPU", 0) for m in self.machines)
+        return min((n for n in cores if n >= at_least), default=at_least)
+
+
+def fleet(there: Sequence[Mapping[str, float]], config: Mapping[str, Any] | None = None) -> Fleet:
+    """Of the resources of each machine that is there, and the configuration that `ray up` leaves on the head.
+
+    A sort of machine whose resources are not said (those of one's own premises) is like the smallest worker there.
+    """
+    config = config or {}
+    most, sorts = int(config.get("max_workers", 0)), config.get("available_node_types", {})
+    workers = sorted((dict(has) for has in there if has.get("CPU", 0) > 0), key=lambda has: has["CPU"])
+    come = []
+    for sort in sorts.values():
+        has, count = sort.get("resources") or (workers or [{}])[0], min(sort.get("max_workers", most), most)
+        if has and count > 0:
+            come.append(Machine(has, count))
+    return Fleet([Machine(has) for has in there], come)

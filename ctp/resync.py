@@ -5,8 +5,10 @@ import sys
 
 from ctp import gridfile
 from ctp.gridtext import GridError
+from ctp.mend import past_damage
 from ctp.pins import Pins
 from ctp.plan import make
+from ctp.redact import scrub
 from ctp.runinfo import TrackError, tracking_uri
 from ctp.store import Store, StoreError, default_store
 from ctp.track import Tracker
@@ -26,12 +28,16 @@ def main(argv: list[str] | None = None) -> int:
         plan = make(gridfile.load(args.grid, args.settings, pins), pins)
         store = Store(args.store)
         tracker = Tracker(tracking_uri(store.uri), plan, store)
-        written = tracker.sync(whole=True)
+        written = past_damage(store, lambda: tracker.sync(whole=True))
         if not tracker.knows_grid():
             tracker.begin(f"python -m ctp.track sync {args.grid}")
             tracker.close("FINISHED")
     except (GridError, StoreError, TrackError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, GridError) else 3
-    print(f"{plan.name}: {written} runs written, {len(store.done(plan.cells()))} there. MLflow: {tracker.uri}")
+    for line in store.damaged:
+        print(line, file=sys.stderr)
+    ended = f", {tracker.ended} that dead invocations had left ended" if tracker.ended else ""
+    there = len(store.done(plan.cells()))
+    print(f"{plan.name}: {written} runs written{ended}, {there} there. MLflow: {scrub(tracker.uri)}")
     return 0

@@ -10,6 +10,7 @@ from typing import Any
 
 from ctp.labels import fingerprints, params, slug
 from ctp.plan import Node
+from ctp.redact import scrub
 from ctp.spec import Evaluate, canonical
 from ctp.store import DEFAULT_STORE
 
@@ -20,6 +21,9 @@ SYNCED = "ctp.synced"  # of the experiment: what it was brought up to date with
 
 class TrackError(Exception):
     """MLflow cannot be reached or does not take what it is given."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(scrub(message))
 
 
 def tracking_uri(store: str) -> str:
@@ -54,6 +58,8 @@ def entry(node: Node, manifest: dict[str, Any], history: Iterable[dict[str, Any]
     own = {"ctp.device": manifest["device"], "ctp.git_commit": manifest["git_commit"] or ""}
     if "task" in manifest:
         own["ctp.metric"] = manifest["task"]["metric"]
+    if "at_once" in manifest:
+        own["ctp.at_once"] = str(manifest["at_once"])  # windows at a time, fewer than asked for: memory ran out
     if "machine_detail" in manifest:
         own["ctp.machine"] = _machine(manifest["machine_detail"])
     own |= {f"ctp.{n}": str(v) for n, v in manifest.get("text", {}).items()}

@@ -1,4 +1,4 @@
-"""The only file that knows Ray: one Tuner over the whole graph, a searcher that walks it, resources per trial.
+"""What knows Ray Tune: one Tuner over the whole graph, a searcher that walks it, resources per trial.
 
 A trial is a task (see ctp.graph). The searcher hands a task out when its inputs are in the store. The store is the
 resume: every start is a fresh Tuner over what is missing. Errors of a cell are caught in the trial and told; Tune's
@@ -9,20 +9,23 @@ import json
 import logging
 import os
 import queue
-import socket
 import tempfile
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
-from ctp import cost, plugins
-from ctp.graph import Event, Outcome, Walk, expected
+from ctp import cost, drain, plugins
+from ctp.graph import Event, Outcome, Walk, ended_for_memory, expected, own_words
 from ctp.labels import slug
+from ctp.names import plain
 from ctp.plan import Plan
-from ctp.resources import Resources, alone
+from ctp.redact import scrub
+from ctp.resources import Fleet, Resources, alone
 from ctp.resources import bundles as resources_of
 from ctp.spec import Runtime, from_json, key, to_json
 from ctp.store import Store
@@ -34,18 +37,24 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # ctp.drain has its own
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Ray prints these, paragraphs long, into whatever the driver prints: what they say is in the failed cell's record.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker died or was killed|node running low on memory")
 
-import ray
 from ray import tune
+from ray.experimental import internal_kv
+from ray.tune.execution import class_cache
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
+from ctp.cluster import ResourceError, join
+
+# Tune would hand AWS keys to its workers by a way that Ray writes into its logs. Workers have their node's environment.
+class_cache.ENV_VARS_TO_PROPAGATE = {n for n in class_cache.ENV_VARS_TO_PROPAGATE if not n.startswith("AWS_")}
+
 TELL_SECONDS = 0.25  # at most so often a worker tells what happened: each time costs Tune's loop some milliseconds
-SILENCE_SECONDS = 5.0  # a worker that has nothing to tell looks up so often, for Tune to stop it
-
-
-class ResourceError(Exception):
-    """There is no cluster at the address, or a cell asks for more than any machine in it has."""
+SILENCE_SECONDS = 2.0  # a worker that has nothing to tell looks up so often, for Tune to stop it
 
 
 class GraphSearch(Walk, Searcher):
@@ -54,6 +63,7 @@ class GraphSearch(Walk, Searcher):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         Searcher.__init__(self)
         Walk.__init__(self, *args, **kwargs)
+        self.last_words: dict[str, str] = {}  # trial -> what Ray says of its death
 
     def set_search_properties(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -71,7 +81,7 @@ class GraphSearch(Walk, Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if result:
             self.on_trial_result(trial_id, result)
-        self.end(trial_id, error)
+        self.end(trial_id, error, self.last_words.pop(trial_id, ""))
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its searcher to restore it later; this one is never restored."""
@@ -84,54 +94,101 @@ class GraphSearch(Walk, Searcher):
         """Nothing to restore."""
 
 
+class Witness(FIFOScheduler):
+    """Tune tells its searcher that a trial failed, and just before, and at every retry, its scheduler: who can see why.
+
+    A retry of what was ended for memory begins with half as many windows at once, and the next with a quarter.
+    """
+
+    def __init__(self, search: GraphSearch) -> None:
+        super().__init__()
+        self.search = search
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        with suppress(OSError, TypeError):  # no file, no folder for one
+            words = plain(scrub(own_words(Path(trial.error_file).read_text(errors="replace"))))
+            self.search.last_words[trial.trial_id] = words
+            trial.config["halved"] = ended_for_memory(words)
+
+
 # ------------------------------------------------------------------------ running
 
 
+@contextmanager
+def session(address: str | None, insecure: bool = False) -> Iterator[None]:
+    """Every `run` in here is on one cluster, which is joined or started once. Raises ResourceError."""
+    with join(address, insecure):
+        yield
+
+
 def run(plan: Plan, todo: set[str], done: set[str], *, store: str, runtime: Runtime, resources: Resources,
-        address: str | None, fail_fast: bool, on_event: Callable[[Event], None]) -> Outcome:  # fmt: skip
-    """Run the cells in `todo`. Raises ResourceError before anything starts where a cell fits no machine."""
-    with _cluster(address) as total:
-        gpus = total.get("GPU", 0) > 0 and runtime.device != "cpu"
+        address: str | None, fail_fast: bool, on_event: Callable[[Event], None],
+        insecure: bool = False) -> Outcome:  # fmt: skip
+    """Run the cells in `todo`. insecure: the cluster at `address` need not ask for a token.
+
+    Raises ResourceError before anything starts where a cell fits no machine.
+    """
+    with join(address, insecure) as machines:
+        gpus = machines.gpus and runtime.device != "cpu"
         costs = {k: cost.of(n.cell, n.facts, runtime.batch) for k, n in plan.nodes.items()}
-        bundles = resources_of(plan, resources, gpus, runtime.batch, _cores(resources))
-        if runtime.device == "cuda" and not total.get("GPU"):
+        bundles = resources_of(plan, resources, gpus, runtime.batch, machines.cores(resources.cpus))
+        if runtime.device == "cuda" and not gpus:
             raise ResourceError("--device cuda, but no machine here has a GPU")
-        _check(plan, todo, bundles)
-        slots = max(1, int(total.get("CPU", 1) // resources.cpus))
-        if total.get("GPU", 0) and todo:
-            slots = max(1, min(slots, int(total["GPU"] / max(bundles[k].get("GPU", 1) for k in todo))))
+        _check(plan, todo, bundles, machines)
+        share = max((bundles[k].get("GPU", 0) for k in todo), default=0)
+        slots = machines.slots({"CPU": resources.cpus, "GPU": share})
         # Where every slot is known, what to do next is decided when one is free; Tune's queue would be decided before.
         alike = len({tuple(sorted(bundles[k].items())) for k in todo if not alone(plan.nodes[k].cell)}) <= 1
         place = Store(store)
+
+        def heard(event: Event) -> None:
+            if event.get("died"):  # every other failure is kept by the worker that it happened to
+                _keep_failure(place, plan.nodes[event["key"]].cell, event["error"], event["traceback"])
+            on_event(event)
+
         search = GraphSearch(
-            plan, todo, done, slots, bundles, on_event, fail_fast,
+            plan, todo, done, slots, bundles, heard, fail_fast,
             weights=expected(plan, costs), landed=lambda k: place.has(plan.nodes[k].cell),
+            reached=lambda k: place.started().get(place.folder(plan.nodes[k].cell).rpartition("/")[2], 0),
             ahead=None if address or not alike else 0,
         )  # fmt: skip
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots + 1)
-        errors = _fit(search, max(1, len(todo)), store, runtime)
+        with _stoppable(search) as word:
+            _fit(search, store, runtime, word)
     outcome = search.outcome
-    outcome.errors = errors
-    ended = outcome.done | set(outcome.failed) | set(outcome.skipped)
-    outcome.unfinished = todo - ended
+    outcome.unfinished = todo - outcome.done - set(outcome.failed) - set(outcome.skipped)
+    for k in place.done(plan.nodes[k].cell for k in outcome.unfinished) if outcome.stopped_by else ():
+        outcome.unfinished.remove(k)  # done in time, but nobody listened any more
+        outcome.done.add(k)
+        on_event({"event": "done", "key": k})
     return outcome
 
 
-def _fit(search: GraphSearch, most: int, store: str, runtime: Runtime) -> list[str]:
-    """Have Tune run everything; returns what Ray says of trials whose worker died."""
+@contextmanager
+def _stoppable(search: GraphSearch) -> Iterator[str]:
+    """SIGINT and SIGTERM drain the run in here. Yields the word by which the cluster tells its workers."""
+    word = f"ctp-drain-{uuid.uuid4().hex}"
+    with drain.draining(search.drain, lambda: internal_kv._internal_kv_put(word, b"1")) as came:
+        yield word
+    search.outcome.stopped_by = came[0] if came else 0
+
+
+def _fit(search: GraphSearch, store: str, runtime: Runtime, word: str) -> None:
+    """Have Tune run everything."""
     with tempfile.TemporaryDirectory(prefix="ctp-tune-") as scratch:
         tuner = tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(_Task, store=store, runtime=runtime.model_dump(mode="json")),
+                tune.with_parameters(_Task, store=store, runtime=runtime.model_dump(mode="json"), word=word),
                 lambda config: tune.PlacementGroupFactory([config["bundle"]]),
             ),
-            tune_config=tune.TuneConfig(search_alg=search, num_samples=most, reuse_actors=True),
+            tune_config=tune.TuneConfig(search_alg=search, num_samples=-1, reuse_actors=True,
+                                        scheduler=Witness(search)),
             run_config=tune.RunConfig(
                 storage_path=scratch, verbose=0, failure_config=tune.FailureConfig(max_failures=2),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )  # fmt: skip
-        return [str(e).strip() for e in tuner.fit().errors]
+        tuner.fit()
 
 
 # ---------------------------------------------------------------------- in a worker
@@ -140,8 +197,8 @@ def _fit(search: GraphSearch, most: int, store: str, runtime: Runtime) -> list[s
 class _Task(tune.Trainable):
     """One task at a time: a thread does its cells in turn and never waits for Tune; each step tells what happened."""
 
-    def setup(self, config: dict[str, Any], store: str, runtime: dict[str, Any]) -> None:
-        self.place, self.how = Store(store), Runtime.model_validate(runtime)
+    def setup(self, config: dict[str, Any], store: str, runtime: dict[str, Any], word: str) -> None:
+        self.place, self.how, self.word = Store(store), Runtime.model_validate(runtime), word
         self._begin()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -151,11 +208,19 @@ class _Task(tune.Trainable):
 
     def _begin(self) -> None:
         cells = json.loads(self.config.pop("cells"))  # Tune would send them back with every result
+        self.how = self.how.model_copy(update={"halved": self.config.pop("halved", 0)})
+        self._look()
         self.told: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
         threading.Thread(target=self._work, args=(cells,), daemon=True).start()
 
+    def _look(self) -> None:
+        """Is the run to stop?"""
+        if not drain.asked.is_set() and internal_kv._internal_kv_exists(self.word):
+            drain.asked.set()
+
     def step(self) -> dict[str, Any]:
         """The events since the last step."""
+        self._look()
         events: list[Event] = []
         end = time.monotonic() + SILENCE_SECONDS
         while (left := end - time.monotonic()) > 0:
@@ -166,7 +231,7 @@ class _Task(tune.Trainable):
             if event is None:
                 return {"events": events, "done": True}
             if isinstance(event, BaseException):
-                raise RuntimeError(f"{type(event).__name__}: {event}") from event
+                raise RuntimeError(scrub(f"{type(event).__name__}: {event}")) from None
             if not events:
                 end = time.monotonic() + TELL_SECONDS
             events.append(event)
@@ -175,6 +240,8 @@ class _Task(tune.Trainable):
     def _work(self, cells: list[dict[str, Any]]) -> None:
         try:
             for data in cells:
+                if drain.asked.is_set():
+                    break
                 _do(data, self.place, self.how, self.told.put)
         except BaseException as e:  # not a cell's error: those are told
             self.told.put(e)
@@ -194,8 +261,10 @@ def _do(data: dict[str, Any], place: Store, how: Runtime, tell: Callable[[Event]
         tell({"event": "start", "key": k})
         begun = time.monotonic()
         execute(cell, place, how, _throttled(k, tell))
+    except drain.Drained:
+        tell({"event": "drained", "key": k})
     except Exception as e:  # whatever went wrong is this cell's failure, and only this cell's
-        error, trace = f"{type(e).__name__}: {e}".strip(), traceback.format_exc()
+        error, trace = plain(scrub(f"{type(e).__name__}: {e}".strip())), plain(scrub(traceback.format_exc()))
         if cell is not None:
             _keep_failure(place, cell, error, trace)
         tell({"event": "failed", "key": k, "error": error, "traceback": trace})
@@ -223,47 +292,12 @@ def _throttled(k: str, tell: Callable[[Event], None], seconds: float = 1.0) -> C
     return report
 
 
-# ------------------------------------------------------------------------ resources
-
-
-def _cores(resources: Resources) -> float:
-    """Of the smallest machine that runs trials; a head may run none."""
-    machines = [n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"]]
-    return min((n for n in machines if n >= resources.cpus), default=resources.cpus)
-
-
-def _check(plan: Plan, todo: set[str], bundles: dict[str, dict[str, float]]) -> None:
-    """Tune would wait for ever for a bundle that no node can give."""
-    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+def _check(plan: Plan, todo: set[str], bundles: dict[str, dict[str, float]], machines: Fleet) -> None:
+    """Tune would wait for ever for a bundle that no machine can give."""
     for k in todo:
-        bundle = bundles[k]
-        if not any(all(have.get(name, 0) >= want for name, want in bundle.items()) for have in nodes):
-            have = [{name: n.get(name, 0) for name in ("CPU", "GPU")} for n in nodes]
+        if not machines.fits(bundles[k]):
+            have = [{name: m.has.get(name, 0) for name in ("CPU", "GPU")} for m in machines.machines]
             raise ResourceError(
-                f"{slug(plan.nodes[k].cell)} needs {bundle}, and no node has it: {have}. --cpus sets the cores a trial "
-                "takes, --gpu-memory says how large a GPU is"
+                f"{slug(plan.nodes[k].cell)} needs {bundles[k]}, and no machine has it: {have}. --cpus sets the cores "
+                "a trial takes, --gpu-memory says how large a GPU is"
             )
-
-
-@contextmanager
-def _cluster(address: str | None) -> Iterator[dict[str, float]]:
-    """The cluster at `address`, or one of this machine's own; yields its resources in all."""
-    for name in ("ray", "ray.tune", "ray.train"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    own: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": 256 * 2**20}
-    try:
-        _knock(address)
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **own)
-    except (OSError, RuntimeError, ValueError) as e:
-        raise ResourceError(f"no Ray cluster at {address or 'this machine'}: {type(e).__name__}: {e}") from e
-    try:
-        yield ray.cluster_resources()
-    finally:
-        ray.shutdown()
-
-
-def _knock(address: str | None) -> None:
-    """Ray itself tries a dead address for minutes. Raises OSError where nobody listens."""
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
-    if colon and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()

@@ -156,7 +156,8 @@ class Runtime(Spec):
     device: "auto", "cpu" or "cuda". batch: windows per forward pass in evaluation and calibration.
     checkpoint_seconds: least time between two checkpoints of a prompt that is being learned. recompute: learn with less
     memory and more time: activations are computed again in the backward pass. packed: learn prompts through weights
-    that stay packed on the device and are unpacked at every use.
+    that stay packed on the device and are unpacked at every use. halved: how often fewer windows at once are to be
+    begun with than batch (and a recovery's own) say: workers were ended for their machine's memory.
     locations: where a pinned model, text or adapter lies ("name@revision" -> path, `package:…` or hub id).
     datasets: descriptions of the grid file's own texts, by name. plugins: sources of its Python files, by name.
     """
@@ -166,6 +167,7 @@ class Runtime(Spec):
     checkpoint_seconds: Annotated[float, Field(strict=True, ge=0)] = 60.0
     recompute: bool = False
     packed: bool = False
+    halved: Annotated[int, Field(strict=True, ge=0)] = 0
     locations: dict[str, str] = Field(default_factory=dict)
     datasets: dict[str, dict[str, Any]] = Field(default_factory=dict)
     plugins: dict[str, str] = Field(default_factory=dict)

@@ -13,6 +13,9 @@ from typing import Any
 
 import yaml
 
+from ctp.names import shown
+from ctp.paths import expanded, there
+
 INSTALL = "tasks are read and run by lm-evaluation-harness: pip install 'ctp[tasks]'"
 
 
@@ -25,11 +28,11 @@ def harness_version() -> str:
 
 
 def own_file(name: str, base: Path | None) -> Path:
-    given = Path(name).expanduser()
+    given = expanded(name)
     for folder in (base, Path.cwd()):
-        if folder is not None and (folder / given).is_file():
+        if folder is not None and there(folder / given) and (folder / given).is_file():
             return (folder / given).resolve()
-    raise ValueError(f"there is no task file {name!r}" + (f", in {base} or here" if base is not None else ""))
+    raise ValueError(f"there is no task file {shown(name)}" + (f", in {base} or here" if base is not None else ""))
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ctp.names import unknown
+from ctp.names import shown, unknown
+from ctp.paths import expanded
 
 SPLITS = ("train", "validation", "test")
 
@@ -86,6 +87,8 @@ def parse_corpus(name: str, mapping: Mapping[str, Any]) -> Corpus:
     """
     if name in CORPORA:
         raise ValueError(f"data set {name!r} is built in: give your text another name")
+    if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+        raise ValueError(f"the data set's name {shown(name)}: letters, digits and . - _ only, 100 at most")
     if not isinstance(mapping, Mapping) or ("path" in mapping) == ("hub" in mapping):
         raise ValueError(f"data set {name!r} needs either 'path' (a folder or file) or 'hub' (a data set's id)")
     allowed = _FROM_PATH if "path" in mapping else _FROM_HUB
@@ -95,7 +98,7 @@ def parse_corpus(name: str, mapping: Mapping[str, Any]) -> Corpus:
         if key == "data_files":
             _check_data_files(name, value)
         elif not isinstance(value, str) or (not value and key != "join"):
-            raise ValueError(f"data set {name!r}: {key} = {value!r} must be a non-empty string")
+            raise ValueError(f"data set {name!r}: {key} = {shown(value)} must be a non-empty string")
     options = {key: mapping[key] for key in ("path", "hub", "config", "data_files", "revision") if key in mapping}
     splits = tuple(s for s in SPLITS if s in mapping.get("data_files", SPLITS))
     return Corpus(name, mapping.get("join", "\n\n"), splits, column=mapping.get("field", "text"), **options)
@@ -103,10 +106,16 @@ def parse_corpus(name: str, mapping: Mapping[str, Any]) -> Corpus:
 
 def _check_data_files(name: str, value: Any) -> None:
     if not isinstance(value, Mapping) or not value:
-        raise ValueError(f"data set {name!r}: data_files = {value!r} must map a split to its files")
+        raise ValueError(f"data set {name!r}: data_files = {shown(value)} must map a split to its files")
     for split in value:
         if split not in SPLITS:
             raise ValueError(f"data set {name!r}: data_files: {unknown('split', split, SPLITS)}")
+    for split, files in value.items():
+        listed = files if isinstance(files, list) and files else [files]
+        if not all(isinstance(f, str) and f for f in listed):
+            raise ValueError(
+                f"data set {name!r}: data_files.{split} = {shown(files)} must be a file or a list of files"
+            )
 
 
 def find(name: str, custom: Mapping[str, Corpus] | None = None, data_dir: str | Path | None = None) -> Corpus:
@@ -126,4 +135,4 @@ def find(name: str, custom: Mapping[str, Corpus] | None = None, data_dir: str | 
 def local_root(data_dir: str | Path | None) -> Path | None:
     """The local data folder: `data_dir`, else $CTP_DATA_DIR, else None."""
     given = data_dir or os.environ.get("CTP_DATA_DIR")
-    return Path(given).expanduser().absolute() if given else None
+    return expanded(given).absolute() if given else None

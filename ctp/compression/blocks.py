@@ -140,7 +140,8 @@ def capture(model: nn.Module, windows: Tensor, size: int) -> list[Batch]:
 
 
 def check_chain(model: nn.Module, window: Tensor, tolerance: float = 1e-3) -> None:
-    """Raises RuntimeError unless running the blocks one after the other gives what the whole model's forward gives.
+    """Raises RuntimeError unless running the blocks one after the other gives what the whole model's forward gives,
+    ValueError where that is not finite.
 
     window: (1, tokens). Catches a model, or a release of transformers, that hands blocks other arguments than the
     first one's, or works between blocks. tolerance: largest difference relative to the largest value.
@@ -158,6 +159,10 @@ def check_chain(model: nn.Module, window: Tensor, tolerance: float = 1e-3) -> No
             model(input_ids=window.to(next(model.parameters()).device), use_cache=False)
     finally:
         handle.remove()
+    if not bool(torch.isfinite(seen[0]).all()):
+        bad = next((n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None)
+        why = "an activation overflows" if bad is None else f"{bad} holds numbers that are not finite"
+        raise ValueError(f"{type(model).__name__} computes no finite numbers: {why}")
     batch = capture(model, window, 1)[0]
     for block in blocks:
         batch.hidden = batch.run(block)

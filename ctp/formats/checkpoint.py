@@ -19,7 +19,7 @@ from ctp.compression.blocks import decoder_blocks
 from ctp.compression.layer import Layer
 from ctp.compression.pack import pack
 from ctp.formats import compressed_tensors, gptq
-from ctp.models import locate, skeleton
+from ctp.models import LOCAL, locate, skeleton
 
 READERS = {"gptq": gptq, "compressed-tensors": compressed_tensors}
 
@@ -76,7 +76,7 @@ def open_checkpoint(folder: Path, dtype: str = "auto", tokenizer: Any = None) ->
         opened.config.dtype = opened.config.dtype if dtype == "auto" else getattr(torch, dtype)
         return replace(opened, tokenizer=tokenizer or opened.tokenizer)
     said = quantization(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, **LOCAL)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
@@ -91,7 +91,7 @@ def open_checkpoint(folder: Path, dtype: str = "auto", tokenizer: Any = None) ->
     if not packed:
         raise ValueError(f"{folder.name} holds no quantized and no pruned weights: it is a model, not a compressed one")
     rest = {n: t for n, t in tensors.items() if n not in used and not _leftover(n, t, bare)}
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder, **LOCAL)
     return Compressed(packed, rest, config, tokenizer, read_generation(folder))
 
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from ctp.inputs import Bool, Pinned, PositiveInt
+from ctp.inputs import MOST, Bool, Pinned, PositiveInt
 from ctp.methods.base import Method, tag
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Solver(Compression):
     block_size: PositiveInt = 128
     act_order: Bool = False
     true_sequential: Bool = False
-    group_size: Annotated[int, Field(strict=True, ge=2)] | None = None
+    group_size: Annotated[int, Field(strict=True, ge=2, le=MOST)] | None = None
     sym: Bool = False
     static_groups: Bool = False
     scale: Literal["minmax", "mse"] = "minmax"
@@ -130,7 +130,7 @@ class SparseGPT(Solver):
 
     method: Literal["sparsegpt"] = "sparsegpt"
     sparsity: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = None
-    pattern: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = None
+    pattern: Annotated[str, Field(pattern=r"^[0-9]{1,4}:[0-9]{1,4}$")] | None = None
     bits: Literal[2, 3, 4, 8] | None = None
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from ctp.inputs import Pinned, PositiveInt, Windows
+from ctp.inputs import Count, Pinned, PositiveInt, Windows
 from ctp.methods.base import Method
 
 if TYPE_CHECKING:
@@ -30,12 +30,14 @@ PAPER_QUESTIONS = "\n".join(
 class Measure(Method):
     """What is measured on a target.
 
-    prompts_only: means nothing without a prompt. alone: nothing else may run on its machine.
+    prompts_only: means nothing without a prompt. alone: nothing else may run on its machine. batched: it feeds
+    `job.runtime.batch` inputs at a time, and fewer where memory runs out.
     """
 
     registry: ClassVar[dict[str, type[Method]]] = {}
     prompts_only: ClassVar[bool] = False
     alone: ClassVar[bool] = False
+    batched: ClassVar[bool] = True
 
     def measure(self, job: "EvaluateJob") -> dict[str, float]:
         """Numbers about `job.model`, behind `job.prompt` where there is one; files go into `job.folder`."""
@@ -79,7 +81,7 @@ class Task(Pinned, Measure):
 
     method: Literal["task"] = "task"
     name: Annotated[str, Field(min_length=1)]
-    shots: Annotated[int, Field(strict=True, ge=0)] = 0
+    shots: Count = 0
     limit: PositiveInt | None = None
 
     @property
@@ -99,12 +101,13 @@ class Latency(Measure):
     """
 
     alone: ClassVar[bool] = True
+    batched: ClassVar[bool] = False
 
     method: Literal["latency"] = "latency"
     seq_len: PositiveInt = 1024
     new_tokens: PositiveInt = 32
     batch: PositiveInt = 1
-    warmup: Annotated[int, Field(strict=True, ge=0)] = 2
+    warmup: Count = 2
     repeats: PositiveInt = 7
 
     @property
@@ -153,6 +156,7 @@ class Neighbours(Measure):
     """Cosine between every row of a prompt and the `top` vocabulary rows nearest to it (the paper's appendix D)."""
 
     prompts_only: ClassVar[bool] = True
+    batched: ClassVar[bool] = False
 
     method: Literal["neighbours"] = "neighbours"
     top: PositiveInt = 100

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from ctp.inputs import Bool, Finite, Pinned, PositiveInt, Seed, Windows
+from ctp.inputs import Bool, Count, Finite, Pinned, PositiveInt, Seed, Windows
 from ctp.methods.base import Method
 
 if TYPE_CHECKING:
@@ -64,10 +64,10 @@ class Learned(Recovery):
     steps: PositiveInt = 30_000
     batch: PositiveInt = 4
     accumulate: PositiveInt = 1
-    lr: Annotated[float, Finite, Field(gt=0)] = 1e-3
+    lr: Annotated[float, Finite, Field(gt=0, le=1e9)] = 1e-3
     weight_decay: Annotated[float, Finite, Field(ge=0)] = 1e-5
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: Annotated[int, Field(strict=True, ge=0)] = 0
+    warmup: Count = 0
     clip: Annotated[float, Finite, Field(gt=0)] | None = 1.0
     loss: Literal["token_mean", "sequence_sum"] = "token_mean"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -150,7 +150,7 @@ class LoRA(Learned):
     alpha: PositiveInt = 32
     dropout: Annotated[float, Finite, Field(ge=0, lt=1)] = 0.1
     layers: PositiveInt | None = None
-    lr: Annotated[float, Finite, Field(gt=0)] = 2e-4
+    lr: Annotated[float, Finite, Field(gt=0, le=1e9)] = 2e-4
     weight_decay: Annotated[float, Finite, Field(ge=0)] = 0.0
 
     @property

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ctp import hub
 from ctp.cache import digest
+from ctp.modelfiles import shapes
+from ctp.names import shown
+from ctp.paths import folder_named
 
 if TYPE_CHECKING:  # torch takes seconds to import, and pinning a grid needs none of it
     from torch import Tensor
@@ -43,12 +46,11 @@ class AdapterFacts:
 
 def locate(path: str, revision: str = "") -> tuple[str, str, str]:
     """(short name, revision, location) of a folder or hub id. Raises ValueError, in one sentence, if there is none."""
-    folder = Path(path).expanduser()
-    if len(path) < 1000 and folder.is_dir():
+    if (folder := folder_named(path)) is not None:
         _check_files(folder)
         return folder.resolve().name, _revision(folder), str(folder.resolve())
     if path.startswith(("/", ".", "~")):
-        raise ValueError(f"there is no folder {path!r}")
+        raise ValueError(f"there is no folder {shown(path)}")
     return path, hub.commit(path, revision, "adapter"), f"hub:{path}"
 
 
@@ -71,23 +73,26 @@ def adapter_facts(folder: str | Path) -> AdapterFacts:
     Raises ValueError for a folder that is no adapter in safetensors, or an adapter that ctp cannot use.
     """
     _check_files(Path(folder))
+    shapes(Path(folder) / ADAPTER)  # raises where it is not whole
     try:
         config = json.loads((Path(folder) / CONFIG).read_text())
         kind, task = config["peft_type"], config["task_type"]
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{CONFIG} of {folder} is no adapter's configuration: {type(e).__name__}: {e}") from e
-    if kind not in KINDS:
-        raise ValueError(f"{CONFIG}: peft_type = {kind!r}, allowed: {', '.join(KINDS)}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"{CONFIG}: peft_type = {shown(kind)}, allowed: {', '.join(KINDS)}")
     if task != "CAUSAL_LM":
-        raise ValueError(f"{CONFIG}: task_type = {task!r}, allowed: CAUSAL_LM")
+        raise ValueError(f"{CONFIG}: task_type = {shown(task)}, allowed: CAUSAL_LM")
     if KINDS[kind] == "prompt":
         k, width = config.get("num_virtual_tokens"), config.get("token_dim")
         if not isinstance(k, int) or not isinstance(width, int) or k < 1 or width < 1:
-            raise ValueError(f"{CONFIG}: num_virtual_tokens = {k!r} and token_dim = {width!r} must be above 0")
+            raise ValueError(
+                f"{CONFIG}: num_virtual_tokens = {shown(k)} and token_dim = {shown(width)} must be above 0"
+            )
         return AdapterFacts("prompt", k, width)
     for name, allowed in PLAIN_LORA.items():
         if (value := config.get(name, allowed[0])) not in allowed:
-            raise ValueError(f"{CONFIG}: {name} = {value!r}, allowed: {', '.join(map(str, allowed))}")
+            raise ValueError(f"{CONFIG}: {name} = {shown(value)}, allowed: {', '.join(map(str, allowed))}")
     return AdapterFacts("lora", 0, 0)
 
 

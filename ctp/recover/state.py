@@ -24,7 +24,8 @@ class TrainState:
     identity: names spec and text, compared on resume. values, best: the trainable parameters by name, as of the last
     checkpoint and at the lowest validation loss. moments: AdamW's by parameter and name, empty before the first update.
     scaler: of the fp16 loss, else empty. loss_sum over loss_count updates: training loss since the last validation.
-    seconds: spent so far, all interrupted runs together.
+    seconds: spent so far, all interrupted runs together. at_once: windows a micro-batch, fewer than the spec's where
+    memory ran out; 0 before the first update.
     """
 
     identity: str
@@ -39,6 +40,7 @@ class TrainState:
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
     scaler: dict[str, float] = field(default_factory=dict)
+    at_once: int = 0
 
     def save(self, folder: str | Path) -> None:
         """Write the state into `folder`, the JSON file last."""
@@ -75,7 +77,8 @@ class Outcome:
     """How learning went. best_val_loss and the losses in `history` are nats per scored token: exp gives a perplexity.
 
     history: one entry per validation with step, val_loss, loss (mean training loss since the one before, None at step
-    0), lr. seconds: all interrupted runs together.
+    0), lr, and at_once where memory allowed fewer windows a micro-batch than the spec says. seconds: all interrupted
+    runs together.
     """
 
     best_step: int

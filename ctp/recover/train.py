@@ -19,8 +19,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ctp import drain
 from ctp.evaluate.perplexity import PerplexityResult, perplexity
 from ctp.machine import keep_heap
+from ctp.memory import AtOnce, smaller
 from ctp.methods import Learned
 from ctp.recover.accelerator import accelerated
 from ctp.recover.attach import check_fit, frozen
@@ -90,10 +92,12 @@ def train(
     as without the interruption. checkpoint: called between two steps, at least runtime.checkpoint_seconds apart.
     report: called about once a second and after each validation with step, steps, loss, lr, tokens_per_s (window
     tokens, while training), best_val_loss, best_step and, when measured, val_loss; losses are nats per scored token
-    whatever spec.loss is.
+    whatever spec.loss is. Where memory runs out, a micro-batch is halved, and stays so: the gradient is the same sum up
+    to rounding (and dropout draws other masks); report and history then say how many windows go through `at_once`.
 
     Raises ValueError where spec, text and model do not fit or the checkpoint is another run's, FloatingPointError
-    (with step, learning rate and last losses) on a loss or gradient that is not finite.
+    (with step, learning rate and last losses) on a loss or gradient that is not finite, OutOfMemory where one window at
+    once is too many.
     """
     for text in (windows, validation):
         check_fit(model, text, spec.prompt_rows)
@@ -115,7 +119,7 @@ def train(
         if getattr(model, "hf_device_map", None) is None:
             model.to(accelerator.device)
         with make() as trainable, _rounded(model, accelerator):
-            run = _Run(trainable, windows, validation, spec, state, accelerator, runtime.recompute)
+            run = _Run(trainable, windows, validation, spec, state, accelerator, runtime)
             _loop(run, runtime.checkpoint_seconds, checkpoint, report)
     return state
 
@@ -149,9 +153,12 @@ def _loop(run: "_Run", checkpoint_seconds: float, checkpoint: Checkpoint | None,
         if report is not None and (validated or now - told >= 1):
             report(run.numbers())
             told = now
-        if checkpoint is not None and not last and now - saved >= checkpoint_seconds:
+        if checkpoint is None or last:
+            continue
+        if now - saved >= checkpoint_seconds or drain.asked.is_set():
             checkpoint(run.snapshot())
             saved = time.monotonic()
+        drain.check()
 
 
 class _Run:
@@ -165,7 +172,7 @@ class _Run:
         spec: Learned,
         state: TrainState,
         accelerator: Accelerator,
-        recompute: bool,
+        runtime: Runtime,
     ) -> None:
         self.trainable, self.windows, self.validation = trainable, windows, validation
         self.spec, self.state, self.accelerator = spec, state, accelerator
@@ -183,25 +190,26 @@ class _Run:
         if accelerator.scaler is not None and state.scaler:
             accelerator.scaler.load_state_dict(state.scaler)
         with accelerator.autocast():
-            self.objective = choose(trainable.model, windows, trainable.prompt, recompute)
+            self.objective = choose(trainable.model, windows, trainable.prompt, runtime.recompute)
+        at_most = AtOnce(self.micro_batch, runtime.halved).size
+        self.at_once = AtOnce(min(state.at_once or at_most, at_most))
         self.losses: deque[float] = deque(maxlen=5)
         self.rate, self.trained, self.training_seconds = 0.0, 0, 0.0
 
+    @property
+    def micro_batch(self) -> int:
+        """Windows a micro-batch by the spec; fewer go through at once where memory runs out."""
+        return self.spec.batch // self.spec.accumulate
+
     def update(self) -> None:
-        """One optimiser step over `batch` windows, in `accumulate` micro-batches."""
+        """One optimiser step over `batch` windows, in `accumulate` micro-batches, or more where memory runs out."""
         begun, spec, state = time.monotonic(), self.spec, self.state
         s = self.windows.shape[1]
         self.rate = learning_rate(spec, state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
-        self.optimizer.zero_grad()
-        total = 0.0
-        with self.trainable.updating(spec.seed, state.step), self.objective.active():
-            for rows in batch_rows(len(self.windows), spec, state.step).chunk(spec.accumulate):
-                nll = self._nll(self.windows[rows].to(self.device))
-                # Divided by the whole batch's count, so that micro-batches add up to the full batch's loss.
-                self.accelerator.backward(nll / (spec.batch * (s - 1 if spec.loss == "token_mean" else 1)))
-                total += nll.item()
+        total = self.at_once(self._gradient)
+        state.at_once = self.at_once.size
         state.step += 1
         self.losses.append(total / (spec.batch * (s - 1)))
         if not math.isfinite(total):
@@ -211,6 +219,18 @@ class _Run:
         state.loss_count += 1
         self.trained += spec.batch * s
         self.training_seconds += time.monotonic() - begun
+
+    def _gradient(self, at_once: int) -> float:
+        """The step's summed loss, and its gradient in the parameters: begun anew, whatever a last try left there."""
+        spec, s, total = self.spec, self.windows.shape[1], 0.0
+        self.optimizer.zero_grad()
+        with self.trainable.updating(spec.seed, self.state.step), self.objective.active():
+            for rows in batch_rows(len(self.windows), spec, self.state.step).split(at_once):
+                nll = self._nll(self.windows[rows].to(self.device))
+                # Divided by the whole batch's count, so that micro-batches add up to the full batch's loss.
+                self.accelerator.backward(nll / (spec.batch * (s - 1 if spec.loss == "token_mean" else 1)))
+                total += nll.item()
+        return total
 
     def _nll(self, windows: Tensor) -> Tensor:
         with self.accelerator.autocast():
@@ -228,16 +248,17 @@ class _Run:
 
     def validate(self) -> None:
         """Measure the validation loss, enter it into the history, and keep the parameters if none were as good."""
-        spec, state = self.spec, self.state
+        state = self.state
         try:
             with self.accelerator.autocast():
                 # The micro-batch and not Runtime.batch: the loss picks a step, and must not depend on where it ran.
-                result = self.trainable.score(self.validation, spec.batch // spec.accumulate)
+                result = self.at_once(lambda n: self.trainable.score(self.validation, n))
         except FloatingPointError as error:
             raise self._diverged("the validation loss is not finite") from error
         val_loss = result.nll_sum / result.scored_tokens
         loss = state.loss_sum / state.loss_count if state.loss_count else None
-        state.history.append({"step": state.step, "val_loss": val_loss, "loss": loss, "lr": self.rate})
+        point = {"step": state.step, "val_loss": val_loss, "loss": loss, "lr": self.rate}
+        state.history.append(point | smaller(self.micro_batch, self.at_once.size))
         state.loss_sum, state.loss_count = 0.0, 0
         if val_loss < state.best_loss:
             state.best_loss, state.best_step = val_loss, state.step
@@ -254,6 +275,7 @@ class _Run:
             "tokens_per_s": self.trained / self.training_seconds if self.trained else None,
             "best_val_loss": state.best_loss,
             "best_step": state.best_step,
+            **smaller(self.micro_batch, self.at_once.size),
         }
         return {**numbers, "val_loss": measured["val_loss"]} if measured["step"] == state.step else numbers
 
@@ -273,7 +295,7 @@ class _Run:
         return {n: p.detach().to("cpu", copy=True) for n, p in self.trainable.parameters.items()}
 
     def _diverged(self, what: str) -> FloatingPointError:
-        last = ", ".join(f"{x:.4g}" for x in self.losses)
+        last = ", ".join(f"{x:.4g}" for x in self.losses) or "none"
         return FloatingPointError(f"step {self.state.step}: {what}; learning rate {self.rate:.3g}; last losses: {last}")
 
 
@@ -297,6 +319,8 @@ def recover_with(learn: Callable[..., Outcome], spec: Learned, job: "LearnJob") 
         )  # fmt: skip
     learned.save(job.folder, job.model_name)
     job.record["train_seconds"] = learned.seconds
+    if "at_once" in learned.history[-1]:
+        job.record["at_once"] = learned.history[-1]["at_once"]
     return {
         "best_step": learned.best_step,
         "best_val_loss": learned.best_val_loss,

@@ -1,0 +1,123 @@
+"""What is written of a cell into its MLflow run: as it is learned, when it failed, and all there is once it is done."""
+
+import json
+import time
+from typing import Any
+
+from mlflow.entities import Metric, Param, RunTag
+
+from ctp.plan import Node, Plan
+from ctp.runinfo import ERROR, PARENT, entry, settings, tags
+from ctp.runs import Known, Runs
+from ctp.spec import Evaluate, Learn
+from ctp.store import Store
+
+ATTACHED = 4 * 2**20  # bytes of a file that MLflow gets a copy of
+BATCH = 900  # MLflow takes 1,000 metrics a call
+Event = dict[str, Any]
+
+
+class CellRuns(Runs):
+    """The runs of a plan's cells. parent: the run of the invocation that writes, once there is one.
+
+    live: keys of prompts that are being learned now, for all that was written.
+    """
+
+    def __init__(self, uri: str, plan: Plan, store: Store) -> None:
+        super().__init__(uri, plan.name)
+        self.plan, self.store = plan, store
+        self.parent: str | None = None
+        self.live: set[str] = set()
+
+    def start(self, node: Node) -> None:
+        """The prompt is being learned, by this invocation."""
+        self.live.add(node.key)
+        run = self.run(node)
+        if self.parent is not None and run.tags.get(PARENT) != self.parent:  # else it would pass for a dead one's
+            self.client.set_tag(run.run_id, PARENT, self.parent)
+            run.tags[PARENT] = self.parent
+        self.client.update_run(run.run_id, status="RUNNING")
+        run.status = "RUNNING"
+
+    def cut_off(self, k: str) -> None:
+        """Whoever was at this cell is no more; what it had logged stays."""
+        known = self.known()[k]
+        self.client.set_terminated(known.run_id, "KILLED")
+        known.status = "KILLED"
+        self.live.discard(k)
+
+    def progress(self, events: list[Event]) -> None:
+        """Losses and speeds of prompts that are being learned, as of when they were told."""
+        metrics: dict[str, list[Metric]] = {}
+        for event in events:
+            if event.get("loss") is None or not isinstance(self.plan.nodes[event["key"]].cell, Learn):
+                continue
+            live = {"live/loss": event["loss"], "live/tokens_per_s": event.get("tokens_per_s")}
+            at, step = int(1000 * event.get("at", time.time())), int(event["step"])
+            metrics.setdefault(event["key"], []).extend(
+                Metric(n, float(v), at, step) for n, v in live.items() if v is not None
+            )
+        for k, found in metrics.items():
+            self._log(self.run(self.plan.nodes[k]).run_id, found)
+
+    def _log(self, run: str, metrics: list[Metric], keep: int = 0) -> list[Metric]:
+        """Log them, but for the last of at most `keep` that one more call takes; returns those."""
+        while len(metrics) > keep:
+            self.client.log_batch(run, metrics=metrics[:BATCH])
+            metrics = metrics[BATCH:]
+        return metrics
+
+    def fail(self, node: Node, error: str, trace: str) -> None:
+        """The cell's last try failed; trace: the traceback, empty where there is none."""
+        run = self.run(node)
+        run.tags |= {ERROR: error[:5000]}
+        self.client.set_tag(run.run_id, ERROR, run.tags[ERROR])
+        if trace:
+            self.client.log_text(run.run_id, trace, "traceback.txt")
+        self.client.set_terminated(run.run_id, "FAILED")
+        run.status = "FAILED"
+        self.live.discard(node.key)
+
+    def run(self, node: Node) -> Known:
+        """The cell's run, made with its settings where there is none."""
+        if node.key not in self.known():
+            run = self._create(node, None, {})
+            self.client.log_batch(run.run_id, params=_params(node))
+        return self.known()[node.key]
+
+    def _create(self, node: Node, start: int | None, more: dict[str, str]) -> Known:
+        """A new run of the cell. start: milliseconds since 1970, None for now."""
+        own = tags(self.plan.name, node) | more | ({PARENT: self.parent} if self.parent else {})
+        return self.create(node.key, start, own)
+
+    def finish(self, node: Node) -> None:
+        """Write all there is to say of a finished cell, in few requests: there may be thousands of short cells."""
+        manifest = self.store.manifest(node.cell)
+        history = []
+        if isinstance(node.cell, Learn) and "history.json" in manifest["files"]:
+            history = json.loads((self.store.fetch(node.cell) / "history.json").read_text())["history"]
+        found, new = entry(node, manifest, history), node.key not in self.known()
+        run = self._create(node, found.start, found.tags) if new else self.known()[node.key]
+        run.tags |= found.tags
+        if isinstance(node.cell, Evaluate):
+            self._log_files(node, run.run_id, manifest["files"])
+        last = self._log(run.run_id, [Metric(n, v, found.end, step) for n, v, step in found.metrics], keep=BATCH)
+        written = () if new else [RunTag(n, v) for n, v in found.tags.items()]
+        self.client.log_batch(run.run_id, metrics=last, params=_params(node), tags=written)
+        if run.tags.pop(ERROR, None) is not None:
+            self.client.delete_tag(run.run_id, ERROR)
+        self.client.set_terminated(run.run_id, "FINISHED", found.end)
+        run.status = "FINISHED"
+        self.live.discard(node.key)
+
+    def _log_files(self, node: Node, run: str, files: dict[str, Any]) -> None:
+        """An evaluation's answers, single timings, nearest words as artifacts: MLflow alone tells it all."""
+        small = [n for n, f in files.items() if n.endswith(".json") and f["size"] <= ATTACHED]
+        if small != ["result.json"]:  # whose numbers are metrics already
+            folder = self.store.fetch(node.cell)
+            for name in small:
+                self.client.log_artifact(run, str(folder / name))
+
+
+def _params(node: Node) -> list[Param]:
+    return [Param(n, v) for n, v in settings(node).items()]

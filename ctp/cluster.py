@@ -1,0 +1,189 @@
+"""The Ray cluster that a grid runs on: this machine's own, which listens on loopback alone, or one at an address, which
+asks for a token. Beside ctp.schedule nothing else knows Ray.
+"""
+
+import contextlib
+import ipaddress
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+from ray._private import ray_constants, services
+from ray._raylet import Config  # type: ignore[attr-defined]
+
+from ctp import drain
+from ctp.resources import Fleet, fleet
+
+TOKEN = Path("~/.ray/auth_token")
+CONFIG = Path("~/ray_bootstrap_config.yaml")  # where `ray up` puts the cluster's configuration on the head
+WORKERS_SECONDS = 600.0  # machines of one's own premises are all started by `ray up`, one ssh session each
+
+
+INSECURE = (
+    "the Ray cluster at {} takes work from anyone who can reach it: it asks for no token. `ray get-auth-token "
+    "--generate` makes one; copy ~/.ray/auth_token to every node and start them with RAY_AUTH_MODE=token "
+    "(cluster.yaml does), or say --insecure-ray"
+)
+# Does the cluster answer one who shows no token? Exit code 0: yes; 3: it asks for one.
+ASK = """
+import sys
+from ray._raylet import GcsClient
+from ray.exceptions import AuthenticationError
+try:
+    GcsClient(address=sys.argv[1]).internal_kv_keys(b"", None, 10)
+except AuthenticationError:
+    sys.exit(3)
+"""
+
+
+class ResourceError(Exception):
+    """There is no cluster at the address, it lets anyone in, or a cell asks for more than any machine in it has."""
+
+
+@contextmanager
+def join(address: str | None, insecure: bool = False) -> Iterator[Fleet]:
+    """The cluster at `address`, or one of this machine's own; yields its machines.
+
+    insecure: the cluster need not ask for a token. Inside itself: the one that is joined. Raises ResourceError.
+    """
+    if ray.is_initialized():
+        yield machines() if address else fleet(_alive())
+        return
+    for name in ("ray", "ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        with drain.terminable():  # and again afterwards: Ray puts a handler of its own in its place
+            _connect(address, insecure)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as e:
+        raise ResourceError(f"no Ray cluster at {address or 'this machine'}: {type(e).__name__}: {e}") from e
+    try:
+        yield machines() if address else fleet(_alive())
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str | None, insecure: bool) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    if address:
+        _knock(address)
+        show_token()
+        if not insecure:
+            check_token(address)
+        ray.init(address=address, **quiet)
+    else:
+        with _loopback():
+            ray.init(address="local", include_dashboard=False, object_store_memory=256 * 2**20, **quiet)
+
+
+def _knock(address: str) -> None:
+    """Ray itself tries a dead address for minutes. Raises OSError where nobody listens."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Ray's processes that start meanwhile bind 127.0.0.1, as they do on macOS and Windows; on Linux they bind every
+    interface, and `_node_ip_address` of 127.0.0.1 is replaced."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+# ------------------------------------------------------------------------ who may
+
+
+def show_token() -> None:
+    """Have Ray show the token that this machine has: by itself it shows it to clusters that it starts only."""
+    if _has_token() and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        Config.initialize("")  # Ray read its environment when it was imported
+
+
+def _has_token() -> bool:
+    """Is there a token where Ray looks for it?"""
+    given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    return given or TOKEN.expanduser().is_file()
+
+
+def check_token(address: str) -> None:
+    """Raises ResourceError where a cluster that other machines can reach takes work without a token.
+
+    Of ray://… only whether a token is shown can be known here, not whether it is asked for.
+    """
+    if address.startswith("ray://"):
+        place, asks = address.removeprefix("ray://"), os.environ.get("RAY_AUTH_MODE") == "token"
+    else:
+        place = services.canonicalize_bootstrap_address(address) or ""
+        asks = _is_loopback(place) or _asks(place)
+    if not (asks or _is_loopback(place)):
+        raise ResourceError(INSECURE.format(place))
+    if not _is_loopback(place) and not _has_token():
+        raise ResourceError(f"the Ray cluster at {place} asks for a token, and there is none: copy the cluster's "
+                            f"{TOKEN} here, or set RAY_AUTH_TOKEN")  # fmt: skip
+
+
+def _is_loopback(place: str) -> bool:
+    """Is this host:port on this machine's loopback?"""
+    host = place.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _asks(place: str) -> bool:
+    """Does the cluster refuse one who shows no token? Raises OSError where it does not answer."""
+    env = {n: v for n, v in os.environ.items() if not n.startswith("RAY_AUTH")} | {"RAY_AUTH_MODE": "disabled"}
+    command = [sys.executable, "-c", ASK, place]
+    asked = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    if asked.returncode not in (0, 3):
+        raise OSError(asked.stderr.strip().rpartition("\n")[2] or "no answer")
+    return asked.returncode == 3
+
+
+# ----------------------------------------------------------------------- machines
+
+
+def machines() -> Fleet:
+    """The machines of the joined cluster, those included that its autoscaler may start.
+
+    Where none that is there or known runs trials, but some are on their way, waits for the first.
+    """
+    config, end = _config(), time.monotonic() + WORKERS_SECONDS
+    found = fleet(_alive(), config)
+    coming = int((config or {}).get("max_workers", 0)) > 0
+    if coming and not found.fits({"CPU": 1}):
+        print("waiting for the cluster's first worker", flush=True)
+        while time.monotonic() < end and not found.fits({"CPU": 1}):
+            time.sleep(2)
+            found = fleet(_alive(), config)
+    return found
+
+
+def _alive() -> list[dict[str, float]]:
+    return [n["Resources"] for n in ray.nodes() if n["Alive"]]
+
+
+def _config() -> dict[str, Any] | None:
+    """The configuration of the cluster's autoscaler: known on the head, where `ray up` leaves it and jobs run."""
+    path = CONFIG.expanduser()
+    heads = [n["NodeManagerAddress"] for n in ray.nodes() if "node:__internal_head__" in n["Resources"]]
+    with contextlib.suppress(OSError, yaml.YAMLError):
+        if ray.util.get_node_ip_address() in heads and path.is_file():
+            config = yaml.safe_load(path.read_text())
+            return config if isinstance(config, dict) else None
+    return None

@@ -1,0 +1,91 @@
+"""How a run is stopped: a signal to the driver, a word to its workers, a saved state of what is being learned.
+
+The first Ctrl-C, or SIGTERM as clusters and Slurm send it before they kill, drains: no cell is begun, prompts save
+where they are and stop, other cells have `SECONDS` to end. A second one stops at once: at most a checkpoint's age is
+lost.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SECONDS = 20.0  # Slurm and Kubernetes kill 30 seconds after they have asked
+asked = threading.Event()  # in a worker: its driver wants it to stop
+
+
+class Drained(Exception):
+    """The cell was stopped because the run is; its state is saved."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came while nothing was running."""
+
+
+def check() -> None:
+    """To be called where a cell's state is saved. Raises Drained if the run is to stop."""
+    if asked.is_set():
+        raise Drained
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises Terminated in here."""
+    with _handled(signal.SIGTERM, _terminate):
+        yield
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt  # Tune has not begun: it puts its own handler in the place of this one
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+@contextmanager
+def draining(hold: Callable[[], object], tell: Callable[[], object]) -> Iterator[list[int]]:
+    """The first SIGINT or SIGTERM in here calls `hold` at once and `tell` in a thread, and Tune is stopped `SECONDS`
+    later; the second one stops it at once. Yields the numbers of the signals that came."""
+    came: list[int] = []
+
+    def now() -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)  # Tune's own sign to end: it stops its workers
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) > 1:
+            now()
+            return
+        rest = f"what still runs in {SECONDS:.0f} s, or at the next Ctrl-C, is cut off"
+        print(f"stopping: prompts are saved, short cells end; {rest}", file=sys.stderr, flush=True)
+        hold()
+        threading.Thread(target=tell, daemon=True).start()  # a call to the cluster may be what the signal cut short
+        timer = threading.Timer(SECONDS, now)
+        timer.daemon = True
+        timers.append(timer)
+        timer.start()
+
+    timers: list[threading.Timer] = []
+    with _handled(signal.SIGUSR1, _interrupt), _handled(signal.SIGINT, handle), _handled(signal.SIGTERM, handle):
+        try:
+            yield came
+        finally:
+            for timer in timers:
+                timer.cancel()
+
+
+@contextmanager
+def _handled(number: int, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """The handler in place; nothing where this is not the main thread, which gets the signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)

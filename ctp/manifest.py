@@ -1,0 +1,111 @@
+"""The manifest of an artifact: what it must say to be believed, and whether the files are those that it names."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ctp.cache import sha256_file
+from ctp.remote import StoreError
+from ctp.spec import KINDS, canonical
+
+MANIFEST = "manifest.json"
+_KEY = re.compile("[0-9a-f]{64}")
+INPUTS = {"compress": (), "learn": ("source",), "evaluate": ("target", "recovery")}  # a kind's fields that are cells
+_PAYLOAD = re.compile("(payload-[0-9a-f]{12}/)?")
+
+
+class Damaged(StoreError):
+    """What lies in the store is not what was put there, or was never put there by ctp."""
+
+
+def parse(text: bytes, path: str) -> dict[str, Any]:
+    """The manifest that `path` holds. Raises Damaged where it is torn, or names files outside its own folder."""
+    try:
+        manifest: dict[str, Any] = json.loads(text)
+    except ValueError as e:
+        raise Damaged(f"{path} is not JSON ({e})") from e
+    wrong = _wrong(manifest)
+    if wrong:
+        raise Damaged(f"{path} is no manifest: {wrong}")
+    return manifest
+
+
+def _wrong(manifest: Any) -> str:
+    """What keeps this from being a manifest; empty where nothing does."""
+    if not isinstance(manifest, dict):
+        return "it is not an object"
+    if not isinstance(manifest.get("key"), str) or not _KEY.fullmatch(manifest["key"]):
+        return f"key = {manifest.get('key')!r}, not 64 hex digits"
+    if manifest.get("kind") not in KINDS or not isinstance(manifest.get("spec"), dict):
+        return f"kind = {manifest.get('kind')!r}, or it has no spec; kinds are {', '.join(KINDS)}"
+    if not isinstance(manifest.get("payload", ""), str) or not _PAYLOAD.fullmatch(manifest.get("payload", "")):
+        return f"payload = {manifest['payload']!r}, not a folder that ctp makes"
+    inputs = manifest.get("inputs")
+    if not isinstance(inputs, list) or not all(isinstance(i, str) and _KEY.fullmatch(i) for i in inputs):
+        return f"inputs = {inputs!r}, not a list of keys"
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        return "it names no files"
+    for name, said in files.items():
+        if not plain(name) or name == MANIFEST:
+            return f"{name!r} is not the name of a file in its folder"
+        if (
+            not isinstance(said, dict)
+            or not isinstance(said.get("size"), int)
+            or not isinstance(said.get("sha256"), str)
+        ):
+            return f"it does not say size and sha256 of {name!r}"
+    return ""
+
+
+def plain(name: str) -> bool:
+    """Does a file of that name lie in the folder, whatever the folder? No absolute paths, no way up, nothing odd."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and str(PurePosixPath(name)) == name and not {"/", "..", "."} & set(parts) and "\0" not in name
+
+
+def files_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a manifest says of the files in a folder: name -> sha256 and size."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): {"sha256": sha256_file(p), "size": p.stat().st_size} for p in files}
+
+
+def verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises Damaged where a file is not the one that the manifest names: missing, torn, changed, or a link elsewhere.
+
+    An error of reading (a disk, a permission) is raised as it is: it says nothing of what was written. Messages begin
+    with the file's name in the folder.
+    """
+    home = folder.resolve()
+    for name, said in files.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(home):
+            raise Damaged(f"{name} is a link that leaves its folder")
+        if not path.is_file():
+            raise Damaged(f"{name} is missing, though the manifest names it")
+        if path.stat().st_size != said["size"]:
+            raise Damaged(f"{name} has {path.stat().st_size} bytes, not the {said['size']} that its manifest says")
+        if sha256_file(path) != said["sha256"]:
+            raise Damaged(f"{name} is not the file that its manifest names: its bytes have changed")
+
+
+def content(files: Mapping[str, Any]) -> str:
+    """One digest (hex) of all files that a manifest names."""
+    return hashlib.sha256(canonical(dict(files)).encode()).hexdigest()
+
+
+def own_key(manifest: Mapping[str, Any]) -> str:
+    """The key that the manifest's own kind, version, spec and inputs make; see `ctp.spec.key`.
+
+    From plain JSON, so that it holds for artifacts of other versions and of plugins. Raises KeyError or TypeError on
+    what is incomplete.
+    """
+    fields, inputs = dict(manifest["spec"]), list(manifest["inputs"])
+    for name in INPUTS[manifest["kind"]]:
+        if fields[name] is not None:
+            fields[name] = {"key": inputs.pop(0)}
+    text = canonical({"fields": fields, "kind": manifest["kind"], "version": manifest["version"]})
+    return hashlib.sha256(text.encode()).hexdigest()

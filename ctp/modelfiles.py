@@ -1,0 +1,112 @@
+"""What a model's folder holds, looked at before anything of it is loaded: JSON and headers, no weights."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ctp.names import shown
+
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+POSITIONS = ("max_position_embeddings", "n_positions")
+MOST_LAYERS = 1000
+MOST_HEADER = 100_000_000  # bytes, the format's own limit
+Shape = tuple[int, ...]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError naming the file where it holds none."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is no JSON: {str(e) or type(e).__name__}") from e
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no JSON object but a {type(found).__name__}")
+    return found
+
+
+def check_config(folder: Path) -> None:
+    """Raise ValueError for a config.json that no model can be built from in a reasonable time."""
+    config = read_object(folder / "config.json")
+    for name in LAYERS:
+        count = config.get(name, 1)
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST_LAYERS:
+            raise ValueError(
+                f"config.json: {name} = {shown(count)}: should be a whole number from 1 to {MOST_LAYERS:,}"
+            )
+    for name in POSITIONS:
+        if isinstance(config.get(name), int) and config[name] < 1:
+            raise ValueError(f"config.json: {name} = {config[name]}: should be above 0")
+
+
+def needs_code(folder: Path) -> str:
+    """Why a folder that brings code of its own is not for ctp; "" where it brings none."""
+    for file in (folder / "config.json", folder / "tokenizer_config.json"):
+        if file.is_file() and '"auto_map"' in file.read_text("utf-8", "replace"):
+            return f"it needs Python code that comes with it (auto_map in {file.name}), and such code is never run"
+    return ""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that the folder's model is loaded from: those that an index names, or the only one.
+
+    Raises ValueError where there are none, or one is missing or lies elsewhere.
+    """
+    if not (folder / INDEX).is_file():
+        if (folder / WHOLE).is_file():
+            return [folder / WHOLE]
+        pickled = "; ctp loads no pickled weights" if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) else ""
+        raise ValueError(f"{folder} holds neither {WHOLE} nor {INDEX}{pickled}")
+    named = read_object(folder / INDEX).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise ValueError(f"{INDEX}: weight_map = {shown(named)}: should map tensors to files")
+    for name in named.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(f"{INDEX} names {shown(name)}: should be a .safetensors file of {folder}")
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} lacks {name}, which {INDEX} names")
+    return [folder / name for name in sorted(set(named.values()))]
+
+
+def shapes(file: Path) -> dict[str, Shape]:
+    """Name -> shape of every tensor in a safetensors file. Raises ValueError where it is not whole."""
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > min(size - 8, MOST_HEADER):
+            raise ValueError(f"{file} is no safetensors file, or a part of one: {size:,} bytes")
+        try:
+            header = json.loads(f.read(length))
+            header.pop("__metadata__", None)
+            found = {str(n): tuple(int(x) for x in t["shape"]) for n, t in header.items()}
+            end = max((int(t["data_offsets"][1]) for t in header.values()), default=0)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as e:
+            raise ValueError(f"{file} is no safetensors file: its header cannot be read") from e
+    if size != 8 + length + end:
+        raise ValueError(f"{file} is damaged: {size:,} bytes, and its header tells of {8 + length + end:,}")
+    return found
+
+
+def _blocks(names: Iterable[str]) -> set[str]:
+    """What numbered modules are called: model.layers.0, model.layers.1, …"""
+    return {found[0] for n in names if (found := re.match(r".*?\.\d+(?=\.)", n))}
+
+
+def check_shapes(held: Mapping[str, Shape], wanted: Mapping[str, Shape], kind: str) -> None:
+    """Raise ValueError unless tensors of a file go by the names and shapes of the architecture `kind`.
+
+    Some published files leave out the first step of all names, or have one more.
+    """
+    short = {n.partition(".")[2]: n for n in wanted}
+    same = {n: n if n in wanted else short.get(n, n.partition(".")[2]) for n in held}
+    there = set(same.values()) & wanted.keys()
+    if 2 * len(there) < len(wanted):
+        raise ValueError(f"config.json says {kind}, and the weights are another model's: of its {len(wanted):,} "
+                         f"tensors {len(there):,} are there")  # fmt: skip
+    if empty := _blocks(wanted) - _blocks(there):
+        raise ValueError(f"config.json says {kind} with a block {min(empty)}, of which there is no weight")
+    for name, own in same.items():
+        if own in wanted and held[name] != wanted[own]:
+            raise ValueError(f"config.json says {kind} with {own} {wanted[own]}, and the weight is {held[name]}")

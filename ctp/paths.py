@@ -1,0 +1,25 @@
+"""Names that may be paths: the file system is asked whatever they hold, a name that no file can have included."""
+
+from pathlib import Path
+
+
+def expanded(text: str | Path) -> Path:
+    """The path, `~` replaced where there is such a user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
+def there(path: Path) -> bool:
+    """Is there something at the path?"""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, a null byte
+        return False
+
+
+def folder_named(text: str) -> Path | None:
+    """The folder that a text names, None where there is none."""
+    path = expanded(text)
+    return path if text and there(path) and path.is_dir() else None
