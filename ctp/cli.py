@@ -33,7 +33,7 @@ class Command:
 COMMANDS: dict[str, dict[str, Command]] = {
     "run": {
         "grid": Command("ctp.grid", "ctp.grid", "plan a grid and run what is missing of it", ("plan", "--plan")),
-        "store": Command("ctp.artifacts", "ctp.store", "what lies in a store: list it, export from it", ("ls", "ls")),
+        "store": Command("ctp.artifacts", "ctp.store", "what lies in a store, and how to get it out", ("ls", "ls")),
         "track": Command("ctp.resync", "ctp.track", "write into MLflow what it lacks of the store"),
         "corpora": Command("ctp.prepare", "ctp.corpora", "local copies of texts and tasks, for machines off the net"),
     },

@@ -53,7 +53,7 @@ def _values(action: argparse.Action) -> Any:
     """How shtab is to complete an argument's values; None where its choices, or nothing, say it."""
     import shtab
 
-    if action.dest in GRIDS and action.nargs != "+":
+    if action.dest in GRIDS:
         known = sorted({path.stem for folder in grid_folders()[1:] for path in folder.glob("*.yaml")})
         here = "ls *.yaml grid/*.yaml 2>/dev/null"
         return shtab.cmd(f"printf '%s\\n' {' '.join(known)}; {here}")

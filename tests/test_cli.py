@@ -70,7 +70,7 @@ def test_bad_usage_is_2_and_names_what_there_is(capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["grid", "demo", "--batch", "0"])
     assert end.value.code == 2
-    assert "ctp grid: error: argument --batch" in capsys.readouterr().err
+    assert "error: argument --batch" in capsys.readouterr().err
 
 
 def test_a_commands_exit_code_is_the_scripts(tmp_path, capsys):
