@@ -63,14 +63,18 @@ def planned(
 
 
 def ls(args: Namespace, argv: list[str]) -> int:
-    """`ctp store ls --json`: a list, empty where nothing is done; returns 0, or 3 where the store cannot be read."""
+    """`ctp store ls --json`: a list, empty where nothing is done; returns what `ls` does: 0, 1 where manifests cannot
+    be believed (they are named on stderr), 3 where the store cannot be read."""
+    damaged: list[str] = []
     try:
-        found = artifacts.entries(Store(args.store), (args.kind,) if args.kind else tuple(KINDS))
+        found = artifacts.entries(Store(args.store), (args.kind,) if args.kind else tuple(KINDS), damaged)
     except StoreError as e:
         print(f"ctp.store: {e}", file=sys.stderr)
         return artifacts.UNREACHABLE
     print(json.dumps([listed(e) for e in found], indent=1))
-    return artifacts.OK
+    for line in damaged:
+        print(f"ctp.store: {line}", file=sys.stderr)
+    return artifacts.WRONG if damaged else artifacts.OK
 
 
 def listed(e: Entry) -> dict[str, Any]:
