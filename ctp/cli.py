@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-USAGE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+USAGE, INTERRUPTED, TERMINATED, BROKEN_PIPE = 2, 130, 143, 141
 
 Main = Callable[[list[str]], int]
 
@@ -54,7 +54,7 @@ ABOUT = """\
 exit codes:
   0    all is done                      2    bad usage, or a mistake in a grid file: nothing was started
   1    some cells failed, or a number   3    store, MLflow or hub cannot be reached
-       is missing, damaged or worse     130  interrupted; the same command goes on from there
+       is missing, damaged or worse     130, 143  interrupted, terminated: the same command goes on
   (tables, figures, matrix and report: 1 where there is nothing to read; compare: 2)
 
 environment:
@@ -67,10 +67,10 @@ Output is plain text without colours or control codes, whatever NO_COLOR says. `
 
 
 def entry() -> int:
-    """What the script `ctp` calls. An interrupted run ends at once: Ray's exit handlers would wait for its workers."""
+    """What the script `ctp` calls. A run that was stopped ends at once: Ray's exit handlers would wait for its workers."""
     code = main()
     sys.stdout.flush()
-    if code == INTERRUPTED:
+    if code in (INTERRUPTED, TERMINATED):
         os._exit(code)
     return code
 

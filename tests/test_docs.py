@@ -19,8 +19,7 @@ from ctp.packaged_text import documents
 from ctp.pins import Pins
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")),
-         ROOT / "grid" / "tasks" / "README.md"]  # fmt: skip
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "grid" / "tasks" / "README.md"]
 
 
 @pytest.fixture(scope="module")
