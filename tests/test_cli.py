@@ -49,7 +49,7 @@ def test_help_names_every_command_code_and_variable(capsys):
     for name, command in cli.ALL.items():
         assert f"  {name:<11} {command.help}\n" in told
     for code in (0, 1, 2, 3, 130):
-        assert f"\n  {code} " in told or re.search(rf"   {code}\\b", told)
+        assert f"\n  {code} " in told or re.search(rf"   {code}\b", told)
     for name in ("CTP_STORE", "CTP_CACHE", "XDG_CACHE_HOME", "HF_HOME", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
         assert name in told
     assert max(map(len, told.splitlines())) <= 120
