@@ -67,7 +67,7 @@ Output is plain text without colours or control codes, whatever NO_COLOR says. `
 
 
 def entry() -> int:
-    """What the script `ctp` calls. A run that was stopped ends at once: Ray's exit handlers would wait for its workers."""
+    """What the script `ctp` calls. A stopped run ends at once: Ray's exit handlers would wait for its workers."""
     code = main()
     sys.stdout.flush()
     if code in (INTERRUPTED, TERMINATED):

@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from tinygrid import grid, write_grid
 
 from ctp import cache, cli, completion
@@ -49,7 +50,7 @@ def test_help_names_every_command_code_and_variable(capsys):
     for name, command in cli.ALL.items():
         assert f"  {name:<11} {command.help}\n" in told
     for code in (0, 1, 2, 3, 130):
-        assert f"\n  {code} " in told or re.search(rf"   {code}\\b", told)
+        assert f"\n  {code} " in told or re.search(rf"   {code}\b", told)
     for name in ("CTP_STORE", "CTP_CACHE", "XDG_CACHE_HOME", "HF_HOME", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
         assert name in told
     assert max(map(len, told.splitlines())) <= 120
@@ -205,6 +206,17 @@ def test_other_shells_read_theirs(scripts, shell, tmp_path):
 
 
 # ------------------------------------------------------------------ conventions
+
+
+def test_licence_citation_changes_and_extras_say_the_same():
+    """(cffconvert validated the file's schema when it was written.)"""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (cited["version"], cited["license"]) == (project["version"], project["license"])
+    assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text()
+    assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text()
+    told = (ROOT / "CONTRIBUTING.md").read_text()
+    assert [e for e in project["optional-dependencies"] if f"| `{e}` |" not in told] == []
 
 
 def test_caches_lie_where_the_environment_says(tmp_path, monkeypatch):
