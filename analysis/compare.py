@@ -95,7 +95,8 @@ def _number(value: float | None, number: PaperNumber) -> str:
     return f"{value:.3f}" if number.metric == "score" else f"{value:.2f}" if value < 100_000 else f"{value:.3g}"
 
 
-def _cells(line: Line) -> list[str]:
+def shown(line: Line) -> list[str]:
+    """Name, ours, ours by the paper's denominator, the paper's, difference and verdict, as text."""
     number = line.number
     spread = f" ± {line.std:.2g}" if line.n > 1 else ""
     percent = "-" if line.percent is None else f"{line.percent:+.1f} %"
@@ -107,7 +108,7 @@ def _cells(line: Line) -> list[str]:
 def show(lines: list[Line]) -> None:
     """Print them as a table, then how often each verdict fell."""
     head = ["number", "ours", "ppl_paper", "paper", "difference", "verdict"]
-    rows = [_cells(line) for line in lines]
+    rows = [shown(line) for line in lines]
     print("\n".join(aligned([head, *rows], left=(0, 5))))
     counts = Counter(line.verdict for line in lines)
     print("\n" + ", ".join(f"{counts[v]} {v}" for v in (OK, BETTER, WORSE, OTHER, MISSING)))

@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from analysis import paper
 from analysis.paper import PaperNumber
+from analysis.render import short
 from analysis.results import Measured, Results, stand_ins
 from analysis.runs import artifact, check_alike
 
@@ -110,14 +111,6 @@ def _log(ax: Axes) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_minor_formatter(NullFormatter())
-
-
-def short(value: float) -> str:
-    """A perplexity with three digits: 7.48, 31.5, 127, 60.1k, 1.94M; 2e12 beyond."""
-    for unit, scale in (("", 1.0), ("k", 1e3), ("M", 1e6)):
-        if value < 999.5 * scale:
-            return f"{value / scale:.3g}{unit}"
-    return f"{value:.0e}".replace("e+", "e")
 
 
 def _wrapped(name: str, found: Found, across: int) -> str:

@@ -74,6 +74,14 @@ def latex(table: Table) -> str:
     ])  # fmt: skip
 
 
+def short(value: float) -> str:
+    """A perplexity with three digits: 7.48, 31.5, 127, 60.1k, 1.94M; 2e12 beyond."""
+    for unit, scale in (("", 1.0), ("k", 1e3), ("M", 1e6)):
+        if value < 999.5 * scale:
+            return f"{value / scale:.3g}{unit}"
+    return f"{value:.0e}".replace("e+", "e")
+
+
 def comma_separated(table: Table) -> str:
     """The table's data, or where it has none, the table."""
     out = io.StringIO()

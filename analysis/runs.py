@@ -83,6 +83,11 @@ def finished(grid: str, where: str = "") -> pd.DataFrame:
         runs = every_run(client, experiment.experiment_id, f"{wanted} and {where}" if where else wanted)
     except mlflow.exceptions.MlflowException as e:
         raise AnalysisError(f"MLflow at {mlflow.get_tracking_uri()}: {e}") from e
+    return frame(runs)
+
+
+def frame(runs: list[Any]) -> pd.DataFrame:
+    """MLflow's runs of cells as the rows that `finished` promises."""
     params = {n for r in runs for n in r.data.params}
     return typed(pd.DataFrame([_row(r, params) for r in runs], columns=None if runs else [*WORDS, *COUNTS]))
 

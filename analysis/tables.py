@@ -147,7 +147,7 @@ def nearest_words(name: str, results: Results) -> Table:
     [(_, measured)] = found.items()
     body = []
     if measured is not None:
-        words = [_readable(row) for row in _json(measured, "neighbours.json")["nearest"]]
+        words = [readable(row) for row in _json(measured, "neighbours.json")["nearest"]]
         below = paper.spec(name)["below"]
         body = [
             ["nearest words", ", ".join(f'"{w}"' for w in words)],
@@ -158,7 +158,7 @@ def nearest_words(name: str, results: Results) -> Table:
     return Table(name, paper.spec(name)["title"], ["", ""], body, 1, True, _notes(found))
 
 
-def _readable(row: dict[str, Any]) -> str:
+def readable(row: dict[str, Any]) -> str:
     """A word as text; as the tokenizer writes it where it is a part of a character, or nothing that can be seen."""
     word = str(row["word"])
     return word if word.strip() and word.isprintable() and "\ufffd" not in word else str(row["token"])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import ray
 import torch
 from prompts import CPU, S, run
 from test_hub import remote  # noqa: F401 (a fixture)
@@ -161,6 +162,7 @@ def test_a_smaller_micro_batch_is_kept_for_the_rest_of_the_run(monkeypatch, undi
     assert max(seen[2:]) == 4 + 2 * (S - 1)  # after the two trials of the objective on one window
 
 
+@pytest.mark.slow
 def test_memory_that_does_not_do_for_one_window_is_told(grid_run, llama_folder, monkeypatch, database):
     """One line with what was tried and what could help; MLflow has it; --retry-failed does it and nothing else."""
     content = grid(llama_folder)
@@ -385,8 +387,8 @@ def test_a_retry_after_a_death_for_memory_begins_with_less(tmp_path):
 def test_workers_that_are_killed(tmp_path, llama_folder, monkeypatch, capsys, database):
     """By the kernel, in real workers: retries take fewer windows at once where memory was why; the line and record of
     what cannot be done are the driver's, as nobody else is left."""
-    start = schedule.ray.init
-    monkeypatch.setattr(schedule.ray, "init", lambda **how: start(num_cpus=2, **how))
+    start = ray.init
+    monkeypatch.setattr(ray, "init", lambda **how: start(num_cpus=2, **how))
     monkeypatch.setattr(schedule, "ended_for_memory", lambda words: words.count("Failure #"))  # all of these were
     monkeypatch.setattr(methods.Measure, "registry", dict(methods.Measure.registry))
     monkeypatch.setattr(plugins, "_sources", {})
@@ -433,6 +435,7 @@ def test_a_prompt_that_diverges(grid_run, llama_folder):
     assert any("failed last time: FloatingPointError" in line for line in out)
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_numbers(grid_run, llama_folder, tmp_path):
     """No Hessian, no perplexity: each is told, by name, and what can be measured is."""
     content = grid(llama_folder, recovery={"method": "random_prompt", "k": 2})

@@ -128,6 +128,7 @@ def start(tmp_path):
             continue
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_repeats_nothing(tmp_path, long_grid, start):
     driver = start(long_grid, "--checkpoint-seconds", "0.2")
     partial = tmp_path / "results" / "store" / "partial"

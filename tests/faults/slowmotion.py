@@ -54,19 +54,18 @@ def watch_worker():
     before(job.Job, "progress", "compress")
     before(train._Run, "update", lambda run: f"learn {run.state.step}", linger=0.01)
     before(store.Store, "save_partial", "checkpoint")
-    commit = "commit" if hasattr(store.Store, "commit") else "_commit"
-    before(store.Store, commit, "publish")
-    after(store.Store, commit, "published")
+    before(store.Store, "commit", "publish")
+    after(store.Store, "commit", "published")
     before(work, "evaluating", "evaluate")
 
 
 def watch_driver():
-    from ctp import cellruns, runs, schedule, track
+    from ctp import cellruns, cluster, runs, schedule, track
 
     say("plan")
     before(runs, "_open", "open")
     before(track.Tracker, "begin", "invocation")
-    before(schedule, "_cluster", "ray")
+    before(cluster, "_connect", "ray")
     before(schedule.GraphSearch, "suggest", "hand-out", linger=0)
     before(cellruns.CellRuns, "finish", "log")
     after(cellruns.CellRuns, "_create", "log")
