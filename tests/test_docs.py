@@ -1,0 +1,228 @@
+"""What README and docs show is what happens: their blocks run, their commands parse, their links lead somewhere."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import mlflow
+import pytest
+import yaml
+from adapters import save_lora
+from pages import Block, Reader, blocks, one_after_the_other
+from tinygrid import grid, model_folder, write_grid
+
+import ctp
+from ctp import cli, gridfile, models, plan, plugins
+from ctp.methods import Compression, Measure, Recovery
+from ctp.packaged_text import documents
+from ctp.pins import Pins
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "grid" / "tasks" / "README.md"]
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """An empty database of MLflow: making its tables takes longer than most pages."""
+    file = tmp_path_factory.mktemp("mlflow") / "empty.db"
+    mlflow.MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch, tables):
+    """A folder to run a page in: no Ray, methods of its own forgotten afterwards, MLflow's address too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+    shutil.copy(tables, tmp_path / "results" / "mlflow.db")
+    monkeypatch.setattr("ctp.schedule.run", one_after_the_other)
+    for family in (Compression, Measure, Recovery):
+        monkeypatch.setattr(family, "registry", dict(family.registry))
+    monkeypatch.setattr(plugins, "_sources", {})
+    before = mlflow.get_tracking_uri()
+    yield tmp_path
+    mlflow.set_tracking_uri(before)
+
+
+def demo(folder, failing=False):
+    """A finished grid `demo` in the working directory, as `ctp grid demo.yaml` leaves it."""
+    content = grid(model_folder(folder / "tiny"))
+    content["recovery"] |= {"k": [2, 4], "steps": 2, "validate_every": 1}
+    if failing:  # one prompt asks for more text than there is
+        wrong = content["recovery"] | {"k": 3, "text": content["recovery"]["text"] | {"count": 10**6}}
+        content["recovery"] = [content["recovery"], wrong]
+    write_grid(folder / "demo.yaml", content)
+    assert cli.main(["grid", "demo.yaml"]) == (1 if failing else 0)
+
+
+def test_the_mlflow_page(page):
+    demo(page, failing=True)
+    mlflow.set_tracking_uri("sqlite:///results/mlflow.db")
+    reader = Reader()
+    assert sum(reader.read(b) for b in blocks(ROOT / "docs" / "mlflow.md")) >= 15
+    n = reader.names
+    assert n["matrix"].shape == (3, 3)  # none, k = 2, k = 4
+    assert set(n["won"].index) == {"dense", "gptq-3bit", "sparsegpt-50-4bit"}
+    assert list(n["failed"]["params.k"]) == ["3"]
+    assert "1000000" in n["failed"]["tags.ctp.error"].iloc[0]
+    assert len(n["best"]) == 3
+    assert len(n["written"]) == 3 + 3 + 9  # compressed; learned, the failed one too; measured
+    assert len(n["learned"]) == 2
+
+
+def read_page(name, **how):
+    reader = Reader(**how)
+    assert sum(reader.read(b) for b in blocks(ROOT / "docs" / name)) >= 2
+    return reader
+
+
+def own_model(folder):
+    """What several pages call "my-model" and "my-text.txt"."""
+    model_folder(folder / "my-model", hidden=64, context=160)
+    (folder / "my-text.txt").write_text("\n\n".join(documents("pydoc", "train")[:60]))
+
+
+def test_the_tutorial(page):
+    reader = read_page("tutorial.md")
+    assert reader.names["model"].config.hidden_size == 64
+
+
+def test_the_page_on_ones_own(page):
+    read_page("extend.md")
+
+
+def test_the_page_on_production(page):
+    own_model(page)
+    reader = read_page("production.md")
+    assert (reader.names["with_prompt"] != reader.names["without"]).any()
+
+
+def test_the_page_on_one_table(page):
+    read_page("one-table.md")
+
+
+# ------------------------------------------------------------------ README
+
+
+def section(heading: str) -> list[Block]:
+    """The blocks under a heading of the README."""
+    text = (ROOT / "README.md").read_text()
+    start = text.index(f"\n## {heading}\n")
+    end = text.find("\n## ", start + 1)
+    lines = range(text[:start].count("\n"), text[: end if end > 0 else len(text)].count("\n") + 1)
+    return [b for b in blocks(ROOT / "README.md") if b.line in lines]
+
+
+NOT_RUN = {
+    "from vllm import": "vLLM needs a GPU, and an environment of its own",
+}
+
+
+def test_every_python_block_of_the_readme_is_run_or_listed():
+    """Here, in test_api.py (In Python) or in test_plugins.py (the file that it shows)."""
+    run = [b for h in ("The transfer matrix", "Prompts are PEFT adapters", "In Python") for b in section(h)]
+    for block in blocks(ROOT / "README.md"):
+        if block.language == "python" and "class MeanPrompt" not in block.text:
+            assert block in run or any(text in block.text for text in NOT_RUN)
+
+
+def test_the_readmes_matrix_and_adapter(page):
+    demo(page)
+    learned = next(page.glob("results/store/learn/*k4*"))
+    reader = Reader({"mlflow": mlflow}, {"learn/DIR": f"learn/{learned.name}"})
+    matrix, adapters = section("The transfer matrix"), section("Prompts are PEFT adapters")
+    assert [reader.read(b) for b in matrix if b.language == "python"] == [True]
+    assert "gptq-3bit" in reader.printed
+    reader.names["model"] = ctp.load(page / "tiny")[0]
+    python = [b for b in adapters if b.language == "python" and not any(t in b.text for t in NOT_RUN)]
+    assert [reader.read(b) for b in python] == [True]
+    assert reader.names["model"].peft_config["default"].num_virtual_tokens == 4
+
+
+def planned(content: dict) -> plan.Plan:
+    pins = Pins(provisional=True)
+    return plan.make(gridfile.load(str(write_grid(Path("shown.yaml"), content)), [], pins), pins)
+
+
+def test_the_readmes_grid_has_the_cells_that_it_says(page):
+    """On two tiny models; c4, wikitext2 and ptb as folders of --data would be."""
+    shown = next(b.text for b in section("The grid file") if b.language == "yaml")
+    for name in ("my-llama", "other"):
+        model_folder(page / name, hidden=64, context=4096)
+    found = planned(yaml.safe_load(shown.replace("smollm2-135m", "./other")))
+    kinds = [n.cell.kind for n in found.nodes.values()]
+    assert {k: kinds.count(k) for k in set(kinds)} == {"compress": 2 * 4, "learn": 8, "evaluate": 2 * 40}
+
+
+@pytest.mark.parametrize("heading", ["Smaller on disk, and open elsewhere", "Recovery, measures, and your own",
+                                     "Prompts are PEFT adapters"])  # fmt: skip
+def test_the_readmes_other_grid_lines_are_valid(page, heading):
+    own_model(page)
+    model, tokenizer = models.load(models.locate("./my-model")[2], "")
+    gptq = ctp.compress(model, tokenizer, {"method": "gptq", "bits": 4, "group_size": 16}, documents("pydoc", "train"),
+                        count=2, seq_len=24)  # fmt: skip
+    ctp.export(gptq, "llama-7b-gptq-4bit", "gptq")
+    save_lora(model, page / "my-lora", target_modules=["q_proj"])
+    (page / "mean_prompt.py").write_text((ROOT / "tests" / "plugins" / "mean_prompt.py").read_text())
+    shown = [b.text for b in section(heading) if b.language == "yaml"]
+    assert shown
+    for text in shown:
+        lines = [x for x in text.splitlines() if "someone/" not in x]  # a hub id of nobody
+        own = yaml.safe_load("\n".join(lines))
+        for recovery in own.get("recovery", []):
+            if recovery["method"] == "mean_prompt":
+                recovery["text"] = {"dataset": "pydoc", "split": "train", "seq_len": 24, "count": 8}
+        assert planned(grid("./my-model") | {"sources": ["dense"]} | own).nodes
+
+
+# ------------------------------------------------------------------ commands and links
+
+
+def commands(page: Path) -> list[str]:
+    """Every command line of ctp that a page shows in a block."""
+    shown = [b.text.replace("\\\n", " ") for b in blocks(page) if b.language in ("sh", "", "console")]
+    lines = [line.strip().removeprefix("$ ") for text in shown for line in text.splitlines()]
+    return [x for x in lines if re.match(r"(python -m (ctp|analysis)\.|ctp )", x)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_are_there_with_these_options(page):
+    modules = {c.called: c for c in cli.ALL.values()} | {c.module: c for c in cli.ALL.values()}
+    for line in commands(page):
+        words = shlex.split(line.split(" | ")[0].split(" > ")[0], comments=True)
+        if words[-1] == "--help":
+            continue
+        at = 1 if words[0] == "ctp" else 3
+        command = cli.ALL[words[1]] if at == 1 else modules[words[2]]
+        name = next(n for n, c in cli.ALL.items() if c is command)
+        parser = cli._renamed(cli.parser_of(cli.load(command)), name, command)
+        assert parser.parse_args(words[at + (at == 1) :]), line
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    text = FENCED.sub("", page.read_text())
+    heads = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in heads}
+
+
+FENCED = re.compile(r"^```.*?^```$", re.S | re.M)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(FENCED.sub("", page.read_text())):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(there), f"{page.name}: {target}; it has {sorted(anchors(there))}"
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"]({page.name})" in index, page.name
