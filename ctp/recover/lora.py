@@ -23,9 +23,10 @@ from ctp.compression.blocks import decoder_blocks
 from ctp.methods import LoRA
 from ctp.recover.adapter import ADAPTER, restored
 from ctp.recover.attach import frozen
+from ctp.recover.cell import recover_with
 from ctp.recover.state import Outcome
 from ctp.recover.steps import generator
-from ctp.recover.train import Checkpoint, Report, Trainable, recover_with, train
+from ctp.recover.train import Checkpoint, Report, Trainable, train
 from ctp.spec import Runtime
 
 if TYPE_CHECKING:

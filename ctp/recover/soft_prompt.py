@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctp.methods import SoftPrompt
 from ctp.recover import train as training
+from ctp.recover.cell import recover_with
 from ctp.recover.rows import distinct_rows, embedding_rows
 from ctp.recover.state import LearnedPrompt, TrainState, load_prompt
 from ctp.spec import Runtime
@@ -83,4 +84,4 @@ def initial_prompt(
 
 def recover(spec: SoftPrompt, job: "LearnJob") -> dict[str, float]:
     """Learn the prompt through the job's model, going on from its last saved state."""
-    return training.recover_with(partial(learn, tokenizer=job.tokenizer), spec, job)
+    return recover_with(partial(learn, tokenizer=job.tokenizer), spec, job)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -28,12 +28,9 @@ from ctp.recover.accelerator import accelerated
 from ctp.recover.attach import check_fit, frozen
 from ctp.recover.fused import in_dtype
 from ctp.recover.objective import choose
-from ctp.recover.state import Outcome, TrainState
+from ctp.recover.state import TrainState
 from ctp.recover.steps import batch_rows, generator, learning_rate
 from ctp.spec import Runtime
-
-if TYPE_CHECKING:
-    from ctp.job import LearnJob
 
 Checkpoint = Callable[[TrainState], None]
 Report = Callable[[dict[str, Any]], None]
@@ -304,26 +301,3 @@ def _identity(spec: Learned, train: Tensor, validation: Tensor) -> str:
     for windows in (train, validation):
         digest.update(repr(tuple(windows.shape)).encode() + windows.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def recover_with(learn: Callable[..., Outcome], spec: Learned, job: "LearnJob") -> dict[str, float]:
-    """What a cell of learning does: `learn` through the job's model, on from its last saved state, and save.
-
-    learn: called as `learn(model, windows, validation, spec, runtime=…, resume=…, checkpoint=…, report=…)`.
-    """
-    windows, validation = job.windows(spec.text), job.windows(spec.validation)
-    with job.partial() as resume:
-        learned = learn(
-            job.model, windows, validation, spec,
-            runtime=job.runtime, resume=resume, checkpoint=job.keep, report=job.report,
-        )  # fmt: skip
-    learned.save(job.folder, job.model_name)
-    job.record["train_seconds"] = learned.seconds
-    if "at_once" in learned.history[-1]:
-        job.record["at_once"] = learned.history[-1]["at_once"]
-    return {
-        "best_step": learned.best_step,
-        "best_val_loss": learned.best_val_loss,
-        "initial_val_loss": learned.history[0]["val_loss"],
-        "trainable_parameters": learned.trainable_parameters,
-    }
