@@ -43,7 +43,10 @@ def find(plan: Plan, text: str) -> Node:
             listed = [f"{k[:12]} {plan.nodes[k].cell.kind} {slugs[k]}" for k in found[:LISTED]]
             raise GridError([f"--explain {shown(text)}: {len(found)} cells of {plan.name} are called so; "
                              f"the first digits of a key choose one: {'; '.join([*listed, *more])}"])  # fmt: skip
-    near = difflib.get_close_matches(wanted, list(dict.fromkeys(slugs.values())), n=NEAREST, cutoff=0.3)
+    names = list(dict.fromkeys(slugs.values()))
+    parts = difflib.get_close_matches(wanted, {part for name in names for part in name.split("_")}, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(wanted, names, n=NEAREST, cutoff=0.5)
+    near = near or [name for name in names if parts and parts[0] in name.split("_")][:NEAREST]
     hint = f"; did you mean {' or '.join(near)}?" if near else f"; `--plan` lists the cells of {plan.name}"
     raise GridError([f"--explain {shown(text)}: no cell of {plan.name} is called so{hint}"])
 

@@ -7,6 +7,7 @@ and the same command goes on from there. A driver whose own Ray node died is end
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -108,6 +109,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tflops", type=_positive, default=100, metavar="N",
                    help="10^12 operations a second that a GPU sustains, for the hours of --plan (default 100: "
                    "a third of an A100's peak in bfloat16)")  # fmt: skip
+    p.add_argument("--gpu-hour-price", type=_price, metavar="P", help="with --plan: say what it costs, at so much for "
+                   "an hour of one GPU")  # fmt: skip
     return p
 
 
@@ -132,12 +135,18 @@ def command(args: argparse.Namespace) -> int:
     if args.stage:
         todo = {k for k in todo if plan.nodes[k].stage == args.stage}
         plan = keep(plan, {k for k, n in plan.nodes.items() if n.stage == args.stage})
-    preview.describe(plan, state, todo)
     if args.plan:
-        preview.detail(plan, state, todo, gpu_memory(args.gpu_memory), args.tflops, args.batch)
+        seen = preview.look(plan, state, todo, store, gpu_memory(args.gpu_memory), args.tflops, args.batch,
+                            args.gpu_hour_price)  # fmt: skip
+        if args.json:
+            print(json.dumps(preview.as_json(seen, list(pins.unpinned))))
+            return OK
+        preview.describe(plan, seen.state, todo)
+        preview.detail(seen)
         if pins.unpinned:
             print(f"not pinned, the hub cannot be reached: {', '.join(pins.unpinned)}: keys are provisional")
         return OK
+    preview.describe(plan, state, todo)
     from ctp.track import Tracker  # MLflow takes a second to import: a plan needs none
 
     tracker = Tracker(tracking_uri(store.uri), whole, store)
@@ -230,6 +239,16 @@ def _seconds(text: str) -> float:
         value = -1
     if not 0 <= value <= MOST:
         raise argparse.ArgumentTypeError(f"{shown(text)}: must be a number of seconds, from 0 to {MOST:,}")
+    return value
+
+
+def _price(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= MOST:
+        raise argparse.ArgumentTypeError(f"{shown(text)}: must be a number, from 0 to {MOST:,}")
     return value
 
 
