@@ -24,7 +24,7 @@ from ctp.mend import complete, past_damage
 from ctp.names import one_line, shown
 from ctp.pins import Pins
 from ctp.plan import BUILD, TRANSFER, Plan, again, keep, make, states, where
-from ctp.progress import Printer
+from ctp.progress import telling
 from ctp.redact import scrub
 from ctp.resources import Resources, gpu_memory
 from ctp.spec import Runtime
@@ -175,18 +175,18 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
 
     tracker.begin(shlex.join(["python", "-m", "ctp.grid", *sys.argv[1:]]))
     board = Board(plan, len(todo))
-    printer = Printer(board)
     begun = time.monotonic()
 
     def on_event(event: dict[str, Any]) -> None:
-        printer.tell(event)
+        teller.tell(event)
         if event["event"] != "skipped":
             tracker.tell(event)
 
     done = {k for k, why in state.items() if why == "done"}
     try:
         about = {"mlflow": tracker.uri, "command": shlex.join(sys.argv[1:])}
-        with heartbeat.beating(store, board, about), schedule.session(args.address, args.insecure_ray):
+        with (telling(board, tracker.uri) as teller, heartbeat.beating(store, board, about),
+              schedule.session(args.address, args.insecure_ray)):  # fmt: skip
             outcome = complete(plan, todo, done, store, lambda todo, done: schedule.run(
                 plan, todo, done, store=store.uri, runtime=runtime, address=args.address, fail_fast=args.fail_fast,
                 resources=Resources(args.cpus, gpu_memory(args.gpu_memory)), on_event=on_event,

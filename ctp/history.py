@@ -63,9 +63,10 @@ class Expected:
 def stale(plan: Plan, state: Mapping[str, str], store: Store) -> tuple[dict[str, str], dict[str, Manifest]]:
     """key -> why, of the missing cells that the store has under the same name with another key; and the manifests that
     were read for it. Raises StoreError."""
-    others = _others(plan, store)
+    folders = {k: folder_name(n.cell) for k, n in plan.nodes.items()}
+    others = _others(set(folders.values()), store)
     missing = [k for k in plan.nodes if state[k] != "done" and not state[k].startswith((FAILED, "interrupted"))]
-    named = {k: others.get((plan.nodes[k].cell.kind, folder_name(plan.nodes[k].cell)[:-DIGITS]), []) for k in missing}
+    named = {k: others.get((plan.nodes[k].cell.kind, folders[k][:-DIGITS]), []) for k in missing}
     found = [k for k in missing if named[k]]
     first = [k for k in found if not any(named.get(i) for i in plan.nodes[k].inputs)]
     read = _read(store, {k: f"{plan.nodes[k].cell.kind}/{named[k][-1]}" for k in first[:READ]})
@@ -77,9 +78,8 @@ def stale(plan: Plan, state: Mapping[str, str], store: Store) -> tuple[dict[str,
     return why, read
 
 
-def _others(plan: Plan, store: Store) -> dict[tuple[str, str], list[str]]:
-    """(kind, name without key) -> folders of finished cells that the plan does not have."""
-    own = {folder_name(c) for c in plan.cells()}
+def _others(own: set[str], store: Store) -> dict[tuple[str, str], list[str]]:
+    """(kind, name without key) -> folders of finished cells that are not the plan's own."""
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for kind in KINDS:
         for name in sorted(store.finished(kind) - own):

@@ -1,11 +1,27 @@
-"""What the terminal shows while a grid runs: one plain line an event, in the order in which things happen."""
+"""What is shown while a grid runs: a line an event, in the order in which things happen; on a terminal one live view."""
 
+import os
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ctp.board import Board
 from ctp.labels import slug
 from ctp.names import one_line
+
+
+@contextmanager
+def telling(board: Board, mlflow: str) -> Iterator["Printer"]:
+    """What tells the board, and people, of events: a live view on a terminal, else a line each."""
+    if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+        yield Printer(board)
+        return
+    from ctp.live import watching  # rich: only where somebody looks on
+
+    with watching(board, mlflow) as live:
+        yield live
 
 
 class Printer:
