@@ -8,6 +8,7 @@ and the same command goes on from there. A driver whose own Ray node died is end
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import shlex
@@ -171,21 +172,26 @@ def command(args: argparse.Namespace) -> int:
 def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker: "Tracker", runtime: Runtime,
         args: argparse.Namespace) -> int:  # fmt: skip
     """Run the missing cells, follow them, sum up."""
-    from ctp import schedule  # Ray takes seconds to import: only where there is something to run
+    from ctp import cluster, schedule  # Ray takes seconds to import: only where there is something to run
 
     tracker.begin(shlex.join(["python", "-m", "ctp.grid", *sys.argv[1:]]))
     board = Board(plan, len(todo))
-    begun = time.monotonic()
+    about: dict[str, Any] = {"mlflow": tracker.uri, "command": shlex.join(sys.argv[1:])}
+    begun, looked = time.monotonic(), -math.inf
 
     def on_event(event: dict[str, Any]) -> None:
+        nonlocal looked
+        if time.monotonic() - looked >= heartbeat.SECONDS:
+            looked = time.monotonic()
+            with contextlib.suppress(Exception):  # it is for people to look at: no reason to stop
+                about.update(cluster.overview())
         teller.tell(event)
         if event["event"] != "skipped":
             tracker.tell(event)
 
     done = {k for k, why in state.items() if why == "done"}
     try:
-        about = {"mlflow": tracker.uri, "command": shlex.join(sys.argv[1:])}
-        with (telling(board, tracker.uri) as teller, heartbeat.beating(store, board, about),
+        with (telling(board, about) as teller, heartbeat.beating(store, board, about),
               schedule.session(args.address, args.insecure_ray)):  # fmt: skip
             outcome = complete(plan, todo, done, store, lambda todo, done: schedule.run(
                 plan, todo, done, store=store.uri, runtime=runtime, address=args.address, fail_fast=args.fail_fast,

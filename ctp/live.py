@@ -6,7 +6,7 @@ It is drawn anew twice a second. Failures are printed above it, so that they sta
 import platform
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ctp.board import Board
-from ctp.labels import slug
+from ctp.labels import axes, slug
 from ctp.names import one_line
 from ctp.progress import Printer, duration
 from ctp.redact import scrub
@@ -33,12 +33,13 @@ RECENT = 3  # cells of which it says that they are done
 class View(Printer):
     """Draws what the board says; failures are lines."""
 
-    def __init__(self, board: Board, mlflow: str, console: Console) -> None:
+    def __init__(self, board: Board, about: Mapping[str, Any], console: Console) -> None:
         super().__init__(board)
-        self.mlflow, self.console = scrub(mlflow), console
+        self.about, self.console = about, console
+        models = {str(axes(n.cell)["model"]) for n in board.plan.nodes.values()}
+        self.model = f"{models.pop()}_" if len(models) == 1 else ""  # which every name would begin with
         self.recent: deque[tuple[str, str]] = deque(maxlen=RECENT)  # what ended last, and how long it took
         self.ended: Counter[str] = Counter()  # by stage
-        self.spoken: set[str] = set()
 
     def _say(self, what: str, k: str, text: str) -> None:
         node = self.board.plan.nodes[k]
@@ -46,16 +47,23 @@ class View(Printer):
             return
         self.ended[node.stage] += 1
         if what == "done":
-            self.recent.append((f"{node.cell.kind:<8} {slug(node.cell)}", text))
+            self.recent.append((self._name(node.cell.kind, slug(node.cell)), text))
         elif what == "FAILED":
             self.console.print(Text(f"FAILED {node.cell.kind} {slug(node.cell)}: {one_line(text)}", style="red"))
 
+    def _name(self, kind: str, name: str) -> str:
+        return f"{kind:<8} {name.removeprefix(self.model)}"
+
     def __rich__(self) -> RenderableType:
+        try:
+            return self._drawn()
+        except Exception as e:  # hours of work do not end for a picture of them
+            return Text(f"the view cannot be drawn: {type(e).__name__}: {e}")
+
+    def _drawn(self) -> RenderableType:
         said = self.board.snapshot()
-        rows = max(2, self.console.height - OTHER_LINES)
-        return Group(
-            self._head(said), *self._stages(), self._running(said["cells"], rows), *self._ended(), self._foot()
-        )
+        running = self._running(said["cells"], max(2, self.console.height - OTHER_LINES))
+        return Group(self._head(said), *self._stages(), running, *self._ended(), self._foot())
 
     def _head(self, said: dict[str, Any]) -> RenderableType:
         ended = said["done"] + said["failed"] + said["skipped"]
@@ -67,13 +75,10 @@ class View(Printer):
         return line
 
     def _stages(self) -> list[Text]:
-        plan = self.board.plan
-        total, kinds = (
-            Counter(n.stage for n in plan.nodes.values()),
-            Counter(plan.nodes[k].cell.kind for k in list(self.board.running)),
-        )
-        running = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "nothing yet"
-        ended = ", ".join(f"{stage} {self.ended[stage]}" for stage in total)
+        stages = dict.fromkeys(n.stage for n in self.board.plan.nodes.values())
+        ended = ", ".join(f"{stage} {self.ended[stage]}" for stage in stages)
+        kinds = Counter(self.board.plan.nodes[k].cell.kind for k in list(self.board.running))
+        running = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "nothing"
         return [Text(f"ended now: {ended}   at work: {running}", style="dim", no_wrap=True, overflow="ellipsis")]
 
     def _running(self, cells: list[dict[str, Any]], rows: int) -> RenderableType:
@@ -87,7 +92,7 @@ class View(Printer):
             speed = (f"{c['tokens_per_s']:,.0f}" if "tokens_per_s" in c else "",) if wide else ()
             loss = f"{c['loss']:.3f}" if "loss" in c else ""
             left = f"~{duration(c['left'])}" if "left" in c else ""
-            name = Text(f"{c['kind']:<8} {c['name']}", style="cyan")
+            name = Text(self._name(c["kind"], c["name"]), style="cyan")
             table.add_row(name, step, loss, *speed, duration(c["seconds"]), left)
         if len(cells) > rows:
             table.add_row(f"and {len(cells) - rows} more")
@@ -98,7 +103,12 @@ class View(Printer):
                 for name, took in list(self.recent)]  # fmt: skip
 
     def _foot(self) -> RenderableType:
-        parts = [platform.node(), memory(), f"MLflow {self.mlflow}"]
+        a = self.about
+        parts = [platform.node(), memory(), f"MLflow {scrub(a['mlflow'])}"]
+        if a.get("machines", 1) > 1:
+            parts.insert(0, f"{a['machines']} machines, {a['cpus']:g} CPUs, {a['gpus']:g} GPUs")
+        if a.get("ray"):
+            parts.append(f"Ray {a['ray']}")
         return Text("  ".join(p for p in parts if p), style="dim", no_wrap=True, overflow="ellipsis")
 
 
@@ -113,9 +123,10 @@ def memory() -> str:
 
 
 @contextmanager
-def watching(board: Board, mlflow: str, console: Console | None = None) -> Iterator[View]:
-    """The view while in here; it leaves no trace but what failed."""
+def watching(board: Board, about: Mapping[str, Any], console: Console | None = None) -> Iterator[View]:
+    """The view while in here; it leaves no trace but what failed. about: MLflow's URI, and what `ctp.cluster.overview`
+    says, once it is known."""
     console = console or Console(highlight=False)
-    view = View(board, mlflow, console)
+    view = View(board, about, console)
     with Live(view, console=console, refresh_per_second=REFRESH, transient=True):
         yield view

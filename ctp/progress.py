@@ -1,9 +1,9 @@
-"""What is shown while a grid runs: a line an event, in the order in which things happen; on a terminal one live view."""
+"""What is shown while a grid runs: a line an event, in the order in which things happen; on a terminal a live view."""
 
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,14 +13,14 @@ from ctp.names import one_line
 
 
 @contextmanager
-def telling(board: Board, mlflow: str) -> Iterator["Printer"]:
+def telling(board: Board, about: Mapping[str, Any]) -> Iterator["Printer"]:
     """What tells the board, and people, of events: a live view on a terminal, else a line each."""
     if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
         yield Printer(board)
         return
     from ctp.live import watching  # rich: only where somebody looks on
 
-    with watching(board, mlflow) as live:
+    with watching(board, about) as live:
         yield live
 
 

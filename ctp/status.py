@@ -75,6 +75,8 @@ def _driver(d: dict[str, Any]) -> list[str]:
     ended = d["done"] + d["failed"] + d["skipped"]
     lasts = duration(max(0.0, time.time() - d["began"]))
     out = [f"Running on {d['machine']} (process {d['pid']}) for {lasts}: {ended} of {d['total']} cells ended; {sign}"]
+    if d.get("machines", 1) > 1:
+        out.append(f"  {d['machines']} machines, {d['cpus']:g} CPUs, {d['gpus']:g} GPUs")
     out += [f"  {name}: {d[key]}" for name, key in (("MLflow", "mlflow"), ("Ray", "ray")) if d.get(key)]
     for c in d["cells"] if d["state"] == "alive" else ():
         out.append(f"  {c['kind']:<8} {c['name']}  {how_far(c) or 'for ' + duration(c['seconds'])}")
