@@ -17,7 +17,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ctp import drain, explain, gridfile, heartbeat, preview, status, summary
+from ctp import dag, drain, explain, gridfile, heartbeat, preview, status, summary
 from ctp.board import Board
 from ctp.gridtext import GridError
 from ctp.inputs import MOST
@@ -79,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--watch", action="store_true", help="with --status: say it again every few seconds")
     p.add_argument("--explain", metavar="CELL", help="all that is known of one cell, named by its line's name, its key "
                    "or words that only it has")  # fmt: skip
+    p.add_argument("--dag", action="store_true", help="with --plan: the graph, in Mermaid")
     p.add_argument("--json", action="store_true", help="with --plan, --status and --explain: for programs")
     p.add_argument("--stage", choices=(BUILD, TRANSFER), help="run one stage alone: build compresses and learns, "
                    "transfer evaluates")  # fmt: skip
@@ -139,6 +140,9 @@ def command(args: argparse.Namespace) -> int:
     if args.plan:
         seen = preview.look(plan, state, todo, store, gpu_memory(args.gpu_memory), args.tflops, args.batch,
                             args.gpu_hour_price)  # fmt: skip
+        if args.dag:
+            print(dag.mermaid(plan, {k: preview.word(why) for k, why in seen.state.items()}))
+            return OK
         if args.json:
             print(json.dumps(preview.as_json(seen, list(pins.unpinned))))
             return OK
@@ -222,6 +226,8 @@ def _check_usage(args: argparse.Namespace, looks: bool) -> None:
         raise GridError(["--plan, --status and --explain: one of them"])
     if args.json and not looks:
         raise GridError(["--json is for --plan, --status and --explain"])
+    if args.dag and (args.json or not args.plan):
+        raise GridError(["--dag is for --plan, without --json"])
     if args.watch and not args.status:
         raise GridError(["--watch is for --status"])
 
