@@ -178,6 +178,14 @@ def _alive() -> list[dict[str, float]]:
     return [n["Resources"] for n in ray.nodes() if n["Alive"]]
 
 
+def overview() -> dict[str, Any]:
+    """machines, cpus, gpus of the joined cluster as it is now; ray: its page, where there is one."""
+    there = _alive()
+    page = ray._private.worker.get_dashboard_url()
+    total = {name: sum(m.get(resource, 0) for m in there) for name, resource in (("cpus", "CPU"), ("gpus", "GPU"))}
+    return {"machines": len(there), **total, "ray": f"http://{page}" if page else ""}
+
+
 def _config() -> dict[str, Any] | None:
     """The configuration of the cluster's autoscaler: known on the head, where `ray up` leaves it and jobs run."""
     path = CONFIG.expanduser()

@@ -7,6 +7,8 @@ and the same command goes on from there. A driver whose own Ray node died is end
 
 import argparse
 import contextlib
+import json
+import math
 import os
 import re
 import shlex
@@ -15,22 +17,21 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ctp import drain, gridfile, preview
+from ctp import dag, drain, explain, gridfile, heartbeat, preview, status, summary
+from ctp.board import Board
 from ctp.gridtext import GridError
 from ctp.inputs import MOST
-from ctp.labels import slug
 from ctp.mend import complete, past_damage
 from ctp.names import one_line, shown
 from ctp.pins import Pins
 from ctp.plan import BUILD, TRANSFER, Plan, again, keep, make, states, where
-from ctp.progress import Printer, duration
+from ctp.progress import telling
 from ctp.redact import scrub
 from ctp.resources import Resources, gpu_memory
 from ctp.spec import Runtime
 from ctp.store import Store, StoreError, default_store
 
 if TYPE_CHECKING:
-    from ctp.graph import Outcome
     from ctp.track import Tracker
 from ctp.runinfo import TrackError, tracking_uri
 
@@ -73,6 +74,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("grid", metavar="NAME", help="grid/NAME.yaml, or the path of a grid file")
     p.add_argument("--plan", action="store_true", help="say what would run, and run nothing")
+    p.add_argument("--status", action="store_true", help="say what is done, failed and running, from any machine that "
+                   "reads the store, and run nothing")  # fmt: skip
+    p.add_argument("--watch", action="store_true", help="with --status: say it again every few seconds")
+    p.add_argument("--explain", metavar="CELL", help="all that is known of one cell, named by its line's name, its key "
+                   "or words that only it has")  # fmt: skip
+    p.add_argument("--dag", action="store_true", help="with --plan: the graph, in Mermaid")
+    p.add_argument("--json", action="store_true", help="with --plan, --status and --explain: for programs")
     p.add_argument("--stage", choices=(BUILD, TRANSFER), help="run one stage alone: build compresses and learns, "
                    "transfer evaluates")  # fmt: skip
     p.add_argument("--where", action="append", default=[], metavar="EXPR",
@@ -103,15 +111,25 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tflops", type=_positive, default=100, metavar="N",
                    help="10^12 operations a second that a GPU sustains, for the hours of --plan (default 100: "
                    "a third of an A100's peak in bfloat16)")  # fmt: skip
+    p.add_argument("--gpu-hour-price", type=_price, metavar="P", help="with --plan: say what it costs, at so much for "
+                   "an hour of one GPU")  # fmt: skip
     return p
 
 
 def command(args: argparse.Namespace) -> int:
-    pins = Pins(args.data, provisional=args.plan)
+    looks = bool(args.plan or args.status or args.explain is not None)
+    _check_usage(args, looks)
+    pins = Pins(args.data, provisional=looks)
     grid = gridfile.load(args.grid, args.settings, pins)
     whole = make(grid, pins)
     plan = where(whole, args.where) if args.where else whole
     store = Store(args.store)
+    if args.status:
+        status.show(plan, store, args.json, args.watch)
+        return OK
+    if args.explain is not None:
+        explain.show(whole, args.explain, store, tracking_uri(store.uri), args.json)
+        return OK
     if not args.plan:
         store.check_writable()
     state = states(plan, store)
@@ -119,12 +137,21 @@ def command(args: argparse.Namespace) -> int:
     if args.stage:
         todo = {k for k in todo if plan.nodes[k].stage == args.stage}
         plan = keep(plan, {k for k, n in plan.nodes.items() if n.stage == args.stage})
-    preview.describe(plan, state, todo)
     if args.plan:
-        preview.detail(plan, state, todo, gpu_memory(args.gpu_memory), args.tflops, args.batch)
+        seen = preview.look(plan, state, todo, store, gpu_memory(args.gpu_memory), args.tflops, args.batch,
+                            args.gpu_hour_price)  # fmt: skip
+        if args.dag:
+            print(dag.mermaid(plan, {k: preview.word(why) for k, why in seen.state.items()}))
+            return OK
+        if args.json:
+            print(json.dumps(preview.as_json(seen, list(pins.unpinned))))
+            return OK
+        preview.describe(plan, seen.state, todo)
+        preview.detail(seen)
         if pins.unpinned:
             print(f"not pinned, the hub cannot be reached: {', '.join(pins.unpinned)}: keys are provisional")
         return OK
+    preview.describe(plan, state, todo)
     from ctp.track import Tracker  # MLflow takes a second to import: a plan needs none
 
     tracker = Tracker(tracking_uri(store.uri), whole, store)
@@ -149,25 +176,32 @@ def command(args: argparse.Namespace) -> int:
 def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker: "Tracker", runtime: Runtime,
         args: argparse.Namespace) -> int:  # fmt: skip
     """Run the missing cells, follow them, sum up."""
-    from ctp import schedule  # Ray takes seconds to import: only where there is something to run
+    from ctp import cluster, schedule  # Ray takes seconds to import: only where there is something to run
 
     tracker.begin(shlex.join(["python", "-m", "ctp.grid", *sys.argv[1:]]))
-    printer = Printer(plan, len(todo))
-    begun = time.monotonic()
+    board = Board(plan, len(todo))
+    about: dict[str, Any] = {"mlflow": tracker.uri, "command": shlex.join(sys.argv[1:])}
+    begun, looked = time.monotonic(), -math.inf
 
     def on_event(event: dict[str, Any]) -> None:
-        printer.tell(event)
+        nonlocal looked
+        if time.monotonic() - looked >= heartbeat.SECONDS:
+            looked = time.monotonic()
+            with contextlib.suppress(Exception):  # it is for people to look at: no reason to stop
+                about.update(cluster.overview())
+        teller.tell(event)
         if event["event"] != "skipped":
             tracker.tell(event)
 
     done = {k for k, why in state.items() if why == "done"}
     try:
-        with schedule.session(args.address, args.insecure_ray):
+        with (telling(board, about) as teller, heartbeat.beating(store, board, about),
+              schedule.session(args.address, args.insecure_ray)):  # fmt: skip
             outcome = complete(plan, todo, done, store, lambda todo, done: schedule.run(
                 plan, todo, done, store=store.uri, runtime=runtime, address=args.address, fail_fast=args.fail_fast,
                 resources=Resources(args.cpus, gpu_memory(args.gpu_memory)), on_event=on_event,
                 insecure=args.insecure_ray,
-            ), printer.expect)  # fmt: skip
+            ), board.expect)  # fmt: skip
     except BaseException as e:
         with contextlib.suppress(StoreError, TrackError):
             tracker.close("FAILED" if isinstance(e, schedule.ResourceError) else "KILLED")
@@ -175,7 +209,7 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
             return _fail(USAGE, str(e))
         raise
     interrupted = bool(outcome.unfinished) and bool(outcome.stopped_by or not (args.fail_fast and outcome.failed))
-    summarise(plan, outcome, time.monotonic() - begun, store)
+    summary.summarise(plan, outcome, time.monotonic() - begun, store)
     print(f"Store: {scrub(store.uri)}  MLflow: {scrub(tracker.uri)}", flush=True)
     how = "KILLED" if interrupted else "FAILED" if outcome.failed or outcome.skipped else "FINISHED"
     past_damage(store, lambda: tracker.close(how))
@@ -186,16 +220,16 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
     return FAILED if outcome.failed or outcome.skipped or outcome.unfinished else OK
 
 
-def summarise(plan: Plan, outcome: "Outcome", seconds: float, store: Store) -> None:
-    """What is new; a line for each cell that failed, its cause and the file with the traceback; what that held up."""
-    counts = {"done": outcome.done, "failed": outcome.failed, "skipped": outcome.skipped,
-              "not started or cut off": outcome.unfinished}  # fmt: skip
-    print(f"{plan.name}: " + ", ".join(f"{len(v)} {n}" for n, v in counts.items() if v) + f" in {duration(seconds)}")
-    for k in (k for k in plan.nodes if k in outcome.failed):
-        cell = plan.nodes[k].cell
-        print(f"  failed: {slug(cell)}: {one_line(outcome.failed[k])} ({store.failure(cell)})")
-    for k in (k for k in plan.nodes if k in outcome.skipped):
-        print(f"  skipped: {slug(plan.nodes[k].cell)}: {outcome.skipped[k]}")
+def _check_usage(args: argparse.Namespace, looks: bool) -> None:
+    """Raises GridError where one option asks for what another forbids."""
+    if sum((args.plan, args.status, args.explain is not None)) > 1:
+        raise GridError(["--plan, --status and --explain: one of them"])
+    if args.json and not looks:
+        raise GridError(["--json is for --plan, --status and --explain"])
+    if args.dag and (args.json or not args.plan):
+        raise GridError(["--dag is for --plan, without --json"])
+    if args.watch and not args.status:
+        raise GridError(["--watch is for --status"])
 
 
 def _positive(text: str) -> int:
@@ -217,6 +251,16 @@ def _seconds(text: str) -> float:
         value = -1
     if not 0 <= value <= MOST:
         raise argparse.ArgumentTypeError(f"{shown(text)}: must be a number of seconds, from 0 to {MOST:,}")
+    return value
+
+
+def _price(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= MOST:
+        raise argparse.ArgumentTypeError(f"{shown(text)}: must be a number, from 0 to {MOST:,}")
     return value
 
 

@@ -66,13 +66,14 @@ def axes(cell: Cell) -> dict[str, str | int | float | bool]:
 
 def params(cell: Cell) -> dict[str, Any]:
     """The axes, by which people filter and pivot, and every setting of the cell and its inputs by its path."""
-    return dict(axes(cell)) | _flat(cell.model_dump(mode="json"), "spec")
+    return dict(axes(cell)) | flat(cell.model_dump(mode="json"), "spec")
 
 
-def _flat(value: Any, path: str) -> dict[str, Any]:
+def flat(value: Any, path: str) -> dict[str, Any]:
+    """Every value of nested dicts by its path; what is None is left out."""
     if not isinstance(value, dict):
         return {} if value is None else {path: value}
-    return {n: v for name, inner in value.items() for n, v in _flat(inner, f"{path}.{name}").items()}
+    return {n: v for name, inner in value.items() for n, v in flat(inner, f"{path}.{name}").items()}
 
 
 def fingerprints(cell: Evaluate) -> dict[str, str]:

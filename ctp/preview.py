@@ -2,13 +2,20 @@
 
 import sys
 from collections import Counter
+from dataclasses import dataclass
+from typing import Any
 
-from ctp import cost
+from ctp import cost, history
 from ctp.columns import aligned
 from ctp.cost import Cost
-from ctp.labels import slug
+from ctp.history import Expected
+from ctp.labels import axes, slug
 from ctp.plan import Plan
-from ctp.resources import GIB
+from ctp.progress import duration
+from ctp.resources import GIB, Resources
+from ctp.store import Store
+
+LISTED = 60  # cells that are told of one by one
 
 MODEL = (
     "shared: cells that a study above has too; left, hours and bytes are of the others that are to run.\n"
@@ -30,18 +37,108 @@ def describe(plan: Plan, state: dict[str, str], todo: set[str]) -> None:
     sys.stdout.flush()
 
 
-def detail(plan: Plan, state: dict[str, str], todo: set[str], device: int, tflops: float, batch: int) -> None:
-    """A line for each cell that would run, a table of the studies, and the cost model. device: bytes of one GPU."""
+@dataclass(frozen=True)
+class Preview:
+    """A plan with what is to run of it and what that takes. state: with why cells are stale; costs: of all cells.
+
+    device: bytes of one GPU. price: of an hour of it, or None.
+    """
+
+    plan: Plan
+    state: dict[str, str]
+    todo: set[str]
+    costs: dict[str, Cost]
+    expected: dict[str, Expected]
+    device: int
+    tflops: float
+    price: float | None
+
+    @property
+    def gpu_hours(self) -> float:
+        return sum(e.gpu_hours for e in self.expected.values())
+
+
+def look(plan: Plan, state: dict[str, str], todo: set[str], store: Store, device: int, tflops: float, batch: int,
+         price: float | None) -> Preview:  # fmt: skip
+    """All that `--plan` tells, with what the store has measured. Raises StoreError."""
     costs = {k: cost.of(n.cell, n.facts, batch) for k, n in plan.nodes.items()}
-    for k in plan.nodes:
-        if k in todo:
-            node, c = plan.nodes[k], costs[k]
-            over = "!" if c.memory > device else " "
-            print(f"  {node.cell.kind:<8} {k[:12]}  {c.hours(tflops):>7.3f} h {c.memory / GIB:>6.1f} GiB{over} "
-                  f"{slug(node.cell)}  ({state[k]})")  # fmt: skip
-    print(
-        "\n".join(["", *studies(plan, costs, todo, device, tflops), "", MODEL.format(tflops=tflops, gib=device / GIB)])
-    )
+    why, read = history.stale(plan, state, store)
+    samples = history.measured(plan, todo, state, store, costs, read, batch)
+    expected = history.expect(plan, todo, costs, samples, Resources(gpu_memory=device), tflops)
+    return Preview(plan, {**state, **why}, todo, costs, expected, device, tflops, price)
+
+
+def detail(p: Preview) -> None:
+    """Cells that would run, one by one where they are few; tables by study, model and kind; what it is based on."""
+    listed = [k for k in p.plan.nodes if k in p.todo]
+    for k in listed[:LISTED]:
+        node, e = p.plan.nodes[k], p.expected[k]
+        over, known = "!" if e.memory > p.device else " ", "*" if e.device else " "
+        print(f"  {node.cell.kind:<8} {k[:12]}  {duration(e.seconds):>11}{known} {e.memory / GIB:>6.1f} GiB{over} "
+              f"{slug(node.cell)}  ({p.state[k]})")  # fmt: skip
+    if len(listed) > LISTED:
+        print(f"  and {len(listed) - LISTED} more: --where shows some, --json all of them")
+    print("\n".join(["", *groups(p), "", *studies(p.plan, p.costs, p.todo, p.device, p.tflops), "", *totals(p), ""]))
+    print(MODEL.format(tflops=p.tflops, gib=p.device / GIB))
+
+
+def groups(p: Preview) -> list[str]:
+    """One line for each study, model and kind: how many cells are done and why the others are not."""
+    words = ("done", "failed", "interrupted", "stale", "missing")
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for k, node in p.plan.nodes.items():
+        for study in node.studies:
+            found.setdefault((study, str(axes(node.cell)["model"]), node.cell.kind), []).append(k)
+    rows: list[tuple[str, ...]] = [("study", "model", "kind", "cells", *words, "time")]
+    for names, keys in found.items():
+        counts = Counter(word(p.state[k]) for k in keys)
+        seconds = sum(p.expected[k].seconds for k in keys if k in p.todo)
+        rows.append((*names, str(len(keys)), *(str(counts[w] or "-") for w in words), duration(seconds)))
+    return aligned(rows, left=(0, 1, 2))
+
+
+def word(state: str) -> str:
+    """done, failed, interrupted, stale or missing."""
+    first = state.split(":")[0].split()[0]
+    return first if first in ("done", "failed", "interrupted", "stale") else "missing"
+
+
+def totals(p: Preview) -> list[str]:
+    """What all that is to run takes: time, the longest path, money."""
+    if not p.expected:
+        return ["Nothing to run."]
+    devices = sorted({e.device for e in p.expected.values() if e.device})
+    of = sum(bool(e.device) for e in p.expected.values())
+    all_seconds = sum(e.seconds for e in p.expected.values())
+    seconds, path = history.longest_path(p.plan, p.expected)
+    names = " -> ".join(slug(p.plan.nodes[k].cell) for k in path)
+    where = f" (*, on {', '.join(devices)})" if devices else ""
+    out = [f"Time: {duration(all_seconds)} one after the other; {of} of {len(p.expected)} cells as their like took in "
+           f"this store{where}, the others by the cost model.",
+           f"Longest path, which no number of machines makes shorter: {duration(seconds)}: {names}"]  # fmt: skip
+    if p.price is not None:
+        out.append(f"Money: {p.gpu_hours:.2f} GPU-hours x {p.price:g} = {p.gpu_hours * p.price:.2f} (whole GPUs; by "
+                   "the cost model where nothing was measured on a GPU)")  # fmt: skip
+    return out
+
+
+def as_json(p: Preview, unpinned: list[str]) -> dict[str, Any]:
+    """The same as plain data, of every cell."""
+    seconds, path = history.longest_path(p.plan, p.expected)
+    cells = []
+    for k, node in p.plan.nodes.items():
+        said: dict[str, Any] = {
+            "key": k, "kind": node.cell.kind, "name": slug(node.cell), "studies": list(node.studies),
+            "inputs": list(node.inputs), "state": word(p.state[k]), "why": p.state[k], "to_run": k in p.todo,
+        }  # fmt: skip
+        if e := p.expected.get(k):
+            said |= {"seconds": e.seconds, "memory_bytes": e.memory, "gpu_hours": e.gpu_hours,
+                     "measured_on": e.device or None}  # fmt: skip
+        cells.append(said)
+    money = {} if p.price is None else {"gpu_hour_price": p.price, "money": p.gpu_hours * p.price}
+    total = {"seconds": sum(e.seconds for e in p.expected.values()), "gpu_hours": p.gpu_hours, **money}
+    return {"grid": p.plan.name, "cells": cells, "to_run": len(p.todo), "total": total, "unpinned": unpinned,
+            "longest_path": {"seconds": seconds, "cells": path}}  # fmt: skip
 
 
 def studies(plan: Plan, costs: dict[str, Cost], todo: set[str], device: int, tflops: float) -> list[str]:

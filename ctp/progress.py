@@ -1,52 +1,64 @@
-"""What the terminal shows while a grid runs: one plain line an event, in the order in which things happen."""
+"""What is shown while a grid runs: a line an event, in the order in which things happen; on a terminal a live view."""
 
+import os
+import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+from ctp.board import Board
 from ctp.labels import slug
 from ctp.names import one_line
-from ctp.plan import Plan
+
+
+@contextmanager
+def telling(board: Board, about: Mapping[str, Any]) -> Iterator["Printer"]:
+    """What tells the board, and people, of events: a live view on a terminal, else a line each."""
+    if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+        yield Printer(board)
+        return
+    from ctp.live import watching  # rich: only where somebody looks on
+
+    with watching(board, about) as live:
+        yield live
 
 
 class Printer:
-    """Prints starts, ends and, of cells that take long, how far they are (at most one line in `every` seconds each)."""
+    """Prints ends and, of cells that take long, how far they are (at most one line in `every` seconds each)."""
 
-    def __init__(self, plan: Plan, total: int, every: float = 10.0) -> None:
-        self.plan, self.total, self.every = plan, total, every
-        self.ended = 0
-        self.started: dict[str, float] = {}
+    def __init__(self, board: Board, every: float = 10.0) -> None:
+        self.board, self.every = board, every
         self.last: dict[str, float] = {}
-        self.first: dict[str, tuple[float, int]] = {}  # when a cell first told its step: loading is not its pace
-
-    def expect(self, cells: set[str]) -> None:
-        """These run again."""
-        self.total += len(cells)
 
     def tell(self, event: dict[str, Any]) -> None:
-        """Print what there is to say of one event."""
+        """Tell the board, and print what there is to say of one event."""
         k, kind, now = event["key"], event["event"], time.monotonic()
+        before = self.board.running.get(k)
+        self.board.tell(event)
         if kind == "start":
-            self.started[k] = self.last[k] = now
+            self.last[k] = now
         elif kind == "progress":
-            begun, step = self.first.setdefault(k, (now, event["step"]))
-            if now - self.last.get(k, now) >= self.every:
+            if now - self.last.setdefault(k, now) >= self.every:
                 self.last[k] = now
-                self._say("...", k, _how_far(event, now - begun, event["step"] - step))
+                cell = self.board.running[k]
+                self._say("...", k, how_far({**cell.said, "left": cell.left()}))
         else:
-            self.ended += 1
-            took = duration(now - self.started[k]) if k in self.started else ""
+            took = duration(now - before.begun) if before else ""
             text = took if kind == "done" else one_line(event["error"])
             self._say({"done": "done", "failed": "FAILED", "skipped": "skipped"}[kind], k, text)
 
     def _say(self, what: str, k: str, text: str) -> None:
-        cell = self.plan.nodes[k].cell
-        count = f"[{self.ended:>{len(str(self.total))}}/{self.total}]"
+        cell, total = self.board.plan.nodes[k].cell, self.board.total
+        count = f"[{self.board.ended.total():>{len(str(total))}}/{total}]"
         print(f"{count} {what:<7} {cell.kind:<8} {slug(cell)}  {text}".rstrip(), flush=True)
 
 
-def _how_far(event: dict[str, Any], seconds: float, made: int) -> str:
-    step, steps = event["step"], event["steps"]
-    parts = [f"step {step}/{steps}"]
+def how_far(event: dict[str, Any]) -> str:
+    """A cell's progress in words; empty where it told none. left: seconds until its last step, where known."""
+    if "step" not in event:
+        return ""
+    parts = [f"step {event['step']}/{event['steps']}"]
     if event.get("loss") is not None:
         parts.append(f"loss {event['loss']:.3f}")
     if event.get("best_val_loss") is not None:
@@ -55,8 +67,8 @@ def _how_far(event: dict[str, Any], seconds: float, made: int) -> str:
         parts.append(f"{event['tokens_per_s']:,.0f} tokens/s")
     if "at_once" in event:
         parts.append(f"for lack of memory {event['at_once']} at once")
-    if made:
-        parts.append(f"about {duration(seconds / made * (steps - step))} left")
+    if event.get("left") is not None:
+        parts.append(f"about {duration(event['left'])} left")
     return ", ".join(parts)
 
 
