@@ -6,6 +6,7 @@ verify, gc, rm            see ctp.storecommands
 """
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         store = Store(args.store)
         if args.command == "ls":
-            return _list(store, args.kind)
+            return _list(store, args.kind, args.json)
         if args.command in storecommands.COMMANDS:
             return storecommands.COMMANDS[args.command](store, args)
         for note in export_key(args.key, store, args.folder, args.format):
@@ -185,13 +186,23 @@ def main(argv: list[str] | None = None) -> int:
         return UNREACHABLE
 
 
-def _list(store: Store, kind: str | None) -> int:
+def _list(store: Store, kind: str | None, as_json: bool) -> int:
     damaged: list[str] = []
     found = entries(store, (kind,) if kind else tuple(KINDS), damaged)
-    print(plain(table(found)) if found else f"No {kind or 'artifact'} is done in {scrub(store.uri)}")
+    if as_json:
+        print(json.dumps([_plain_data(e) for e in found], indent=1))
+    else:
+        print(plain(table(found)) if found else f"No {kind or 'artifact'} is done in {scrub(store.uri)}")
     for line in damaged:
         print(f"ctp.store: {line}", file=sys.stderr)
     return WRONG if damaged else OK
+
+
+def _plain_data(e: Entry) -> dict[str, Any]:
+    """One artifact: whole key, kind, name, bytes, and its manifest's numbers (`created`: seconds since 1970)."""
+    names: tuple[str, ...] = ("metrics", "created", "seconds", "device")
+    said = {n: e.manifest[n] for n in names if n in e.manifest}
+    return {"key": e.key, "kind": e.kind, "name": e.name, "bytes": e.size, **said}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -204,6 +215,7 @@ def parser() -> argparse.ArgumentParser:
     for command in (ls, ex, *storecommands.parsers(commands)):  # on either side of the command
         command.add_argument("--store", default=argparse.SUPPRESS, **store)
     ls.add_argument("--kind", choices=tuple(KINDS))
+    ls.add_argument("--json", action="store_true", help="a list: key, kind, name, bytes, metrics")
     ex.add_argument("key", metavar="KEY", help="6 or more digits of an artifact's key, as ls prints it")
     ex.add_argument("folder", metavar="DIR", type=Path, help="new or empty")
     ex.add_argument("--format", required=True, choices=(*FORMATS, "peft"), help="hf: an ordinary model; "

@@ -21,19 +21,17 @@ Main = Callable[[list[str]], int]
 
 @dataclass(frozen=True)
 class Command:
-    """module: whose `main` it is; `python -m` takes the name `called`. json: the function of ctp.asjson behind
-    --json, and which subcommand or option it goes with."""
+    """module: whose `main` it is; `python -m` takes the name `called`."""
 
     module: str
     called: str
     help: str
-    json: tuple[str, str] = ("", "")
 
 
 COMMANDS: dict[str, dict[str, Command]] = {
     "run": {
-        "grid": Command("ctp.grid", "ctp.grid", "plan a grid and run what is missing of it", ("plan", "--plan")),
-        "store": Command("ctp.artifacts", "ctp.store", "what lies in a store, and how to get it out", ("ls", "ls")),
+        "grid": Command("ctp.grid", "ctp.grid", "plan a grid and run what is missing of it"),
+        "store": Command("ctp.artifacts", "ctp.store", "what lies in a store, and how to get it out"),
         "track": Command("ctp.resync", "ctp.track", "write into MLflow what it lacks of the store"),
         "corpora": Command("ctp.prepare", "ctp.corpora", "local copies of texts and tasks, for machines off the net"),
     },
@@ -129,10 +127,7 @@ def _described() -> str:
 def run(name: str, argv: list[str]) -> int:
     """Run one command with its own arguments."""
     command, own = ALL[name], load(ALL[name])
-    args = _renamed(parser_of(own), name, command).parse_args(argv)  # help and errors call it by the name given here
-    if getattr(args, "json_by_cli", False):
-        asjson = importlib.import_module("ctp.asjson")
-        return int(getattr(asjson, command.json[0])(args, [a for a in argv if a != "--json"]))
+    _renamed(parser_of(own), name, command).parse_args(argv)  # help and errors call it by the name given here
     before, sys.argv = sys.argv, [f"ctp {name}", *argv]  # a grid writes down the command that it was started by
     try:
         return own(argv)
@@ -176,12 +171,8 @@ def _caught() -> Iterator[list[argparse.ArgumentParser]]:
 
 
 def _renamed(p: argparse.ArgumentParser, name: str, command: Command) -> argparse.ArgumentParser:
-    """The same parser, called `ctp NAME` in its help, with --json where the command has it here."""
+    """The same parser, called `ctp NAME` in its help."""
     p.prog = p.prog.replace(f"python -m {command.called}", f"ctp {name}")
-    place, known = command.json[1], p._option_string_actions
-    if (p.prog.endswith(f" {place}") or (place.startswith("-") and place in known)) and "--json" not in known:
-        said = f"with {place}, " if place.startswith("-") else ""
-        p.add_argument("--json", action="store_true", dest="json_by_cli", help=f"{said}print one JSON value")
     for action in p._actions:
         if isinstance(action, argparse._SubParsersAction):
             for inner in dict.fromkeys(action.choices.values()):
