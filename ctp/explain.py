@@ -10,10 +10,11 @@ from typing import Any
 from ctp import cost
 from ctp.columns import size
 from ctp.gridtext import GridError
+from ctp.heartbeat import records
 from ctp.labels import params, slug
 from ctp.names import one_line, shown
 from ctp.plan import Node, Plan, states
-from ctp.progress import duration
+from ctp.progress import duration, how_far
 from ctp.redact import scrub
 from ctp.runinfo import KEY
 from ctp.store import Store, StoreError
@@ -56,6 +57,10 @@ def explain(plan: Plan, text: str, store: Store, tracking: str, batch: int = 4) 
     node = find(plan, text)
     cell = node.cell
     state = states(plan, store)
+    for driver in records(store, plan.name):
+        for told in driver["cells"] if driver["state"] == "alive" else ():
+            if state.get(told["key"], "done") != "done":
+                state[told["key"]] = f"running on {driver['machine']}, {how_far(told) or 'it told no step yet'}"
     out: dict[str, Any] = {
         "key": node.key, "kind": cell.kind, "name": slug(cell), "state": state[node.key], "version": cell.VERSION,
         "studies": list(node.studies), "folder": store.folder(cell),

@@ -1,12 +1,14 @@
 """One cell explained: found by key, name or words; what the manifest says."""
 
 import json
+import re
 
 import pytest
 from test_plan import make
 from tinygrid import grid
 
-from ctp import explain
+from ctp import explain, heartbeat
+from ctp.board import Board
 from ctp.gridtext import GridError
 from ctp.labels import slug
 from ctp.spec import Learn
@@ -64,6 +66,15 @@ def test_a_missing_and_a_failed_cell(graph, tmp_path):
     text = "\n".join(explain.lines(explain.explain(graph, node.key, store, "sqlite:///none.db")))
     assert "failed last time: ValueError: no" in text
     assert store.failure(node.cell) in text
+
+
+def test_a_cell_at_work_says_how_far(graph, tmp_path):
+    store = Store(str(tmp_path / "store"))
+    node, board = the_learned(graph), Board(graph, 10)
+    board.tell({"event": "progress", "key": node.key, "step": 3, "steps": 9, "loss": 2.0})
+    store.write(f"{store.root}/running/g-0.json", json.dumps(heartbeat._record(board, {})).encode())
+    said = explain.explain(graph, node.key, store, "sqlite:///none.db")
+    assert re.fullmatch(r"running on .*, step 3/9, loss 2\.000", said["state"])
 
 
 def test_the_mlflow_run_is_named(finished, uri, capsys):
