@@ -26,6 +26,7 @@ from ctp.methods import Solver
 Progress = Callable[[int, int], None]
 CPU_TOKENS = 1024
 PROBE = 8  # tokens that show how a block is put together
+CHAIN = 64  # tokens that show that the blocks are a chain
 
 
 def compress_model(
@@ -53,7 +54,7 @@ def compress_model(
     layers: dict[str, Layer] = {}
     with torch.no_grad(), _evaluating(model), _full_precision():
         keep_heap()
-        check_chain(model, windows[:1])
+        check_chain(model, windows[:1, :CHAIN])
         batches = capture(model, windows, batch or _batch(model, windows.shape[1]))
         probe = capture(model, windows[:1, :PROBE], 1)[0]
         for i, block in enumerate(blocks):
