@@ -243,7 +243,7 @@ def test_an_evaluation_goes_on_with_fewer_windows(tmp_path, llama_folder, monkey
     with monkeypatch.context() as short:
         seen = full_above(short, 23, "host")  # of four windows of 23 scored tokens, one
         bench.execute(cell)
-    assert seen == [4 * 23, 2 * 23, 23, 23, 23, 23]
+    assert [n for n in seen if n >= 23] == [4 * 23, 2 * 23, 23, 23, 23, 23]  # fewer: how the head is reached is tried
     manifest = bench.store.manifest(cell)
     assert manifest["at_once"] == 1
     shutil.rmtree(bench.store.folder(cell))

@@ -113,7 +113,7 @@ def test_rays_client_must_show_a_token(monkeypatch, no_token):
 class Tracker:
     """MLflow's part, without MLflow, whose import and new database take longer than all tests here."""
 
-    ended = ""
+    ended = uri = ""
 
     def begin(self, command):
         pass
