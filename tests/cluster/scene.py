@@ -113,7 +113,7 @@ def play(scene: Scene) -> None:
     scene.on_head("ray status")
     scene.on_head("ray job logs --follow demo", timeout=500)
     scene.told["status"] = scene.on_head("ray job status demo")
-    scene.told["nodes"] = scene.on_head("ray status")
+    scene.told["nodes"] = scene.wait("the lost machine is off the list", lambda: _listed(scene), 180)
     scene.on_head("python -m analysis.transfer_matrix demo --dataset newswire")
     scene.on_head(JOB)
     scene.told["copies"] = {n.name: scene.run(ssh(scene, n, "ls ~/.cache/ctp/artifacts | wc -l"))
@@ -123,6 +123,12 @@ def play(scene: Scene) -> None:
     scene.wait("nothing of Ray runs", lambda: not any(_ray(n) for n in left), 180)
     scene.told["store"] = sorted(p for p in scene.s3().find("ctp-test/study"))
     scene.told["saves"] = _saves((scene.base / "s3.log").read_text())
+
+
+def _listed(scene: Scene) -> str | None:
+    """What `ray status` says, once it counts the head and one worker: the autoscaler looks again every few seconds."""
+    said: str = scene.on_head("ray status")
+    return said if re.search(r"^ 2 local\.cluster\.node$", said, re.M) else None
 
 
 def _saves(log: str) -> dict[str, list[tuple[str, int]]]:
