@@ -164,7 +164,7 @@ def command(args: argparse.Namespace) -> int:
         }
     if not todo:
         why = "No cell failed last time" if args.retry_failed else "Nothing to run"
-        print(f"{why}. Store: {store.uri}  MLflow: {tracker.uri}")
+        print(f"{why}. Store: {scrub(store.uri)}  MLflow: {scrub(tracker.uri)}")
         return OK
     runtime = Runtime(
         device=args.device, batch=args.batch, checkpoint_seconds=args.checkpoint_seconds, recompute=args.recompute,
