@@ -61,7 +61,8 @@ environment:
                        XDG_CACHE_HOME/ctp, ~/.cache/ctp   HF_TOKEN        for gated models
   MLFLOW_TRACKING_URI  else mlflow.db beside the store    RAY_ADDRESS     a cluster to join (--address)
 
-Output is plain text without colours or control codes, whatever NO_COLOR says. `ctp COMMAND --help` tells the rest."""
+In a pipe, output is plain text. On a terminal a running grid is a live view; NO_COLOR takes its colours away.
+`ctp COMMAND --help` tells the rest."""
 
 
 def entry() -> int:

@@ -15,6 +15,7 @@ import shlex
 import signal
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ctp import dag, drain, explain, gridfile, heartbeat, preview, status, summary
@@ -102,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--batch", type=_positive, default=4, metavar="N", help="windows a forward pass (default 4)")
     p.add_argument("--cpus", type=_positive, default=1, metavar="N", help="CPU cores a trial (default 1)")
-    p.add_argument("--checkpoint-seconds", type=_seconds, default=60.0, metavar="S",
+    p.add_argument("--checkpoint-seconds", type=partial(_number, what="a number of seconds"), default=60.0, metavar="S",
                    help="least time between two saved states of a prompt being learned (default 60)")  # fmt: skip
     p.add_argument("--recompute", action="store_true", help="learn with a third of the memory and a quarter more time")
     p.add_argument("--packed", action="store_true", help="learn prompts through weights that stay packed in memory")
@@ -111,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tflops", type=_positive, default=100, metavar="N",
                    help="10^12 operations a second that a GPU sustains, for the hours of --plan (default 100: "
                    "a third of an A100's peak in bfloat16)")  # fmt: skip
-    p.add_argument("--gpu-hour-price", type=_price, metavar="P", help="with --plan: say what it costs, at so much for "
+    p.add_argument("--gpu-hour-price", type=_number, metavar="P", help="with --plan: say what it costs, at so much for "
                    "an hour of one GPU")  # fmt: skip
     return p
 
@@ -196,7 +197,7 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
     done = {k for k, why in state.items() if why == "done"}
     try:
         with (telling(board, about) as teller, heartbeat.beating(store, board, about),
-              schedule.session(args.address, args.insecure_ray)):  # fmt: skip
+              cluster.join(args.address, args.insecure_ray)):  # fmt: skip
             outcome = complete(plan, todo, done, store, lambda todo, done: schedule.run(
                 plan, todo, done, store=store.uri, runtime=runtime, address=args.address, fail_fast=args.fail_fast,
                 resources=Resources(args.cpus, gpu_memory(args.gpu_memory)), on_event=on_event,
@@ -244,23 +245,13 @@ def _uri(text: str) -> str:
     return text
 
 
-def _seconds(text: str) -> float:
+def _number(text: str, what: str = "a number") -> float:
     try:
         value = float(text)
     except ValueError:
         value = -1
     if not 0 <= value <= MOST:
-        raise argparse.ArgumentTypeError(f"{shown(text)}: must be a number of seconds, from 0 to {MOST:,}")
-    return value
-
-
-def _price(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value <= MOST:
-        raise argparse.ArgumentTypeError(f"{shown(text)}: must be a number, from 0 to {MOST:,}")
+        raise argparse.ArgumentTypeError(f"{shown(text)}: must be {what}, from 0 to {MOST:,}")
     return value
 
 

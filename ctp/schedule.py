@@ -114,13 +114,6 @@ class Witness(FIFOScheduler):
 # ------------------------------------------------------------------------ running
 
 
-@contextmanager
-def session(address: str | None, insecure: bool = False) -> Iterator[None]:
-    """Every `run` in here is on one cluster, which is joined or started once. Raises ResourceError."""
-    with join(address, insecure):
-        yield
-
-
 def run(plan: Plan, todo: set[str], done: set[str], *, store: str, runtime: Runtime, resources: Resources,
         address: str | None, fail_fast: bool, on_event: Callable[[Event], None],
         insecure: bool = False) -> Outcome:  # fmt: skip

@@ -2,21 +2,13 @@
 
 import pytest
 import torch
-from tiny import random_windows, tiny_bloom, tiny_llama, tiny_mixtral, tiny_opt
+from tiny import PLAIN, random_windows, tiny_llama
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from ctp.evaluate.perplexity import perplexity
 from ctp.recover import attach
 from ctp.recover.head import head_of
 from ctp.recover.prompted import attach_prompt
-
-PLAIN = {
-    "opt": tiny_opt,
-    "opt_projected": lambda: tiny_opt(embed=16),
-    "llama": tiny_llama,
-    "bloom": tiny_bloom,
-    "mixtral": tiny_mixtral,
-}
 
 
 def tiny_gemma():

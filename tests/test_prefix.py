@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import random_windows, tiny_bloom, tiny_llama, tiny_mixtral, tiny_opt
+from tiny import PLAIN, random_windows, tiny_llama
 from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
 from ctp.recover.attach import token_logits
@@ -24,11 +24,7 @@ def tiny_mamba():
 
 
 CACHED = {
-    "opt": tiny_opt,
-    "opt_projected": lambda: tiny_opt(embed=16),
-    "llama": tiny_llama,
-    "bloom": tiny_bloom,
-    "mixtral": tiny_mixtral,
+    **PLAIN,
     "mistral": tiny_mistral,
 }
 

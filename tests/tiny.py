@@ -108,3 +108,12 @@ def pruned_stories() -> tuple[LlamaForCausalLM, torch.Tensor]:
                 w = layer.weight
                 w[w.abs() < w.abs().flatten().quantile(0.4)] = 0
     return model, ids[: len(ids) // 64 * 64].view(-1, 64)
+
+
+PLAIN = {  # architectures whose head is a matrix and whose past is keys and values
+    "opt": tiny_opt,
+    "opt_projected": lambda: tiny_opt(embed=16),
+    "llama": tiny_llama,
+    "bloom": tiny_bloom,
+    "mixtral": tiny_mixtral,
+}

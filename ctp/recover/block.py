@@ -145,19 +145,19 @@ def _weight(linear: Linear, block: _Block) -> Tensor:
 
 def _normed(x: Tensor, norm: Any, block: _Block) -> Tensor:
     """w x / sqrt(mean(x^2) + eps) in the block's dtype, in the narrow buffer."""
-    y = torch.mul(x, _inverse(x, norm), out=_take(NARROW, x, block, x.dtype)).mul_(norm.weight)
+    y = torch.mul(x, inverse_rms(x, norm.variance_epsilon), out=_take(NARROW, x, block, x.dtype)).mul_(norm.weight)
     return y.to(block.dtype)
 
 
-def _inverse(x: Tensor, norm: Any) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps) of each row (n, 1), in fp32."""
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, which stays with length 1; in fp32."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return length.square_().div_(x.shape[-1]).add_(norm.variance_epsilon).rsqrt_()
+    return length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 def _norm_gradient(grad: Tensor, x: Tensor, norm: Any, block: _Block) -> Tensor:
     """The gradient for x of the norm's output's; a new tensor in x's dtype."""
-    inverse = _inverse(x, norm)
+    inverse = inverse_rms(x, norm.variance_epsilon)
     g = torch.mul(grad, norm.weight, out=_take(WIDE, x, block, torch.float32))
     unit = torch.mul(x, inverse, out=_take(OTHER, x, block, torch.float32))
     mean = torch.linalg.vecdot(g, unit)[:, None].div_(x.shape[-1])

@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from ctp.compression.blocks import decoder_blocks
-from ctp.recover.block import LINEARS, forward_of, is_norm, is_silu
+from ctp.recover.block import LINEARS, forward_of, inverse_rms, is_norm, is_silu
 
 
 class _RMSNorm(Function):
@@ -23,8 +23,7 @@ class _RMSNorm(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        inverse = inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, inverse)
         return torch.mul(x, inverse).to(x.dtype) * weight
 
