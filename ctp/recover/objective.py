@@ -25,6 +25,8 @@ from ctp.recover.scratch import Scratch
 # Largest difference of a hidden state, relative to the largest one, at which two computations of it are the same.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
+CACHED = 2**20  # logits that are exponentiated together on a CPU: in fp32 they stay in its cache
+
 
 class _LinearNLL(Function):
     """Sum of -log softmax(h W^T)[target] over the rows of h (n, d), a float64 scalar; its gradient for h on the way.
@@ -40,17 +42,13 @@ class _LinearNLL(Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         logits = hidden.new_empty(rows, len(weight))
-        wide = logits if hidden.dtype == torch.float32 else logits.new_empty(logits.shape, dtype=torch.float32)
         for i in range(0, len(hidden), rows):
             some, target = hidden[i : i + rows], targets[i : i + rows]
-            z, e = logits[: len(some)], wide[: len(some)]
-            torch.mm(some, weight.T, out=z)
-            top, chosen = z.amax(1, keepdim=True).float(), z.gather(1, target[:, None]).float()
-            e.copy_(z).sub_(top).exp_()
-            sums = e.sum(1, keepdim=True)
+            z = torch.mm(some, weight.T, out=logits[: len(some)])
+            chosen = z.gather(1, target[:, None]).float()
+            top, sums = _exponentials(z)
             total += (sums.log() + top - chosen).sum(dtype=torch.float64)
             if grad is not None:
-                z.copy_(e)
                 grad[i : i + rows] = torch.mm(z, weight).float().div_(sums).sub_(weight[target])
         if grad is not None:
             ctx.save_for_backward(grad)
@@ -60,6 +58,21 @@ class _LinearNLL(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return grad * grads[0], None, None
+
+
+def _exponentials(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The maxima of the rows of z (n, V) and the sums of exp(z - maximum), both (n, 1) in fp32; z becomes these
+    exponentials, rounded to its dtype once they are summed.
+    """
+    rows = len(z) if z.device.type != "cpu" else max(1, CACHED // z.shape[1])
+    tops, sums = z.new_empty(2, len(z), 1, dtype=torch.float32)
+    for part, top, total in zip(z.split(rows), tops.split(rows), sums.split(rows), strict=True):
+        top.copy_(part.amax(1, keepdim=True))
+        e = part.float().sub_(top).exp_()
+        torch.sum(e, 1, keepdim=True, out=total)
+        if e is not part:
+            part.copy_(e)
+    return tops, sums
 
 
 def linear_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
