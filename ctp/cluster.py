@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 import yaml
-from ray._private import ray_constants, services
+from ray._private import ray_constants, services, worker
 from ray._raylet import Config  # type: ignore[attr-defined]
 
 from ctp import drain
@@ -73,6 +73,7 @@ def join(address: str | None, insecure: bool = False) -> Iterator[Fleet]:
 
 def _connect(address: str | None, insecure: bool) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    worker.print_to_stdstream = _untold
     if address:
         _knock(address)
         show_token()
@@ -82,6 +83,11 @@ def _connect(address: str | None, insecure: bool) -> None:
     else:
         with _loopback():
             ray.init(address="local", include_dashboard=False, object_store_memory=256 * 2**20, **quiet)
+
+
+def _untold(*_: Any, **__: Any) -> None:
+    """In place of what prints a raylet's reports between the lines of a grid, whatever log_to_driver says: a worker's
+    death is told with the cell that it was at."""
 
 
 def _knock(address: str) -> None:
@@ -181,7 +187,7 @@ def _alive() -> list[dict[str, float]]:
 def overview() -> dict[str, Any]:
     """machines, cpus, gpus of the joined cluster as it is now; ray: its page, where there is one."""
     there = _alive()
-    page = ray._private.worker.get_dashboard_url()
+    page = worker.get_dashboard_url()
     total = {name: sum(m.get(resource, 0) for m in there) for name, resource in (("cpus", "CPU"), ("gpus", "GPU"))}
     return {"machines": len(there), **total, "ray": f"http://{page}" if page else ""}
 
