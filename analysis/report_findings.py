@@ -1,6 +1,7 @@
 """The beginning of a report: how often what was learned helps, where it was learned and elsewhere; and its words."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from statistics import median
 
@@ -21,6 +22,7 @@ NOTES = [
     "also fits the model to the kind of text, and of a small loss a little is a large share; where compression costs "
     f"less than {100 * (LOST - 1):.0f} % of perplexity, no share is given (-).",
 ]
+NAMED = 3  # models in the headline
 GLOSSARY = [
     ("cell", "One unit of work: a compression, the learning of one prompt, or one evaluation."),
     ("dense", "The model as it was, before any compression."),
@@ -37,51 +39,51 @@ GLOSSARY = [
 
 
 def headline(record: Record) -> list[str]:
-    """The result in a sentence for the text that was learned on, and one for others; none where nothing was learned."""
-    found: dict[bool, list[tuple[int, int, int, int]]] = {True: [], False: []}
-    for _, dataset, group, without, _ in _groups(record):
+    """The result in a sentence a model, of the models with most cells; none where nothing was learned."""
+    found: dict[str, dict[bool, Counter[str]]] = {}
+    for model, _, dataset, group, without, _ in _groups(record):
         helps, at_home = _helped(group, without)
         for same in (True, False):
             of = (group.learned_on == dataset) == same
-            found[same].append((int((helps & at_home & of).sum()), int((at_home & of).sum()),
-                                int((helps & ~at_home & of).sum()), int((~at_home & of).sum())))  # fmt: skip
-    out = []
-    for same, own_model, others in (
-        (
-            True,
-            "On its own text, what was learned lowers the perplexity of its own model",
-            "of that model's other compressions",
-        ),
-        (False, "On other texts it does so for its own model", "for other compressions"),
-    ):
-        home, tried, away, moved = (sum(n) for n in zip(*found[same], strict=True)) if found[same] else [0] * 4
-        parts = [f"{own_model} in {home} of {tried} evaluations"] if tried else []
-        parts += [f"{others} in {away} of {moved}"] if moved else []
-        if parts:
-            out.append(f"{' and '.join(parts)}.")
-    return out
+            own = found.setdefault(model, {True: Counter(), False: Counter()})[same]
+            own += Counter(home=int((at_home & of).sum()), home_helped=int((helps & at_home & of).sum()),
+                           away=int((~at_home & of).sum()), away_helped=int((helps & ~at_home & of).sum()))  # fmt: skip
+    return [f"{model}: {_sentence(found[model])}" for model in list(found)[:NAMED]]
+
+
+def _sentence(found: dict[bool, Counter[str]]) -> str:
+    begin = "what was learned lowers the perplexity of"
+    parts = []
+    for same, where in ((True, "on the text that it was learned on"), (False, "on other texts")):
+        n = found[same]
+        said = [f"its own model in {n['home_helped']} of {n['home']} evaluations"] if n["home"] else []
+        said += [f"other compressions of it in {n['away_helped']} of {n['away']}"] if n["away"] else []
+        if said:
+            parts.append(f"{where}, {begin} {' and of '.join(said)}")
+            begin = "that of"
+    return "; ".join(parts) + "."
 
 
 def at_a_glance(record: Record) -> Sheet | None:
     """One row a model, text, and kind and text of learning; None where nothing was learned and evaluated."""
     body: list[list[Value]] = []
-    for name, _, group, without, dense in _groups(record):
+    for _, name, _, group, without, dense in _groups(record):
         recovery, on = group.recovery.iloc[0], group.learned_on.iloc[0]
         body.append([text(name), text(f"{recovery} on {on}" if on else recovery), *_row(group, without, dense)])
     return Sheet("Does what was learned help?", HEAD, body, {2, 3, 4, 5}, NOTES) if body else None
 
 
-Group = tuple[str, str, pd.DataFrame, "pd.Series[float]", float | None]
+Group = tuple[str, str, str, pd.DataFrame, "pd.Series[float]", float | None]
 
 
 def _groups(record: Record) -> Iterator[Group]:
-    """(model and text, text, rows of one recovery learned on one text, perplexity by target without it, and dense)."""
+    """(model, model and text, text, rows of one recovery learned on one text, perplexity by target without, dense)."""
     for model, rows in by_model(record.measured("perplexity")):
         for (_, dataset, split, _), own in rows.groupby(AXES):
             without = own[own.source == "none"].groupby("target").ppl.mean()
             learned = own[~own.source.isin(["none", "untrained", "imported"]) & own.target.isin(without.index)]
             for _, group in learned.groupby(["recovery", "learned_on"]):
-                yield f"{model}, {dataset} {split}", str(dataset), group, without, dense_of(own)
+                yield model, f"{model}, {dataset} {split}", str(dataset), group, without, dense_of(own)
 
 
 def _helped(rows: pd.DataFrame, without: "pd.Series[float]") -> tuple["pd.Series[bool]", "pd.Series[bool]"]:

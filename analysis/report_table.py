@@ -18,6 +18,7 @@ STEPS = {
 MIDDLE = len(STEPS["light"]) // 2
 NARROWEST, WIDEST = 1.2, 4.0  # times the baseline, at the ends of a colour scale
 LONG = 20  # rows; a longer table begins closed
+MINUS = "\N{MINUS SIGN}"
 INKS = ("#000000", "#ffffff")
 
 
@@ -86,8 +87,8 @@ def steady(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share of a hundred as a table has it: 85 %, -12 %, 1,410 %."""
-    return f"{value:,.0f} %".replace("-0 %", "0 %") if abs(value) < 1 else f"{value:,.0f} %"
+    """A share of a hundred as a table has it: 85 %, −12 %, 1,410 %."""
+    return f"{round(value):,} %".replace("-", MINUS)
 
 
 KINDS = {"ppl": "ours, ppl", "ppl_paper": "ours, ppl_paper", "paper": "paper", "ours": "ours"}
@@ -168,7 +169,7 @@ def step(ratio: float, end: float) -> int:
 
 def change(ratio: float) -> str:
     """A ratio as a change: -40 %, +3 %, 12x."""
-    return f"{ratio:.0f}x" if ratio >= 9.5 else f"{100 * (ratio - 1):+.0f} %".replace("-", "\N{MINUS SIGN}")
+    return f"{ratio:.0f}x" if ratio >= 9.5 else f"{100 * (ratio - 1):+.0f} %".replace("-", MINUS)
 
 
 def ink(colour: str) -> str:
