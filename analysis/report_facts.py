@@ -131,7 +131,7 @@ def _read(record: Record) -> Sheet | None:
     body = []
     for (model, dataset, split, _), own in rows.groupby(AXES):
         tokens, window = float(own.scored_tokens.iloc[0]), int(own.seq_len.iloc[0])
-        body.append([text(model), text(dataset), text(split), number(window, str(window)),
+        body.append([text(model), text(dataset), text(split), number(window, f"{window:,}"),
                      number(tokens, f"{tokens:,.0f}"), number(len(own), str(len(own)))])  # fmt: skip
     head = ["model", "text", "split", "window, tokens", "scored tokens", "evaluations"]
     return Sheet("Texts that perplexities are of", head, body, {3, 4, 5}, long=len(body) > 8)
