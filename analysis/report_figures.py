@@ -47,7 +47,7 @@ def by_model(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 def _texts(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """The texts of one model, as (words, rows)."""
     for (_, dataset, split, seq_len), own in rows.groupby(AXES):
-        yield f"{dataset} ({split}, windows of {int(seq_len):,} tokens)", own
+        yield f"{dataset} ({split}, windows of {int(str(seq_len)):,} tokens)", own
 
 
 def called(row: Any) -> str:
