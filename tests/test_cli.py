@@ -119,9 +119,9 @@ def piped(reader, *command, cwd, unbuffered=""):
     return int(found.stdout), found.stderr
 
 
-def test_a_reader_that_goes_away_gets_no_traceback(tmp_path, llama_folder):
+def test_a_reader_that_goes_away_gets_no_traceback(tmp_path):
     """What `true` does not read is gone before Python has started; of a long list `head` takes one line."""
-    write_grid(tmp_path / "tiny.yaml", grid(llama_folder))
+    write_grid(tmp_path / "tiny.yaml", grid("tiny-llama"))
     assert piped("true", "-m", "ctp.grid", "tiny.yaml", "--plan", cwd=tmp_path) == (141, "")
     assert piped("true", "-m", "ctp", "store", "ls", cwd=tmp_path) == (141, "")
     assert piped("true", "-m", "ctp", "store", "ls", cwd=tmp_path, unbuffered="1") == (141, "")
