@@ -119,17 +119,22 @@ def piped(reader, *command, cwd, unbuffered=""):
     return int(found.stdout), found.stderr
 
 
-def test_a_reader_that_goes_away_gets_no_traceback(tmp_path):
-    """What `true` does not read is gone before Python has started; of a long list `head` takes one line."""
-    write_grid(tmp_path / "tiny.yaml", grid("tiny-llama"))
-    assert piped("true", "-m", "ctp.grid", "tiny.yaml", "--plan", cwd=tmp_path) == (141, "")
-    assert piped("true", "-m", "ctp", "store", "ls", cwd=tmp_path) == (141, "")
-    assert piped("true", "-m", "ctp", "store", "ls", cwd=tmp_path, unbuffered="1") == (141, "")
-    long = ("import runpy, sys, ctp.artifacts as a; sys.argv = ['it', 'ls']\n"
-            "a._list = lambda *_: [print('line') for _ in range(100_000)] and 0\n"
-            "runpy.run_module('ctp.store', run_name='__main__')")  # fmt: skip
-    assert piped("head -1", "-c", long, cwd=tmp_path) == (141, "")
+@pytest.mark.parametrize(("module", "args", "instead"), [
+    ("ctp.grid", ["demo", "--plan"], "ctp.gridfile.load"), ("ctp.store", ["ls"], "ctp.artifacts._list"),
+])  # fmt: skip
+def test_a_reader_that_goes_away_gets_no_traceback(module, args, instead, tmp_path):
+    """More lines than a pipe holds, printed in the place of what would take long to make; `head` takes one."""
+    code = (f"import runpy, sys, {instead.rpartition('.')[0]}; sys.argv = {['it', *args]}\n"
+            f"{instead} = lambda *_: [print('line') for _ in range(100_000)] and 0\n"
+            f"runpy.run_module({module!r}, run_name='__main__')")  # fmt: skip
+    assert piped("head -1", "-c", code, cwd=tmp_path) == (141, "")
     assert (tmp_path / "taken").read_text() == "line\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_nor_one_that_was_never_there(tmp_path, unbuffered):
+    """`true` reads nothing, and is gone before Python has started."""
+    assert piped("true", "-m", "ctp", "store", "ls", cwd=tmp_path, unbuffered=unbuffered) == (141, "")
 
 
 @pytest.mark.parametrize("name", THERE)
