@@ -81,13 +81,13 @@ def _page(content: dict[str, Any]) -> str:
 
 
 def colours() -> str:
-    """The palettes as style sheet: light, dark where the system is dark, and either where it was chosen."""
+    """The palettes as style sheet: light, dark where the system is dark, either where it was chosen; light on paper."""
     said = {theme: ";".join(f"--{n}:{v}" for n, v in _named(theme).items()) for theme in PALETTE}
     light, dark = (f"color-scheme:{theme};{said[theme]}" for theme in ("light", "dark"))
     steps = "".join(f".heat td.h{i},.scale .h{i}{{background:var(--h{i});color:var(--i{i})}}\n"
                     for i in range(len(STEPS["light"])))  # fmt: skip
     return (f":root{{{light}}}\n@media (prefers-color-scheme:dark){{:root:not([data-theme=light]){{{dark}}}}}\n"
-            f":root[data-theme=dark]{{{dark}}}\n{steps}")  # fmt: skip
+            f":root[data-theme=dark]{{{dark}}}\n@media print{{:root:root{{{light}}}}}\n{steps}")  # fmt: skip
 
 
 def _named(theme: str) -> dict[str, str]:
@@ -103,7 +103,7 @@ def _content(record: Record, found: list[dict[str, str]]) -> dict[str, Any]:
     whole = sum(c.seconds for c in record.cells if c.status == FINISHED and c.seconds == c.seconds)
     return {
         "grid": record.grid, "description": record.description, "text": record.text,
-        "troubles": record.troubles,
+        "troubles": [t.replace("sync GRID", f"sync {record.grid}") for t in record.troubles],
         "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "finished": finished, "cells": len(record.cells),
         "failed": failed, "other": len(record.cells) - finished - len(failed), "took": duration(whole),
         "last": report_facts.when(max((c.end for c in record.cells), default=0)),

@@ -303,6 +303,18 @@ def test_no_label_lies_on_another_or_sticks_out(file, tmp_path, width):
 
 
 @NEEDS
+def test_paper_is_light_whatever_was_chosen(file, tmp_path):
+    async def visit(page):
+        await page.run("document.documentElement.dataset.theme = 'dark'")
+        chosen = await page.run(TOP)
+        await page.ask("Emulation.setEmulatedMedia", media="print")
+        return chosen, await page.run(TOP), await page.run("getComputedStyle(document.querySelector('nav')).display")
+
+    found, _, _ = asyncio.run(look(tmp_path, file, visit, dark=True))
+    assert found == ("rgb(16, 21, 27)", "rgb(255, 255, 255)", "none")
+
+
+@NEEDS
 def test_without_scripts_everything_is_there(file, tmp_path):
     async def visit(page):
         return browser.colours(await page.screenshot())[0], await page.height()
