@@ -6,12 +6,11 @@ What a person sees is looked at in Chromium (Debian: `apt-get install chromium`)
 import asyncio
 import re
 from collections import Counter
-from html.parser import HTMLParser
 
 import browser
 import mlflow
 import pytest
-from reportruns import everything
+from reportruns import Parsed, everything
 
 from analysis import paper, report
 from analysis.compare import compare
@@ -35,26 +34,6 @@ def record(uri):
 @pytest.fixture(scope="module")
 def html(record):
     return report.render(record, [{"python": "3.11", "torch": "2.13.0"}])
-
-
-class Parsed(HTMLParser):
-    """Every tag with its attributes, and the text outside style and script."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.words, self._in = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self._in.append(tag)
-
-    def handle_endtag(self, tag):
-        self._in.pop() if self._in[-1:] == [tag] else None
-
-    def handle_data(self, data):
-        if self._in[-1:] not in (["style"], ["script"]):
-            self.words.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -281,22 +260,12 @@ def test_a_table_sorts_by_keyboard(file, tmp_path):
     assert (said, errors) == ("ascending", [])
 
 
-MEETING = """[...document.querySelectorAll('.chart')].flatMap(chart => {
-  const texts = [...chart.querySelectorAll('text')].map(e => [e.textContent, e.getBoundingClientRect()]);
-  const all = chart.getBoundingClientRect();
-  const meet = ([, a], [, b]) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
-    && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 4;
-  return texts.flatMap((a, i) => texts.slice(i + 1).filter(b => meet(a, b)).map(b => a[0] + ' on ' + b[0]))
-    .concat(texts.filter(([, r]) => r.left < all.left - 1 || r.right > all.right + 1).map(([t]) => t + ' sticks out'));
-})"""
-
-
 @NEEDS
 @pytest.mark.parametrize("width", [1280, 390])
 def test_no_label_lies_on_another_or_sticks_out(file, tmp_path, width):
     async def visit(page):
         await page.run("document.querySelectorAll('details').forEach(d => { d.open = true; })")
-        return await page.run(MEETING), await page.run(WIDER)
+        return await page.run(browser.MEETING), await page.run(WIDER)
 
     found, errors, _ = asyncio.run(look(tmp_path, file, visit, width=width))
     assert (found, errors) == (([], 0), [])
