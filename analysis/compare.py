@@ -20,6 +20,7 @@ from analysis.paper import HIGHER_IS_BETTER, PaperNumber
 from analysis.results import Measured, Results
 from analysis.runs import AnalysisError
 from ctp.columns import aligned
+from ctp.ending import unread
 from ctp.store import StoreError
 
 OK, BETTER, WORSE, OTHER, MISSING = "ok", "better", "worse", "not comparable", "not run"
@@ -134,6 +135,7 @@ def _tolerance(text: str) -> float:
     return value
 
 
+@unread
 def main(argv: list[str] | None = None) -> int:
     """Print the comparison; returns 1 where a comparable number is worse, 2 where nothing can be read, else 0."""
     p = command.parser("compare", __doc__, default="full_paper")

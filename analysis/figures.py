@@ -8,11 +8,13 @@ from pathlib import Path
 
 from analysis import command
 from analysis.runs import AnalysisError
+from ctp.ending import unread
 from ctp.store import StoreError
 
 FIGURES = ("figure2", "figure3", "figure4", "figure5", "figure6", "figure9")
 
 
+@unread
 def main(argv: list[str] | None = None) -> int:
     """Draw the figures; returns 1 where the runs make none, or none of the chosen one."""
     p = command.parser("figures", __doc__)

@@ -18,9 +18,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from analysis import command, report_facts, report_figures, report_words
-from analysis.report_findings import at_a_glance
+from analysis.report_findings import GLOSSARY, at_a_glance, headline
 from analysis.report_read import FINISHED, Record, versions
+from analysis.report_table import STEPS, ink
 from analysis.runs import AnalysisError, existing
+from ctp.ending import unread
 from ctp.progress import duration
 from ctp.runinfo import tracking_uri
 from ctp.store import Store, StoreError
@@ -31,9 +33,9 @@ SERIES = {"light": ["#c2410c", "#0b63b0", "#7b3fa8", "#8a5a00", "#0e6f83", "#b01
           "dark": ["#ff9a66", "#6cb6ff", "#d2a8ff", "#e3b341", "#5ed3e6", "#ff8fc0", "#aeb6c0", "#d8a894"]}  # fmt: skip
 PALETTE = {
     "light": {"bg": "#ffffff", "soft": "#f4f6f8", "ink": "#1b1f24", "muted": "#55606b", "edge": "#d3d9e0",
-              "accent": "#0a58ad", "ok": "#116329", "bad": "#a40e26", "rule": "#00704f"},
+              "accent": "#0a58ad", "ok": "#116329", "bad": "#a40e26", "rule": "#00704f", "shade": "#c3cad2"},
     "dark": {"bg": "#10151b", "soft": "#19212a", "ink": "#e7ebef", "muted": "#a3aeb9", "edge": "#36414d",
-             "accent": "#7dbbff", "ok": "#7ee2a0", "bad": "#ff9f9b", "rule": "#5fd6a6"},
+             "accent": "#7dbbff", "ok": "#7ee2a0", "bad": "#ff9f9b", "rule": "#5fd6a6", "shade": "#000000"},
 }  # fmt: skip
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # what HTML cannot say
 
@@ -79,14 +81,20 @@ def _page(content: dict[str, Any]) -> str:
 
 
 def colours() -> str:
-    """The palettes as style sheet: light, dark where the system is dark, and either where it was chosen."""
-    said = {
-        theme: ";".join(f"--{n}:{v}" for n, v in own.items() | {(f"s{i}", c) for i, c in enumerate(SERIES[theme])})
-        for theme, own in PALETTE.items()
-    }
+    """The palettes as style sheet: light, dark where the system is dark, either where it was chosen; light on paper."""
+    said = {theme: ";".join(f"--{n}:{v}" for n, v in _named(theme).items()) for theme in PALETTE}
     light, dark = (f"color-scheme:{theme};{said[theme]}" for theme in ("light", "dark"))
+    steps = "".join(f".heat td.h{i},.scale .h{i}{{background:var(--h{i});color:var(--i{i})}}\n"
+                    for i in range(len(STEPS["light"])))  # fmt: skip
     return (f":root{{{light}}}\n@media (prefers-color-scheme:dark){{:root:not([data-theme=light]){{{dark}}}}}\n"
-            f":root[data-theme=dark]{{{dark}}}\n")  # fmt: skip
+            f":root[data-theme=dark]{{{dark}}}\n@media print{{:root:root{{{light}}}}}\n{steps}")  # fmt: skip
+
+
+def _named(theme: str) -> dict[str, str]:
+    """Its colours by name; s0…: of series, h0…: of heat maps, i0…: of words on these."""
+    heats = STEPS[theme]
+    return (PALETTE[theme] | {f"s{i}": c for i, c in enumerate(SERIES[theme])}
+            | {f"h{i}": c for i, c in enumerate(heats)} | {f"i{i}": ink(c) for i, c in enumerate(heats)})  # fmt: skip
 
 
 def _content(record: Record, found: list[dict[str, str]]) -> dict[str, Any]:
@@ -95,12 +103,13 @@ def _content(record: Record, found: list[dict[str, str]]) -> dict[str, Any]:
     whole = sum(c.seconds for c in record.cells if c.status == FINISHED and c.seconds == c.seconds)
     return {
         "grid": record.grid, "description": record.description, "text": record.text,
-        "troubles": record.troubles,
+        "troubles": [t.replace("sync GRID", f"sync {record.grid}") for t in record.troubles],
         "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "finished": finished, "cells": len(record.cells),
         "failed": failed, "other": len(record.cells) - finished - len(failed), "took": duration(whole),
         "last": report_facts.when(max((c.end for c in record.cells), default=0)),
         "commits": sorted({c.commit[:12] for c in record.cells if c.commit}),
-        "glance": at_a_glance(record), "ran": report_facts.what_ran(record),
+        "glance": at_a_glance(record), "headline": headline(record), "glossary": GLOSSARY,
+        "ran": report_facts.what_ran(record),
         "compressions": report_figures.compressions(record), "transfer": report_figures.transfer(record),
         "perplexities": report_facts.perplexities(record), "paper": report_facts.against_paper(record),
         "denominators": report_facts.DENOMINATORS, "tasks": report_facts.tasks(record),
@@ -118,6 +127,7 @@ def _or_trouble(make: Callable[[], Any]) -> Any:
         return str(e)
 
 
+@unread
 def main(argv: list[str] | None = None) -> int:
     """Write the report; returns 1 where MLflow has nothing to tell."""
     p = command.parser("report", __doc__)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from analysis.render import short
 
 WIDTH, LETTER, LINE = 360, 6.1, 24
+SIDE = 4.5  # between the marks of two series on one line
 SPREAD = 8  # largest over smallest value from which an axis is logarithmic
 MARKERS = 4  # shapes; with 8 colours no two series look alike
 POINTS = 200  # of a line at most
@@ -132,8 +133,11 @@ def levels(
         chart.yticks.append((y, cut(name)))
         places = [scale(v) for v in own if v is not None]
         chart.links.append((min(places), y, max(places)))
+        apart = [SIDE * (s - (len(series) - 1) / 2) for s in range(len(series))]  # marks that meet are both seen
         chart.marks += [
-            Mark(scale(v), y, s, f"{name}, {series[s]}: {short(v)}") for s, v in enumerate(own) if v is not None
+            Mark(scale(v), y + apart[s], s, f"{name}, {series[s]}: {short(v)}")
+            for s, v in enumerate(own)
+            if v is not None
         ]
     used = [s for s in range(len(series)) if any(own[s] is not None for _, own in rows)]
     chart.legend = [(s, series[s]) for s in used]
@@ -158,8 +162,9 @@ Line = tuple[str, Sequence[tuple[float, float]]]  # label, (x, y) by x
 
 
 def curves(caption: str, xlabel: str, ylabel: str, lines: Sequence[Line], zero: bool = False,
-           spread: Sequence[Sequence[float]] = ()) -> Chart:  # fmt: skip
-    """Lines over a common axis; where there is a spread, it is drawn around each point (whole height, in y's unit)."""
+           spread: Sequence[Sequence[float]] = (), series: Sequence[int] = ()) -> Chart:  # fmt: skip
+    """Lines over a common axis; where there is a spread, it is drawn around each point (whole height, in y's unit).
+    series: which colour and shape each line has, where that is not its place."""
     thin = [(label, points[:: math.ceil(len(points) / POINTS)]) for label, points in lines]
     xs, ys = [x for _, p in thin for x, _ in p], [y for _, p in thin for _, y in p]
     bottom = 178.0
@@ -172,11 +177,12 @@ def curves(caption: str, xlabel: str, ylabel: str, lines: Sequence[Line], zero: 
     chart = Chart(caption, f"{caption}, {ylabel} over {xlabel}: {ends}.", bottom + 36, left, 4, WIDTH - 14, bottom)
     chart.xticks, chart.yticks = x.ticks(6), y.ticks(5)
     chart.xlabel, chart.ylabel = xlabel, ylabel + (" (log)" if y.log else "")
-    for s, (label, points) in enumerate(thin):
+    for i, (label, points) in enumerate(thin):
+        s = series[i] if series else i
         chart.lines.append((s, " ".join(f"{x(a)},{y(b)}" for a, b in points)))
         chart.legend.append((s, label))
-        for i, (a, b) in enumerate(points if len(points) <= 12 else ()):
-            half = spread[s][i] / 2 if spread else 0.0
+        for n, (a, b) in enumerate(points if len(points) <= 12 else ()):
+            half = spread[i][n] / 2 if spread else 0.0
             bar = (y(max(b - half, y.low)), y(min(b + half, y.high))) if half else None
             chart.marks.append(Mark(x(a), y(b), s, f"{label}: {short(b)} at {a:g}", bar))
     return chart

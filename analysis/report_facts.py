@@ -45,7 +45,7 @@ def size(count: float) -> str:
     """Bytes for people."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6)):
         if count >= scale:
-            return f"{count / scale:.3g} {unit}"
+            return f"{count / scale:#.3g}".rstrip(".") + f" {unit}"
     return f"{count / 1e3:.3g} kB"
 
 
@@ -90,12 +90,14 @@ def _compressed(record: Record) -> Sheet | None:
     rows = rows.assign(zeros=_metric(record, rows, "sparsity"))
     body = [
         [text(r.model), text(r.compression), number(r.bits_per_weight, f"{r.bits_per_weight:.2f}"),
-         number(r.zeros, f"{100 * r.zeros:.1f} %"), number(r.model_ratio, f"{r.model_ratio:.2f}x"),
+         number(r.zeros, f"{100 * r.zeros:.1f} %"), number(r.model_ratio, f"{r.model_ratio:.2f}"),
          number(r.model_bytes, size(r.model_bytes)), took(r.seconds)]
         for _, r in rows.sort_values(["model", "compression"]).iterrows() if r.compression != "dense"
     ]  # fmt: skip
-    head = ["model", "compression", "bits per weight", "zeros", "smaller than float16", "size", "took"]
-    return Sheet("Compressed models", head, body, {2, 3, 4, 5, 6}, long=len(body) > LONG) if body else None
+    head = ["model", "compression", "bits per weight", "zeros", "times smaller than float16", "size", "took"]
+    notes = ["Less than 1 is larger: where pruned weights, embeddings and head are kept in float32."]
+    notes = notes if any(row[4].sort is not None and row[4].sort < 1 for row in body) else []
+    return Sheet("Compressed models", head, body, {2, 3, 4, 5, 6}, notes, len(body) > LONG) if body else None
 
 
 def _metric(record: Record, rows: pd.DataFrame, name: str) -> pd.Series:
@@ -129,10 +131,10 @@ def _read(record: Record) -> Sheet | None:
     body = []
     for (model, dataset, split, _), own in rows.groupby(AXES):
         tokens, window = float(own.scored_tokens.iloc[0]), int(own.seq_len.iloc[0])
-        body.append([text(model), text(dataset), text(split), number(window, str(window)),
+        body.append([text(model), text(dataset), text(split), number(window, f"{window:,}"),
                      number(tokens, f"{tokens:,.0f}"), number(len(own), str(len(own)))])  # fmt: skip
     head = ["model", "text", "split", "window, tokens", "scored tokens", "evaluations"]
-    return Sheet("Texts that perplexities are of", head, body, {3, 4, 5}, long=len(body) > LONG)
+    return Sheet("Texts that perplexities are of", head, body, {3, 4, 5}, long=len(body) > 8)
 
 
 # ------------------------------------------------------------------------ the numbers

@@ -9,13 +9,13 @@ from typing import Any
 import pandas as pd
 
 from analysis import transfer_matrix
-from analysis.render import short
 from analysis.report_chart import Chart, curves, levels
 from analysis.report_read import Record
-from analysis.report_table import Heat, Sheet, Value, heat, number, text
+from analysis.report_table import Heat, Sheet, Value, heat, number, percent, reach, steady, text
 from analysis.runs import AXES, AnalysisError, check_alike
 
 SERIES = 3  # kinds of prompts in a panel beside "no prompt"; tables have them all
+FEW = 8  # rows of a table that stands open under its charts
 LINES = 8  # of a panel of curves
 LOST = 1.05  # times the dense perplexity: below it there is too little to win back for a share to mean something
 
@@ -47,7 +47,7 @@ def by_model(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 def _texts(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """The texts of one model, as (words, rows)."""
     for (_, dataset, split, seq_len), own in rows.groupby(AXES):
-        yield f"{dataset} ({split}, windows of {seq_len} tokens)", own
+        yield f"{dataset} ({split}, windows of {int(str(seq_len)):,} tokens)", own
 
 
 def called(row: Any) -> str:
@@ -61,15 +61,15 @@ def dense_of(rows: pd.DataFrame) -> float | None:
     return None if own.empty else float(own.ppl.mean())
 
 
-def severity(name: str, row: Any) -> tuple[Any, ...]:
-    """Sorts compressions: dense, pruned, quantized, both; each the milder first."""
+def severity(name: str, row: Any, of: str = "target") -> tuple[Any, ...]:
+    """Sorts compressions, targets or sources: dense, pruned, quantized, both; each the milder first."""
 
     def value(setting: str) -> float:
-        found = row.get(f"spec.target.compression.{setting}")
+        found = row.get(f"spec.{of}.compression.{setting}")
         return 0.0 if found is None or pd.isna(found) else float(found)
 
     bits, zeros = value("bits"), value("sparsity")
-    return (row.get("target_level", name) != "dense", bool(bits) + (bool(bits) and bool(zeros)), zeros, -bits, name)
+    return (row.get(f"{of}_level", name) != "dense", bool(bits) + (bool(bits) and bool(zeros)), zeros, -bits, name)
 
 
 def by_severity(rows: pd.DataFrame) -> list[Any]:
@@ -111,7 +111,7 @@ def _one_text(part: Part, name: str, rows: pd.DataFrame) -> None:
 
 
 def _behind(label: str) -> str:
-    return f"own {label}"
+    return f"with its own {label}"
 
 
 def own_prompts(rows: pd.DataFrame) -> dict[str, dict[str, float]]:
@@ -141,13 +141,13 @@ def _gains(caption: str, targets: list[str], without: dict[str, float], behind: 
         found = [(label, own[t]) for label, own in behind.items() if t in own]
         for label, ppl in found:
             share = won_back(dense, without.get(t), ppl)
-            cell = number(share, f"{share:.0f} %") if share is not None else number(None)
+            cell = number(share, percent(share)) if share is not None else number(None)
             better = without.get(t) is not None and ppl < without[t]
-            rows.append([*base, text(label), Value(short(ppl), ppl, tone="ok" if better else "bad"), cell])
+            rows.append([*base, text(label), Value(steady(ppl), ppl, tone="ok" if better else "bad"), cell])
         if not found:
             rows.append([*base, text("-"), number(None), number(None)])
     head = ["compression", "no prompt", "learned through it", "perplexity behind it", "of the loss won back"]
-    return Sheet(caption, head, rows, {1, 3, 4}, long=True)
+    return Sheet(caption, head, rows, {1, 3, 4}, long=len(rows) > FEW)
 
 
 # ------------------------------------------------------------------------ transfer
@@ -157,13 +157,26 @@ def transfer(record: Record) -> list[Part]:
     """For each model, source x target of each text on which a prompt met another model than its own."""
     parts = []
     for model, rows in by_model(record.measured("perplexity")):
-        part = Part(model)
+        part, found = Part(model), list[Matrix]()
         for name, own in _texts(rows):
             if _moved(own).any():
-                part.attempt(_matrix, name, own)
+                part.attempt(_matrix, found, name, own)
+        widest = reach([m.values for m in found], transfer_matrix.NO_PROMPT)
+        part.heats = [heat(f"Perplexity on {m.name}", "learned through ↓ put before →", m.values, m.shown,
+                           transfer_matrix.NO_PROMPT, m.own, widest) for m in found]  # fmt: skip
         if part.heats or part.troubles:
             parts.append(part)
     return parts
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Perplexities on one text, source x target. shown: as text. own: (row, column) of the same model."""
+
+    name: str
+    values: pd.DataFrame
+    shown: pd.DataFrame
+    own: set[tuple[str, str]]
 
 
 def _moved(rows: pd.DataFrame) -> "pd.Series[bool]":
@@ -171,7 +184,7 @@ def _moved(rows: pd.DataFrame) -> "pd.Series[bool]":
     return (rows.source != rows.target) & ~rows.source.isin(["none", "untrained", "imported"])
 
 
-def _matrix(part: Part, name: str, rows: pd.DataFrame) -> None:
+def _matrix(_: Part, found: list[Matrix], name: str, rows: pd.DataFrame) -> None:
     """What moved, and no prompt; other rows, of one number each, stand with their own model."""
     called = rows.apply(transfer_matrix.label, axis=1)
     rows = rows[called.isin({transfer_matrix.NO_PROMPT, *called[_moved(rows)]})]
@@ -180,10 +193,13 @@ def _matrix(part: Part, name: str, rows: pd.DataFrame) -> None:
     values = values[[t for t in values.columns if t in {*met, *rows[rows.target_level == "dense"].target}]].dropna(
         how="all"
     )
-    order = dict.fromkeys(row.target for row in by_severity(rows))
+    order = list(dict.fromkeys(row.target for row in by_severity(rows)))
     values = values[[t for t in order if t in values.columns]]
-    caption = f"Perplexity on {name}: rows say where a prompt was learned, columns the model behind it"
-    part.heats.append(heat(caption, "source ↓ target →", values, transfer_matrix.spread(rows, "ppl")))
+    source = {transfer_matrix.label(row): row.source for _, row in rows.iterrows()}
+    place = {r: order.index(source[r]) if source[r] in order else -1 for r in values.index}  # no prompt first
+    values = values.loc[sorted(values.index, key=lambda r: (place[r], r))]  # the diagonal is a diagonal
+    own = {(r, source[r]) for r in values.index}
+    found.append(Matrix(name, values, transfer_matrix.spread(rows, "ppl"), own))
 
 
 # ------------------------------------------------------------------------ learning
@@ -196,8 +212,9 @@ def learning(record: Record) -> list[Part]:
     rows = rows[rows["val_loss"].notna()] if "val_loss" in rows else rows.iloc[:0]
     for model, own in by_model(rows):
         part = Part(model)
+        homes = _homes(own)
         for (method, learned_on), group in own.groupby(["recovery", "learned_on"]):
-            group = group.sort_values(["recovery_label", "source"])
+            group = group.assign(home=group.source.map(homes)).sort_values(["home", "recovery_label"])
             for i in range(0, len(group), LINES):
                 more = f" ({i // LINES + 1})" if len(group) > LINES else ""
                 caption = f"{method} learned on {learned_on}{more}"
@@ -206,13 +223,32 @@ def learning(record: Record) -> list[Part]:
     return parts
 
 
+def _homes(rows: pd.DataFrame) -> dict[str, int]:
+    """Which series a source is in every panel of its model."""
+    strength = {row.source: severity(row.source, row, "source") for _, row in rows.iterrows()}
+    return {source: i for i, source in enumerate(sorted(strength, key=lambda s: strength[s]))}
+
+
+def series_of(homes: list[int]) -> list[int]:
+    """A series for each line: its home where that is free, else one that no line of the panel calls its home."""
+    taken = set(homes)
+    free = iter(i for i in range(len(homes) + max(homes) + 1) if i not in taken)
+    seen: set[int] = set()
+    out = []
+    for home in homes:
+        out.append(home if home not in seen else next(free))
+        seen.add(home)
+    return out
+
+
 def _losses(part: Part, record: Record, caption: str, rows: pd.DataFrame) -> None:
     alike = rows.recovery_label.nunique() == 1
-    lines = []
+    lines, homes = [], []
     for _, row in rows.iterrows():
         points = [(float(s), v) for s, v in record.history(row.run_id, "val_loss") if math.isfinite(v)]
         if points:
             lines.append((str(row.source) if alike else f"{row.source}, {row.recovery_label}", points))
+            homes.append(int(row.home))
     if not lines:
         raise AnalysisError(f"{caption}: no validation loss is a finite number")
-    part.charts.append(curves(caption, "step", "validation loss, nats per token", lines))
+    part.charts.append(curves(caption, "step", "validation loss, nats per token", lines, series=series_of(homes)))

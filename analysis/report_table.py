@@ -1,32 +1,43 @@
-"""Tables of a report: cells that know how they sort, and heat maps, whose cells are coloured by their logarithm."""
+"""Tables of a report: cells that know how they sort, and heat maps, coloured by how far a number is from a baseline."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 
 import pandas as pd
 
 from analysis.render import Table, short
 
-# Cividis from its bright end to its dark one: even steps of lightness, the same to colour-blind people.
-RAMP = ("#fee838", "#e1cc55", "#c3b369", "#a59c74", "#8a8678", "#707173", "#575d6d", "#3b496c", "#123570", "#00224e")
+# From much lower than the baseline over as low to much higher: blue and orange, which colour-blind people tell apart.
+STEPS = {
+    "light": ["#1f5fa8", "#4f86c6", "#8fb5de", "#c4d9ee", "#f0f1f3", "#fbdcba", "#f2b680", "#dd8742", "#b35806"],
+    "dark": ["#7bb8ff", "#4f90d6", "#366699", "#294664", "#222b35", "#533a26", "#845530", "#c07a3c", "#ffab61"],
+}
+MIDDLE = len(STEPS["light"]) // 2
+NARROWEST, WIDEST = 1.2, 4.0  # times the baseline, at the ends of a colour scale
 LONG = 20  # rows; a longer table begins closed
+MINUS = "\N{MINUS SIGN}"
 INKS = ("#000000", "#ffffff")
 
 
 @dataclass(frozen=True)
 class Value:
-    """A cell. sort: what it sorts by, where that is not its text. style: of heat maps. tone: ok, bad or nothing."""
+    """A cell. sort: what it sorts by, where that is not its text. tone: ok, bad, a step of a heat map, or nothing.
+    more: a second, smaller line."""
 
     text: str
     sort: float | None = None
-    style: str = ""
     tone: str = ""
+    more: str = ""
 
 
 @dataclass
 class Sheet:
-    """A table of a report. numeric: which columns end together. long: too long to be open from the start."""
+    """A table of a report. numeric: which columns end together. long: too long to be open from the start. lead: what
+    has to be known before it is read. groups: (title, columns) over all columns after the first ones, which have none.
+    """
 
     caption: str
     head: list[str]
@@ -35,15 +46,22 @@ class Sheet:
     notes: list[str] = field(default_factory=list)
     long: bool = False
     sortable: bool = True
+    lead: str = ""
+    groups: list[tuple[str, int]] = field(default_factory=list)
+
+    @property
+    def ungrouped(self) -> int:
+        """Columns before the groups."""
+        return len(self.head) - sum(n for _, n in self.groups)
 
 
 @dataclass(frozen=True)
 class Heat:
-    """A heat map. scale: (css gradient, labels from its bright end to its dark one)."""
+    """A heat map. ends: what its colour scale says at its low, middle and high end."""
 
     sheet: Sheet
-    gradient: str
-    labels: list[str]
+    ends: tuple[str, str, str]
+    steps: range = range(len(STEPS["light"]))
 
 
 def text(value: object) -> Value:
@@ -52,10 +70,29 @@ def text(value: object) -> Value:
 
 
 def number(value: float | None, shown: str = "") -> Value:
-    """A number as `short` shows it, or as given; a dash where there is none."""
+    """A number as `steady` shows it, or as given; a dash where there is none."""
     if value is None or not math.isfinite(value):
         return Value("-" if value is None or math.isnan(value) else "∞", math.inf)
-    return Value(shown or (short(value) if abs(value) < 1e4 or value > 1e6 else f"{value:,.0f}"), float(value))
+    return Value(shown or steady(value), float(value))
+
+
+def steady(value: float) -> str:
+    """Three digits, zeros at the end too, as in a column of numbers: 7.50, 31.0, 1,250, 60.1k, 2.00M."""
+    if 999.5 <= abs(value) < 9999.5:
+        return f"{value:,.0f}"
+    for unit, scale in (("", 1.0), ("k", 1e3), ("M", 1e6)):
+        if abs(value) < 999.5 * scale:
+            return f"{value / scale:#.3g}".rstrip(".") + unit
+    return short(value)
+
+
+def percent(value: float) -> str:
+    """A share of a hundred as a table has it: 85 %, −12 %, 1,410 %."""
+    return f"{round(value):,} %".replace("-", MINUS)
+
+
+KINDS = {"ppl": "ours, ppl", "ppl_paper": "ours, ppl_paper", "paper": "paper", "ours": "ours"}
+STAND_IN = "Not the paper's: "
 
 
 def of_paper(table: Table) -> Sheet:
@@ -64,10 +101,28 @@ def of_paper(table: Table) -> Sheet:
     rows: list[list[Value]] = []
     for row in table.body:
         above = [v.text for v in rows[-1]] if rows and not row[0] else row
-        rows.append([Value(c or (above[i] if i < table.labels else "")) for i, c in enumerate(row)])
+        rows.append([Value(_legible(c) or (above[i] if i < table.labels else "")) for i, c in enumerate(row)])
     head = [h or ("row" if i == 0 else "setting") for i, h in enumerate(table.head)]
     caption = f"{_spoken(table.name)}. {table.title}"
-    return Sheet(caption, head, rows, numeric, list(table.notes), len(rows) > LONG, sortable=False)
+    notes = [n for n in table.notes if not n.startswith(STAND_IN)]
+    lead = " ".join(n for n in table.notes if n.startswith(STAND_IN))
+    sheet = Sheet(caption, head, rows, numeric, notes, len(rows) > LONG, False, lead)
+    return _grouped(sheet, table.labels)
+
+
+def _grouped(sheet: Sheet, labels: int) -> Sheet:
+    """Columns "C4 ppl", "C4 paper" become "ours, ppl" and "paper" under "C4"; others stay as they are."""
+    parts = [h.rpartition(" ") for h in sheet.head[labels:]]
+    if parts and all(title and kind in KINDS for title, _, kind in parts):
+        sheet.head[labels:] = [KINDS[kind] for *_, kind in parts]
+        sheet.groups = list(Counter(title for title, *_ in parts).items())
+    return sheet
+
+
+def _legible(cell: str) -> str:
+    """Its large numbers as people write them: 1,958.14 and 76.0M."""
+    cell = re.sub(r"\d(?:\.\d+)?e\+\d+", lambda m: steady(float(m[0])), cell)
+    return re.sub(r"(?<![\d.,])\d{4,}(?=\.\d)", lambda m: f"{int(m[0]):,}", cell)
 
 
 def _spoken(name: str) -> str:
@@ -75,42 +130,51 @@ def _spoken(name: str) -> str:
     return f"{name.rstrip('0123456789').capitalize()} {name.lstrip('abcdefghijklmnopqrstuvwxyz')}"
 
 
-def heat(caption: str, corner: str, values: pd.DataFrame, shown: pd.DataFrame) -> Heat:
-    """A matrix of positive numbers, one colour scale over all of it. shown: the same as text."""
-    finite = [float(v) for v in values.to_numpy().ravel() if math.isfinite(v) and v > 0]
-    low, high = min(finite), max(finite)
+def reach(matrices: Iterable[pd.DataFrame], base: str) -> float:
+    """How many times their column's baseline the entries of some matrices come to, up or down, at most."""
+    found = (r for m in matrices if base in m.index for r in (m / m.loc[base]).to_numpy().ravel())
+    return math.exp(max((abs(math.log(r)) for r in found if math.isfinite(r) and r > 0), default=0.0))
+
+
+def heat(caption: str, corner: str, values: pd.DataFrame, shown: pd.DataFrame, base: str, own: Set[tuple[str, str]],
+         widest: float) -> Heat:  # fmt: skip
+    """A matrix of positive numbers, coloured by their ratio to the row `base` of their column.
+
+    shown: the same as text, which is used where it has a spread. own: (row, column) to be framed. widest: as `reach`
+    has it; matrices that have it in common can be compared by their colours.
+    """
+    ratios = values / values.loc[base] if base in values.index else values * math.nan
+    end = min(max(widest, NARROWEST), WIDEST)
     rows = []
-    for name, row in values.iterrows():
+    for (name, row), (_, against) in zip(values.iterrows(), ratios.iterrows(), strict=True):
         cells = [Value(str(name))]
-        for column, value in row.items():
-            there = math.isfinite(value) and value > 0
-            style = _style(_share(float(value), low, high)) if there else ""
-            said = str(shown.at[name, column]) if there else "-"
-            cells.append(Value(said if "±" in said or not there else short(float(value)),
-                               float(value) if there else math.inf, style))  # fmt: skip
+        for (column, value), ratio in zip(row.items(), map(float, against), strict=True):
+            said = str(shown.at[name, column])
+            cell = number(value if value > 0 else None, said if "±" in said else "")
+            if name != base and cell.text != "-" and math.isfinite(ratio):
+                tone = f"h{step(ratio, end)}" + (" own" if (name, column) in own else "")
+                cell = Value(cell.text, cell.sort, tone, change(ratio))
+            cells.append(cell)
         rows.append(cells)
-    middle = [low * (high / low) ** (i / 4) for i in range(5)]
     columns = {*range(1, len(values.columns) + 1)}
-    sheet = Sheet(caption, [corner, *map(str, values.columns)], rows, columns)
-    return Heat(sheet, f"linear-gradient(to right, {', '.join(RAMP)})", [short(v) for v in middle])
+    more = " or more" if widest > end else ""
+    ends = (f"{end:.2g}x lower{more}", f"as {base}", f"{end:.2g}x higher{more}")
+    return Heat(Sheet(caption, [corner, *map(str, values.columns)], rows, columns), ends)
 
 
-def _share(value: float, low: float, high: float) -> float:
-    return math.log(value / low) / math.log(high / low) if high > low else 0.0
+def step(ratio: float, end: float) -> int:
+    """Which of STEPS a ratio has, where the scale goes from 1 / end to end."""
+    return MIDDLE + round(MIDDLE * min(max(math.log(ratio) / math.log(end), -1.0), 1.0))
 
 
-def _style(share: float) -> str:
-    colour = shade(share)
-    ink = max(INKS, key=lambda i: contrast(i, colour))
-    return f"background:{colour};color:{ink}"
+def change(ratio: float) -> str:
+    """A ratio as a change: -40 %, +3 %, 12x."""
+    return f"{ratio:.0f}x" if ratio >= 9.5 else f"{100 * (ratio - 1):+.0f} %".replace("-", MINUS)
 
 
-def shade(share: float) -> str:
-    """The colour of a share from 0 to 1 of the ramp, as #rrggbb."""
-    place = min(max(share, 0.0), 1.0) * (len(RAMP) - 1)
-    i = min(int(place), len(RAMP) - 2)
-    mixed = [round(a + (b - a) * (place - i)) for a, b in zip(_rgb(RAMP[i]), _rgb(RAMP[i + 1]), strict=True)]
-    return "#" + "".join(f"{c:02x}" for c in mixed)
+def ink(colour: str) -> str:
+    """Black or white, whichever stands out more on the colour."""
+    return max(INKS, key=lambda i: contrast(i, colour))
 
 
 def contrast(one: str, other: str) -> float:

@@ -52,7 +52,7 @@ def latency(record: Record) -> list[Part]:
 
 def _timings(rows: pd.DataFrame) -> Sheet:
     body = [
-        [text(r.model), text(r.target), number(r.k, str(r.k)), number(r.seq_len, str(r.seq_len)),
+        [text(r.model), text(r.target), number(r.k, str(r.k)), number(r.seq_len, f"{int(r.seq_len):,}"),
          number(1000 * r.prefill_seconds), number(1000 * r.decode_seconds_per_token), text(r.machine or r.device)]
         for _, r in rows.sort_values(["model", "target", "k"]).iterrows()
     ]  # fmt: skip

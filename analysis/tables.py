@@ -15,6 +15,7 @@ from analysis.paper import PaperNumber
 from analysis.render import FORMATS, Table, markdown
 from analysis.results import Measured, Results, stand_ins
 from analysis.runs import AnalysisError, artifact
+from ctp.ending import unread
 from ctp.store import StoreError
 
 TABLES = ("table1", "table2", "table3", "table5", "table6", "table7", "table8", "figure5")
@@ -183,6 +184,7 @@ def formats(text: str) -> list[str]:
     return chosen
 
 
+@unread
 def main(argv: list[str] | None = None) -> int:
     """Print the tables and write the files; returns 1 where the runs make no table."""
     p = command.parser("tables", __doc__)

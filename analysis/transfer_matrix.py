@@ -13,6 +13,7 @@ import mlflow
 import pandas as pd
 
 from analysis.runs import AXES, NUMBERS, SOURCE, AnalysisError, check_alike, evaluations, existing
+from ctp.ending import unread
 from ctp.names import plain
 from ctp.runinfo import tracking_uri
 from ctp.store import Store, StoreError, default_store
@@ -84,6 +85,7 @@ def _short(value: float) -> str:
     return f"{value:.2f}" if value < 10_000 else f"{value:.3g}"
 
 
+@unread
 def main(argv: list[str] | None = None) -> int:
     """Print the matrices and write the CSV; returns the exit code (0, or 1 where the runs make no table)."""
     p = argparse.ArgumentParser(prog="python -m analysis.transfer_matrix", description=__doc__)

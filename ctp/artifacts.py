@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from ctp import storecommands
 from ctp.cache import new_folder
 from ctp.columns import aligned, size
+from ctp.ending import reader_gone, unread
 from ctp.formats import FORMATS
 from ctp.housekeeping import KEY
 from ctp.labels import slug
@@ -164,6 +165,7 @@ def _runtime(cell: Compress, store: Store) -> Runtime:
 # ------------------------------------------------------------------ command line
 
 
+@unread
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 something is damaged or was not removed, 2 bad usage,
     3 store unreachable or an artifact that was asked for damaged."""
@@ -182,6 +184,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ctp.store: {e}", file=sys.stderr)
         return USAGE
     except (StoreError, OSError, SafetensorError) as e:
+        if reader_gone():
+            raise
         print(f"ctp.store: {e}", file=sys.stderr)
         return UNREACHABLE
 

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-USAGE, INTERRUPTED, TERMINATED, BROKEN_PIPE = 2, 130, 143, 141
+from ctp.ending import unread
+
+USAGE, INTERRUPTED, TERMINATED = 2, 130, 143
 
 Main = Callable[[list[str]], int]
 
@@ -74,6 +76,7 @@ def entry() -> int:
     return code
 
 
+@unread
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code (see ABOUT). Raises SystemExit where argparse does."""
     given = sys.argv[1:] if argv is None else argv
@@ -86,9 +89,6 @@ def main(argv: list[str] | None = None) -> int:
         return run(args.command, given[1:])
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # `ctp store ls | head`: nobody reads on, and Python would say so once more at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
 
 
 def parser(whole: bool = False) -> argparse.ArgumentParser:

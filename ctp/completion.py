@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
+from ctp.ending import unread
 from ctp.gridtext import grid_folders
 
 SHELLS = ("bash", "zsh", "fish")
@@ -16,6 +17,7 @@ FILES = ("FILE", "DIR")  # metavars
 GRIDS = ("grid",)  # names of arguments
 
 
+@unread
 def main(argv: list[str] | None = None) -> int:
     """Print the script; returns 0."""
     p = argparse.ArgumentParser(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ctp import dag, drain, explain, gridfile, heartbeat, preview, status, summary
 from ctp.board import Board
+from ctp.ending import unread
 from ctp.gridtext import GridError
 from ctp.inputs import MOST
 from ctp.mend import complete, past_damage
@@ -40,6 +41,7 @@ OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 GOES_ON = "running the same command again goes on from here"
 
 
+@unread
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(argv)

@@ -21,8 +21,8 @@ from ctp.board import Board
 from ctp.labels import axes, slug
 from ctp.names import one_line
 from ctp.progress import Printer, duration
-from ctp.redact import scrub
 from ctp.resources import GIB
+from ctp.uppages import where
 
 REFRESH = 2.0  # times a second
 WIDE = 100  # columns from which on speeds are shown
@@ -63,7 +63,7 @@ class View(Printer):
     def _drawn(self) -> RenderableType:
         said = self.board.snapshot()
         running = self._running(said["cells"], max(2, self.console.height - OTHER_LINES))
-        return Group(self._head(said), *self._stages(), running, *self._ended(), self._foot())
+        return Group(self._head(said), *self._stages(), running, *self._ended(), self._foot(), *self._pages())
 
     def _head(self, said: dict[str, Any]) -> RenderableType:
         ended = said["done"] + said["failed"] + said["skipped"]
@@ -104,12 +104,15 @@ class View(Printer):
 
     def _foot(self) -> RenderableType:
         a = self.about
-        parts = [platform.node(), memory(), f"MLflow {scrub(a['mlflow'])}"]
+        parts = [platform.node(), memory()]
         if a.get("machines", 1) > 1:
             parts.insert(0, f"{a['machines']} machines, {a['cpus']:g} CPUs, {a['gpus']:g} GPUs")
-        if a.get("ray"):
-            parts.append(f"Ray {a['ray']}")
         return Text("  ".join(p for p in parts if p), style="dim", no_wrap=True, overflow="ellipsis")
+
+    def _pages(self) -> list[Text]:
+        """Whole, as they are to be copied or clicked on."""
+        said = [where(name, self.about.get(name.lower(), "")) for name in ("MLflow", "Ray")]
+        return [Text(line, style="dim", overflow="fold") for line in said if line]
 
 
 def memory() -> str:

@@ -24,6 +24,7 @@ from typing import Any
 from ctp import hub
 from ctp.cache import sha256_file, write_json
 from ctp.corpora import check_column, commit_of, hub_rows
+from ctp.ending import reader_gone, unread
 from ctp.names import unknown
 from ctp.tasks import COMMITS
 from ctp.texts import CORPORA, Corpus
@@ -59,6 +60,7 @@ SOURCES: dict[str, Source] = {name: Source(corpus) for name, corpus in CORPORA.i
 }
 
 
+@unread
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(argv)
@@ -72,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     except hub.Unreachable as e:
         return _fail(UNREACHABLE, str(e))
     except (ValueError, OSError) as e:
+        if reader_gone():
+            raise
         return _fail(FAILED, str(e))
 
 

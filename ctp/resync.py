@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from ctp import gridfile
+from ctp.ending import unread
 from ctp.gridtext import GridError
 from ctp.mend import past_damage
 from ctp.pins import Pins
@@ -14,6 +15,7 @@ from ctp.store import Store, StoreError, default_store
 from ctp.track import Tracker
 
 
+@unread
 def main(argv: list[str] | None = None) -> int:
     """Check every run and write from the store what MLflow lacks; returns the exit code."""
     p = argparse.ArgumentParser(prog="python -m ctp.track", description="Rebuild MLflow from the store.")

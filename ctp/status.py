@@ -14,6 +14,7 @@ from ctp.names import one_line, plain
 from ctp.plan import FAILED, Plan, states
 from ctp.progress import duration, how_far
 from ctp.store import Store
+from ctp.uppages import where
 
 WATCH_SECONDS = 5.0
 LISTED = 20  # of failed or interrupted cells; --json has all
@@ -77,7 +78,8 @@ def _driver(d: dict[str, Any]) -> list[str]:
     out = [f"Running on {d['machine']} (process {d['pid']}) for {lasts}: {ended} of {d['total']} cells ended; {sign}"]
     if d.get("machines", 1) > 1:
         out.append(f"  {d['machines']} machines, {d['cpus']:g} CPUs, {d['gpus']:g} GPUs")
-    out += [f"  {name}: {d[key]}" for name, key in (("MLflow", "mlflow"), ("Ray", "ray")) if d.get(key)]
+    pages = [where(name, d.get(name.lower(), ""), d["machine"]) for name in ("MLflow", "Ray")]
+    out += [f"  {page}" for page in pages if page]
     for c in d["cells"] if d["state"] == "alive" else ():
         out.append(f"  {c['kind']:<8} {c['name']}  {how_far(c) or 'for ' + duration(c['seconds'])}")
     return out

@@ -15,6 +15,16 @@ PATH = next((p for name in ("chromium", "chromium-browser", "google-chrome") if 
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --hide-scrollbars"
 FLAGS += " --disable-background-networking --disable-component-update --remote-debugging-port=0"
 
+# Labels of charts that lie on each other or stick out of their chart, of what is open.
+MEETING = """[...document.querySelectorAll('.chart')].flatMap(chart => {
+  const texts = [...chart.querySelectorAll('text')].map(e => [e.textContent, e.getBoundingClientRect()]);
+  const all = chart.getBoundingClientRect();
+  const meet = ([, a], [, b]) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+    && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 4;
+  return texts.flatMap((a, i) => texts.slice(i + 1).filter(b => meet(a, b)).map(b => a[0] + ' on ' + b[0]))
+    .concat(texts.filter(([, r]) => r.left < all.left - 1 || r.right > all.right + 1).map(([t]) => t + ' sticks out'));
+})"""
+
 
 class Page:
     """An open page. errors: what its console complained of. requests: every address that it asked for."""

@@ -1,4 +1,6 @@
-"""MLflow with something of everything that a report shows, and with what strangers would write into it."""
+"""MLflow with something of everything that a report shows, and with what strangers would write into it; its parser."""
+
+from html.parser import HTMLParser
 
 from paperruns import Writer
 
@@ -63,3 +65,23 @@ def learn(writer):
     run = writer.write(learned, said, {"recovery_label": "soft_prompt-k100-c4"}, tags("a prompt"))
     for step, loss in ((0, 3.0), (10, 2.75), (20, 2.5)):
         writer.client.log_metric(run, "val_loss", loss, step=step)
+
+
+class Parsed(HTMLParser):
+    """Every tag with its attributes, and the text outside style and script."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words, self._in = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._in.append(tag)
+
+    def handle_endtag(self, tag):
+        self._in.pop() if self._in[-1:] == [tag] else None
+
+    def handle_data(self, data):
+        if self._in[-1:] not in (["style"], ["script"]):
+            self.words.append(data)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tinygrid import grid, write_grid
 
 from ctp import cache, cli, completion
 from ctp import grid as grid_command
+from ctp.ending import unread
 
 ROOT = Path(__file__).parents[1]
 THERE = [n for n, c in cli.ALL.items() if importlib.util.find_spec(c.module)]
@@ -109,13 +111,48 @@ def test_a_missing_package_is_one_sentence(monkeypatch):
         cli.main(["tables", "g"])
 
 
-def test_a_reader_that_goes_away_gets_no_traceback():
-    code = "from ctp import cli; cli.run = lambda *_: [print('line', flush=True) for _ in range(100_000)] and 0\n"
-    code += "raise SystemExit(cli.main(['grid']))"
-    command = f'{sys.executable} -c "$0" | head -1; echo ${{PIPESTATUS[0]}}'
-    found = subprocess.run(["bash", "-c", command, code], cwd=ROOT, capture_output=True, text=True, timeout=60,
-                           check=False)  # fmt: skip
-    assert (found.stdout, found.stderr) == ("line\n141\n", "")
+def piped(reader, *command, cwd, unbuffered=""):
+    """Exit code and standard error of Python whose output goes to a reader that does not wait for it all."""
+    line = f"{shlex.join([sys.executable, '-W', 'ignore', *command])} | {reader} > taken; echo ${{PIPESTATUS[0]}}"
+    found = subprocess.run(["bash", "-c", line], cwd=cwd, capture_output=True, text=True, timeout=60, check=False,
+                           env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered})  # fmt: skip
+    return int(found.stdout), found.stderr
+
+
+@pytest.mark.parametrize(("module", "args", "instead"), [
+    ("ctp.grid", ["demo", "--plan"], "ctp.gridfile.load"), ("ctp.store", ["ls"], "ctp.artifacts._list"),
+])  # fmt: skip
+def test_a_reader_that_goes_away_gets_no_traceback(module, args, instead, tmp_path):
+    """More lines than a pipe holds, printed in the place of what would take long to make; `head` takes one."""
+    code = (f"import runpy, sys, {instead.rpartition('.')[0]}; sys.argv = {['it', *args]}\n"
+            f"{instead} = lambda *_: [print('line') for _ in range(100_000)] and 0\n"
+            f"runpy.run_module({module!r}, run_name='__main__')")  # fmt: skip
+    assert piped("head -1", "-c", code, cwd=tmp_path) == (141, "")
+    assert (tmp_path / "taken").read_text() == "line\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_nor_one_that_was_never_there(tmp_path, unbuffered):
+    """`true` reads nothing, and is gone before Python has started."""
+    assert piped("true", "-m", "ctp", "store", "ls", cwd=tmp_path, unbuffered=unbuffered) == (141, "")
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_every_command_ends_so(name):
+    main = cli.load(cli.ALL[name])
+    assert main.__code__ is unread(main).__code__
+    assert main.__wrapped__.__module__ == cli.ALL[name].module
+
+
+def test_another_pipe_that_breaks_is_an_error_like_others(capfd):
+    @unread
+    def main(argv):
+        print("before")
+        raise BrokenPipeError(argv[0])
+
+    with pytest.raises(BrokenPipeError, match="of MLflow"):
+        main(["of MLflow"])
+    assert capfd.readouterr().out == "before\n"
 
 
 # ------------------------------------------------------------------ JSON

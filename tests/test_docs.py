@@ -1,5 +1,6 @@
 """What README and docs show is what happens: their blocks run, their commands parse, their links lead somewhere."""
 
+import itertools
 import re
 import shlex
 import shutil
@@ -9,6 +10,8 @@ import mlflow
 import pytest
 import yaml
 from adapters import save_lora
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from pages import Block, Reader, blocks, one_after_the_other
 from tinygrid import grid, model_folder, write_grid
 
@@ -200,26 +203,80 @@ def test_commands_are_there_with_these_options(page):
         assert parser.parse_args(words[at + (at == 1) :]), line
 
 
+MARKDOWN = MarkdownIt("commonmark").enable("table")
+
+
+def parsed(page: Path) -> list[Token]:
+    """A page's tokens, those inside paragraphs, cells and headings too."""
+    tokens = MARKDOWN.parse(page.read_text())
+    return [t for block in tokens for t in (block, *(block.children or ()))]
+
+
+def headings(page: Path) -> list[tuple[int, str]]:
+    """(level, words) of a page's headings."""
+    tokens = MARKDOWN.parse(page.read_text())
+    return [
+        (int(t.tag[1]), "".join(c.content for c in inline.children))
+        for t, inline in itertools.pairwise(tokens)
+        if t.type == "heading_open"
+    ]
+
+
 def anchors(page: Path) -> set[str]:
-    """What GitHub calls the headings of a page."""
-    text = FENCED.sub("", page.read_text())
-    heads = re.findall(r"^#+ (.*)$", text, re.M)
-    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in heads}
+    """What GitHub calls the headings of a page; one that comes again is numbered."""
+    found: dict[str, int] = {}
+    for _, words in headings(page):
+        name = re.sub(r"[^\w\- ]", "", words.lower()).replace(" ", "-")
+        found[name] = found.get(name, -1) + 1
+    return {n if i == 0 else f"{n}-{i}" for n, last in found.items() for i in range(last + 1)}
 
 
-FENCED = re.compile(r"^```.*?^```$", re.S | re.M)
-LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+def problems(page: Path) -> list[str]:
+    """What a reader of the rendered page would stumble over."""
+    out, lines = [], page.read_text().splitlines()
+    for token in parsed(page):
+        target = str(token.attrs.get("href") or token.attrs.get("src") or "")
+        if target and not target.startswith(("http://", "https://", "mailto:")):
+            path, _, anchor = target.partition("#")
+            there = (page.parent / path).resolve() if path else page
+            if not there.exists() or not there.is_relative_to(ROOT.resolve()):
+                out.append(f"{target} leads nowhere")
+            elif anchor and anchor not in anchors(there):
+                out.append(f"{target}: it has {sorted(anchors(there))}")
+        if token.type == "image" and not token.content.strip():
+            out.append(f"{target}: no words for those who do not see it")
+        if token.type in ("html_block", "html_inline"):
+            out.append(f"HTML: {token.content}")
+        if token.type == "text" and re.search(r"\]\(|\]\[", token.content):
+            out.append(f"a link that is none: {token.content}")
+        if token.type == "table_open" and len({len(re.findall(r"(?<!\\)\|", x)) for x in lines[slice(*token.map)]}) > 1:
+            out.append(f"a table whose rows have different numbers of cells, line {token.map[0] + 1}")
+        if token.type == "fence" and not re.fullmatch(r"\s*```", lines[token.map[1] - 1]):
+            out.append(f"a block without an end, line {token.map[0] + 1}")
+    levels = [level for level, _ in headings(page)]
+    if levels[:1] != [1] or levels.count(1) > 1 or any(b > a + 1 for a, b in itertools.pairwise(levels)):
+        out.append(f"headings of levels {levels}")
+    return out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
-    for target in LINK.findall(FENCED.sub("", page.read_text())):
-        if target.startswith(("http://", "https://", "mailto:")):
-            continue
-        path, _, anchor = target.partition("#")
-        there = (page.parent / path).resolve() if path else page
-        assert there.exists(), f"{page.name}: {target}"
-        assert not anchor or anchor in anchors(there), f"{page.name}: {target}; it has {sorted(anchors(there))}"
+def test_a_page_reads_well_and_its_links_lead_somewhere(page):
+    assert problems(page) == []
+
+
+@pytest.mark.parametrize(("text", "told"), [
+    ("# A\n\n[x](none.md)", "none.md leads nowhere"), ("# A\n\n[x](#b)", r"#b: it has \['a'\]"),
+    ("# A\n\n[x][y]", "a link that is none"), ("# A\n\n![](p.md)", "no words"), ("# A\n\n<b>x</b>", "HTML: <b>"),
+    ("# A\n\n|a|b|\n|---|---|\n|1|`x|y`|\n", "different numbers of cells, line 3"),
+    ("# A\n\n```\nx\n", "without an end"),
+    ("# A\n\n### B\n", r"headings of levels \[1, 3\]"), ("# A\n\n[x](../../etc)", "leads nowhere"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_page_is_found(text, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+    (tmp_path / "p.md").write_text(text)
+    assert any(re.search(told, said) for said in problems(tmp_path / "p.md"))
+    (tmp_path / "p.md").write_text("# A\n\n## A `b`\n\n## A b\n\n[x](p.md#a-b-1) ![words](p.md#a)\n")
+    assert problems(tmp_path / "p.md") == []
 
 
 def test_every_page_is_in_the_index():

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from rich.console import Console
-from test_status import at_work, graph, learned, store  # noqa: F401
+from test_status import at_work, graph, learned, listening, store  # noqa: F401
 
 from ctp import live, progress
 from ctp.board import Board
@@ -32,6 +32,21 @@ def test_a_frame_fits_and_says_how_far(graph, width):  # noqa: F811
     assert "2/10 cells" in text
     assert "1 failed" in text
     assert "memory" in text or width < 80
+
+
+def test_pages_are_named_whole_and_only_where_they_answer(graph, listening):  # noqa: F811
+    """Every half second is drawn, and the page asked once."""
+    console = Console(file=io.StringIO(), width=60, height=24, force_terminal=True, color_system=None)
+    port, asked = listening
+    about = {"mlflow": "sqlite:////a/folder/mlflow.db", "ray": f"http://127.0.0.1:{port}"}
+    view = live.View(at_work(graph), about, console)
+    for _ in range(3):
+        console.print(view)
+    drawn = console.file.getvalue()
+    assert drawn.count(f"\nRay: {about['ray']}\n") == 3
+    assert drawn.count("\nMLflow: mlflow ui --backend-store-uri ") == 3
+    assert drawn.count("sqlite:////a/folder/mlflow.db") == 3
+    assert asked() <= 2  # the time for which an answer holds may end among them
 
 
 def test_more_cells_than_lines(graph):  # noqa: F811

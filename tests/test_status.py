@@ -1,6 +1,9 @@
 """What another terminal sees of a run, what a run says at its end."""
 
+import contextlib
 import json
+import platform
+import socket
 import threading
 import time
 
@@ -9,7 +12,7 @@ from test_plan import make
 from tinygrid import grid
 
 from ctp import grid as command
-from ctp import heartbeat, status, summary
+from ctp import heartbeat, status, summary, uppages
 from ctp.board import Board
 from ctp.graph import Outcome
 from ctp.labels import slug
@@ -77,6 +80,71 @@ def test_status_of_a_run_from_elsewhere_while_it_lasts(graph, store):
     assert "secretpw" not in json.dumps(said)
     assert not store.glob("running", "*")  # gone with the run
     assert "No run of this grid" in "\n".join(status.lines(status.status(graph, store)))
+
+
+@pytest.fixture
+def listening():
+    """A port that takes connections, and how many it has been asked for until now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+
+        def asked():
+            n = 0
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    server.accept()[0].close()
+                    n += 1
+            return n
+
+        yield server.getsockname()[1], asked
+
+
+def dead_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_a_page_is_named_where_it_answers(listening):
+    port, dead = listening[0], dead_port()
+    assert uppages.where("Ray", f"http://127.0.0.1:{port}") == f"Ray: http://127.0.0.1:{port}"
+    assert uppages.where("MLflow", f"http://u:secretpw@localhost:{port}/x") == f"MLflow: http://***@localhost:{port}/x"
+    assert uppages.where("Ray", f"http://127.0.0.1:{dead}") == f"Ray: no answer from 127.0.0.1, port {dead}"
+    assert uppages.where("Ray", "") == ""
+
+
+def test_a_host_that_is_silent_is_not_waited_for(monkeypatch):
+    """192.0.2.0/24 is nobody's (RFC 5737): packets to it are lost, or refused at once."""
+    begun = time.monotonic()
+    assert uppages.where("MLflow", "https://192.0.2.1") == "MLflow: no answer from 192.0.2.1, port 443"
+    assert time.monotonic() - begun < 2
+
+
+@pytest.mark.parametrize(("uri", "said"), [
+    ("sqlite:////a b/mlflow.db", "MLflow: mlflow ui --backend-store-uri 'sqlite:////a b/mlflow.db'"),
+    ("postgresql://u:secretpw@db/x", "MLflow: mlflow ui --backend-store-uri 'postgresql://***@db/x'"),
+    ("databricks", "MLflow: databricks"), ("http://[", "MLflow: mlflow ui --backend-store-uri 'http://['"),
+])  # fmt: skip
+def test_a_database_has_no_page_but_a_command_that_opens_one(uri, said):
+    assert uppages.where("MLflow", uri) == said
+    assert uppages.where("MLflow", uri, platform.node()) == said
+    assert uppages.where("MLflow", uri, "far") == f"{said}  (on far)"
+
+
+def test_what_only_another_machine_can_open_is_said_to_be_there(listening):
+    """Something else may listen on that port here."""
+    port, asked = listening
+    assert uppages.where("Ray", f"http://127.0.0.1:{port}", "far") == f"Ray: port {port} of far, open there alone"
+    assert asked() == 0
+
+
+def test_status_names_the_pages_of_a_run(graph, store, listening):
+    about = {"mlflow": f"http://127.0.0.1:{dead_port()}", "ray": f"http://127.0.0.1:{listening[0]}"}
+    with heartbeat.beating(store, at_work(graph), about, seconds=0.05):
+        wait_for(lambda: heartbeat.records(store, "g"))
+        told = status.lines(status.status(graph, store))
+    assert f"  Ray: {about['ray']}" in told
+    assert [line for line in told if "no answer from 127.0.0.1" in line]
+    assert about["mlflow"] not in "\n".join(told)
 
 
 def test_another_grid_of_this_store_is_not_told_of(graph, store):
