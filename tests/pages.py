@@ -2,6 +2,7 @@
 
 ```yaml file=NAME      written to NAME; python and others likewise
 ```python              executed; a page is one program, and shares its names
+```python elsewhere    not executed: it needs what is not here
 ```sh run              commands, one a line: those of ctp in this process, others by bash
 ```text shows          lines that the command before printed, but for their numbers; "…" stands for any lines
 ```filter              an MLflow filter that finds runs of the grid `demo`
@@ -63,7 +64,7 @@ class Reader:
             compare(text, self.printed)
         elif block.info == "run":
             self.printed = "".join(shell(line) for line in text.replace("\\\n", " ").splitlines() if line.strip())
-        elif block.language == "python":
+        elif block.language == "python" and block.info != "elsewhere":
             self.python(text, block.line)
         elif block.language == "filter":
             found = mlflow.search_runs(experiment_names=["demo"], filter_string=" ".join(text.split()))
