@@ -15,6 +15,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,12 +31,12 @@ from ctp.plan import BUILD, TRANSFER, Plan, again, keep, make, states, where
 from ctp.progress import telling
 from ctp.redact import scrub
 from ctp.resources import Resources, gpu_memory
+from ctp.runinfo import TrackError, tracking_uri
 from ctp.spec import Runtime
 from ctp.store import Store, StoreError, default_store
 
 if TYPE_CHECKING:
     from ctp.track import Tracker
-from ctp.runinfo import TrackError, tracking_uri
 
 OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 GOES_ON = "running the same command again goes on from here"
@@ -136,24 +137,12 @@ def command(args: argparse.Namespace) -> int:
     if not args.plan:
         store.check_writable()
     state = states(plan, store)
-    todo = again(plan, state) if args.retry_failed else {k for k, why in state.items() if why != "done"}
+    todo = again(plan, state) if args.retry_failed else _missing(state)
     if args.stage:
-        todo = {k for k in todo if plan.nodes[k].stage == args.stage}
         plan = keep(plan, {k for k, n in plan.nodes.items() if n.stage == args.stage})
+        todo = {k for k in todo if whole.nodes[k].stage == args.stage}
     if args.plan:
-        seen = preview.look(plan, state, todo, store, gpu_memory(args.gpu_memory), args.tflops, args.batch,
-                            args.gpu_hour_price)  # fmt: skip
-        if args.dag:
-            print(dag.mermaid(plan, {k: preview.word(why) for k, why in seen.state.items()}))
-            return OK
-        if args.json:
-            print(json.dumps(preview.as_json(seen, list(pins.unpinned))))
-            return OK
-        preview.describe(plan, seen.state, todo)
-        preview.detail(seen)
-        if pins.unpinned:
-            print(f"not pinned, the hub cannot be reached: {', '.join(pins.unpinned)}: keys are provisional")
-        return OK
+        return foresee(plan, state, todo, store, pins.unpinned, args)
     preview.describe(plan, state, todo)
     from ctp.track import Tracker  # MLflow takes a second to import: a plan needs none
 
@@ -161,10 +150,8 @@ def command(args: argparse.Namespace) -> int:
     past_damage(store, lambda: tracker.sync(whole=not (args.where or args.stage), trust=True))
     if store.damaged:
         print("\n".join(store.damaged), flush=True)
-        state = states(plan, store)
-        todo |= {
-            k for k, why in state.items() if why != "done" and (not args.stage or plan.nodes[k].stage == args.stage)
-        }
+        known, state = _missing(state), states(plan, store)
+        todo |= {k for k in _missing(state) - known if not args.stage or whole.nodes[k].stage == args.stage}
     if not todo:
         why = "No cell failed last time" if args.retry_failed else "Nothing to run"
         print(f"{why}. Store: {scrub(store.uri)}  MLflow: {scrub(tracker.uri)}")
@@ -174,6 +161,27 @@ def command(args: argparse.Namespace) -> int:
         packed=args.packed, locations=pins.locations, datasets=pins.datasets, plugins=dict(plan.grid.plugins),
     )  # fmt: skip
     return run(plan, todo, state, store, tracker, runtime, args)
+
+
+def _missing(state: Mapping[str, str]) -> set[str]:
+    return {k for k, why in state.items() if why != "done"}
+
+
+def foresee(plan: Plan, state: dict[str, str], todo: set[str], store: Store, unpinned: Sequence[str],
+            args: argparse.Namespace) -> int:  # fmt: skip
+    """--plan: what would run, and nothing else."""
+    seen = preview.look(plan, state, todo, store, gpu_memory(args.gpu_memory), args.tflops, args.batch,
+                        args.gpu_hour_price)  # fmt: skip
+    if args.dag:
+        print(dag.mermaid(plan, {k: preview.word(why) for k, why in seen.state.items()}))
+    elif args.json:
+        print(json.dumps(preview.as_json(seen, list(unpinned))))
+    else:
+        preview.describe(plan, seen.state, todo)
+        preview.detail(seen)
+        if unpinned:
+            print(f"not pinned, the hub cannot be reached: {', '.join(unpinned)}: keys are provisional")
+    return OK
 
 
 def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker: "Tracker", runtime: Runtime,

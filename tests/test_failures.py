@@ -435,6 +435,24 @@ def test_a_prompt_that_diverges(grid_run, llama_folder):
     assert any("failed last time: FloatingPointError" in line for line in out)
 
 
+def test_retry_failed_computes_damage_that_it_meets_and_leaves_the_rest(grid_run, llama_folder, tmp_path, database):
+    content = grid(llama_folder, compression=["dense"], sources=["dense"])
+    good = {"method": "random_prompt", "k": [2, 3]}
+    content["recovery"] = [good, content["recovery"] | {"text": content["recovery"]["text"] | {"count": 10**6}}]
+    assert grid_run("both", content)[0] == 1
+    whole = Path("results/store/evaluate")
+    [away], [torn] = whole.glob("*-k2*"), whole.glob("*-k3*")
+    shutil.rmtree(away)
+    manifest = torn / "manifest.json"
+    [lost] = [r for r in runs(database, "both") if r.data.tags["ctp.key"] == json.loads(manifest.read_text())["key"]]
+    mlflow.MlflowClient(database).delete_run(lost.info.run_id)
+    manifest.write_bytes(manifest.read_bytes()[:100])
+    code, out, _ = grid_run("both", content, "--retry-failed")
+    assert code == 1
+    assert (torn.exists(), away.exists()) == (True, False)
+    assert sum("is not JSON" in line for line in out) == 1
+
+
 @pytest.mark.slow
 def test_weights_that_are_not_numbers(grid_run, llama_folder, tmp_path):
     """No Hessian, no perplexity: each is told, by name, and what can be measured is."""
