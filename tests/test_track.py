@@ -123,7 +123,7 @@ def test_learning_curves_are_replayed(finished, uri):
     Tracker(uri, finished.plan, finished.store).sync()
     cell = finished.all(Learn)[0]
     [run] = [r for r in runs(uri) if r.data.tags["ctp.key"] == key(cell)]
-    curve = MlflowClient(uri).get_metric_history(run.info.run_id, "val_loss")
+    curve = MlflowClient(uri).get_metric_history(run.info.run_id, "train/val_loss")
     history = json.loads((finished.store.fetch(cell) / "history.json").read_text())["history"]
     assert [(m.step, m.value) for m in curve] == [(p["step"], p["val_loss"]) for p in history]
 
@@ -140,7 +140,7 @@ def test_events_become_runs_and_a_failed_one_recovers(finished, uri):
     [run] = runs(uri)
     assert run.info.status == "FAILED"
     assert run.data.tags["ctp.error"] == "ValueError: no"
-    assert run.data.metrics["live/loss"] == 2.5
+    assert run.data.metrics["train/loss"] == 2.5
     assert run.data.tags["mlflow.parentRunId"] == tracker.parent
     tracker.close("FAILED")
     after = {r.data.tags["ctp.key"]: r for r in runs(uri)}
@@ -248,7 +248,7 @@ def test_a_dead_server_never_holds_up_the_end(finished, uri, server):
     server.away = True
     learned = key(finished.all(Learn)[0])
     for step in range(50):
-        tracker.tell({"event": "progress", "key": learned, "step": step, "loss": 1.0})
+        tracker.tell({"event": "progress", "key": learned, "step": step, "tokens_per_s": 9.0})
     tracker._events.put(None)
     tracker._thread.join()
     assert server.refused == 1
@@ -257,7 +257,7 @@ def test_a_dead_server_never_holds_up_the_end(finished, uri, server):
     tracker.close("FINISHED")
     assert len(runs(uri)) == 10
     [run] = [r for r in runs(uri) if r.data.tags["ctp.key"] == learned]
-    assert len(MlflowClient(uri).get_metric_history(run.info.run_id, "live/loss")) == 50
+    assert len(MlflowClient(uri).get_metric_history(run.info.run_id, "train/tokens_per_s")) == 50
 
 
 def test_what_waited_is_written_as_soon_as_the_server_is_back(finished, uri, server, monkeypatch):

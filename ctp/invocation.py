@@ -1,0 +1,66 @@
+"""What MLflow holds of one invocation of a grid: name, tags, params, numbers and manifests of its parent run."""
+
+import platform
+import time
+from collections import Counter
+from collections.abc import Mapping
+
+from ctp.alive import signs
+from ctp.redact import scrub
+from ctp.runinfo import KIND
+from ctp.versions import git_commit, versions
+
+GRID_FILE, MANIFESTS = "grid.yaml", "manifests.json"
+LARGEST = 64 * 2**20  # bytes of MANIFESTS
+VERSIONS = ("ctp", "torch", "transformers")
+
+
+class Invocation:
+    """One call of `ctp grid`, from its begin on. cells: how many it is to run; None where it only writes down."""
+
+    def __init__(self, grid: str, command: str, cells: int | None) -> None:
+        self.grid, self.command, self.cells = grid, command, cells
+        self.began = time.time()
+        self.ended: dict[str, str] = {}  # key of a cell -> done, failed or skipped: what it came to last
+
+    @property
+    def name(self) -> str:
+        """Unlike that of any other invocation of the grid: when it began, in UTC."""
+        return f"grid {self.grid} {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(self.began))}"
+
+    def tags(self) -> dict[str, str]:
+        own = {KIND: "grid", "ctp.grid": self.grid, "ctp.command": scrub(self.command), "mlflow.runName": self.name}
+        return own | {"ctp.git_commit": git_commit() or "", **signs()}
+
+    def params(self) -> dict[str, str]:
+        """Where it ran, and with what: the driver's; workers may have others, which the manifests tell."""
+        found = versions()
+        return {"host": platform.node(), **{n: str(found[n]) for n in VERSIONS if found[n]}}
+
+    def tell(self, event: Mapping[str, object]) -> None:
+        """An event of a cell."""
+        if event["event"] in ("done", "failed", "skipped"):
+            self.ended[str(event["key"])] = str(event["event"])
+
+    def metrics(self) -> dict[str, float]:
+        """cells: that it was to run, of which so many are done, failed and skipped; seconds: since it began."""
+        seconds = {"seconds": time.time() - self.began}
+        if self.cells is None:
+            return seconds
+        count = Counter(self.ended.values())
+        return {"cells": max(self.cells, len(self.ended)), **{n: count[n] for n in ("done", "failed", "skipped")},
+                **seconds}  # fmt: skip
+
+
+def document(manifests: Mapping[str, str]) -> str:
+    """One JSON object of manifests by key, each on a line of its own, without secrets; of more than LARGEST bytes in
+    all only the first."""
+    lines: list[str] = []
+    room = LARGEST
+    for k, manifest in manifests.items():
+        line = f'"{k}": {scrub(manifest)}'
+        room -= len(line) + 2
+        if room < 0:
+            break
+        lines.append(line)
+    return "{\n" + ",\n".join(lines) + "\n}\n"
