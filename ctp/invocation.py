@@ -52,9 +52,9 @@ class Invocation:
                 **seconds}  # fmt: skip
 
 
-def document(manifests: Mapping[str, str]) -> str:
-    """One JSON object of manifests by key, each on a line of its own, without secrets; of more than LARGEST bytes in
-    all only the first."""
+def document(manifests: Mapping[str, str]) -> tuple[str, int]:
+    """One JSON object of manifests by key, each on a line of its own, without secrets, and how many it has: of more
+    than LARGEST bytes in all the first."""
     lines: list[str] = []
     room = LARGEST
     for k, manifest in manifests.items():
@@ -63,4 +63,4 @@ def document(manifests: Mapping[str, str]) -> str:
         if room < 0:
             break
         lines.append(line)
-    return "{\n" + ",\n".join(lines) + "\n}\n"
+    return "{\n" + ",\n".join(lines) + "\n}\n", len(lines)

@@ -209,8 +209,11 @@ class Tracker:
             if self.runs.known()[k].tags.get(PARENT) == self.parent:  # or another driver is at it by now
                 self.runs.cut_off(k)
         if self.parent is not None and self.invocation is not None:
-            if self.runs.manifests:
-                self.client.log_text(self.parent, document(self.runs.manifests), MANIFESTS)
+            text, count = document(self.runs.manifests)
+            if count:
+                self.client.log_text(self.parent, text, MANIFESTS)
+            if count < len(self.runs.manifests):
+                self.client.set_tag(self.parent, "ctp.manifests", f"{count} of {len(self.runs.manifests)}")
             now = int(1000 * time.time())
             self.client.log_batch(self.parent, [Metric(n, v, now, 0) for n, v in self.invocation.metrics().items()])
             self.client.set_terminated(self.parent, status)

@@ -1,18 +1,20 @@
 """MLflow holds what the store holds, once, and comes back from it."""
 
 import json
+import re
 import shutil
 import time
 
 import mlflow
 import pandas as pd
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 from test_work import Bench
 
 from analysis import transfer_matrix
 from analysis.runs import AnalysisError, evaluations
-from ctp import resync
+from ctp import invocation, resync
 from ctp.plan import Plan
 from ctp.runinfo import TrackError, tracking_uri
 from ctp.spec import Evaluate, Learn, key
@@ -148,6 +150,61 @@ def test_events_become_runs_and_a_failed_one_recovers(finished, uri):
     assert after[learned].info.run_id == run.info.run_id
     assert after[learned].info.status == "FINISHED"
     assert MlflowClient(uri).get_run(tracker.parent).info.status == "FAILED"
+
+
+def test_curves_have_one_point_a_step_however_often_it_was_told(finished, uri):
+    """Live, told again after a resumption, and replayed from the history: all by one name, and each once."""
+    cell = finished.all(Learn)[0]
+    history = json.loads((finished.store.fetch(cell) / "history.json").read_text())["history"]
+    told = [{"event": "progress", "key": key(cell), "tokens_per_s": 9.0, **p} for p in history]
+    for last in (3, len(told)):  # the first invocation is cut off, the second one goes on from an earlier state
+        tracker = Tracker(uri, finished.plan, finished.store)
+        tracker.begin("test")
+        tracker.tell({"event": "start", "key": key(cell)})
+        for event in told[:last]:
+            tracker.tell(event)
+        tracker._events.put(None)
+        tracker._thread.join()
+        assert not tracker.trouble
+    [run] = runs(uri)
+    assert "train/val_loss" in run.data.metrics  # before it is finished
+    tracker._thread = None
+    tracker.close("FINISHED")
+    [run] = [r for r in runs(uri) if r.data.tags["ctp.key"] == key(cell)]
+    for name in ("loss", "val_loss", "lr"):
+        curve = MlflowClient(uri).get_metric_history(run.info.run_id, f"train/{name}")
+        assert [(m.step, m.value) for m in curve] == [(p["step"], p[name]) for p in history if p[name] is not None]
+    assert [n for n in run.data.metrics if "/" in n and not n.startswith("train/")] == []
+
+
+def test_the_run_of_an_invocation_says_what_it_was_and_what_came_of_it(finished, uri):
+    cells = [key(c) for c in finished.cells]
+    half = Plan("g", finished.plan.grid, {k: n for k, n in finished.plan.nodes.items() if k in cells[:6]})
+    tracker = Tracker(uri, half, finished.store)
+    tracker.begin("python -m ctp.grid g --api-key=abcdefgh", cells=6)
+    for k, event in zip(cells, ["done"] * 4 + ["failed", "skipped"], strict=False):
+        tracker.tell({"event": event, "key": k, "error": "ValueError: no"})
+    tracker.close("FAILED")
+    client = MlflowClient(uri)
+    run = client.get_run(tracker.parent)
+    assert re.fullmatch(r"grid g \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", run.info.run_name)
+    assert {n: run.data.metrics[n] for n in ("cells", "done", "failed", "skipped")} == {
+        "cells": 6, "done": 4, "failed": 1, "skipped": 1}  # fmt: skip
+    assert run.data.params["torch"] == torch.__version__
+    assert set(run.data.params) == {"host", "ctp", "torch", "transformers"}
+    assert "abcdefgh" not in run.data.tags["ctp.command"]
+    manifests = mlflow.artifacts.load_dict(f"runs:/{tracker.parent}/manifests.json")
+    assert manifests == {k: finished.store.manifest(half.nodes[k].cell) for k in half.nodes}
+
+
+def test_manifests_are_cut_at_a_limit_and_have_no_secrets(monkeypatch):
+    one = json.dumps({"error": "https://me:secretpw@host/x", "files": {}})
+    whole, count = invocation.document({"a": one, "b": one})
+    assert count == 2
+    assert json.loads(whole)["b"] == {"error": "https://***@host/x", "files": {}}
+    monkeypatch.setattr(invocation, "LARGEST", len(whole) - 9)
+    cut, count = invocation.document({"a": one, "b": one})
+    assert (list(json.loads(cut)), count) == (["a"], 1)
 
 
 def test_cells_that_left_the_grid_leave_the_matrix(finished, uri, tmp_path, llama_folder):
