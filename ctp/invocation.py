@@ -13,6 +13,7 @@ from ctp.versions import git_commit, versions
 GRID_FILE, MANIFESTS = "grid.yaml", "manifests.json"
 LARGEST = 64 * 2**20  # bytes of MANIFESTS
 VERSIONS = ("ctp", "torch", "transformers")
+OUTCOMES = ("done", "failed", "skipped")
 
 
 class Invocation:
@@ -25,8 +26,8 @@ class Invocation:
 
     @property
     def name(self) -> str:
-        """Unlike that of any other invocation of the grid: when it began, in UTC."""
-        return f"grid {self.grid} {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(self.began))}"
+        """When it began, in UTC, tells it from others; first, for the UI's table cuts names off."""
+        return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(self.began))} {self.grid}"
 
     def tags(self) -> dict[str, str]:
         own = {KIND: "grid", "ctp.grid": self.grid, "ctp.command": scrub(self.command), "mlflow.runName": self.name}
@@ -39,17 +40,17 @@ class Invocation:
 
     def tell(self, event: Mapping[str, object]) -> None:
         """An event of a cell."""
-        if event["event"] in ("done", "failed", "skipped"):
+        if event["event"] in OUTCOMES:
             self.ended[str(event["key"])] = str(event["event"])
 
     def metrics(self) -> dict[str, float]:
-        """cells: that it was to run, of which so many are done, failed and skipped; seconds: since it began."""
-        seconds = {"seconds": time.time() - self.began}
-        if self.cells is None:
-            return seconds
-        count = Counter(self.ended.values())
-        return {"cells": max(self.cells, len(self.ended)), **{n: count[n] for n in ("done", "failed", "skipped")},
-                **seconds}  # fmt: skip
+        """grid/cells: that it was to run, of which so many are done, failed and skipped; grid/seconds: since it began.
+        Not `seconds`, which is a cell's: sums and their parts would be bars of one chart."""
+        found: dict[str, float] = {"seconds": time.time() - self.began}
+        if self.cells is not None:
+            count = Counter(self.ended.values())
+            found |= {"cells": max(self.cells, len(self.ended)), **{n: count[n] for n in OUTCOMES}}
+        return {f"grid/{n}": v for n, v in found.items()}
 
 
 def document(manifests: Mapping[str, str]) -> tuple[str, int]:

@@ -70,7 +70,7 @@ def test_the_mlflow_page(page):
     assert len(n["written"]) == 3 + 3 + 9  # compressed; learned, the failed one too; measured
     assert len(n["learned"]) == 2
     last = n["last"]
-    assert (last["metrics.cells"], last["metrics.done"], last["metrics.failed"]) == (18, 14, 1)
+    assert tuple(last[f"metrics.grid/{n}"] for n in ("cells", "done", "failed")) == (18, 14, 1)
     attached = {f.path for f in n["client"].list_artifacts(last.run_id)}
     assert attached == {"grid.yaml", "manifests.json", "report.html"}
     assert set(n["manifests"]) == set(n["cells"]["tags.ctp.key"])
