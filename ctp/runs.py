@@ -29,7 +29,6 @@ from ctp.runinfo import KEY, KIND, PARENT, SYNCED, TrackError, every_run
 for _name in ("alembic", "mlflow.store.db.utils"):  # they tell of every table they make
     logging.getLogger(_name).setLevel(logging.WARNING)
 
-VIEW = {"mlflow.experimentKind": "custom_model_development"}  # runs and charts first, not an agent's traces
 FEW = 50  # cells that are asked for one by one
 
 
@@ -142,7 +141,7 @@ def _open(uri: str, name: str) -> tuple[MlflowClient, str, str]:
     known = client.get_experiment_by_name(name)
     if known is None:
         try:
-            return client, client.create_experiment(name, artifacts, VIEW), ""
+            return client, client.create_experiment(name, artifact_location=artifacts), ""
         except MlflowException:
             known = client.get_experiment_by_name(name)  # another driver made it just now
             if known is None:
