@@ -12,7 +12,7 @@ import torch
 from mlflow.tracking import MlflowClient
 from test_work import Bench
 
-from analysis import transfer_matrix
+from analysis import attach, transfer_matrix
 from analysis.runs import AnalysisError, evaluations
 from ctp import invocation, resync
 from ctp.plan import Plan
@@ -205,6 +205,26 @@ def test_manifests_are_cut_at_a_limit_and_have_no_secrets(monkeypatch):
     monkeypatch.setattr(invocation, "LARGEST", len(whole) - 9)
     cut, count = invocation.document({"a": one, "b": one})
     assert (list(json.loads(cut)), count) == (["a"], 1)
+
+
+def test_files_are_attached_to_the_newest_invocation(finished, uri, tmp_path):
+    file = tmp_path / "report_g.html"
+    file.write_text("first")
+    with pytest.raises(AnalysisError, match="has no run of an invocation of 'g' to attach to: `ctp track sync g`"):
+        attach.attach("g", {"report.html": file})
+    Tracker(uri, finished.plan, finished.store).sync()  # as after MLflow was emptied: cells, and no invocation
+    with pytest.raises(AnalysisError, match="has no run of an invocation"):
+        attach.attach("g", {"report.html": file})
+    both = [Tracker(uri, finished.plan, finished.store) for _ in range(2)]
+    for tracker in both:
+        tracker.begin("test")
+        tracker.close("FINISHED")
+    for text in ("first", "second"):
+        file.write_text(text)
+        attach.attach("g", {"report.html": file, "figures/a.png": file})
+    found = [{f.path for f in MlflowClient(uri).list_artifacts(t.parent)} for t in both]
+    assert found == [{"grid.yaml"}, {"grid.yaml", "report.html", "figures"}]
+    assert mlflow.artifacts.load_text(f"runs:/{both[1].parent}/report.html") == "second"
 
 
 def test_cells_that_left_the_grid_leave_the_matrix(finished, uri, tmp_path, llama_folder):
