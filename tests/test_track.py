@@ -251,6 +251,8 @@ def test_track_sync_command(finished, uri, tmp_path, capsys):
         experiment_names=["g"], filter_string="tags.`ctp.kind` = 'grid'", output_format="list"
     )
     assert "compression:" in mlflow.artifacts.load_text(f"{parent.info.artifact_uri}/grid.yaml")
+    assert len(mlflow.artifacts.load_dict(f"{parent.info.artifact_uri}/manifests.json")) == 10
+    assert set(parent.data.metrics) == {"grid/seconds"}  # it ran nothing
     assert resync.main(["sync", str(file), "--store", finished.store.uri]) == 0
     assert len(mlflow.search_runs(experiment_names=["g"])) == 11  # a second time changes nothing
     assert resync.main(["sync", str(tmp_path / "no.yaml")]) == 2
