@@ -6,8 +6,9 @@ STAMP := $(VENV)/.installed
 
 .PHONY: demo test test-all test-faults test-cluster foreign bench lint audit clean
 
-demo: $(STAMP) ## the whole path on a small real model, then the transfer matrix read from MLflow
+demo: $(STAMP) ## the whole path on a small real model, then its report and the transfer matrix, read from MLflow
 	$(BIN)/python -m ctp.grid demo
+	$(BIN)/python -m analysis.report demo --log
 	$(BIN)/python -m analysis.transfer_matrix demo
 
 test: lint ## all tests but the slow ones

@@ -6,7 +6,7 @@ Perplexities are over scored tokens. Figures 1, 7 and 8 are answers in words: se
 import sys
 from pathlib import Path
 
-from analysis import command
+from analysis import attach, command
 from analysis.runs import AnalysisError
 from ctp.ending import unread
 from ctp.store import StoreError
@@ -20,13 +20,14 @@ def main(argv: list[str] | None = None) -> int:
     p = command.parser("figures", __doc__)
     p.add_argument("--figure", choices=FIGURES, help="this one only")
     p.add_argument("--out", type=Path, default=Path("results/figures"), metavar="DIR", help="default %(default)s")
+    attach.add_option(p)
     args = p.parse_args(argv)
     try:
         from analysis import plots
     except ImportError as e:
         print(f"error: figures need matplotlib (pip install 'ctp[figures]'): {e}", file=sys.stderr)
         return 1
-    drawn = 0
+    drawn: list[Path] = []
     try:
         results = command.results(args)
         for name in [args.figure] if args.figure else FIGURES:
@@ -34,9 +35,11 @@ def main(argv: list[str] | None = None) -> int:
             if figure is None:
                 print(f"{name}: nothing that it shows has run")
                 continue
-            drawn += 1
-            for file in plots.save(figure, args.out / name):
-                print(file)
+            files = plots.save(figure, args.out / name)
+            print("\n".join(map(str, files)))
+            drawn += files
+        if args.log and drawn:
+            attach.told(args.grid, {f"figures/{file.name}": file for file in drawn})
     except (AnalysisError, StoreError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

@@ -17,7 +17,7 @@ import mlflow
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from analysis import command, report_facts, report_figures, report_words
+from analysis import attach, command, report_facts, report_figures, report_words
 from analysis.report_findings import GLOSSARY, at_a_glance, headline
 from analysis.report_read import FINISHED, Record, versions
 from analysis.report_table import STEPS, ink
@@ -132,9 +132,13 @@ def main(argv: list[str] | None = None) -> int:
     """Write the report; returns 1 where MLflow has nothing to tell."""
     p = command.parser("report", __doc__)
     p.add_argument("--out", type=Path, metavar="FILE", help="default results/report_GRID.html")
+    attach.add_option(p)
     args = p.parse_args(argv)
     try:
-        print(write(args.grid, args.out, args.store, existing(tracking_uri(Store(args.store).uri))))
+        file = write(args.grid, args.out, args.store, existing(tracking_uri(Store(args.store).uri)))
+        print(file)
+        if args.log:
+            attach.told(args.grid, {"report.html": file})
     except (AnalysisError, StoreError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

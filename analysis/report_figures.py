@@ -13,7 +13,9 @@ from analysis.report_chart import Chart, curves, levels
 from analysis.report_read import Record
 from analysis.report_table import Heat, Sheet, Value, heat, number, percent, reach, steady, text
 from analysis.runs import AXES, AnalysisError, check_alike
+from ctp.runinfo import CURVES
 
+VAL_LOSS = CURVES["val_loss"]
 SERIES = 3  # kinds of prompts in a panel beside "no prompt"; tables have them all
 FEW = 8  # rows of a table that stands open under its charts
 LINES = 8  # of a panel of curves
@@ -209,7 +211,7 @@ def learning(record: Record) -> list[Part]:
     """Validation loss by step of everything that was learned: a panel a model, text and kind of recovery."""
     parts = []
     rows = record.measured("learn")
-    rows = rows[rows["val_loss"].notna()] if "val_loss" in rows else rows.iloc[:0]
+    rows = rows[rows[VAL_LOSS].notna()] if VAL_LOSS in rows else rows.iloc[:0]
     for model, own in by_model(rows):
         part = Part(model)
         homes = _homes(own)
@@ -245,7 +247,7 @@ def _losses(part: Part, record: Record, caption: str, rows: pd.DataFrame) -> Non
     alike = rows.recovery_label.nunique() == 1
     lines, homes = [], []
     for _, row in rows.iterrows():
-        points = [(float(s), v) for s, v in record.history(row.run_id, "val_loss") if math.isfinite(v)]
+        points = [(float(s), v) for s, v in record.history(row.run_id, VAL_LOSS) if math.isfinite(v)]
         if points:
             lines.append((str(row.source) if alike else f"{row.source}, {row.recovery_label}", points))
             homes.append(int(row.home))

@@ -71,7 +71,7 @@ class Record:
         except mlflow.exceptions.MlflowException as e:
             raise AnalysisError(f"MLflow at {mlflow.get_tracking_uri()}: {e}") from e
         if not calls:
-            raise AnalysisError(f"{grid}: no run of the grid itself, so no grid file to say what it is")
+            raise AnalysisError(f"{grid}: no run of the grid itself; `ctp track sync {grid}` makes one")
         calls.sort(key=lambda r: r.info.start_time)
         self.invocations = [_invocation(r) for r in calls]
         self.text = artifact(str(calls[-1].info.run_id), "grid.yaml")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from analysis import command, paper
+from analysis import attach, command, paper
 from analysis.paper import PaperNumber
 from analysis.render import FORMATS, Table, markdown
 from analysis.results import Measured, Results, stand_ins
@@ -191,6 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--table", choices=ALL, help="this one only")
     p.add_argument("--out", type=Path, default=Path("results/tables"), metavar="DIR", help="default %(default)s")
     p.add_argument("--format", type=formats, default=list(FORMATS), help=f"default {','.join(FORMATS)}")
+    attach.add_option(p)
     args = p.parse_args(argv)
     try:
         results = command.results(args)
@@ -199,11 +200,19 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return 1
     args.out.mkdir(parents=True, exist_ok=True)
+    files: dict[str, Path] = {}
     for table in tables:
         print(markdown(table))
         for kind in args.format:
-            (args.out / f"{table.name}.{kind}").write_text(FORMATS[kind](table))
+            file = files[f"tables/{table.name}.{kind}"] = args.out / f"{table.name}.{kind}"
+            file.write_text(FORMATS[kind](table))
     print(f"Written to {args.out}")
+    try:
+        if args.log:
+            attach.told(args.grid, files)
+    except AnalysisError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from mlflow.entities import Metric, Param, RunTag
 
 from ctp.plan import Node, Plan
-from ctp.runinfo import ERROR, PARENT, entry, settings, tags
+from ctp.runinfo import CURVES, ERROR, PARENT, TOKENS_PER_S, entry, settings, tags
 from ctp.runs import Known, Runs
 from ctp.spec import Evaluate, Learn
 from ctp.store import Store
@@ -15,12 +15,14 @@ from ctp.store import Store
 ATTACHED = 4 * 2**20  # bytes of a file that MLflow gets a copy of
 BATCH = 900  # MLflow takes 1,000 metrics a call
 Event = dict[str, Any]
+Point = tuple[str, int, float]  # metric, step, value
 
 
 class CellRuns(Runs):
     """The runs of a plan's cells. parent: the run of the invocation that writes, once there is one.
 
-    live: keys of prompts that are being learned now, for all that was written.
+    live: keys of prompts that are being learned now, for all that was written. manifests: of the cells that were
+    finished here, as JSON by their keys.
     """
 
     def __init__(self, uri: str, plan: Plan, store: Store) -> None:
@@ -28,6 +30,12 @@ class CellRuns(Runs):
         self.plan, self.store = plan, store
         self.parent: str | None = None
         self.live: set[str] = set()
+        self.manifests: dict[str, str] = {}
+        self._curves: dict[str, set[Point]] = {}  # key of a prompt -> what its curves have, where that is known
+
+    def forget(self) -> None:
+        super().forget()
+        self._curves.clear()
 
     def start(self, node: Node) -> None:
         """The prompt is being learned, by this invocation."""
@@ -47,18 +55,29 @@ class CellRuns(Runs):
         self.live.discard(k)
 
     def progress(self, events: list[Event]) -> None:
-        """Losses and speeds of prompts that are being learned, as of when they were told."""
+        """Curves of prompts that are being learned, with points as of when they were told."""
         metrics: dict[str, list[Metric]] = {}
         for event in events:
-            if event.get("loss") is None or not isinstance(self.plan.nodes[event["key"]].cell, Learn):
+            if not isinstance(self.plan.nodes[event["key"]].cell, Learn):
                 continue
-            live = {"live/loss": event["loss"], "live/tokens_per_s": event.get("tokens_per_s")}
             at, step = int(1000 * event.get("at", time.time())), int(event["step"])
+            told = {name: event.get(n) for n, name in (*CURVES.items(), ("tokens_per_s", TOKENS_PER_S))}
             metrics.setdefault(event["key"], []).extend(
-                Metric(n, float(v), at, step) for n, v in live.items() if v is not None
+                Metric(name, float(v), at, step) for name, v in told.items() if v is not None
             )
         for k, found in metrics.items():
-            self._log(self.run(self.plan.nodes[k]).run_id, found)
+            run = self.run(self.plan.nodes[k])
+            self._log(run.run_id, self._lacking(k, run.run_id, found))
+
+    def _lacking(self, k: str, run: str, points: list[Metric]) -> list[Metric]:
+        """Those that the run's curves do not have: whoever goes on from a saved state passes the same steps again, and
+        the history of a finished prompt has what was told on the way."""
+        if k not in self._curves:
+            there = (m for name in CURVES.values() for m in self.client.get_metric_history(run, name))
+            self._curves[k] = {_point(m) for m in there}
+        new = {_point(m): m for m in points if _point(m) not in self._curves[k]}
+        self._curves[k] |= new.keys()
+        return list(new.values())
 
     def _log(self, run: str, metrics: list[Metric], keep: int = 0) -> list[Metric]:
         """Log them, but for the last of at most `keep` that one more call takes; returns those."""
@@ -88,6 +107,8 @@ class CellRuns(Runs):
     def _create(self, node: Node, start: int | None, more: dict[str, str]) -> Known:
         """A new run of the cell. start: milliseconds since 1970, None for now."""
         own = tags(self.plan.name, node) | more | ({PARENT: self.parent} if self.parent else {})
+        if isinstance(node.cell, Learn):
+            self._curves[node.key] = set()
         return self.create(node.key, start, own)
 
     def finish(self, node: Node) -> None:
@@ -101,7 +122,11 @@ class CellRuns(Runs):
         run.tags |= found.tags
         if isinstance(node.cell, Evaluate):
             self._log_files(node, run.run_id, manifest["files"])
-        last = self._log(run.run_id, [Metric(n, v, found.end, step) for n, v, step in found.metrics], keep=BATCH)
+        metrics = [Metric(n, v, found.end, step) for n, v, step in found.metrics]
+        if isinstance(node.cell, Learn):
+            metrics = self._lacking(node.key, run.run_id, metrics)
+            del self._curves[node.key]
+        last = self._log(run.run_id, metrics, keep=BATCH)
         written = () if new else [RunTag(n, v) for n, v in found.tags.items()]
         self.client.log_batch(run.run_id, metrics=last, params=_params(node), tags=written)
         if run.tags.pop(ERROR, None) is not None:
@@ -109,6 +134,7 @@ class CellRuns(Runs):
         self.client.set_terminated(run.run_id, "FINISHED", found.end)
         run.status = "FINISHED"
         self.live.discard(node.key)
+        self.manifests[node.key] = json.dumps(manifest)
 
     def _log_files(self, node: Node, run: str, files: dict[str, Any]) -> None:
         """An evaluation's answers, single timings, nearest words as artifacts: MLflow alone tells it all."""
@@ -117,6 +143,10 @@ class CellRuns(Runs):
             folder = self.store.fetch(node.cell)
             for name in small:
                 self.client.log_artifact(run, str(folder / name))
+
+
+def _point(metric: Metric) -> Point:
+    return metric.key, metric.step, metric.value
 
 
 def _params(node: Node) -> list[Param]:

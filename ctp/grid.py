@@ -189,7 +189,7 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
     """Run the missing cells, follow them, sum up."""
     from ctp import cluster, schedule  # Ray takes seconds to import: only where there is something to run
 
-    tracker.begin(shlex.join(["python", "-m", "ctp.grid", *sys.argv[1:]]))
+    tracker.begin(shlex.join(["python", "-m", "ctp.grid", *sys.argv[1:]]), len(todo))
     board = Board(plan, len(todo))
     about: dict[str, Any] = {"mlflow": tracker.uri, "command": shlex.join(sys.argv[1:])}
     begun, looked = time.monotonic(), -math.inf
@@ -201,8 +201,7 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
             with contextlib.suppress(Exception):  # it is for people to look at: no reason to stop
                 about.update(cluster.overview())
         teller.tell(event)
-        if event["event"] != "skipped":
-            tracker.tell(event)
+        tracker.tell(event)
 
     done = {k for k, why in state.items() if why == "done"}
     try:

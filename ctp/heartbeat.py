@@ -31,7 +31,7 @@ def beating(store: Store, board: Board, about: dict[str, Any], seconds: float = 
     stop: the next sign says it all. What dead drivers of this grid left goes."""
     path = f"{store.root}/{RUNNING}/{_NAME.sub('-', board.plan.name)}-{uuid.uuid4().hex[:8]}.json"
     for record in records(store, board.plan.name):
-        if record["state"] == "dead" or record["silence"] > DEAD_SECONDS:
+        if is_left(record):
             with suppress(Exception):
                 store.remove(record["path"])
     ended = threading.Event()
@@ -60,9 +60,14 @@ def _record(board: Board, about: dict[str, Any]) -> dict[str, Any]:
     return {**said, **who, **board.snapshot()}
 
 
-def records(store: Store, grid: str) -> list[dict[str, Any]]:
-    """What the drivers of a grid said last, the latest first; `silence`: seconds since then; `state`: "alive",
-    "silent" (no sign for long, its machine may be gone) or "dead" (its process is known to be no more).
+def is_left(record: dict[str, Any]) -> bool:
+    """Did a driver leave this that is dead, or was not heard of for longer than a driver can be?"""
+    return record["state"] == "dead" or record["silence"] > DEAD_SECONDS
+
+
+def records(store: Store, grid: str | None) -> list[dict[str, Any]]:
+    """What the drivers of a grid (None: of all) said last, the latest first; `silence`: seconds since then; `state`:
+    "alive", "silent" (no sign for long, its machine may be gone) or "dead" (its process is known to be no more).
 
     Raises StoreError where the store does not answer.
     """
@@ -70,7 +75,7 @@ def records(store: Store, grid: str) -> list[dict[str, Any]]:
     for path in store.glob(RUNNING, "*.json"):
         try:
             record = json.loads(store.read(path) or b"")
-            if record["grid"] != grid:
+            if grid not in (None, record["grid"]):
                 continue
             silence = max(0.0, time.time() - float(record["signs"][BEAT]))
             state = _state(record["signs"], silence)

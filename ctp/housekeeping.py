@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from ctp.folders import DAMAGED, DAY, TEMPORARY
+from ctp.heartbeat import RUNNING, is_left, records
 from ctp.manifest import MANIFEST, Damaged, parse
 from ctp.spec import KINDS
 from ctp.store import Store
@@ -151,12 +152,13 @@ def select(found: Iterable[Artifact], texts: Sequence[str]) -> list[Artifact]:
 
 
 def litter(store: Store, planned: set[str] | None = None) -> list[Litter]:
-    """What no run needs any more: what was cut off and gave no sign of life for a day, states and failures of cells
-    that are done, what was damaged. planned: keys; then also every artifact, state and failure of no such cell.
+    """What no run needs any more: what was cut off and gave no sign of life for a day, what dead drivers said of
+    themselves, states and failures of cells that are done, what was damaged. planned: keys; then also every artifact,
+    state and failure of no such cell.
     """
     found = artifacts(store)
     done = {a.name for a in found if a.manifest}
-    out = list(_unfinished(store))
+    out = [*_unfinished(store), *_dead(store)]
     for a in found:
         if not a.ours:
             continue  # somebody's, who must know
@@ -191,6 +193,14 @@ def _unfinished(store: Store) -> Iterator[Litter]:
         size, last = inside.get(name, (0, 0.0))
         if time.time() - max(last, os.lstat(f"{base}/{name}").st_mtime) > DAY:
             yield Litter(f"{TEMPORARY}/{name}", size, "left by a process that was killed")
+
+
+def _dead(store: Store) -> Iterator[Litter]:
+    """What drivers that are no more said of themselves; of a file that cannot be read, its age tells."""
+    left = {r["path"].rpartition("/")[2] for r in records(store, None) if is_left(r)}
+    for name, file in files(store, RUNNING).items():
+        if name in left or time.time() - file.time > DAY:
+            yield Litter(f"{RUNNING}/{name}", file.size, "left by a driver that is no more")
 
 
 def _late(artifact: Artifact) -> list[Litter]:

@@ -16,6 +16,8 @@ from ctp.store import DEFAULT_STORE
 
 KEY, KIND, CURRENT, STUDIES, PARENT = "ctp.key", "ctp.kind", "ctp.current", "ctp.studies", "mlflow.parentRunId"
 ERROR = "ctp.error"
+CURVES = {n: f"train/{n}" for n in ("loss", "val_loss", "lr")}  # of a history's points: what they are called here
+TOKENS_PER_S = "train/tokens_per_s"  # told while a prompt is learned, and in no history
 SYNCED = "ctp.synced"  # of the experiment: what it was brought up to date with
 
 
@@ -50,9 +52,9 @@ def entry(node: Node, manifest: dict[str, Any], history: Iterable[dict[str, Any]
     numbers = manifest["metrics"] | {n: manifest[n] for n in ("seconds", "peak_memory_bytes")}
     metrics = [(n, float(v), 0) for n, v in numbers.items()]
     metrics += [
-        (name, float(point[name]), int(point["step"]))
+        (called, float(point[name]), int(point["step"]))
         for point in history
-        for name in ("loss", "val_loss")
+        for name, called in CURVES.items()
         if point.get(name) is not None
     ]
     own = {"ctp.device": manifest["device"], "ctp.git_commit": manifest["git_commit"] or ""}

@@ -16,8 +16,11 @@ from collections.abc import Callable
 from itertools import takewhile
 from typing import Any, TypeVar
 
+from mlflow.entities import Metric, Param
+
 from ctp.alive import BEAT, BEAT_SECONDS, signs
 from ctp.cellruns import BATCH, CellRuns, Event
+from ctp.invocation import GRID_FILE, MANIFESTS, Invocation, document
 from ctp.plan import Plan
 from ctp.redact import scrub
 from ctp.runinfo import CURRENT, ERROR, KEY, KIND, PARENT, TrackError, asked, fingerprint
@@ -40,6 +43,7 @@ class Tracker:
         self.uri, self.plan, self.store = uri, plan, store
         self.runs = CellRuns(uri, plan, store)
         self.client, self.experiment = self.runs.client, self.runs.experiment
+        self.invocation: Invocation | None = None  # once it has begun
         self.ended = 0  # runs of dead invocations that were still RUNNING
         self.trouble = ""  # the first thing that went wrong while the grid ran
         self._whole = False
@@ -56,13 +60,14 @@ class Tracker:
         """The run of this invocation, once it has begun."""
         return self.runs.parent
 
-    def begin(self, command: str) -> None:
-        """Open the parent run of this invocation and start writing."""
-        own = {KIND: "grid", "ctp.command": scrub(command), "mlflow.runName": f"grid {self.plan.name}", **signs()}
+    def begin(self, command: str, cells: int | None = None) -> None:
+        """Open the parent run of this invocation and start writing. cells: how many it is to run."""
+        self.invocation = Invocation(self.plan.name, command, cells)
         try:
-            parent = self.client.create_run(self.experiment, tags=own).info.run_id
+            parent = self.client.create_run(self.experiment, tags=self.invocation.tags()).info.run_id
             self.runs.parent = parent
-            self.client.log_text(parent, scrub(self.plan.grid.text), "grid.yaml")
+            self.client.log_batch(parent, params=[Param(n, v) for n, v in self.invocation.params().items()])
+            self.client.log_text(parent, scrub(self.plan.grid.text), GRID_FILE)
         except Exception as e:
             raise TrackError(f"MLflow at {self.uri}: {type(e).__name__}: {first_line(e)}") from e
         self._beat_at = time.monotonic() + BEAT_SECONDS
@@ -78,7 +83,10 @@ class Tracker:
 
     def tell(self, event: Event) -> None:
         """Hand over an event; returns at once."""
-        self._events.put({"at": time.time(), **event})
+        if self.invocation is not None:
+            self.invocation.tell(event)
+        if event["event"] != "skipped":  # such a cell has no run
+            self._events.put({"at": time.time(), **event})
 
     def close(self, status: str) -> None:
         """Write what is left, then end the parent run, and cells that were cut off, as FINISHED, FAILED or KILLED."""
@@ -200,7 +208,14 @@ class Tracker:
         for k in self.runs.live & set(self.runs.known()):
             if self.runs.known()[k].tags.get(PARENT) == self.parent:  # or another driver is at it by now
                 self.runs.cut_off(k)
-        if self.parent is not None:
+        if self.parent is not None and self.invocation is not None:
+            text, count = document(self.runs.manifests)
+            if count:
+                self.client.log_text(self.parent, text, MANIFESTS)
+            if count < len(self.runs.manifests):
+                self.client.set_tag(self.parent, "ctp.manifests", f"{count} of {len(self.runs.manifests)}")
+            now = int(1000 * time.time())
+            self.client.log_batch(self.parent, [Metric(n, v, now, 0) for n, v in self.invocation.metrics().items()])
             self.client.set_terminated(self.parent, status)
 
     def _lost(self, e: Exception) -> TrackError:

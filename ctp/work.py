@@ -2,13 +2,10 @@
 
 import math
 import platform
-import subprocess
 import time
 import traceback
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +16,9 @@ from ctp.memory import explained, free, ran_out
 from ctp.methods import Dense, Learned
 from ctp.spec import Cell, Compress, Evaluate, Learn, Runtime
 from ctp.store import Store
+from ctp.versions import git_commit, versions
 
 Report = Callable[[dict[str, Any]], None]
-LIBRARIES = ("torch", "transformers", "accelerate", "ray", "mlflow", "peft", "safetensors")
 
 
 def execute(cell: Cell, store: Store, runtime: Runtime, report: Report) -> None:
@@ -113,27 +110,8 @@ def pick_device(runtime: Runtime) -> str:
 def surroundings() -> dict[str, Any]:
     """What a manifest says of the code and machine that made it."""
     return {
-        "git_commit": _git_commit(),
-        "versions": {name: _version(name) for name in ("ctp", *LIBRARIES)},
+        "git_commit": git_commit(),
+        "versions": versions(),
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
-
-
-def _git_commit() -> str | None:
-    """The commit of the checkout that ctp runs from; None where it is installed, or there is no git."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return asked.stdout.strip() or None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

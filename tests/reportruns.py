@@ -64,7 +64,7 @@ def learn(writer):
     said = {"trainable_parameters": 512000, "seconds": 3600, "initial_val_loss": 3.0, "best_val_loss": 2.5}
     run = writer.write(learned, said, {"recovery_label": "soft_prompt-k100-c4"}, tags("a prompt"))
     for step, loss in ((0, 3.0), (10, 2.75), (20, 2.5)):
-        writer.client.log_metric(run, "val_loss", loss, step=step)
+        writer.client.log_metric(run, "train/val_loss", loss, step=step)
 
 
 class Parsed(HTMLParser):

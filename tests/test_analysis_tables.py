@@ -336,9 +336,11 @@ def test_the_command_tells_by_its_exit_code(uri, monkeypatch, capsys, tmp_path):
 
 def test_the_tables_command_writes_the_files(uri, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    assert tables.main(["g", "--table", "table3", "--out", str(tmp_path), "--format", "md,csv"]) == 0
+    assert tables.main(["g", "--table", "table3", "--out", str(tmp_path), "--format", "md,csv", "--log"]) == 0
     assert {f.name for f in tmp_path.iterdir()} == {"table3.md", "table3.csv"}
-    assert "50 % + 4-bit (w/ prompt)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "50 % + 4-bit (w/ prompt)" in out
+    assert re.search("Attached to the MLflow run '.+': tables/table3.md, tables/table3.csv\n", out)
     assert tables.main(["nope", "--out", str(tmp_path)]) == 1
 
 

@@ -50,7 +50,8 @@ def page(tmp_path, monkeypatch, tables):
 
 def demo(folder, failing=False):
     """A finished grid `demo` in the working directory, as `ctp grid demo.yaml` leaves it."""
-    content = grid(model_folder(folder / "tiny"))
+    model = model_folder(folder / "tiny")
+    content = grid(model, define={"llama-7b": str(model), "c4": {"dataset": "pydoc"}})
     content["recovery"] |= {"k": [2, 4], "steps": 2, "validate_every": 1}
     if failing:  # one prompt asks for more text than there is
         wrong = content["recovery"] | {"k": 3, "text": content["recovery"]["text"] | {"count": 10**6}}
@@ -72,6 +73,13 @@ def test_the_mlflow_page(page):
     assert len(n["best"]) == 3
     assert len(n["written"]) == 3 + 3 + 9  # compressed; learned, the failed one too; measured
     assert len(n["learned"]) == 2
+    last = n["last"]
+    assert tuple(last[f"metrics.grid/{n}"] for n in ("cells", "done", "failed")) == (18, 14, 1)
+    attached = {f.path for f in n["client"].list_artifacts(last.run_id)}
+    assert attached == {"grid.yaml", "manifests.json", "report.html", "figures"}
+    assert set(n["figures"]) >= {"figures/figure2.png", "figures/figure2.pdf"}
+    assert set(n["manifests"]) == set(n["cells"]["tags.ctp.key"])
+    assert n["page"] == Path("results/report_demo.html").read_text(encoding="utf-8")
 
 
 def read_page(name, **how):

@@ -11,6 +11,7 @@ from test_store import publish, store  # noqa: F401
 from tinygrid import grid, write_grid
 
 from ctp import gridfile, housekeeping
+from ctp.alive import BEAT, DEAD_SECONDS, OWNER, signs
 from ctp.artifacts import main
 from ctp.manifest import own_key
 from ctp.pins import Pins
@@ -211,6 +212,21 @@ def test_gc_removes_what_no_run_needs(full, capsys, monkeypatch):
     assert call(full, "gc", capsys=capsys)[0] == 0
     assert everything(full) == before
     assert "nothing to remove" in call(full, "gc", capsys=capsys)[1]
+
+
+def test_gc_removes_what_dead_drivers_said_and_leaves_the_living(full, capsys, monkeypatch):
+    living = signs()
+    dead = living | {OWNER: f"{living[OWNER].split()[0]} 999999999 1"}
+    silent = {OWNER: "elsewhere/x 1 2", BEAT: str(int(time.time()) - 2 * int(DEAD_SECONDS))}
+    for name, told in (("living", living), ("dead", dead), ("silent", silent)):
+        full.write(f"{full.root}/running/{name}.json", json.dumps({"grid": name, "signs": told}).encode())
+    full.write(f"{full.root}/running/torn.json", b'{"grid": "g"')
+    _, out, _ = call(full, "gc", capsys=capsys)
+    assert out.count("left by a driver that is no more") == 2
+    assert sorted(housekeeping.files(full, "running")) == ["living.json", "torn.json"]  # may be being written
+    older(monkeypatch)
+    _, out, _ = call(full, "gc", "--dry-run", capsys=capsys)
+    assert "running/torn.json" in out
 
 
 def test_gc_removes_the_files_of_a_racer_that_died(full, capsys, monkeypatch):

@@ -172,9 +172,14 @@ def test_a_run_without_its_number_leaves_its_measure_out(uri, record):
 def test_the_command(uri, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     file = tmp_path / "new" / "report.html"
-    assert report.main(["g", "--out", str(file), "--store", str(tmp_path / "none")]) == 0
-    assert capsys.readouterr().out.strip() == str(file)
+    assert report.main(["g", "--out", str(file), "--store", str(tmp_path / "none"), "--log"]) == 0
+    said, attached = capsys.readouterr().out.splitlines()
+    assert said == str(file)
+    assert attached.startswith("Attached to the MLflow run")
     assert file.read_text(encoding="utf-8").startswith("<!doctype html>")
+    [grid] = mlflow.search_runs(["1"], "tags.`ctp.kind` = 'grid'", output_format="list")
+    kept = mlflow.artifacts.load_text(f"runs:/{grid.info.run_id}/report.html")
+    assert kept == file.read_text(encoding="utf-8")
     assert report.main(["nothing", "--store", str(tmp_path / "none")]) == 1
     assert "no experiment 'nothing'" in capsys.readouterr().err
 

@@ -76,7 +76,7 @@ def test_no_planted_secret_is_anywhere_after_a_run(tmp_path, llama_folder, sessi
     assert leaks(found.stdout + found.stderr) == []
     places = [p for root in (tmp_path / "results", session) for p in root.rglob("*") if p.is_file()]
     assert any(p.name == "mlflow.db" for p in places)
-    assert any(p.name == "traceback.txt" for p in places)
+    assert {"traceback.txt", "manifests.json", "grid.yaml"} <= {p.name for p in places}
     assert any(p.parent.name == "failed" for p in places)
     assert any(p.parent.name == "logs" for p in places)
     assert {str(p): told for p in places if (told := leaks(p.read_bytes()))} == {}

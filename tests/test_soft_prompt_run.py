@@ -31,6 +31,8 @@ def test_the_best_step_is_kept_and_everything_is_reported():
     again = perplexity(tiny_llama(), random_windows(5, S, seed=2), learned.embeddings)
     assert math.log(again.ppl) == pytest.approx(learned.best_val_loss, rel=1e-6)
     assert [t["step"] for t in told if "val_loss" in t] == [0, 2, 4, 5]
+    for name in ("loss", "lr"):  # live as in the history: one curve
+        assert [t[name] for t in told if "val_loss" in t] == [h[name] for h in learned.history]
     assert set(told[-1]) == {
         "step", "steps", "loss", "lr", "tokens_per_s", "best_val_loss", "best_step", "val_loss",
     }  # fmt: skip

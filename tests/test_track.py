@@ -1,18 +1,20 @@
 """MLflow holds what the store holds, once, and comes back from it."""
 
 import json
+import re
 import shutil
 import time
 
 import mlflow
 import pandas as pd
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 from test_work import Bench
 
-from analysis import transfer_matrix
+from analysis import attach, transfer_matrix
 from analysis.runs import AnalysisError, evaluations
-from ctp import resync
+from ctp import invocation, resync
 from ctp.plan import Plan
 from ctp.runinfo import TrackError, tracking_uri
 from ctp.spec import Evaluate, Learn, key
@@ -123,7 +125,7 @@ def test_learning_curves_are_replayed(finished, uri):
     Tracker(uri, finished.plan, finished.store).sync()
     cell = finished.all(Learn)[0]
     [run] = [r for r in runs(uri) if r.data.tags["ctp.key"] == key(cell)]
-    curve = MlflowClient(uri).get_metric_history(run.info.run_id, "val_loss")
+    curve = MlflowClient(uri).get_metric_history(run.info.run_id, "train/val_loss")
     history = json.loads((finished.store.fetch(cell) / "history.json").read_text())["history"]
     assert [(m.step, m.value) for m in curve] == [(p["step"], p["val_loss"]) for p in history]
 
@@ -140,7 +142,7 @@ def test_events_become_runs_and_a_failed_one_recovers(finished, uri):
     [run] = runs(uri)
     assert run.info.status == "FAILED"
     assert run.data.tags["ctp.error"] == "ValueError: no"
-    assert run.data.metrics["live/loss"] == 2.5
+    assert run.data.metrics["train/loss"] == 2.5
     assert run.data.tags["mlflow.parentRunId"] == tracker.parent
     tracker.close("FAILED")
     after = {r.data.tags["ctp.key"]: r for r in runs(uri)}
@@ -148,6 +150,81 @@ def test_events_become_runs_and_a_failed_one_recovers(finished, uri):
     assert after[learned].info.run_id == run.info.run_id
     assert after[learned].info.status == "FINISHED"
     assert MlflowClient(uri).get_run(tracker.parent).info.status == "FAILED"
+
+
+def test_curves_have_one_point_a_step_however_often_it_was_told(finished, uri):
+    """Live, told again after a resumption, and replayed from the history: all by one name, and each once."""
+    cell = finished.all(Learn)[0]
+    history = json.loads((finished.store.fetch(cell) / "history.json").read_text())["history"]
+    told = [{"event": "progress", "key": key(cell), "tokens_per_s": 9.0, **p} for p in history]
+    for last in (3, len(told)):  # the first invocation is cut off, the second one goes on from an earlier state
+        tracker = Tracker(uri, finished.plan, finished.store)
+        tracker.begin("test")
+        tracker.tell({"event": "start", "key": key(cell)})
+        for event in told[:last]:
+            tracker.tell(event)
+        tracker._events.put(None)
+        tracker._thread.join()
+        assert not tracker.trouble
+    [run] = runs(uri)
+    assert "train/val_loss" in run.data.metrics  # before it is finished
+    tracker._thread = None
+    tracker.close("FINISHED")
+    [run] = [r for r in runs(uri) if r.data.tags["ctp.key"] == key(cell)]
+    for name in ("loss", "val_loss", "lr"):
+        curve = MlflowClient(uri).get_metric_history(run.info.run_id, f"train/{name}")
+        assert [(m.step, m.value) for m in curve] == [(p["step"], p[name]) for p in history if p[name] is not None]
+    assert [n for n in run.data.metrics if "/" in n and not n.startswith("train/")] == []
+
+
+def test_the_run_of_an_invocation_says_what_it_was_and_what_came_of_it(finished, uri):
+    cells = [key(c) for c in finished.cells]
+    half = Plan("g", finished.plan.grid, {k: n for k, n in finished.plan.nodes.items() if k in cells[:6]})
+    tracker = Tracker(uri, half, finished.store)
+    tracker.begin("python -m ctp.grid g --api-key=abcdefgh", cells=6)
+    for k, event in zip(cells, ["done"] * 4 + ["failed", "skipped"], strict=False):
+        tracker.tell({"event": event, "key": k, "error": "ValueError: no"})
+    tracker.close("FAILED")
+    client = MlflowClient(uri)
+    run = client.get_run(tracker.parent)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d g", run.info.run_name)
+    assert {n: v for n, v in run.data.metrics.items() if n != "grid/seconds"} == {
+        "grid/cells": 6, "grid/done": 4, "grid/failed": 1, "grid/skipped": 1}  # fmt: skip
+    assert run.data.params["torch"] == torch.__version__
+    assert set(run.data.params) == {"host", "ctp", "torch", "transformers"}
+    assert "abcdefgh" not in run.data.tags["ctp.command"]
+    manifests = mlflow.artifacts.load_dict(f"runs:/{tracker.parent}/manifests.json")
+    assert manifests == {k: finished.store.manifest(half.nodes[k].cell) for k in half.nodes}
+
+
+def test_manifests_are_cut_at_a_limit(monkeypatch):
+    one = json.dumps({"files": {}})
+    whole, count = invocation.document({"a": one, "b": one})
+    assert count == 2
+    assert json.loads(whole) == {"a": {"files": {}}, "b": {"files": {}}}
+    monkeypatch.setattr(invocation, "LARGEST", len(whole) - 9)
+    cut, count = invocation.document({"a": one, "b": one})
+    assert (list(json.loads(cut)), count) == (["a"], 1)
+
+
+def test_files_are_attached_to_the_newest_invocation(finished, uri, tmp_path):
+    file = tmp_path / "report_g.html"
+    file.write_text("first")
+    with pytest.raises(AnalysisError, match="has no run of an invocation of 'g' to attach to: `ctp track sync g`"):
+        attach.attach("g", {"report.html": file})
+    Tracker(uri, finished.plan, finished.store).sync()  # as after MLflow was emptied: cells, and no invocation
+    with pytest.raises(AnalysisError, match="has no run of an invocation"):
+        attach.attach("g", {"report.html": file})
+    both = [Tracker(uri, finished.plan, finished.store) for _ in range(2)]
+    for tracker in both:
+        tracker.begin("test")
+        tracker.close("FINISHED")
+    for text in ("first", "second"):
+        file.write_text(text)
+        attach.attach("g", {"report.html": file, "figures/a.png": file})
+    found = [{f.path for f in MlflowClient(uri).list_artifacts(t.parent)} for t in both]
+    assert found == [{"grid.yaml"}, {"grid.yaml", "report.html", "figures"}]
+    assert mlflow.artifacts.load_text(f"runs:/{both[1].parent}/report.html") == "second"
 
 
 def test_cells_that_left_the_grid_leave_the_matrix(finished, uri, tmp_path, llama_folder):
@@ -174,6 +251,8 @@ def test_track_sync_command(finished, uri, tmp_path, capsys):
         experiment_names=["g"], filter_string="tags.`ctp.kind` = 'grid'", output_format="list"
     )
     assert "compression:" in mlflow.artifacts.load_text(f"{parent.info.artifact_uri}/grid.yaml")
+    assert len(mlflow.artifacts.load_dict(f"{parent.info.artifact_uri}/manifests.json")) == 10
+    assert set(parent.data.metrics) == {"grid/seconds"}  # it ran nothing
     assert resync.main(["sync", str(file), "--store", finished.store.uri]) == 0
     assert len(mlflow.search_runs(experiment_names=["g"])) == 11  # a second time changes nothing
     assert resync.main(["sync", str(tmp_path / "no.yaml")]) == 2
@@ -248,7 +327,7 @@ def test_a_dead_server_never_holds_up_the_end(finished, uri, server):
     server.away = True
     learned = key(finished.all(Learn)[0])
     for step in range(50):
-        tracker.tell({"event": "progress", "key": learned, "step": step, "loss": 1.0})
+        tracker.tell({"event": "progress", "key": learned, "step": step, "tokens_per_s": 9.0})
     tracker._events.put(None)
     tracker._thread.join()
     assert server.refused == 1
@@ -257,7 +336,7 @@ def test_a_dead_server_never_holds_up_the_end(finished, uri, server):
     tracker.close("FINISHED")
     assert len(runs(uri)) == 10
     [run] = [r for r in runs(uri) if r.data.tags["ctp.key"] == learned]
-    assert len(MlflowClient(uri).get_metric_history(run.info.run_id, "live/loss")) == 50
+    assert len(MlflowClient(uri).get_metric_history(run.info.run_id, "train/tokens_per_s")) == 50
 
 
 def test_what_waited_is_written_as_soon_as_the_server_is_back(finished, uri, server, monkeypatch):

@@ -76,9 +76,9 @@ _PLAIN = [n for n in TrainState.__dataclass_fields__ if n not in ("values", "bes
 class Outcome:
     """How learning went. best_val_loss and the losses in `history` are nats per scored token: exp gives a perplexity.
 
-    history: one entry per validation with step, val_loss, loss (mean training loss since the one before, None at step
-    0), lr, and at_once where memory allowed fewer windows a micro-batch than the spec says. seconds: all interrupted
-    runs together.
+    history: one entry per validation with step, val_loss, loss (mean training loss since the one before), lr (both None
+    at step 0), and at_once where memory allowed fewer windows a micro-batch than the spec says. seconds: all
+    interrupted runs together.
     """
 
     best_step: int

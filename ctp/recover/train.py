@@ -87,10 +87,11 @@ def train(
     make: called once the model is frozen and on its device (runtime.device, unless accelerate has spread it out); what
     it changed about the model it undoes on its way out. resume: folder of a TrainState to go on from, to the same bytes
     as without the interruption. checkpoint: called between two steps, at least runtime.checkpoint_seconds apart.
-    report: called about once a second and after each validation with step, steps, loss, lr, tokens_per_s (window
-    tokens, while training), best_val_loss, best_step and, when measured, val_loss; losses are nats per scored token
-    whatever spec.loss is. Where memory runs out, a micro-batch is halved, and stays so: the gradient is the same sum up
-    to rounding (and dropout draws other masks); report and history then say how many windows go through `at_once`.
+    report: called about once a second and after each validation with step, steps, loss (mean since the last
+    validation), lr, tokens_per_s (window tokens, while training), best_val_loss, best_step and, when measured,
+    val_loss; losses are nats per scored token whatever spec.loss is. Where memory runs out, a micro-batch is halved,
+    and stays so: the gradient is the same sum up to rounding (and dropout draws other masks); report and history then
+    say how many windows go through `at_once`.
 
     Raises ValueError where spec, text and model do not fit or the checkpoint is another run's, FloatingPointError
     (with step, learning rate and last losses) on a loss or gradient that is not finite, OutOfMemory where one window at
@@ -254,7 +255,7 @@ class _Run:
             raise self._diverged("the validation loss is not finite") from error
         val_loss = result.nll_sum / result.scored_tokens
         loss = state.loss_sum / state.loss_count if state.loss_count else None
-        point = {"step": state.step, "val_loss": val_loss, "loss": loss, "lr": self.rate}
+        point = {"step": state.step, "val_loss": val_loss, "loss": loss, "lr": self.rate if state.step else None}
         state.history.append(point | smaller(self.micro_batch, self.at_once.size))
         state.loss_sum, state.loss_count = 0.0, 0
         if val_loss < state.best_loss:
@@ -267,8 +268,8 @@ class _Run:
         numbers = {
             "step": state.step,
             "steps": self.spec.steps,
-            "loss": self.losses[-1] if self.losses else None,
-            "lr": self.rate,
+            "loss": state.loss_sum / state.loss_count if state.loss_count else measured["loss"],
+            "lr": self.rate if state.step else None,
             "tokens_per_s": self.trained / self.training_seconds if self.trained else None,
             "best_val_loss": state.best_loss,
             "best_step": state.best_step,

@@ -15,7 +15,7 @@ from tinygrid import grid, write_grid
 
 from ctp.runinfo import every_run
 
-CHANGING = ("seconds", "peak_memory_bytes", "train_seconds", "live/")  # metrics that no two runs have alike
+CHANGING = ("seconds", "peak_memory_bytes", "train/tokens_per_s")  # metrics that no two runs have alike
 STEPS = 40
 ROOT = Path(__file__).parents[2]
 
@@ -145,7 +145,7 @@ class Place:
                 invocations.append(run.info.status)
                 continue
             metrics = {n: v for n, v in run.data.metrics.items() if not n.startswith(CHANGING)}
-            curve = client.get_metric_history(run.info.run_id, "val_loss") if "val_loss" in metrics else []
+            curve = client.get_metric_history(run.info.run_id, "train/val_loss") if "train/val_loss" in metrics else []
             points = sorted((m.step, m.value) for m in curve)
             cells.append((run.data.tags["ctp.key"], run.info.status, run.data.params, metrics, points))
         return sorted(cells, key=lambda c: c[0]), invocations
