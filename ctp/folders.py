@@ -4,6 +4,7 @@ Locally a folder is made beside the others and becomes visible by one rename. An
 files go into a folder of their own inside, and the manifest that names them comes last.
 """
 
+import errno
 import glob
 import json
 import os
@@ -29,6 +30,7 @@ DAY = 24 * 3600.0
 PULSE = 600.0  # seconds between two signs of life in the folder of what is being made
 _PAYLOAD = re.compile("payload-[0-9a-f]{12}")
 LEAST_ROOM = 2**20  # bytes free, below which nothing is begun
+IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # a folder, or something else, is where one is renamed to
 
 
 class Folders:
@@ -155,8 +157,8 @@ class Folders:
             try:
                 work.rename(target)
                 return
-            except OSError:
-                if not os.path.lexists(target):
+            except OSError as e:  # what was in the way may be gone by now: a look at it would not tell
+                if e.errno not in IN_THE_WAY:
                     raise
             if self._stands(target):
                 return

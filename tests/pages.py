@@ -4,7 +4,7 @@
 ```python              executed; a page is one program, and shares its names
 ```python elsewhere    not executed: it needs what is not here
 ```sh run              commands, one a line: those of ctp in this process, others by bash
-```text shows          lines that the command before printed, but for their numbers; "…" stands for any lines
+```text shows          lines that the command before printed, but for numbers and keys; "…" stands for any lines
 ```filter              an MLflow filter that finds runs of the grid `demo`
 """
 
@@ -24,7 +24,7 @@ from ctp.labels import slug
 from ctp.store import Store
 
 FENCE = re.compile(r"^```(\w*)[ ]?([^\n]*)\n(.*?)^```$", re.S | re.M)
-NUMBER = re.compile(r"[-+]?\d[\d,.]*(e[-+]?\d+)?")
+NUMBER = re.compile(r"\b[0-9a-f]{12}\b|[-+]?\d[\d,.]*(e[-+]?\d+)?")  # keys too: texts differ by Python
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def compare(shown: str, printed: str) -> None:
 
 
 def plain(line: str) -> str:
-    """Numbers are 0, and any space is one space."""
+    """Numbers and keys are 0, and any space is one space."""
     return " ".join(NUMBER.sub("0", line).split())
 
 

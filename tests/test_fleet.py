@@ -115,7 +115,7 @@ class Tracker:
 
     ended = uri = ""
 
-    def begin(self, command):
+    def begin(self, command, cells):
         pass
 
     def close(self, status):

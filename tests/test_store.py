@@ -355,9 +355,12 @@ def test_what_came_meanwhile_is_not_moved_aside(store):
     assert store.has(compress())
 
 
-def together(wait, store, text):
+def together(wait, store, text, raised):
     wait.wait(10)
-    publish(store, compress(), text)
+    try:
+        publish(store, compress(), text)
+    except Exception as e:
+        raised.append(e)
 
 
 def test_many_who_publish_at_once_over_what_is_half_there_leave_one_whole_artifact(tmp_path):
@@ -367,12 +370,13 @@ def test_many_who_publish_at_once_over_what_is_half_there_leave_one_whole_artifa
         half = tmp_path / f"store{round_}" / "compress" / Store(uri).folder(compress()).split("/")[-1]
         half.mkdir(parents=True)
         (half / "a.txt").write_text("half")
-        wait = threading.Barrier(4)
-        threads = [threading.Thread(target=together, args=(wait, Store(uri), f"from {i}")) for i in range(4)]
+        wait, raised = threading.Barrier(4), []
+        threads = [threading.Thread(target=together, args=(wait, Store(uri), f"from {i}", raised)) for i in range(4)]
         for t in threads:
             t.start()
         for t in threads:
             t.join(20)
+        assert raised == []
         assert (Store(uri).fetch(compress()) / "sub" / "a.txt").read_text().startswith("from ")
 
 
