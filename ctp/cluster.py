@@ -76,9 +76,7 @@ def _connect(address: str | None, insecure: bool) -> None:
     worker.print_to_stdstream = _untold
     if address:
         _knock(address)
-        show_token()
-        if not insecure:
-            check_token(address)
+        authenticate(address, insecure)
         ray.init(address=address, **quiet)
     else:
         with _loopback():
@@ -112,7 +110,7 @@ def _loopback() -> Iterator[None]:
 # ------------------------------------------------------------------------ who may
 
 
-def show_token() -> None:
+def _show_token() -> None:
     """Have Ray show the token that this machine has: by itself it shows it to clusters that it starts only."""
     if _has_token() and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
@@ -125,19 +123,28 @@ def _has_token() -> bool:
     return given or TOKEN.expanduser().is_file()
 
 
-def check_token(address: str) -> None:
-    """Raises ResourceError where a cluster that other machines can reach takes work without a token.
+def authenticate(address: str, insecure: bool) -> None:
+    """Show the cluster this machine's token if it asks for one. Shown to one that does not, it makes this process
+    refuse the calls of the cluster's machines, and every trial dies.
 
-    Of ray://… only whether a token is shown can be known here, not whether it is asked for.
+    insecure: the cluster need not ask. Else raises ResourceError where one that other machines can reach takes work
+    without a token, or there is none here. Of ray://… only whether a token is shown can be known here.
     """
     if address.startswith("ray://"):
-        place, asks = address.removeprefix("ray://"), os.environ.get("RAY_AUTH_MODE") == "token"
+        place = address.removeprefix("ray://")
+        _show_token()
+        near, asks = _is_loopback(place), os.environ.get("RAY_AUTH_MODE") == "token"
     else:
         place = services.canonicalize_bootstrap_address(address) or ""
-        asks = _is_loopback(place) or _asks(place)
-    if not (asks or _is_loopback(place)):
+        near = _is_loopback(place)
+        asks = (_has_token() or not (near or insecure)) and _asks(place)
+        if asks:
+            _show_token()
+    if insecure or near:
+        return
+    if not asks:
         raise ResourceError(INSECURE.format(place))
-    if not _is_loopback(place) and not _has_token():
+    if not _has_token():
         raise ResourceError(f"the Ray cluster at {place} asks for a token, and there is none: copy the cluster's "
                             f"{TOKEN} here, or set RAY_AUTH_TOKEN")  # fmt: skip
 

@@ -9,7 +9,7 @@ from tinygrid import grid
 
 from ctp import cluster
 from ctp import grid as cli
-from ctp.cluster import ResourceError, check_token
+from ctp.cluster import ResourceError, authenticate
 from ctp.resources import Fleet, Machine, bundles, fleet
 from ctp.resources import Resources as Each
 from ctp.spec import Runtime
@@ -85,29 +85,43 @@ def no_token(tmp_path, monkeypatch):
 def test_loopback_needs_no_token(place, monkeypatch, no_token):
     monkeypatch.setattr(cluster.services, "canonicalize_bootstrap_address", lambda address: address)
     monkeypatch.setattr(cluster, "_asks", lambda place: pytest.fail("asked"))
-    check_token(place)
+    authenticate(place, False)
 
 
 def test_an_open_cluster_is_refused_with_what_to_do(monkeypatch, no_token):
     monkeypatch.setattr(cluster, "_asks", lambda place: False)
     with pytest.raises(ResourceError, match=r"10\.9\.8\.7:6379 takes work from anyone.*get-auth-token.*--insecure-ray"):
-        check_token("10.9.8.7:6379")
+        authenticate("10.9.8.7:6379", False)
 
 
 def test_a_cluster_that_asks_needs_a_token_here(monkeypatch, no_token):
     monkeypatch.setattr(cluster, "_asks", lambda place: True)
     with pytest.raises(ResourceError, match="asks for a token, and there is none"):
-        check_token("10.9.8.7:6379")
+        authenticate("10.9.8.7:6379", False)
+    monkeypatch.setattr(cluster, "_show_token", lambda: None)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 32)
-    check_token("10.9.8.7:6379")
+    authenticate("10.9.8.7:6379", False)
+
+
+@pytest.mark.parametrize("place", ["127.0.0.1:6379", "10.9.8.7:6379"])
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_token_is_shown_to_those_who_ask(monkeypatch, no_token, place, asks):
+    """To others it would have this process refuse the calls of their machines."""
+    shown = []
+    monkeypatch.setattr(cluster.services, "canonicalize_bootstrap_address", lambda address: address)
+    monkeypatch.setattr(cluster, "_asks", lambda place: asks)
+    monkeypatch.setattr(cluster, "_show_token", lambda: shown.append(place))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 32)
+    authenticate(place, True)
+    assert bool(shown) == asks
 
 
 def test_rays_client_must_show_a_token(monkeypatch, no_token):
     with pytest.raises(ResourceError, match="takes work from anyone"):
-        check_token("ray://10.9.8.7:10001")
+        authenticate("ray://10.9.8.7:10001", False)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 32)
-    check_token("ray://10.9.8.7:10001")
+    authenticate("ray://10.9.8.7:10001", False)
 
 
 class Tracker:
