@@ -17,7 +17,7 @@ test: lint ## all tests but the slow ones
 test-all: lint foreign ## and the slow ones, against the real GPTQModel and llm-compressor too
 	$(BIN)/python -m pytest -m "not faults and not cluster"
 
-test-faults: $(STAMP) ## kill -9 of drivers, workers, raylets; servers that go away; a quarter of an hour on two cores
+test-faults: $(STAMP) ## kill -9 of drivers, workers, raylets; servers that go away; nine minutes on two cores
 	$(BIN)/python -m pytest tests/faults -m faults
 
 test-cluster: .cluster/.installed ## `ray up` on three machines made of namespaces; needs root, openssh-server and rsync
