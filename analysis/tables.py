@@ -196,24 +196,26 @@ def main(argv: list[str] | None = None) -> int:
     try:
         results = command.results(args)
         tables = [build(name, results) for name in ([args.table] if args.table else ALL)]
+        files = _write(tables, args.format, args.out)
+        if args.log:
+            attach.told(args.grid, files)
     except (AnalysisError, StoreError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    args.out.mkdir(parents=True, exist_ok=True)
+    return 0
+
+
+def _write(tables: list[Table], kinds: list[str], folder: Path) -> dict[str, Path]:
+    """Print the tables and write the files; returns these by the paths under which --log attaches them."""
+    folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, Path] = {}
     for table in tables:
         print(markdown(table))
-        for kind in args.format:
-            file = files[f"tables/{table.name}.{kind}"] = args.out / f"{table.name}.{kind}"
+        for kind in kinds:
+            file = files[f"tables/{table.name}.{kind}"] = folder / f"{table.name}.{kind}"
             file.write_text(FORMATS[kind](table))
-    print(f"Written to {args.out}")
-    try:
-        if args.log:
-            attach.told(args.grid, files)
-    except AnalysisError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    return 0
+    print(f"Written to {folder}")
+    return files
 
 
 if __name__ == "__main__":
