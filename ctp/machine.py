@@ -5,10 +5,14 @@ import platform
 import resource
 import shutil
 import subprocess
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 
 def machine() -> dict[str, Any]:
@@ -78,3 +82,23 @@ def keep_heap() -> None:
     glibc learns that from a large block that is freed; from 2^25 bytes on it learns nothing. Elsewhere nothing happens.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
+
+
+def side_by_side(jobs: Iterable[Callable[[], Result]], device: torch.device) -> list[Result]:
+    """What the jobs return, in their order; each runs torch on `device`.
+
+    On a CPU several run at once, each with its share of torch's threads: steps too short to be worth all threads are
+    worth one. The last one begins first: of a block's linears it is the largest. Elsewhere they are drawn and run one
+    by one. Raises what the first of the jobs to fail raised.
+    """
+    if device.type != "cpu":
+        return [job() for job in jobs]
+    jobs, threads = list(jobs), torch.get_num_threads()
+    workers = min(len(jobs), threads)
+    if workers < 2:
+        return [job() for job in jobs]
+    try:
+        with ThreadPoolExecutor(workers, "job", torch.set_num_threads, (threads // workers,)) as pool:
+            return [done.result() for done in [pool.submit(job) for job in reversed(jobs)][::-1]]
+    finally:
+        torch.set_num_threads(threads)  # what threads to come begin with

@@ -20,7 +20,7 @@ def refit(
     errors: e (columns, outputs). root: R, damped: H (columns, columns). group: int64 (columns,). An output whose new
     scales are not all positive and below twice the old ones keeps its own. model: the dtype that scales are stored for.
     """
-    steps = work.div(scale[group]).round_()
+    steps = work.div(scale.index_select(0, group)).round_()
     if len(scale) == 1:
         a, r = _one_group(steps, errors, root)
     else:
@@ -30,7 +30,7 @@ def refit(
     new = scale + _solve(a, r)
     sound = ((new > 0) & (new < 2 * scale)).all(0)
     new = to_storage(torch.where(sound, new, scale), model)
-    torch.mul(steps, new[group], out=work)
+    torch.mul(steps, new.index_select(0, group), out=work)
     return new
 
 
@@ -55,7 +55,8 @@ def _groups(
         torch.matmul(root[rows, rows.start :], errors[rows.start :], out=pushed[rows])
     order = torch.argsort(group, stable=True)
     if not bool((order == torch.arange(columns, device=order.device)).all()):
-        steps, pushed, damped = steps[order], pushed[order], damped[order][:, order]
+        steps, pushed = steps.index_select(0, order), pushed.index_select(0, order)
+        damped = damped.index_select(0, order).index_select(1, order)
     r = pushed.mul_(steps).view(count, size, outputs).sum(1)
     a = steps.new_empty(count, count, outputs)
     for g in range(count):  # H is symmetric: half of A is enough

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctp.compression.layer import Layer
+from ctp.compression.layer import Layer, all_finite
 from ctp.compression.quantize import fit
 from ctp.compression.refit import refit
 from ctp.compression.settle import MAX_COLUMNS, Block, choose, settle
@@ -46,7 +46,7 @@ def factorise(hessian: Tensor, damping: float, act_order: bool) -> Inverse:
     the same solution. Raises ValueError if H is not finite or not positive definite.
     """
     diagonal = hessian.diagonal()
-    if not bool(torch.isfinite(hessian).all()):
+    if not all_finite(hessian):
         raise ValueError("the Hessian is not finite: an activation overflowed or is NaN")
     dead = diagonal == 0
     live = diagonal[~dead]
@@ -54,26 +54,27 @@ def factorise(hessian: Tensor, damping: float, act_order: bool) -> Inverse:
     order = torch.arange(len(diagonal), device=hessian.device)
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
-    damped = hessian[order][:, order]
+    damped = hessian.index_select(0, order).index_select(1, order) if act_order else hessian.clone()
     # A dead input has a zero row and column; any positive diagonal leaves it alone.
     damped.diagonal().add_(damping * mean).add_(dead[order].to(hessian.dtype) * mean)
     lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if int(info):
         raise ValueError(f"the Hessian is not positive definite at damping = {damping}: raise damping")
     root = lower.flip(0, 1)
-    return Inverse(_invert(root), root, damped, order, dead)
+    return Inverse(_invert(root, torch.zeros_like(damped)), root, damped, order, dead)
 
 
-def _invert(upper: Tensor, small: int = 256) -> Tensor:
-    """The inverse of an upper triangle, by halves: most of it is matrix products, and no zero takes part in them."""
+def _invert(upper: Tensor, out: Tensor, small: int = 256) -> Tensor:
+    """The inverse of an upper triangle into out, zeros, by halves: most of it is matrix products, and few of their
+    factors are zeros.
+    """
     n = len(upper)
     if n <= small:
-        return torch.linalg.solve_triangular(upper, torch.eye(n, dtype=upper.dtype, device=upper.device), upper=True)
+        unit = torch.eye(n, dtype=upper.dtype, device=upper.device)
+        return out.copy_(torch.linalg.solve_triangular(upper, unit, upper=True))
     half = n // 2
-    out = torch.zeros_like(upper, memory_format=torch.contiguous_format)
-    out[:half, :half] = _invert(upper[:half, :half], small)
-    out[half:, half:] = _invert(upper[half:, half:], small)
-    torch.matmul(out[:half, :half] @ upper[:half, half:], out[half:, half:].neg(), out=out[:half, half:])
+    first, last = (_invert(upper[s, s], out[s, s], small) for s in (slice(half), slice(half, n)))
+    torch.matmul(first @ upper[:half, half:], last.neg(), out=out[:half, half:])
     return out
 
 
@@ -182,7 +183,7 @@ def solve(weight: Tensor, inverse: Inverse, compression: Solver) -> tuple[Tensor
     # Columns as contiguous rows: every step of the loop works on one of them.
     original = weight.detach().to(inverse.upper.dtype).T.contiguous()
     original[inverse.dead] = 0
-    work = original[inverse.order]
+    work = original.index_select(0, inverse.order)
     grids = _grids(original, inverse.order, compression, weight.dtype)
     pruning = _pruning(work, compression)
     errors = torch.empty_like(work)
@@ -243,15 +244,15 @@ def _finish(
     """Back to the model's order of inputs, and into the compressed form."""
     back = torch.argsort(inverse.order)
     work.add_(0)  # -0 becomes 0, the only zero that codes and masks give back
-    final = work[back].T.contiguous().to(weight.dtype)
+    final = work.index_select(0, back).T.contiguous().to(weight.dtype)
     shape = (weight.shape[0], weight.shape[1])
-    mask = None if pruning is None else ~pruning.drop[back].T.contiguous().cpu()
+    mask = None if pruning is None else ~pruning.drop.index_select(0, back).T.contiguous().cpu()
     if grids is None:
         assert mask is not None
         return final, Layer(shape, mask=mask, values=final.cpu()[mask])
     group = grids.group
-    codes = work.div_(grids.scale[group]).round_().add_(grids.zero[group])[back].T
-    codes = codes.to(torch.uint8).contiguous().cpu()
+    codes = work.div_(grids.scale.index_select(0, group)).round_().add_(grids.zero.index_select(0, group))
+    codes = codes.to(torch.uint8).index_select(0, back).T.contiguous().cpu()
     if mask is not None:
         codes.masked_fill_(~mask, 0)
     g_idx = group[back].to(torch.int32).cpu()

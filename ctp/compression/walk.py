@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +20,12 @@ from ctp.compression.blocks import (
     stopping,
 )
 from ctp.compression.layer import Layer, check
-from ctp.compression.solver import check_shape, factorise, solve
-from ctp.machine import keep_heap
+from ctp.compression.solver import Inverse, check_shape, factorise, solve
+from ctp.machine import keep_heap, side_by_side
 from ctp.methods import Solver
 
 Progress = Callable[[int, int], None]
-CPU_TOKENS = 1024
+CPU_TOKENS = 2048
 PROBE = 8  # tokens that show how a block is put together
 CHAIN = 64  # tokens that show that the blocks are a chain
 
@@ -85,27 +86,32 @@ def compress_block(
     groups = shared_inputs(block, probe)
     layers: dict[str, Layer] = {}
     for stage in [[g] for g in groups] if compression.true_sequential else [groups]:
-        for names, hessian in zip(stage, hessians(block, stage, batches), strict=True):
-            layers |= _compress_group(block, names, hessian, compression, prefix)
+        jobs = _jobs(block, stage, hessians(block, stage, batches), compression, prefix)
+        names = [f"{prefix}.{name}" for group in stage for name in group]
+        layers |= zip(names, side_by_side(jobs, batches[0].hidden.device), strict=True)
     return layers
 
 
-def _compress_group(
-    block: nn.Module, names: Sequence[str], hessian: Tensor, compression: Solver, prefix: str
-) -> dict[str, Layer]:
-    """Linears on one input: one Hessian, one factorisation."""
-    layers: dict[str, Layer] = {}
-    with _naming(f"{prefix}.{names[0]}"):
-        inverse = factorise(hessian, compression.damping, compression.act_order)
-    for name in names:
-        weight = block.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        with _naming(f"{prefix}.{name}"):
-            new, layer = solve(weight, inverse, compression)
-            weight.copy_(new)
-            check(layer, weight, compression)
-        layers[f"{prefix}.{name}"] = layer
-    return layers
+def _jobs(
+    block: nn.Module, stage: Sequence[Sequence[str]], sums: Sequence[Tensor], compression: Solver, prefix: str
+) -> Iterator[Callable[[], Layer]]:
+    """What compresses one linear after the other in place; those on one input share a Hessian and its factors."""
+    for names, hessian in zip(stage, sums, strict=True):
+        with _naming(f"{prefix}.{names[0]}"):
+            inverse = factorise(hessian, compression.damping, compression.act_order)
+        for name in names:
+            yield partial(_compress_linear, block, name, inverse, compression, prefix)
+
+
+@torch.no_grad()
+def _compress_linear(block: nn.Module, name: str, inverse: Inverse, compression: Solver, prefix: str) -> Layer:
+    weight = block.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    with _naming(f"{prefix}.{name}"):
+        new, layer = solve(weight, inverse, compression)
+        weight.copy_(new)
+        check(layer, weight, compression)
+    return layer
 
 
 def hessians(block: nn.Module, groups: Sequence[Sequence[str]], batches: Sequence[Batch]) -> list[Tensor]:
@@ -140,14 +146,27 @@ def hessians(block: nn.Module, groups: Sequence[Sequence[str]], batches: Sequenc
     finally:
         for handle in handles:
             handle.remove()
-    return [(s.triu() + s.triu(1).T).div_(n) for s, n in zip(sums, counts, strict=True)]
+    return [_mirrored(s).div_(n) for s, n in zip(sums, counts, strict=True)]
 
 
 def _add_gram(total: Tensor, x: Tensor) -> None:
     """Adds X^T X to total (inputs, inputs), on and above the diagonal: stripe by stripe, little over half the work."""
-    step = max(128 if len(total) < 1024 else 256, len(total) // 8)
-    for i in range(0, len(total), step):
-        total[i : i + step, i:].addmm_(x[:, i : i + step].T, x[:, i:])
+    for own in _stripes(len(total)):
+        total[: own.stop, own].addmm_(x[:, : own.stop].T, x[:, own])
+
+
+def _mirrored(total: Tensor) -> Tensor:
+    """total, what lies below the diagonal made equal to what lies above it, in place."""
+    for own in _stripes(len(total)):
+        total[own, own] = total[own, own].triu() + total[own, own].triu(1).T
+        total[own, : own.start] = total[: own.start, own].T
+    return total
+
+
+def _stripes(columns: int) -> list[slice]:
+    """Runs of columns, so many that less than a tenth of the products is superfluous, of a width that is fast."""
+    step = max(128 if columns < 1024 else 192, columns // 8)
+    return [slice(i, min(i + step, columns)) for i in range(0, columns, step)]
 
 
 def _check_shapes(prefix: str, blocks: nn.ModuleList, compression: Solver) -> None:
