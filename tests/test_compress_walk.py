@@ -12,7 +12,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ctp.compression import compress_model, decoder_blocks, pack, stats, unpack
-from ctp.compression.blocks import capture, check_chain, packed_linears, shared_inputs
+from ctp.compression.blocks import Batch, capture, check_chain, packed_linears, shared_inputs
 from ctp.compression.walk import compress_block, hessians
 from ctp.evaluate.perplexity import perplexity
 from ctp.methods import GPTQ, Solver, SparseGPT
@@ -148,6 +148,19 @@ def test_a_hessian_is_the_mean_over_tokens(case):
     with torch.no_grad():
         got = hessians(block, [[name]], capture(model, windows, 2))[0]
     torch.testing.assert_close(got.double(), x.T @ x / 36, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [300, 1100])
+def test_a_hessian_of_many_stripes_is_whole_and_symmetric(columns):
+    """Stripes end within these widths; a third of the tokens comes in a batch of its own."""
+    torch.manual_seed(0)
+    x, linear = torch.randn(9, 7, columns), nn.Linear(columns, 2)
+    batches = [Batch(part, None, (), {}) for part in x.split([3, 6])]
+    with torch.no_grad():
+        got = hessians(nn.Sequential(linear), [["0"]], batches)[0]
+    exact = x.flatten(0, 1).double()
+    assert torch.equal(got, got.T)
+    torch.testing.assert_close(got.double(), exact.T @ exact / 63, rtol=0, atol=1e-5)  # sums of 63 terms around 1
 
 
 def test_high_precision_quantization_hardly_changes_the_model(case):
