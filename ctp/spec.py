@@ -35,7 +35,7 @@ class Cell(Spec):
 
 
 class Compress(Cell):
-    VERSION: ClassVar[int] = 4  # 4: Hessians summed in another order, in larger batches: a tie rounds to another code
+    VERSION: ClassVar[int] = 3  # 3: sums in another order (kernels, batches, refit): a tie rounds to another code
     kind: ClassVar[str] = "compress"
 
     model: Model

@@ -25,7 +25,7 @@ from ctp.machine import keep_heap, side_by_side
 from ctp.methods import Solver
 
 Progress = Callable[[int, int], None]
-CPU_TOKENS = 2048
+CPU_TOKENS = 1024
 PROBE = 8  # tokens that show how a block is put together
 CHAIN = 64  # tokens that show that the blocks are a chain
 
