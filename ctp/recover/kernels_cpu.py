@@ -1,0 +1,215 @@
+"""Elementwise parts of learning in bfloat16 on a CPU, each in one pass, compiled by numba once per machine.
+
+torch takes several passes for each, some of them through copies in fp32. Here a row is read as bfloat16, computed in
+fp32 in the first-level cache, and rounded to nearest even where it is written. Every row is computed alone: the number
+of threads does not change a bit. Threads are torch's count, not numba's: its own pool would wait beside torch's.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+PIECE = 1024  # numbers at a time of a long row
+_F = np.float32
+_LOG2E, _ONE, _LEAST = _F(1.4426950408889634), _F(1), _F(-87)
+_LN2, _REST = _F(0.693359375), _F(-2.12194440054690583e-4)  # ln 2 is their sum; the first has few digits
+# e^r - 1 - r over r^2 for |r| <= ln 2 / 2, from the highest power, fitted for the largest relative error of e^r.
+_P0, _P1, _P2, _P3, _P4, _P5 = (
+    _F(x)
+    for x in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+)
+
+
+# ------------------------------------------------------------------ parts of kernels
+
+
+@njit(fastmath={"contract"}, error_model="numpy", cache=True)
+def _exp(x: Any) -> Any:
+    """e^x for x <= 87; 0 below -87."""
+    n = np.rint(x * _LOG2E)
+    r = x - n * _LN2 - n * _REST
+    y = (((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5) * (r * r) + r + _ONE
+    power = np.int32((np.int32(n) + 127) << 23).view(np.float32)
+    return y * power if not x < _LEAST else _F(0)
+
+
+@njit(fastmath={"reassoc", "contract"}, cache=True)
+def _sum(x: Any) -> Any:
+    total = _F(0)
+    for j in range(len(x)):
+        total += x[j]
+    return total
+
+
+@njit(fastmath={"reassoc", "contract"}, cache=True)
+def _dot(x: Any, y: Any) -> Any:
+    total = _F(0)
+    for j in range(len(x)):
+        total += x[j] * y[j]
+    return total
+
+
+@njit(cache=True)
+def _widen(raw: Any, bits: Any) -> None:
+    for j in range(len(raw)):
+        bits[j] = np.uint32(raw[j]) << 16
+
+
+@njit(cache=True)
+def _round(bits: Any, raw: Any) -> None:
+    for j in range(len(raw)):
+        raw[j] = (bits[j] + 0x7FFF + ((bits[j] >> 16) & 1)) >> 16
+
+
+# -------------------------------------------------------------------------- kernels
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _exponentials(z: Any, tops: Any, sums: Any, first: int, last: int) -> None:
+    bits = np.empty(PIECE, np.uint32)
+    x, columns = bits.view(np.float32), z.shape[1]
+    for i in range(first, last):
+        signed, best = z[i].view(np.int16), np.int16(-0x8000)
+        for j in range(columns):  # as integers they are in order once the negative ones are turned round
+            best = max(best, np.int16(signed[j] ^ ((signed[j] >> 15) & 0x7FFF)))
+        top = np.int32((best ^ ((best >> 15) & 0x7FFF)) << 16).view(np.float32)
+        total = _F(0)
+        for begin in range(0, columns, PIECE):
+            part = z[i, begin : begin + PIECE]
+            n = len(part)
+            _widen(part, bits)
+            for j in range(n):
+                x[j] = _exp(x[j] - top)
+            total += _sum(x[:n])
+            _round(bits, part)
+        tops[i, 0], sums[i, 0] = top, total
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+def _swiglu(gate: Any, up: Any, out: Any, first: int, last: int) -> None:
+    n = gate.shape[1]
+    gate_bits, up_bits = np.empty(n, np.uint32), np.empty(n, np.uint32)
+    a, b = gate_bits.view(np.float32), up_bits.view(np.float32)
+    for i in range(first, last):
+        _widen(gate[i], gate_bits)
+        _widen(up[i], up_bits)
+        for j in range(n):
+            a[j] = a[j] / (_ONE + _exp(-a[j])) * b[j]
+        _round(gate_bits, out[i])
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+def _swiglu_gradient(grad: Any, gate: Any, up: Any, dup: Any, first: int, last: int) -> None:
+    n = gate.shape[1]
+    grad_bits, gate_bits, up_bits = np.empty(n, np.uint32), np.empty(n, np.uint32), np.empty(n, np.uint32)
+    g, a, b = grad_bits.view(np.float32), gate_bits.view(np.float32), up_bits.view(np.float32)
+    for i in range(first, last):
+        _widen(grad[i], grad_bits)
+        _widen(gate[i], gate_bits)
+        _widen(up[i], up_bits)
+        for j in range(n):
+            s = _ONE / (_ONE + _exp(-a[j]))
+            y = a[j] * s
+            b[j] = g[j] * b[j] * (s + y * (_ONE - s))
+            g[j] = g[j] * y
+        _round(grad_bits, dup[i])
+        _round(up_bits, grad[i])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _rms_norm(x: Any, weight: Any, eps: float, out: Any, first: int, last: int) -> None:
+    n = x.shape[1]
+    x_bits, weight_bits = np.empty(n, np.uint32), np.empty(n, np.uint32)
+    v, w = x_bits.view(np.float32), weight_bits.view(np.float32)
+    _widen(weight, weight_bits)
+    for i in range(first, last):
+        _widen(x[i], x_bits)
+        inverse = _F(1 / np.sqrt(_dot(v, v) / n + eps))
+        for j in range(n):
+            v[j] = v[j] * inverse * w[j]
+        _round(x_bits, out[i])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _rms_norm_gradient(
+    grad: Any, x: Any, weight: Any, eps: float, base: Any, out: Any, first: int, last: int
+) -> None:
+    n = x.shape[1]
+    x_bits, weight_bits = np.empty(n, np.uint32), np.empty(n, np.uint32)
+    grad_bits, base_bits = np.empty(n, np.uint32), np.empty(n, np.uint32)
+    v, w = x_bits.view(np.float32), weight_bits.view(np.float32)
+    g, y = grad_bits.view(np.float32), base_bits.view(np.float32)
+    _widen(weight, weight_bits)
+    for i in range(first, last):
+        _widen(grad[i], grad_bits)
+        _widen(x[i], x_bits)
+        _widen(base[i], base_bits)
+        for j in range(n):
+            g[j] *= w[j]
+        inverse = _F(1 / np.sqrt(_dot(v, v) / n + eps))
+        mean = _F(_dot(g, v) * inverse * inverse / n)
+        for j in range(n):
+            y[j] += (g[j] - v[j] * mean) * inverse
+        _round(base_bits, out[i])
+
+
+# -------------------------------------------------------------------------- running
+
+
+@lru_cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="kernels")
+
+
+def _run(kernel: Callable[..., None], rows: int, *arguments: Any) -> None:
+    """The kernel over all rows, on as many threads as torch uses."""
+    threads = min(torch.get_num_threads(), rows)
+    bounds = [rows * i // threads for i in range(threads + 1)]
+    parts = list(pairwise(bounds))
+    rest = [_pool(threads).submit(kernel, *arguments, *part) for part in parts[1:]]
+    kernel(*arguments, *parts[0])
+    for done in rest:
+        done.result()
+
+
+def _raw(x: Tensor) -> Any:
+    return x.detach().view(torch.int16).numpy().view(np.uint16)
+
+
+def fits(x: Tensor) -> bool:
+    """Is this a tensor that the kernels take?"""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.is_contiguous()
+
+
+def exponentials(z: Tensor) -> tuple[Tensor, Tensor]:
+    tops, sums = torch.empty(2, len(z), 1)
+    _run(_exponentials, len(z), _raw(z), tops.numpy(), sums.numpy())
+    return tops, sums
+
+
+def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
+    _run(_swiglu, len(gate), _raw(gate), _raw(up), _raw(out))
+    return out
+
+
+def swiglu_gradient(grad: Tensor, gate: Tensor, up: Tensor, dup: Tensor) -> tuple[Tensor, Tensor]:
+    _run(_swiglu_gradient, len(gate), _raw(grad), _raw(gate), _raw(up), _raw(dup))
+    return grad, dup
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+    _run(_rms_norm, len(x), _raw(x), _raw(weight), eps, _raw(out))
+    return out
+
+
+def rms_norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float, base: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    _run(_rms_norm_gradient, len(x), _raw(grad), _raw(x), _raw(weight), eps, _raw(base), _raw(out))
+    return out
