@@ -5,17 +5,23 @@ fp32 in the first-level cache, and rounded to nearest even where it is written. 
 of threads does not change a bit. Threads are torch's count, not numba's: its own pool would wait beside torch's.
 """
 
+import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
 from torch import Tensor
 
+TILE = 16  # rows that a thread takes at a time
+NEXT, ROWS, COLUMNS, EPS, FIRST = range(5)  # places in a task: the first row not taken, sizes, addresses from FIRST on
+PLACES = 12
 PIECE = 1024  # numbers at a time of a long row
 _F = np.float32
 _LOG2E, _ONE, _LEAST = _F(1.4426950408889634), _F(1), _F(-87)
@@ -71,10 +77,44 @@ def _round(bits: Any, raw: Any) -> None:
 # -------------------------------------------------------------------------- kernels
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def _exponentials(z: Any, tops: Any, sums: Any, first: int, last: int) -> None:
+@intrinsic
+def _pointer(typing: Any, address: Any) -> Any:
+    """The address as a pointer."""
+
+    def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.inttoptr(values[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), code
+
+
+@intrinsic
+def _claim(typing: Any, task: Any, rows: Any) -> Any:
+    """What NEXT holds, which grows by `rows`, in one step for all threads."""
+
+    def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        place = builder.bitcast(values[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", place, values[1], "monotonic")
+
+    return types.int64(types.voidptr, types.int64), code
+
+
+@njit(cache=True)
+def _matrix(task: Any, number: int) -> Any:
+    return carray(_pointer(task[FIRST + number]), (task[ROWS], task[COLUMNS]), np.uint16)
+
+
+@njit(cache=True)
+def _vector(task: Any, number: int) -> Any:
+    return carray(_pointer(task[FIRST + number]), (task[COLUMNS],), np.uint16)
+
+
+@njit(cache=True, error_model="numpy")
+def _exponentials(task: Any, first: int, last: int) -> None:
+    z, columns = _matrix(task, 0), task[COLUMNS]
+    tops = carray(_pointer(task[FIRST + 1]), (task[ROWS],), np.float32)
+    sums = carray(_pointer(task[FIRST + 2]), (task[ROWS],), np.float32)
     bits = np.empty(PIECE, np.uint32)
-    x, columns = bits.view(np.float32), z.shape[1]
+    x = bits.view(np.float32)
     for i in range(first, last):
         signed, best = z[i].view(np.int16), np.int16(-0x8000)
         for j in range(columns):  # as integers they are in order once the negative ones are turned round
@@ -89,12 +129,12 @@ def _exponentials(z: Any, tops: Any, sums: Any, first: int, last: int) -> None:
                 x[j] = _exp(x[j] - top)
             total += _sum(x[:n])
             _round(bits, part)
-        tops[i, 0], sums[i, 0] = top, total
+        tops[i], sums[i] = top, total
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def _swiglu(gate: Any, up: Any, out: Any, first: int, last: int) -> None:
-    n = gate.shape[1]
+@njit(cache=True, error_model="numpy", fastmath={"contract"})
+def _swiglu(task: Any, first: int, last: int) -> None:
+    gate, up, out, n = _matrix(task, 0), _matrix(task, 1), _matrix(task, 2), task[COLUMNS]
     gate_bits, up_bits = np.empty(n, np.uint32), np.empty(n, np.uint32)
     a, b = gate_bits.view(np.float32), up_bits.view(np.float32)
     for i in range(first, last):
@@ -105,9 +145,9 @@ def _swiglu(gate: Any, up: Any, out: Any, first: int, last: int) -> None:
         _round(gate_bits, out[i])
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def _swiglu_gradient(grad: Any, gate: Any, up: Any, dup: Any, first: int, last: int) -> None:
-    n = gate.shape[1]
+@njit(cache=True, error_model="numpy", fastmath={"contract"})
+def _swiglu_gradient(task: Any, first: int, last: int) -> None:
+    grad, gate, up, out, n = _matrix(task, 0), _matrix(task, 1), _matrix(task, 2), _matrix(task, 3), task[COLUMNS]
     grad_bits, gate_bits, up_bits = np.empty(n, np.uint32), np.empty(n, np.uint32), np.empty(n, np.uint32)
     g, a, b = grad_bits.view(np.float32), gate_bits.view(np.float32), up_bits.view(np.float32)
     for i in range(first, last):
@@ -119,13 +159,14 @@ def _swiglu_gradient(grad: Any, gate: Any, up: Any, dup: Any, first: int, last: 
             y = a[j] * s
             b[j] = g[j] * b[j] * (s + y * (_ONE - s))
             g[j] = g[j] * y
-        _round(grad_bits, dup[i])
+        _round(grad_bits, out[i])
         _round(up_bits, grad[i])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def _rms_norm(x: Any, weight: Any, eps: float, out: Any, first: int, last: int) -> None:
-    n = x.shape[1]
+@njit(cache=True, error_model="numpy")
+def _rms_norm(task: Any, first: int, last: int) -> None:
+    x, weight, out, n = _matrix(task, 0), _vector(task, 1), _matrix(task, 2), task[COLUMNS]
+    eps = task.view(np.float64)[EPS]
     x_bits, weight_bits = np.empty(n, np.uint32), np.empty(n, np.uint32)
     v, w = x_bits.view(np.float32), weight_bits.view(np.float32)
     _widen(weight, weight_bits)
@@ -137,11 +178,10 @@ def _rms_norm(x: Any, weight: Any, eps: float, out: Any, first: int, last: int) 
         _round(x_bits, out[i])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def _rms_norm_gradient(
-    grad: Any, x: Any, weight: Any, eps: float, base: Any, out: Any, first: int, last: int
-) -> None:
-    n = x.shape[1]
+@njit(cache=True, error_model="numpy")
+def _rms_norm_gradient(task: Any, first: int, last: int) -> None:
+    grad, x, weight, base, out = _matrix(task, 0), _matrix(task, 1), _vector(task, 2), _matrix(task, 3), _matrix(task, 4)
+    n, eps = task[COLUMNS], task.view(np.float64)[EPS]
     x_bits, weight_bits = np.empty(n, np.uint32), np.empty(n, np.uint32)
     grad_bits, base_bits = np.empty(n, np.uint32), np.empty(n, np.uint32)
     v, w = x_bits.view(np.float32), weight_bits.view(np.float32)
@@ -163,24 +203,53 @@ def _rms_norm_gradient(
 # -------------------------------------------------------------------------- running
 
 
+def _region(kernel: Any) -> Any:
+    @cfunc(types.void(types.voidptr), cache=True)
+    def region(data: Any) -> None:
+        task = carray(data, (PLACES,), np.int64)
+        first = _claim(data, TILE)
+        while first < task[ROWS]:
+            kernel(task, first, min(first + TILE, task[ROWS]))
+            first = _claim(data, TILE)
+
+    return region
+
+
+@lru_cache
+def _team() -> Any:
+    """GOMP_parallel of the OpenMP runtime that torch has brought and runs its own loops on; None: another runtime."""
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        return ctypes.CDLL(str(path)).GOMP_parallel
+    return None
+
+
 @lru_cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="kernels")
 
 
-def _run(kernel: Callable[..., None], rows: int, *arguments: Any) -> None:
+@lru_cache
+def _compiled(kernel: Any) -> Any:
+    return _region(kernel)
+
+
+def _run(kernel: Any, shape: tuple[int, int], *tensors: Tensor, eps: float = 0.0) -> None:
     """The kernel over all rows, on as many threads as torch uses."""
-    threads = min(torch.get_num_threads(), rows)
-    bounds = [rows * i // threads for i in range(threads + 1)]
-    parts = list(pairwise(bounds))
-    rest = [_pool(threads).submit(kernel, *arguments, *part) for part in parts[1:]]
-    kernel(*arguments, *parts[0])
-    for done in rest:
-        done.result()
-
-
-def _raw(x: Tensor) -> Any:
-    return x.detach().view(torch.int16).numpy().view(np.uint16)
+    rows, columns = shape
+    task = (ctypes.c_int64 * PLACES)(0, rows, columns, 0, *(x.data_ptr() for x in tensors))
+    ctypes.cast(ctypes.byref(task, 8 * EPS), ctypes.POINTER(ctypes.c_double))[0] = eps
+    region = _compiled(kernel)
+    threads = min(torch.get_num_threads(), -(-rows // TILE))
+    team = _team()
+    if threads == 1:
+        region.ctypes(ctypes.byref(task))
+    elif team is not None:
+        team(ctypes.c_void_p(region.address), ctypes.byref(task), threads, 0)
+    else:
+        rest = [_pool(threads).submit(region.ctypes, ctypes.byref(task)) for _ in range(threads - 1)]
+        region.ctypes(ctypes.byref(task))
+        for done in rest:
+            done.result()
 
 
 def fits(x: Tensor) -> bool:
@@ -190,26 +259,26 @@ def fits(x: Tensor) -> bool:
 
 def exponentials(z: Tensor) -> tuple[Tensor, Tensor]:
     tops, sums = torch.empty(2, len(z), 1)
-    _run(_exponentials, len(z), _raw(z), tops.numpy(), sums.numpy())
+    _run(_exponentials, z.shape, z, tops, sums)
     return tops, sums
 
 
 def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
-    _run(_swiglu, len(gate), _raw(gate), _raw(up), _raw(out))
+    _run(_swiglu, gate.shape, gate, up, out)
     return out
 
 
 def swiglu_gradient(grad: Tensor, gate: Tensor, up: Tensor, dup: Tensor) -> tuple[Tensor, Tensor]:
-    _run(_swiglu_gradient, len(gate), _raw(grad), _raw(gate), _raw(up), _raw(dup))
+    _run(_swiglu_gradient, gate.shape, grad, gate, up, dup)
     return grad, dup
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
-    _run(_rms_norm, len(x), _raw(x), _raw(weight), eps, _raw(out))
+    _run(_rms_norm, x.shape, x, weight, out, eps=eps)
     return out
 
 
 def rms_norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float, base: Tensor) -> Tensor:
     out = torch.empty_like(x)
-    _run(_rms_norm_gradient, len(x), _raw(grad), _raw(x), _raw(weight), eps, _raw(base), _raw(out))
+    _run(_rms_norm_gradient, x.shape, grad, x, weight, base, out, eps=eps)
     return out
