@@ -5,7 +5,6 @@ much again as what is kept. The parts that are short to compute are computed aga
 """
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,14 +17,12 @@ from torch.autograd.graph import get_gradient_edge
 
 from ctp.compression.packed import PackedLinear
 from ctp.recover.attention import Layout, packed_attention
+from ctp.recover.kernels import compiled, kernels
 from ctp.recover.scratch import Scratch
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 GATE, UP, PRODUCT, GRADIENT, NARROW, WIDE, OTHER = range(7)  # numbers of buffers; attention has 0 to 2
 Linear = nn.Linear | PackedLinear
-kernels: Any = None
-with suppress(ImportError):  # no numba for this platform
-    from ctp.recover import kernels_cpu as kernels
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,11 +147,6 @@ def _weight(linear: Linear, block: _Block) -> Tensor:
     return linear.dense(block.dtype) if isinstance(linear, PackedLinear) else linear.weight.to(block.dtype)
 
 
-def compiled(*tensors: Tensor) -> bool:
-    """Are there compiled kernels for tensors like these?"""
-    return kernels is not None and all(map(kernels.fits, tensors))
-
-
 def _normed(x: Tensor, norm: Any, block: _Block) -> Tensor:
     """w x / sqrt(mean(x^2) + eps) in the block's dtype, in the narrow buffer."""
     y = _take(NARROW, x, block, x.dtype)
@@ -199,6 +191,8 @@ def _rotated_heads(h: Tensor, block: _Block) -> list[Tensor]:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool = False) -> Tensor:
     """Rotary embedding of x (n, heads, d) by cos and sin (n, 1, d), halves against each other; back: its transpose."""
+    if x.stride(-1) == 1 and x.dtype == out.dtype and compiled(cos, sin, out):
+        return kernels.rotate(x, cos, sin, out, back)
     half, sign = x.shape[-1] // 2, 1 if back else -1
     torch.mul(x, cos, out=out)
     first, last = (sin[..., half:], sin[..., :half]) if back else (sin[..., :half], sin[..., half:])

@@ -20,8 +20,8 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 TILE = 16  # rows that a thread takes at a time
-NEXT, ROWS, COLUMNS, EPS, FIRST = range(5)  # places in a task: the first row not taken, sizes, addresses from FIRST on
-PLACES = 12
+# A task is 64-bit places: the first row not taken, sizes, a number of fp32, then addresses, then other integers.
+NEXT, ROWS, COLUMNS, REAL, ADDRESS, INTEGER, PLACES = 0, 1, 2, 3, 4, 10, 16
 PIECE = 1024  # numbers at a time of a long row
 _F = np.float32
 _LOG2E, _ONE, _LEAST = _F(1.4426950408889634), _F(1), _F(-87)
@@ -100,19 +100,19 @@ def _claim(typing: Any, task: Any, rows: Any) -> Any:
 
 @njit(cache=True)
 def _matrix(task: Any, number: int) -> Any:
-    return carray(_pointer(task[FIRST + number]), (task[ROWS], task[COLUMNS]), np.uint16)
+    return carray(_pointer(task[ADDRESS + number]), (task[ROWS], task[COLUMNS]), np.uint16)
 
 
 @njit(cache=True)
 def _vector(task: Any, number: int) -> Any:
-    return carray(_pointer(task[FIRST + number]), (task[COLUMNS],), np.uint16)
+    return carray(_pointer(task[ADDRESS + number]), (task[COLUMNS],), np.uint16)
 
 
 @njit(cache=True, error_model="numpy")
 def _exponentials(task: Any, first: int, last: int) -> None:
     z, columns = _matrix(task, 0), task[COLUMNS]
-    tops = carray(_pointer(task[FIRST + 1]), (task[ROWS],), np.float32)
-    sums = carray(_pointer(task[FIRST + 2]), (task[ROWS],), np.float32)
+    tops = carray(_pointer(task[ADDRESS + 1]), (task[ROWS],), np.float32)
+    sums = carray(_pointer(task[ADDRESS + 2]), (task[ROWS],), np.float32)
     bits = np.empty(PIECE, np.uint32)
     x = bits.view(np.float32)
     for i in range(first, last):
@@ -166,7 +166,7 @@ def _swiglu_gradient(task: Any, first: int, last: int) -> None:
 @njit(cache=True, error_model="numpy")
 def _rms_norm(task: Any, first: int, last: int) -> None:
     x, weight, out, n = _matrix(task, 0), _vector(task, 1), _matrix(task, 2), task[COLUMNS]
-    eps = task.view(np.float64)[EPS]
+    eps = task.view(np.float64)[REAL]
     x_bits, weight_bits = np.empty(n, np.uint32), np.empty(n, np.uint32)
     v, w = x_bits.view(np.float32), weight_bits.view(np.float32)
     _widen(weight, weight_bits)
@@ -181,7 +181,7 @@ def _rms_norm(task: Any, first: int, last: int) -> None:
 @njit(cache=True, error_model="numpy")
 def _rms_norm_gradient(task: Any, first: int, last: int) -> None:
     grad, x, weight, base, out = _matrix(task, 0), _matrix(task, 1), _vector(task, 2), _matrix(task, 3), _matrix(task, 4)
-    n, eps = task[COLUMNS], task.view(np.float64)[EPS]
+    n, eps = task[COLUMNS], task.view(np.float64)[REAL]
     x_bits, weight_bits = np.empty(n, np.uint32), np.empty(n, np.uint32)
     grad_bits, base_bits = np.empty(n, np.uint32), np.empty(n, np.uint32)
     v, w = x_bits.view(np.float32), weight_bits.view(np.float32)
@@ -198,6 +198,52 @@ def _rms_norm_gradient(task: Any, first: int, last: int) -> None:
         for j in range(n):
             y[j] += (g[j] - v[j] * mean) * inverse
         _round(base_bits, out[i])
+
+
+@njit(cache=True, error_model="numpy", fastmath={"contract"})
+def _rotate(task: Any, first: int, last: int) -> None:
+    d, heads, of_row, of_head, back = task[COLUMNS], task[INTEGER], task[INTEGER + 1], task[INTEGER + 2], task[INTEGER + 3]
+    half = d // 2
+    cos, sin = _matrix(task, 1), _matrix(task, 2)
+    out = carray(_pointer(task[ADDRESS + 3]), (task[ROWS], heads, d), np.uint16)
+    x_bits, turn_bits = np.empty(d, np.uint32), np.empty(2 * d, np.uint32)
+    x, turn = x_bits.view(np.float32), turn_bits.view(np.float32)
+    for i in range(first, last):
+        _widen(cos[i], turn_bits[:d])
+        _widen(sin[i], turn_bits[d:])
+        for j in range(half):
+            if back:
+                turn[d + j], turn[d + half + j] = turn[d + half + j], -turn[d + j]
+            else:
+                turn[d + j] = -turn[d + j]
+        for h in range(heads):
+            _widen(carray(_pointer(task[ADDRESS] + 2 * (i * of_row + h * of_head)), (d,), np.uint16), x_bits)
+            for j in range(half):
+                a, b = x[j], x[half + j]
+                x[j] = a * turn[j] + b * turn[d + j]
+                x[half + j] = b * turn[half + j] + a * turn[d + half + j]
+            _round(x_bits, out[i, h])
+
+
+@njit(cache=True, error_model="numpy")
+def _causal_softmax(task: Any, first: int, last: int) -> None:
+    z, out, n, queries, scale = _matrix(task, 0), _matrix(task, 1), task[COLUMNS], task[INTEGER], _F(task.view(np.float64)[REAL])
+    bits = np.empty(n, np.uint32)
+    x = bits.view(np.float32)
+    for i in range(first, last):
+        seen = n - queries + i % queries + 1
+        signed, best = z[i].view(np.int16), np.int16(-0x8000)
+        for j in range(seen):
+            best = max(best, np.int16(signed[j] ^ ((signed[j] >> 15) & 0x7FFF)))
+        top = np.int32((best ^ ((best >> 15) & 0x7FFF)) << 16).view(np.float32)
+        _widen(z[i, :seen], bits)
+        for j in range(seen):
+            x[j] = _exp((x[j] - top) * scale)
+        inverse = _ONE / _sum(x[:seen])
+        for j in range(seen):
+            x[j] *= inverse
+        _round(bits[:seen], out[i, :seen])
+        out[i, seen:] = 0
 
 
 # -------------------------------------------------------------------------- running
@@ -233,11 +279,14 @@ def _compiled(kernel: Any) -> Any:
     return _region(kernel)
 
 
-def _run(kernel: Any, shape: tuple[int, int], *tensors: Tensor, eps: float = 0.0) -> None:
+def _run(
+    kernel: Any, shape: tuple[int, int], *tensors: Tensor, real: float = 0.0, integers: tuple[int, ...] = ()
+) -> None:
     """The kernel over all rows, on as many threads as torch uses."""
     rows, columns = shape
-    task = (ctypes.c_int64 * PLACES)(0, rows, columns, 0, *(x.data_ptr() for x in tensors))
-    ctypes.cast(ctypes.byref(task, 8 * EPS), ctypes.POINTER(ctypes.c_double))[0] = eps
+    gap = [0] * (INTEGER - ADDRESS - len(tensors))
+    task = (ctypes.c_int64 * PLACES)(0, rows, columns, 0, *(x.data_ptr() for x in tensors), *gap, *integers)
+    ctypes.c_double.from_buffer(task, 8 * REAL).value = real
     region = _compiled(kernel)
     threads = min(torch.get_num_threads(), -(-rows // TILE))
     team = _team()
@@ -274,11 +323,22 @@ def swiglu_gradient(grad: Tensor, gate: Tensor, up: Tensor, dup: Tensor) -> tupl
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
-    _run(_rms_norm, x.shape, x, weight, out, eps=eps)
+    _run(_rms_norm, x.shape, x, weight, out, real=eps)
     return out
 
 
 def rms_norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float, base: Tensor) -> Tensor:
     out = torch.empty_like(x)
-    _run(_rms_norm_gradient, x.shape, grad, x, weight, base, out, eps=eps)
+    _run(_rms_norm_gradient, x.shape, grad, x, weight, base, out, real=eps)
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool) -> Tensor:
+    n, heads, d = x.shape
+    _run(_rotate, (n, d), x, cos, sin, out, integers=(heads, x.stride(0), x.stride(1), int(back)))
+    return out
+
+
+def causal_softmax(scores: Tensor, scale: float, queries: int, out: Tensor) -> Tensor:
+    _run(_causal_softmax, scores.flatten(0, 1).shape, scores, out, real=scale, integers=(queries,))
     return out
