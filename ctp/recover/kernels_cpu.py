@@ -74,6 +74,22 @@ def _round(bits: Any, raw: Any) -> None:
         raw[j] = (bits[j] + 0x7FFF + ((bits[j] >> 16) & 1)) >> 16
 
 
+@njit(cache=True)
+def _drop(bits: Any) -> None:
+    """Round numbers to bfloat16, in fp32."""
+    for j in range(len(bits)):
+        bits[j] = (bits[j] + 0x7FFF + ((bits[j] >> 16) & 1)) & 0xFFFF0000
+
+
+@njit(cache=True)
+def _maximum(raw: Any) -> Any:
+    """As integers numbers are in order once the negative ones are turned round: those have vector instructions."""
+    signed, best = raw.view(np.int16), np.int16(-0x8000)
+    for j in range(len(signed)):
+        best = max(best, np.int16(signed[j] ^ ((signed[j] >> 15) & 0x7FFF)))
+    return np.int32((best ^ ((best >> 15) & 0x7FFF)) << 16).view(np.float32)
+
+
 # -------------------------------------------------------------------------- kernels
 
 
@@ -88,14 +104,14 @@ def _pointer(typing: Any, address: Any) -> Any:
 
 
 @intrinsic
-def _claim(typing: Any, task: Any, rows: Any) -> Any:
-    """What NEXT holds, which grows by `rows`, in one step for all threads."""
+def _claim(typing: Any, task: Any) -> Any:
+    """The first of the next TILE rows: what NEXT holds, which grows, in one step for all threads."""
 
     def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         place = builder.bitcast(values[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", place, values[1], "monotonic")
+        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), TILE), "monotonic")
 
-    return types.int64(types.voidptr, types.int64), code
+    return types.int64(types.voidptr), code
 
 
 @njit(cache=True)
@@ -108,78 +124,95 @@ def _vector(task: Any, number: int) -> Any:
     return carray(_pointer(task[ADDRESS + number]), (task[COLUMNS],), np.uint16)
 
 
-@njit(cache=True, error_model="numpy")
-def _exponentials(task: Any, first: int, last: int) -> None:
+# Each takes the address of a task, and of its rows what no other thread has taken.
+
+
+def _exponentials(data: Any) -> None:
+    task = carray(data, (PLACES,), np.int64)
     z, columns = _matrix(task, 0), task[COLUMNS]
     tops = carray(_pointer(task[ADDRESS + 1]), (task[ROWS],), np.float32)
     sums = carray(_pointer(task[ADDRESS + 2]), (task[ROWS],), np.float32)
     bits = np.empty(PIECE, np.uint32)
     x = bits.view(np.float32)
-    for i in range(first, last):
-        signed, best = z[i].view(np.int16), np.int16(-0x8000)
-        for j in range(columns):  # as integers they are in order once the negative ones are turned round
-            best = max(best, np.int16(signed[j] ^ ((signed[j] >> 15) & 0x7FFF)))
-        top = np.int32((best ^ ((best >> 15) & 0x7FFF)) << 16).view(np.float32)
-        total = _F(0)
-        for begin in range(0, columns, PIECE):
-            part = z[i, begin : begin + PIECE]
-            n = len(part)
-            _widen(part, bits)
-            for j in range(n):
-                x[j] = _exp(x[j] - top)
-            total += _sum(x[:n])
-            _round(bits, part)
-        tops[i], sums[i] = top, total
+    first = _claim(data)
+    while first < task[ROWS]:
+        for i in range(first, min(first + TILE, task[ROWS])):
+            top, total = _maximum(z[i]), _F(0)
+            for begin in range(0, columns, PIECE):
+                part = z[i, begin : begin + PIECE]
+                n = len(part)
+                _widen(part, bits)
+                for j in range(n):
+                    x[j] = _exp(x[j] - top)
+                total += _sum(x[:n])
+                _round(bits, part)
+            tops[i], sums[i] = top, total
+        first = _claim(data)
 
 
-@njit(cache=True, error_model="numpy", fastmath={"contract"})
-def _swiglu(task: Any, first: int, last: int) -> None:
+def _swiglu(data: Any) -> None:
+    task = carray(data, (PLACES,), np.int64)
     gate, up, out, n = _matrix(task, 0), _matrix(task, 1), _matrix(task, 2), task[COLUMNS]
     gate_bits, up_bits = np.empty(n, np.uint32), np.empty(n, np.uint32)
     a, b = gate_bits.view(np.float32), up_bits.view(np.float32)
-    for i in range(first, last):
-        _widen(gate[i], gate_bits)
-        _widen(up[i], up_bits)
-        for j in range(n):
-            a[j] = a[j] / (_ONE + _exp(-a[j])) * b[j]
-        _round(gate_bits, out[i])
+    first = _claim(data)
+    while first < task[ROWS]:
+        for i in range(first, min(first + TILE, task[ROWS])):
+            _widen(gate[i], gate_bits)
+            _widen(up[i], up_bits)
+            for j in range(n):
+                a[j] = a[j] / (_ONE + _exp(-a[j]))
+            _drop(gate_bits)
+            for j in range(n):
+                a[j] *= b[j]
+            _round(gate_bits, out[i])
+        first = _claim(data)
 
 
-@njit(cache=True, error_model="numpy", fastmath={"contract"})
-def _swiglu_gradient(task: Any, first: int, last: int) -> None:
+def _swiglu_gradient(data: Any) -> None:
+    task = carray(data, (PLACES,), np.int64)
     grad, gate, up, out, n = _matrix(task, 0), _matrix(task, 1), _matrix(task, 2), _matrix(task, 3), task[COLUMNS]
     grad_bits, gate_bits, up_bits = np.empty(n, np.uint32), np.empty(n, np.uint32), np.empty(n, np.uint32)
     g, a, b = grad_bits.view(np.float32), gate_bits.view(np.float32), up_bits.view(np.float32)
-    for i in range(first, last):
-        _widen(grad[i], grad_bits)
-        _widen(gate[i], gate_bits)
-        _widen(up[i], up_bits)
-        for j in range(n):
-            s = _ONE / (_ONE + _exp(-a[j]))
-            y = a[j] * s
-            b[j] = g[j] * b[j] * (s + y * (_ONE - s))
-            g[j] = g[j] * y
-        _round(grad_bits, out[i])
-        _round(up_bits, grad[i])
+    first = _claim(data)
+    while first < task[ROWS]:
+        for i in range(first, min(first + TILE, task[ROWS])):
+            _widen(grad[i], grad_bits)
+            _widen(gate[i], gate_bits)
+            _widen(up[i], up_bits)
+            for j in range(n):
+                s = _ONE / (_ONE + _exp(-a[j]))
+                y = a[j] * s
+                b[j] = g[j] * b[j] * (s + y * (_ONE - s))
+                g[j] = g[j] * y
+            _round(grad_bits, out[i])
+            _round(up_bits, grad[i])
+        first = _claim(data)
 
 
-@njit(cache=True, error_model="numpy")
-def _rms_norm(task: Any, first: int, last: int) -> None:
+def _rms_norm(data: Any) -> None:
+    task = carray(data, (PLACES,), np.int64)
     x, weight, out, n = _matrix(task, 0), _vector(task, 1), _matrix(task, 2), task[COLUMNS]
     eps = task.view(np.float64)[REAL]
     x_bits, weight_bits = np.empty(n, np.uint32), np.empty(n, np.uint32)
     v, w = x_bits.view(np.float32), weight_bits.view(np.float32)
     _widen(weight, weight_bits)
-    for i in range(first, last):
-        _widen(x[i], x_bits)
-        inverse = _F(1 / np.sqrt(_dot(v, v) / n + eps))
-        for j in range(n):
-            v[j] = v[j] * inverse * w[j]
-        _round(x_bits, out[i])
+    first = _claim(data)
+    while first < task[ROWS]:
+        for i in range(first, min(first + TILE, task[ROWS])):
+            _widen(x[i], x_bits)
+            inverse = _F(1 / np.sqrt(_dot(v, v) / n + eps))
+            for j in range(n):
+                v[j] *= inverse
+            _drop(x_bits)
+            for j in range(n):
+                v[j] *= w[j]
+            _round(x_bits, out[i])
+        first = _claim(data)
 
 
-@njit(cache=True, error_model="numpy")
-def _rms_norm_gradient(task: Any, first: int, last: int) -> None:
+def _rms_norm_gradient(data: Any) -> None:
+    task = carray(data, (PLACES,), np.int64)
     grad, x, weight, base, out = _matrix(task, 0), _matrix(task, 1), _vector(task, 2), _matrix(task, 3), _matrix(task, 4)
     n, eps = task[COLUMNS], task.view(np.float64)[REAL]
     x_bits, weight_bits = np.empty(n, np.uint32), np.empty(n, np.uint32)
@@ -187,78 +220,73 @@ def _rms_norm_gradient(task: Any, first: int, last: int) -> None:
     v, w = x_bits.view(np.float32), weight_bits.view(np.float32)
     g, y = grad_bits.view(np.float32), base_bits.view(np.float32)
     _widen(weight, weight_bits)
-    for i in range(first, last):
-        _widen(grad[i], grad_bits)
-        _widen(x[i], x_bits)
-        _widen(base[i], base_bits)
-        for j in range(n):
-            g[j] *= w[j]
-        inverse = _F(1 / np.sqrt(_dot(v, v) / n + eps))
-        mean = _F(_dot(g, v) * inverse * inverse / n)
-        for j in range(n):
-            y[j] += (g[j] - v[j] * mean) * inverse
-        _round(base_bits, out[i])
+    first = _claim(data)
+    while first < task[ROWS]:
+        for i in range(first, min(first + TILE, task[ROWS])):
+            _widen(grad[i], grad_bits)
+            _widen(x[i], x_bits)
+            _widen(base[i], base_bits)
+            for j in range(n):
+                g[j] *= w[j]
+            inverse = _F(1 / np.sqrt(_dot(v, v) / n + eps))
+            mean = _F(_dot(g, v) * inverse * inverse / n)
+            for j in range(n):
+                y[j] += (g[j] - v[j] * mean) * inverse
+            _round(base_bits, out[i])
+        first = _claim(data)
 
 
-@njit(cache=True, error_model="numpy", fastmath={"contract"})
-def _rotate(task: Any, first: int, last: int) -> None:
+def _rotate(data: Any) -> None:
+    task = carray(data, (PLACES,), np.int64)
     d, heads, of_row, of_head, back = task[COLUMNS], task[INTEGER], task[INTEGER + 1], task[INTEGER + 2], task[INTEGER + 3]
-    half = d // 2
-    cos, sin = _matrix(task, 1), _matrix(task, 2)
+    cos, sin, half = _matrix(task, 1), _matrix(task, 2), d // 2
     out = carray(_pointer(task[ADDRESS + 3]), (task[ROWS], heads, d), np.uint16)
     x_bits, turn_bits = np.empty(d, np.uint32), np.empty(2 * d, np.uint32)
     x, turn = x_bits.view(np.float32), turn_bits.view(np.float32)
-    for i in range(first, last):
-        _widen(cos[i], turn_bits[:d])
-        _widen(sin[i], turn_bits[d:])
-        for j in range(half):
-            if back:
-                turn[d + j], turn[d + half + j] = turn[d + half + j], -turn[d + j]
-            else:
-                turn[d + j] = -turn[d + j]
-        for h in range(heads):
-            _widen(carray(_pointer(task[ADDRESS] + 2 * (i * of_row + h * of_head)), (d,), np.uint16), x_bits)
+    first = _claim(data)
+    while first < task[ROWS]:
+        for i in range(first, min(first + TILE, task[ROWS])):
+            _widen(cos[i], turn_bits[:d])
+            _widen(sin[i], turn_bits[d:])
             for j in range(half):
-                a, b = x[j], x[half + j]
-                x[j] = a * turn[j] + b * turn[d + j]
-                x[half + j] = b * turn[half + j] + a * turn[d + half + j]
-            _round(x_bits, out[i, h])
+                if back:
+                    turn[d + j], turn[d + half + j] = turn[d + half + j], -turn[d + j]
+                else:
+                    turn[d + j] = -turn[d + j]
+            for h in range(heads):
+                place = task[ADDRESS] + 2 * (i * of_row + h * of_head)
+                _widen(carray(_pointer(place), (d,), np.uint16), x_bits)
+                for j in range(half):
+                    a, b = x[j], x[half + j]
+                    x[j] = a * turn[j] + b * turn[d + j]
+                    x[half + j] = b * turn[half + j] + a * turn[d + half + j]
+                _round(x_bits, out[i, h])
+        first = _claim(data)
 
 
-@njit(cache=True, error_model="numpy")
-def _causal_softmax(task: Any, first: int, last: int) -> None:
-    z, out, n, queries, scale = _matrix(task, 0), _matrix(task, 1), task[COLUMNS], task[INTEGER], _F(task.view(np.float64)[REAL])
+def _causal_softmax(data: Any) -> None:
+    task = carray(data, (PLACES,), np.int64)
+    z, out, n, queries = _matrix(task, 0), _matrix(task, 1), task[COLUMNS], task[INTEGER]
+    scale = _F(task.view(np.float64)[REAL])
     bits = np.empty(n, np.uint32)
     x = bits.view(np.float32)
-    for i in range(first, last):
-        seen = n - queries + i % queries + 1
-        signed, best = z[i].view(np.int16), np.int16(-0x8000)
-        for j in range(seen):
-            best = max(best, np.int16(signed[j] ^ ((signed[j] >> 15) & 0x7FFF)))
-        top = np.int32((best ^ ((best >> 15) & 0x7FFF)) << 16).view(np.float32)
-        _widen(z[i, :seen], bits)
-        for j in range(seen):
-            x[j] = _exp((x[j] - top) * scale)
-        inverse = _ONE / _sum(x[:seen])
-        for j in range(seen):
-            x[j] *= inverse
-        _round(bits[:seen], out[i, :seen])
-        out[i, seen:] = 0
+    first = _claim(data)
+    while first < task[ROWS]:
+        for i in range(first, min(first + TILE, task[ROWS])):
+            seen = n - queries + i % queries + 1
+            top = _maximum(z[i, :seen])
+            _widen(z[i, :seen], bits)
+            for j in range(seen):
+                x[j] = _exp((x[j] - top) * scale)
+            inverse = _ONE / _sum(x[:seen])
+            for j in range(seen):
+                x[j] *= inverse
+            _round(bits[:seen], out[i, :seen])
+            out[i, seen:] = 0
+        first = _claim(data)
 
 
 # -------------------------------------------------------------------------- running
-
-
-def _region(kernel: Any) -> Any:
-    @cfunc(types.void(types.voidptr), cache=True)
-    def region(data: Any) -> None:
-        task = carray(data, (PLACES,), np.int64)
-        first = _claim(data, TILE)
-        while first < task[ROWS]:
-            kernel(task, first, min(first + TILE, task[ROWS]))
-            first = _claim(data, TILE)
-
-    return region
 
 
 @lru_cache
@@ -276,7 +304,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 @lru_cache
 def _compiled(kernel: Any) -> Any:
-    return _region(kernel)
+    return cfunc(types.void(types.voidptr), cache=True, error_model="numpy")(kernel)
 
 
 def _run(
