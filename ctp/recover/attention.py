@@ -14,7 +14,8 @@ from torch.autograd import Function
 from torch.nn.attention.bias import causal_lower_right
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ctp.recover.kernels import compiled, kernels
+from ctp.recover import kernels
+from ctp.recover.kernels import compiled
 from ctp.recover.scratch import Scratch
 
 NAME = "ctp_packed"  # in transformers' registry of attention implementations

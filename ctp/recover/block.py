@@ -16,8 +16,9 @@ from torch.autograd import Function
 from torch.autograd.graph import get_gradient_edge
 
 from ctp.compression.packed import PackedLinear
+from ctp.recover import kernels
 from ctp.recover.attention import Layout, packed_attention
-from ctp.recover.kernels import compiled, kernels
+from ctp.recover.kernels import compiled
 from ctp.recover.scratch import Scratch
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")

@@ -1,26 +1,19 @@
-"""Elementwise parts of learning in bfloat16 on a CPU, each in one pass, compiled by numba once per machine.
+"""The kernels of ctp.recover.kernels, compiled by numba once per machine and read from its cache at import.
 
-torch takes several passes for each, some of them through copies in fp32. Here a row is read as bfloat16, computed in
-fp32 in the first-level cache, and rounded to nearest even where it is written. Every row is computed alone: the number
-of threads does not change a bit. Threads are torch's count, not numba's: its own pool would wait beside torch's.
+A row is read as bfloat16, computed in fp32 in the first-level cache, and rounded to nearest even where it is written;
+the forward pass rounds in between where the model's own modules do. Later than at import, what loading takes would lie
+between the tensors of a step, and its memory would stay in the heap as holes.
 """
 
-import ctypes
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
-from torch import Tensor
 
 TILE = 16  # rows that a thread takes at a time
-# A task is 64-bit places: the first row not taken, sizes, a number of fp32, then addresses, then other integers.
+# A task is 64-bit places: the first row that is not taken, sizes, a float, then addresses, then other integers.
 NEXT, ROWS, COLUMNS, REAL, ADDRESS, INTEGER, PLACES = 0, 1, 2, 3, 4, 10, 16
 PIECE = 1024  # numbers at a time of a long row
 _F = np.float32
@@ -124,10 +117,13 @@ def _vector(task: Any, number: int) -> Any:
     return carray(_pointer(task[ADDRESS + number]), (task[COLUMNS],), np.uint16)
 
 
-# Each takes the address of a task, and of its rows what no other thread has taken.
+# Each takes the address of a task, and of its rows those that no other thread has taken.
+
+_kernel = cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
 
 
-def _exponentials(data: Any) -> None:
+@_kernel
+def exponentials(data: Any) -> None:
     task = carray(data, (PLACES,), np.int64)
     z, columns = _matrix(task, 0), task[COLUMNS]
     tops = carray(_pointer(task[ADDRESS + 1]), (task[ROWS],), np.float32)
@@ -150,7 +146,8 @@ def _exponentials(data: Any) -> None:
         first = _claim(data)
 
 
-def _swiglu(data: Any) -> None:
+@_kernel
+def swiglu(data: Any) -> None:
     task = carray(data, (PLACES,), np.int64)
     gate, up, out, n = _matrix(task, 0), _matrix(task, 1), _matrix(task, 2), task[COLUMNS]
     gate_bits, up_bits = np.empty(n, np.uint32), np.empty(n, np.uint32)
@@ -169,7 +166,8 @@ def _swiglu(data: Any) -> None:
         first = _claim(data)
 
 
-def _swiglu_gradient(data: Any) -> None:
+@_kernel
+def swiglu_gradient(data: Any) -> None:
     task = carray(data, (PLACES,), np.int64)
     grad, gate, up, out, n = _matrix(task, 0), _matrix(task, 1), _matrix(task, 2), _matrix(task, 3), task[COLUMNS]
     grad_bits, gate_bits, up_bits = np.empty(n, np.uint32), np.empty(n, np.uint32), np.empty(n, np.uint32)
@@ -190,7 +188,8 @@ def _swiglu_gradient(data: Any) -> None:
         first = _claim(data)
 
 
-def _rms_norm(data: Any) -> None:
+@_kernel
+def rms_norm(data: Any) -> None:
     task = carray(data, (PLACES,), np.int64)
     x, weight, out, n = _matrix(task, 0), _vector(task, 1), _matrix(task, 2), task[COLUMNS]
     eps = task.view(np.float64)[REAL]
@@ -211,9 +210,16 @@ def _rms_norm(data: Any) -> None:
         first = _claim(data)
 
 
-def _rms_norm_gradient(data: Any) -> None:
+@_kernel
+def rms_norm_gradient(data: Any) -> None:
     task = carray(data, (PLACES,), np.int64)
-    grad, x, weight, base, out = _matrix(task, 0), _matrix(task, 1), _vector(task, 2), _matrix(task, 3), _matrix(task, 4)
+    x, grad, weight, base, out = (
+        _matrix(task, 0),
+        _matrix(task, 1),
+        _vector(task, 2),
+        _matrix(task, 3),
+        _matrix(task, 4),
+    )
     n, eps = task[COLUMNS], task.view(np.float64)[REAL]
     x_bits, weight_bits = np.empty(n, np.uint32), np.empty(n, np.uint32)
     grad_bits, base_bits = np.empty(n, np.uint32), np.empty(n, np.uint32)
@@ -236,10 +242,11 @@ def _rms_norm_gradient(data: Any) -> None:
         first = _claim(data)
 
 
-def _rotate(data: Any) -> None:
+@_kernel
+def rotate(data: Any) -> None:
     task = carray(data, (PLACES,), np.int64)
-    d, heads, of_row, of_head, back = task[COLUMNS], task[INTEGER], task[INTEGER + 1], task[INTEGER + 2], task[INTEGER + 3]
-    cos, sin, half = _matrix(task, 1), _matrix(task, 2), d // 2
+    d, heads, of_row, of_head = task[COLUMNS], task[INTEGER], task[INTEGER + 1], task[INTEGER + 2]
+    cos, sin, half = _matrix(task, 0), _matrix(task, 1), d // 2
     out = carray(_pointer(task[ADDRESS + 3]), (task[ROWS], heads, d), np.uint16)
     x_bits, turn_bits = np.empty(d, np.uint32), np.empty(2 * d, np.uint32)
     x, turn = x_bits.view(np.float32), turn_bits.view(np.float32)
@@ -249,12 +256,12 @@ def _rotate(data: Any) -> None:
             _widen(cos[i], turn_bits[:d])
             _widen(sin[i], turn_bits[d:])
             for j in range(half):
-                if back:
+                if task[INTEGER + 3]:  # back
                     turn[d + j], turn[d + half + j] = turn[d + half + j], -turn[d + j]
                 else:
                     turn[d + j] = -turn[d + j]
             for h in range(heads):
-                place = task[ADDRESS] + 2 * (i * of_row + h * of_head)
+                place = task[ADDRESS + 2] + 2 * (i * of_row + h * of_head)
                 _widen(carray(_pointer(place), (d,), np.uint16), x_bits)
                 for j in range(half):
                     a, b = x[j], x[half + j]
@@ -264,7 +271,8 @@ def _rotate(data: Any) -> None:
         first = _claim(data)
 
 
-def _causal_softmax(data: Any) -> None:
+@_kernel
+def causal_softmax(data: Any) -> None:
     task = carray(data, (PLACES,), np.int64)
     z, out, n, queries = _matrix(task, 0), _matrix(task, 1), task[COLUMNS], task[INTEGER]
     scale = _F(task.view(np.float64)[REAL])
@@ -284,89 +292,3 @@ def _causal_softmax(data: Any) -> None:
             _round(bits[:seen], out[i, :seen])
             out[i, seen:] = 0
         first = _claim(data)
-
-
-# -------------------------------------------------------------------------- running
-
-
-@lru_cache
-def _team() -> Any:
-    """GOMP_parallel of the OpenMP runtime that torch has brought and runs its own loops on; None: another runtime."""
-    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
-        return ctypes.CDLL(str(path)).GOMP_parallel
-    return None
-
-
-@lru_cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="kernels")
-
-
-@lru_cache
-def _compiled(kernel: Any) -> Any:
-    return cfunc(types.void(types.voidptr), cache=True, error_model="numpy")(kernel)
-
-
-def _run(
-    kernel: Any, shape: tuple[int, int], *tensors: Tensor, real: float = 0.0, integers: tuple[int, ...] = ()
-) -> None:
-    """The kernel over all rows, on as many threads as torch uses."""
-    rows, columns = shape
-    gap = [0] * (INTEGER - ADDRESS - len(tensors))
-    task = (ctypes.c_int64 * PLACES)(0, rows, columns, 0, *(x.data_ptr() for x in tensors), *gap, *integers)
-    ctypes.c_double.from_buffer(task, 8 * REAL).value = real
-    region = _compiled(kernel)
-    threads = min(torch.get_num_threads(), -(-rows // TILE))
-    team = _team()
-    if threads == 1:
-        region.ctypes(ctypes.byref(task))
-    elif team is not None:
-        team(ctypes.c_void_p(region.address), ctypes.byref(task), threads, 0)
-    else:
-        rest = [_pool(threads).submit(region.ctypes, ctypes.byref(task)) for _ in range(threads - 1)]
-        region.ctypes(ctypes.byref(task))
-        for done in rest:
-            done.result()
-
-
-def fits(x: Tensor) -> bool:
-    """Is this a tensor that the kernels take?"""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.is_contiguous()
-
-
-def exponentials(z: Tensor) -> tuple[Tensor, Tensor]:
-    tops, sums = torch.empty(2, len(z), 1)
-    _run(_exponentials, z.shape, z, tops, sums)
-    return tops, sums
-
-
-def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
-    _run(_swiglu, gate.shape, gate, up, out)
-    return out
-
-
-def swiglu_gradient(grad: Tensor, gate: Tensor, up: Tensor, dup: Tensor) -> tuple[Tensor, Tensor]:
-    _run(_swiglu_gradient, gate.shape, grad, gate, up, dup)
-    return grad, dup
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
-    _run(_rms_norm, x.shape, x, weight, out, real=eps)
-    return out
-
-
-def rms_norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float, base: Tensor) -> Tensor:
-    out = torch.empty_like(x)
-    _run(_rms_norm_gradient, x.shape, grad, x, weight, base, out, real=eps)
-    return out
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool) -> Tensor:
-    n, heads, d = x.shape
-    _run(_rotate, (n, d), x, cos, sin, out, integers=(heads, x.stride(0), x.stride(1), int(back)))
-    return out
-
-
-def causal_softmax(scores: Tensor, scale: float, queries: int, out: Tensor) -> Tensor:
-    _run(_causal_softmax, scores.flatten(0, 1).shape, scores, out, real=scale, integers=(queries,))
-    return out

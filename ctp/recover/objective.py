@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from transformers import PreTrainedModel
 
+from ctp.recover import kernels
 from ctp.recover.attach import CHUNK, scored_logits, scored_states, summed_nll
 from ctp.recover.attention import NAME, Layout
 from ctp.recover.fused import replaced, replacements
 from ctp.recover.head import head_of
-from ctp.recover.kernels import compiled, kernels
+from ctp.recover.kernels import compiled
 from ctp.recover.prefix import Prefix, prefix
 from ctp.recover.scratch import Scratch
 
