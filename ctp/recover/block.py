@@ -192,7 +192,7 @@ def _rotated_heads(h: Tensor, block: _Block) -> list[Tensor]:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool = False) -> Tensor:
     """Rotary embedding of x (n, heads, d) by cos and sin (n, 1, d), halves against each other; back: its transpose."""
-    if x.stride(-1) == 1 and x.dtype == out.dtype and compiled(cos, sin, out):
+    if x.stride(-1) == 1 and cos.shape == (len(x), 1, x.shape[-1]) and x.dtype == out.dtype and compiled(cos, sin, out):
         return kernels.rotate(x, cos, sin, out, back)
     half, sign = x.shape[-1] // 2, 1 if back else -1
     torch.mul(x, cos, out=out)

@@ -1,4 +1,4 @@
-"""Elementwise parts of learning in bfloat16 on a CPU, each in one pass; torch takes several, some through copies in fp32.
+"""Elementwise parts of learning in bfloat16 on a CPU, each in one pass; torch takes several, some in copies of fp32.
 
 Every row is computed alone: the number of threads does not change a bit.
 """
