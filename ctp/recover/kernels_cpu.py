@@ -19,7 +19,7 @@ PIECE = 1024  # numbers at a time of a long row
 _F = np.float32
 _LOG2E, _ONE, _LEAST, _MOST = _F(1.4426950408889634), _F(1), _F(-87), _F(88)
 _LN2, _REST = _F(0.693359375), _F(-2.12194440054690583e-4)  # ln 2 is their sum; the first has few digits
-# e^r - 1 - r over r^2 for |r| <= ln 2 / 2, from the highest power, fitted for the largest relative error of e^r.
+# (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2, from the highest power: the coefficients of expf in the Cephes library.
 _P0, _P1, _P2, _P3, _P4, _P5 = (
     _F(x)
     for x in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
@@ -58,12 +58,14 @@ def _dot(x: Any, y: Any) -> Any:
 
 @njit(cache=True)
 def _widen(raw: Any, bits: Any) -> None:
+    """Bits of bfloat16 to those of fp32; bits may be longer."""
     for j in range(len(raw)):
         bits[j] = np.uint32(raw[j]) << 16
 
 
 @njit(cache=True)
 def _round(bits: Any, raw: Any) -> None:
+    """Bits of fp32 to those of the nearest bfloat16, of two the even one; bits may be longer."""
     for j in range(len(raw)):
         raw[j] = (bits[j] + 0x7FFF + ((bits[j] >> 16) & 1)) >> 16
 
@@ -77,7 +79,7 @@ def _drop(bits: Any) -> None:
 
 @njit(cache=True)
 def _maximum(raw: Any) -> Any:
-    """As integers numbers are in order once the negative ones are turned round: those have vector instructions."""
+    """The largest of a row, as integers, which are in the numbers' order once the negative ones are turned round."""
     signed, best = raw.view(np.int16), np.int16(-0x8000)
     for j in range(len(signed)):
         best = max(best, np.int16(signed[j] ^ ((signed[j] >> 15) & 0x7FFF)))
@@ -214,13 +216,8 @@ def rms_norm(data: Any) -> None:
 @_kernel
 def rms_norm_gradient(data: Any) -> None:
     task = carray(data, (PLACES,), np.int64)
-    x, grad, weight, base, out = (
-        _matrix(task, 0),
-        _matrix(task, 1),
-        _vector(task, 2),
-        _matrix(task, 3),
-        _matrix(task, 4),
-    )
+    x, grad, weight = _matrix(task, 0), _matrix(task, 1), _vector(task, 2)
+    base, out = _matrix(task, 3), _matrix(task, 4)
     n, eps = task[COLUMNS], task.view(np.float64)[REAL]
     x_bits, weight_bits = np.empty(n, np.uint32), np.empty(n, np.uint32)
     grad_bits, base_bits = np.empty(n, np.uint32), np.empty(n, np.uint32)
