@@ -16,7 +16,9 @@ from torch.autograd import Function
 from torch.autograd.graph import get_gradient_edge
 
 from ctp.compression.packed import PackedLinear
+from ctp.recover import kernels
 from ctp.recover.attention import Layout, packed_attention
+from ctp.recover.kernels import compiled
 from ctp.recover.scratch import Scratch
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -108,7 +110,11 @@ class _Function(Function):
         middle = h + torch.mm(attended.detach().flatten(1), o.T, out=_take(NARROW, h, block))
         factors = _factors(middle, block, block.layout.keep)
         a, b = factors
-        product = torch.ops.aten.silu.out(a, out=_take(PRODUCT, a, block)).mul_(b)
+        product = _take(PRODUCT, a, block)
+        if compiled(a, b):
+            kernels.swiglu(a, b, product)
+        else:
+            torch.ops.aten.silu.out(a, out=product).mul_(b)
         out = middle + torch.mm(product, _weight(block.mlp.down_proj, block).T, out=_take(NARROW, h, block))
         if keep:
             for x in heads:
@@ -123,13 +129,12 @@ class _Function(Function):
         h, middle, *factors = ctx.saved_tensors
         with torch.autocast(h.device.type, enabled=False):
             inner = _mlp_gradient(grads[0], middle, factors or _factors(middle, block, False), block)
-            grad = _norm_gradient(inner, middle, block.norms[1], block).add_(grads[0])
+            grad = _norm_gradient(inner, middle, block.norms[1], grads[0], block)
             outer = grad.to(block.dtype) @ _weight(block.attention.o_proj, block)
             outer = outer.unflatten(1, (-1, block.attention.head_dim))
             heads = torch.autograd.grad([ctx.attended], ctx.heads, [outer])
             inner = _heads_gradient(heads, h, block)
-            grad.add_(_norm_gradient(inner, h, block.norms[0], block))
-        return grad, None
+            return _norm_gradient(inner, h, block.norms[0], grad, block), None
 
 
 # --------------------------------------------------------------------------- parts
@@ -145,8 +150,10 @@ def _weight(linear: Linear, block: _Block) -> Tensor:
 
 def _normed(x: Tensor, norm: Any, block: _Block) -> Tensor:
     """w x / sqrt(mean(x^2) + eps) in the block's dtype, in the narrow buffer."""
-    y = torch.mul(x, inverse_rms(x, norm.variance_epsilon), out=_take(NARROW, x, block, x.dtype)).mul_(norm.weight)
-    return y.to(block.dtype)
+    y = _take(NARROW, x, block, x.dtype)
+    if compiled(x, norm.weight):
+        return kernels.rms_norm(x, norm.weight, norm.variance_epsilon, y)
+    return torch.mul(x, inverse_rms(x, norm.variance_epsilon), out=y).mul_(norm.weight).to(block.dtype)
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -155,13 +162,15 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
     return length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
-def _norm_gradient(grad: Tensor, x: Tensor, norm: Any, block: _Block) -> Tensor:
-    """The gradient for x of the norm's output's; a new tensor in x's dtype."""
+def _norm_gradient(grad: Tensor, x: Tensor, norm: Any, base: Tensor, block: _Block) -> Tensor:
+    """The gradient for x of the norm's output's, plus base; a new tensor in x's dtype."""
+    if compiled(grad, x, norm.weight, base):
+        return kernels.rms_norm_gradient(grad, x, norm.weight, norm.variance_epsilon, base)
     inverse = inverse_rms(x, norm.variance_epsilon)
     g = torch.mul(grad, norm.weight, out=_take(WIDE, x, block, torch.float32))
     unit = torch.mul(x, inverse, out=_take(OTHER, x, block, torch.float32))
     mean = torch.linalg.vecdot(g, unit)[:, None].div_(x.shape[-1])
-    return g.addcmul_(unit, mean, value=-1).mul_(inverse).to(x.dtype, copy=True)
+    return g.addcmul_(unit, mean, value=-1).mul_(inverse).to(x.dtype, copy=True).add_(base)
 
 
 def _rotated_heads(h: Tensor, block: _Block) -> list[Tensor]:
@@ -183,6 +192,8 @@ def _rotated_heads(h: Tensor, block: _Block) -> list[Tensor]:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool = False) -> Tensor:
     """Rotary embedding of x (n, heads, d) by cos and sin (n, 1, d), halves against each other; back: its transpose."""
+    if x.stride(-1) == 1 and cos.shape == (len(x), 1, x.shape[-1]) and x.dtype == out.dtype and compiled(cos, sin, out):
+        return kernels.rotate(x, cos, sin, out, back)
     half, sign = x.shape[-1] // 2, 1 if back else -1
     torch.mul(x, cos, out=out)
     first, last = (sin[..., half:], sin[..., :half]) if back else (sin[..., :half], sin[..., half:])
@@ -218,9 +229,14 @@ def _mlp_gradient(grad: Tensor, middle: Tensor, factors: Any, block: _Block) -> 
     """The gradient for the MLP's input, in the narrow buffer."""
     a, b = factors
     g = torch.mm(grad.to(block.dtype), _weight(block.mlp.down_proj, block), out=_take(PRODUCT, a, block))
-    silu = torch.ops.aten.silu.out(a, out=_take(GRADIENT, a, block)).mul_(g)
-    dx = torch.mm(silu, _weight(block.mlp.up_proj, block), out=_take(NARROW, middle, block))
-    da = torch.ops.aten.silu_backward.grad_input(g.mul_(b), a, grad_input=silu)
+    db, out = _take(GRADIENT, a, block), _take(NARROW, middle, block)
+    if compiled(g, a, b):
+        kernels.swiglu_gradient(g, a, b, db)
+        dx = torch.mm(db, _weight(block.mlp.up_proj, block), out=out)
+        return dx.addmm_(g, _weight(block.mlp.gate_proj, block))
+    torch.ops.aten.silu.out(a, out=db).mul_(g)
+    dx = torch.mm(db, _weight(block.mlp.up_proj, block), out=out)
+    da = torch.ops.aten.silu_backward.grad_input(g.mul_(b), a, grad_input=db)
     return dx.addmm_(da, _weight(block.mlp.gate_proj, block))
 
 
