@@ -47,7 +47,7 @@ def test_a_changed_input_is_told_of_once_and_its_setting_named(finished, tmp_pat
 def test_another_version_is_named(finished, monkeypatch):
     cells = {type(n.cell): n for n in finished.plan.nodes.values()}
     manifest = finished.store.manifest(cells[Learn].cell)
-    assert history.differences(cells[Learn], {**manifest, "version": 1}) == "VERSION of learn was 1, is 2"
+    assert history.differences(cells[Learn], {**manifest, "version": 1}) == "VERSION of learn was 1, is 3"
     other = {**manifest, "inputs": ["0" * 64]}
     assert history.differences(cells[Learn], other) == "its source was made by another VERSION"
 

@@ -110,11 +110,7 @@ class _Function(Function):
         middle = h + torch.mm(attended.detach().flatten(1), o.T, out=_take(NARROW, h, block))
         factors = _factors(middle, block, block.layout.keep)
         a, b = factors
-        product = _take(PRODUCT, a, block)
-        if compiled(a, b):
-            kernels.swiglu(a, b, product)
-        else:
-            torch.ops.aten.silu.out(a, out=product).mul_(b)
+        product = torch.ops.aten.silu.out(a, out=_take(PRODUCT, a, block)).mul_(b)
         out = middle + torch.mm(product, _weight(block.mlp.down_proj, block).T, out=_take(NARROW, h, block))
         if keep:
             for x in heads:
@@ -192,8 +188,6 @@ def _rotated_heads(h: Tensor, block: _Block) -> list[Tensor]:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool = False) -> Tensor:
     """Rotary embedding of x (n, heads, d) by cos and sin (n, 1, d), halves against each other; back: its transpose."""
-    if x.stride(-1) == 1 and cos.shape == (len(x), 1, x.shape[-1]) and x.dtype == out.dtype and compiled(cos, sin, out):
-        return kernels.rotate(x, cos, sin, out, back)
     half, sign = x.shape[-1] // 2, 1 if back else -1
     torch.mul(x, cos, out=out)
     first, last = (sin[..., half:], sin[..., :half]) if back else (sin[..., :half], sin[..., half:])
@@ -229,14 +223,9 @@ def _mlp_gradient(grad: Tensor, middle: Tensor, factors: Any, block: _Block) -> 
     """The gradient for the MLP's input, in the narrow buffer."""
     a, b = factors
     g = torch.mm(grad.to(block.dtype), _weight(block.mlp.down_proj, block), out=_take(PRODUCT, a, block))
-    db, out = _take(GRADIENT, a, block), _take(NARROW, middle, block)
-    if compiled(g, a, b):
-        kernels.swiglu_gradient(g, a, b, db)
-        dx = torch.mm(db, _weight(block.mlp.up_proj, block), out=out)
-        return dx.addmm_(g, _weight(block.mlp.gate_proj, block))
-    torch.ops.aten.silu.out(a, out=db).mul_(g)
-    dx = torch.mm(db, _weight(block.mlp.up_proj, block), out=out)
-    da = torch.ops.aten.silu_backward.grad_input(g.mul_(b), a, grad_input=db)
+    silu = torch.ops.aten.silu.out(a, out=_take(GRADIENT, a, block)).mul_(g)
+    dx = torch.mm(silu, _weight(block.mlp.up_proj, block), out=_take(NARROW, middle, block))
+    da = torch.ops.aten.silu_backward.grad_input(g.mul_(b), a, grad_input=silu)
     return dx.addmm_(da, _weight(block.mlp.gate_proj, block))
 
 

@@ -43,11 +43,10 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="kernels")
 
 
-def _run(kernel: Any, x: Tensor, *others: Tensor, real: float = 0.0, integers: tuple[int, ...] = ()) -> None:
+def _run(kernel: Any, x: Tensor, *others: Tensor, real: float = 0.0, queries: int = 0) -> None:
     """The kernel over all rows of x, on as many threads as torch uses."""
     rows, columns, places = x.numel() // x.shape[-1], x.shape[-1], [y.data_ptr() for y in (x, *others)]
-    gap = [0] * (kernels_cpu.INTEGER - kernels_cpu.ADDRESS - len(places))
-    task = (ctypes.c_int64 * kernels_cpu.PLACES)(0, rows, columns, 0, *places, *gap, *integers)
+    task = (ctypes.c_int64 * kernels_cpu.PLACES)(0, rows, columns, queries, 0, *places)
     ctypes.c_double.from_buffer(task, 8 * kernels_cpu.REAL).value = real
     threads, team = min(torch.get_num_threads(), -(-rows // kernels_cpu.TILE)), _team()
     if threads > 1 and team is not None:
@@ -68,16 +67,6 @@ def exponentials(z: Tensor) -> tuple[Tensor, Tensor]:
     return tops, sums
 
 
-def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> None:
-    """silu(gate) * up (n, d)."""
-    _run(kernels_cpu.swiglu, gate, up, out)
-
-
-def swiglu_gradient(grad: Tensor, gate: Tensor, up: Tensor, out: Tensor) -> None:
-    """Of the gradient of silu(gate) * up (n, d), up's into `out`, and gate's in place of it."""
-    _run(kernels_cpu.swiglu_gradient, grad, gate, up, out)
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
     """w x / sqrt(mean(x^2) + eps) over the last dimension of x (n, d); returns out."""
     _run(kernels_cpu.rms_norm, x, weight, out, real=eps)
@@ -91,17 +80,9 @@ def rms_norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float, base:
     return out
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool) -> Tensor:
-    """Rotary embedding of x (n, heads, d), whose last stride is 1, by cos and sin (n, 1, d), halves against each
-    other; back: its transpose. Returns out.
-    """
-    _run(kernels_cpu.rotate, cos, sin, x, out, integers=(x.shape[1], x.stride(0), x.stride(1), int(back)))
-    return out
-
-
 def causal_softmax(scores: Tensor, scale: float, queries: int, out: Tensor) -> Tensor:
     """softmax(scale * scores) of scores (n, groups * queries, s), scale > 0, where the last query sees all s keys and
     each before it one less. Returns out.
     """
-    _run(kernels_cpu.causal_softmax, scores, out, real=scale, integers=(queries,))
+    _run(kernels_cpu.causal_softmax, scores, out, real=scale, queries=queries)
     return out

@@ -13,8 +13,8 @@ from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
 TILE = 16  # rows that a thread takes at a time
-# A task is 64-bit places: the first row that is not taken, sizes, a float, then addresses, then other integers.
-NEXT, ROWS, COLUMNS, REAL, ADDRESS, INTEGER, PLACES = 0, 1, 2, 3, 4, 10, 16
+# A task is 64-bit places: the first row that is not taken, sizes, a float, then addresses.
+NEXT, ROWS, COLUMNS, QUERIES, REAL, ADDRESS, PLACES = 0, 1, 2, 3, 4, 5, 10
 PIECE = 1024  # numbers at a time of a long row
 _F = np.float32
 _LOG2E, _ONE, _LEAST, _MOST = _F(1.4426950408889634), _F(1), _F(-87), _F(88)
@@ -150,48 +150,6 @@ def exponentials(data: Any) -> None:
 
 
 @_kernel
-def swiglu(data: Any) -> None:
-    task = carray(data, (PLACES,), np.int64)
-    gate, up, out, n = _matrix(task, 0), _matrix(task, 1), _matrix(task, 2), task[COLUMNS]
-    gate_bits, up_bits = np.empty(n, np.uint32), np.empty(n, np.uint32)
-    a, b = gate_bits.view(np.float32), up_bits.view(np.float32)
-    first = _claim(data)
-    while first < task[ROWS]:
-        for i in range(first, min(first + TILE, task[ROWS])):
-            _widen(gate[i], gate_bits)
-            _widen(up[i], up_bits)
-            for j in range(n):
-                a[j] = a[j] / (_ONE + _exp(-a[j]))
-            _drop(gate_bits)
-            for j in range(n):
-                a[j] *= b[j]
-            _round(gate_bits, out[i])
-        first = _claim(data)
-
-
-@_kernel
-def swiglu_gradient(data: Any) -> None:
-    task = carray(data, (PLACES,), np.int64)
-    grad, gate, up, out, n = _matrix(task, 0), _matrix(task, 1), _matrix(task, 2), _matrix(task, 3), task[COLUMNS]
-    grad_bits, gate_bits, up_bits = np.empty(n, np.uint32), np.empty(n, np.uint32), np.empty(n, np.uint32)
-    g, a, b = grad_bits.view(np.float32), gate_bits.view(np.float32), up_bits.view(np.float32)
-    first = _claim(data)
-    while first < task[ROWS]:
-        for i in range(first, min(first + TILE, task[ROWS])):
-            _widen(grad[i], grad_bits)
-            _widen(gate[i], gate_bits)
-            _widen(up[i], up_bits)
-            for j in range(n):
-                s = _ONE / (_ONE + _exp(-a[j]))
-                y = a[j] * s
-                b[j] = g[j] * b[j] * (s + y * (_ONE - s))
-                g[j] = g[j] * y
-            _round(grad_bits, out[i])
-            _round(up_bits, grad[i])
-        first = _claim(data)
-
-
-@_kernel
 def rms_norm(data: Any) -> None:
     task = carray(data, (PLACES,), np.int64)
     x, weight, out, n = _matrix(task, 0), _vector(task, 1), _matrix(task, 2), task[COLUMNS]
@@ -241,38 +199,9 @@ def rms_norm_gradient(data: Any) -> None:
 
 
 @_kernel
-def rotate(data: Any) -> None:
-    task = carray(data, (PLACES,), np.int64)
-    d, heads, of_row, of_head = task[COLUMNS], task[INTEGER], task[INTEGER + 1], task[INTEGER + 2]
-    cos, sin, half = _matrix(task, 0), _matrix(task, 1), d // 2
-    out = carray(_pointer(task[ADDRESS + 3]), (task[ROWS], heads, d), np.uint16)
-    x_bits, turn_bits = np.empty(d, np.uint32), np.empty(2 * d, np.uint32)
-    x, turn = x_bits.view(np.float32), turn_bits.view(np.float32)
-    first = _claim(data)
-    while first < task[ROWS]:
-        for i in range(first, min(first + TILE, task[ROWS])):
-            _widen(cos[i], turn_bits[:d])
-            _widen(sin[i], turn_bits[d:])
-            for j in range(half):
-                if task[INTEGER + 3]:  # back
-                    turn[d + j], turn[d + half + j] = turn[d + half + j], -turn[d + j]
-                else:
-                    turn[d + j] = -turn[d + j]
-            for h in range(heads):
-                place = task[ADDRESS + 2] + 2 * (i * of_row + h * of_head)
-                _widen(carray(_pointer(place), (d,), np.uint16), x_bits)
-                for j in range(half):
-                    a, b = x[j], x[half + j]
-                    x[j] = a * turn[j] + b * turn[d + j]
-                    x[half + j] = b * turn[half + j] + a * turn[d + half + j]
-                _round(x_bits, out[i, h])
-        first = _claim(data)
-
-
-@_kernel
 def causal_softmax(data: Any) -> None:
     task = carray(data, (PLACES,), np.int64)
-    z, out, n, queries = _matrix(task, 0), _matrix(task, 1), task[COLUMNS], task[INTEGER]
+    z, out, n, queries = _matrix(task, 0), _matrix(task, 1), task[COLUMNS], task[QUERIES]
     scale = _F(task.view(np.float64)[REAL])
     bits = np.empty(n, np.uint32)
     x = bits.view(np.float32)
