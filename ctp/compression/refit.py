@@ -37,7 +37,7 @@ def refit(
 def _one_group(steps: Tensor, errors: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
     """A (1, 1, outputs) = ||R^T c||^2 and r (1, outputs) = (R^T c) e: one product with a triangle gives both."""
     a, r = steps.new_zeros(steps.shape[1]), steps.new_zeros(steps.shape[1])
-    for rows in _stripes(len(steps)):
+    for rows in stripes(len(steps)):
         part = root[: rows.stop, rows].T @ steps[: rows.stop]
         r += (part * errors[rows]).sum(0)
         a += part.square_().sum(0)
@@ -51,7 +51,7 @@ def _groups(
     columns, outputs = steps.shape
     size = columns // count
     pushed = torch.empty_like(steps)
-    for rows in _stripes(columns):
+    for rows in stripes(columns):
         torch.matmul(root[rows, rows.start :], errors[rows.start :], out=pushed[rows])
     order = torch.argsort(group, stable=True)
     if not bool((order == torch.arange(columns, device=order.device)).all()):
@@ -81,7 +81,7 @@ def _solve(a: Tensor, r: Tensor) -> Tensor:
     return r
 
 
-def _stripes(columns: int) -> list[slice]:
+def stripes(columns: int) -> list[slice]:
     """Runs of columns: what a triangle has zeros beside is left out, and products stay large."""
     step = max(128, columns // 8)
     return [slice(i, min(i + step, columns)) for i in range(0, columns, step)]

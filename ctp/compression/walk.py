@@ -20,6 +20,7 @@ from ctp.compression.blocks import (
     stopping,
 )
 from ctp.compression.layer import Layer, check
+from ctp.compression.refit import stripes
 from ctp.compression.solver import Inverse, check_shape, factorise, solve
 from ctp.machine import keep_heap, side_by_side
 from ctp.methods import Solver
@@ -151,22 +152,16 @@ def hessians(block: nn.Module, groups: Sequence[Sequence[str]], batches: Sequenc
 
 def _add_gram(total: Tensor, x: Tensor) -> None:
     """Adds X^T X to total (inputs, inputs), on and above the diagonal: stripe by stripe, little over half the work."""
-    for own in _stripes(len(total)):
+    for own in stripes(len(total)):
         total[: own.stop, own].addmm_(x[:, : own.stop].T, x[:, own])
 
 
 def _mirrored(total: Tensor) -> Tensor:
     """total, what lies below the diagonal made equal to what lies above it, in place."""
-    for own in _stripes(len(total)):
+    for own in stripes(len(total)):
         total[own, own] = total[own, own].triu() + total[own, own].triu(1).T
         total[own, : own.start] = total[: own.start, own].T
     return total
-
-
-def _stripes(columns: int) -> list[slice]:
-    """Runs of columns, so many that less than a tenth of the products is superfluous, of a width that is fast."""
-    step = max(128 if columns < 1024 else 192, columns // 8)
-    return [slice(i, min(i + step, columns)) for i in range(0, columns, step)]
 
 
 def _check_shapes(prefix: str, blocks: nn.ModuleList, compression: Solver) -> None:
