@@ -17,7 +17,7 @@ TILE = 16  # rows that a thread takes at a time
 NEXT, ROWS, COLUMNS, QUERIES, REAL, ADDRESS, PLACES = 0, 1, 2, 3, 4, 5, 10
 PIECE = 1024  # numbers at a time of a long row
 _F = np.float32
-_LOG2E, _ONE, _LEAST, _MOST = _F(1.4426950408889634), _F(1), _F(-87), _F(88)
+_LOG2E, _ONE, _LEAST = _F(1.4426950408889634), _F(1), _F(-87)
 _LN2, _REST = _F(0.693359375), _F(-2.12194440054690583e-4)  # ln 2 is their sum; the first has few digits
 # (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2, from the highest power: the coefficients of expf in the Cephes library.
 _P0, _P1, _P2, _P3, _P4, _P5 = (
@@ -31,8 +31,7 @@ _P0, _P1, _P2, _P3, _P4, _P5 = (
 
 @njit(fastmath={"contract"}, error_model="numpy", cache=True)
 def _exp(x: Any) -> Any:
-    """e^x; 0 below -87, e^88 above 88."""
-    x = _MOST if x > _MOST else x
+    """e^x of x <= 0; 0 below -87."""
     n = np.rint(x * _LOG2E)
     r = x - n * _LN2 - n * _REST
     y = (((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5) * (r * r) + r + _ONE
