@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,6 +83,12 @@ def keep_heap() -> None:
     glibc learns that from a large block that is freed; from 2^25 bytes on it learns nothing. Elsewhere nothing happens.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
+
+
+@lru_cache
+def thread_pool(threads: int) -> ThreadPoolExecutor:
+    """Threads for compiled code that torch does not run; the same ones every time."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="compiled")
 
 
 def side_by_side(jobs: Iterable[Callable[[], Result]], device: torch.device) -> list[Result]:

@@ -5,8 +5,6 @@ the first-level cache. The number of threads does not change a bit of the result
 numba's: its own pool would wait beside torch's.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from numba import njit
 
 from ctp.compression.settle import Block
+from ctp.machine import thread_pool
 
 TILE = 64  # outputs at a time: 128 columns of them are 32 KiB of float32
 
@@ -61,11 +60,6 @@ def _settle(
                     later[t] -= u * error[t]
 
 
-@lru_cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="settle")
-
-
 def settle_cpu(block: Block) -> None:
     """Settle a block on the CPU, on as many threads as torch uses."""
     work = block.work.numpy()
@@ -85,7 +79,7 @@ def settle_cpu(block: Block) -> None:
     threads = min(torch.get_num_threads(), tiles)
     bounds = [min(work.shape[1], TILE * (tiles * i // threads)) for i in range(threads)] + [work.shape[1]]
     parts = list(pairwise(bounds))
-    rest = [_pool(threads).submit(_settle, *arguments, *part) for part in parts[1:]]
+    rest = [thread_pool(threads).submit(_settle, *arguments, *part) for part in parts[1:]]
     _settle(*arguments, *parts[0])
     for done in rest:
         done.result()

@@ -4,7 +4,6 @@ Every row is computed alone: the number of threads does not change a bit.
 """
 
 import ctypes
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ctp.machine import thread_pool
 
 kernels_cpu: Any = None
 with suppress(ImportError):  # no numba for this platform
@@ -38,11 +39,6 @@ def _team() -> Any:
     return None
 
 
-@lru_cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="kernels")
-
-
 def _run(kernel: Any, x: Tensor, *others: Tensor, real: float = 0.0, queries: int = 0) -> None:
     """The kernel over all rows of x, on as many threads as torch uses."""
     rows, columns, places = x.numel() // x.shape[-1], x.shape[-1], [y.data_ptr() for y in (x, *others)]
@@ -52,7 +48,7 @@ def _run(kernel: Any, x: Tensor, *others: Tensor, real: float = 0.0, queries: in
     if threads > 1 and team is not None:
         team(kernel.address, ctypes.byref(task), threads, 0)
         return
-    rest = [_pool(threads - 1).submit(kernel.ctypes, ctypes.byref(task)) for _ in range(threads - 1)]
+    rest = [thread_pool(threads - 1).submit(kernel.ctypes, ctypes.byref(task)) for _ in range(threads - 1)]
     kernel.ctypes(ctypes.byref(task))
     for done in rest:
         done.result()
