@@ -40,7 +40,7 @@ from benchmarks.matrix import BATCH, MODEL, Bench, K
 from ctp import job
 from ctp.evaluate import perplexity as measuring
 from ctp.evaluate.perplexity import perplexity
-from ctp.machine import machine
+from ctp.machine.record import machine
 from ctp.methods import Perplexity
 from ctp.recover.prefix import prefix
 from ctp.recover.state import load_prompt

@@ -3,11 +3,11 @@ is needed; everything here works on a Hugging Face causal language model and its
 """
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +19,8 @@ from ctp.compression.artifact import PACKED, Compressed
 from ctp.formats.checkpoint import fetch, open_checkpoint, quantization
 from ctp.gridfile import explain
 from ctp.inputs import Windows
+from ctp.machine.arithmetic import AUTOCAST, dtype_name, notice, widen
+from ctp.machine.device import pick
 from ctp.methods import AnyCompression, AnyRecovery, SoftPrompt, Solver
 from ctp.recover.adapter import attach_adapter
 from ctp.recover.attach import check_fit, context_of
@@ -55,6 +57,7 @@ def compress(
     if not isinstance(solver, Solver):
         raise ValueError(f"spec = {solver.label}: calibrated methods only: gptq, sparsegpt")
     windows = _windows(model, tokenizer, texts, seq_len, count)
+    _announce(notice(dtype_name(model.dtype), model.device.type))
     layers = compress_model(model, windows, solver, progress=progress)
     return Compressed.of(model, layers, tokenizer)
 
@@ -84,7 +87,7 @@ def learn_prompt(
     MemoryError where one window at once is too many.
     """
     _check_plain(model, tokenizer)
-    spec, device = _prompt_spec(model, texts, k, seq_len, settings), _device(device)
+    spec, device = _prompt_spec(model, texts, k, seq_len, settings), pick(device)
     length = spec.text.seq_len
     train = _windows(model, tokenizer, texts, length, None, k)
     if validation is None:
@@ -94,6 +97,7 @@ def learn_prompt(
         train, held_out = train[:-held], train[-held:]
     else:
         held_out = _windows(model, tokenizer, validation, length, None, k)
+    _announce(notice(AUTOCAST.get(spec.precision, dtype_name(model.dtype)), device))
     return learn(model, train, held_out, spec, tokenizer=tokenizer, runtime=Runtime(device=device), report=progress)
 
 
@@ -131,11 +135,12 @@ def load(
     or an adapter's folder, to put in front; a Learn key and an adapter's folder bring their own. `generate` and the
     forward pass of the model then work as without prompt; with LoRA it is a PeftModel.
 
-    Quantized weights come unpacked to ordinary ones, bit for bit. The tokenizer pads on the left, with the end of text
-    where it has no token for that, so that batches can be generated. Raises ValueError or ctp.store.StoreError, in one
-    sentence, where there is no such thing.
+    Quantized weights come unpacked to ordinary ones, bit for bit. A model in half precision that its device has no fast
+    arithmetic for comes in float32, with the same values and a warning. The tokenizer pads on the left, with the end of
+    text where it has no token for that, so that batches can be generated. Raises ValueError or ctp.store.StoreError, in
+    one sentence, where there is no such thing.
     """
-    device = _device(device)
+    device = pick(device)
     folder = Path(what).expanduser()
     if folder.is_dir():
         model, tokenizer = _load_folder(folder, device)
@@ -148,6 +153,7 @@ def load(
             model, tokenizer = _load_folder(there, device)
         else:
             model, tokenizer = models.load(location, revision, "auto", device)
+    _announce(widen(model))
     if isinstance(prompt, str | Path):
         model = attach_adapter(model, Path(prompt))
     elif prompt is not None:
@@ -175,12 +181,10 @@ def _load_folder(folder: Path, device: str) -> tuple[Any, Any]:
     return (attach_adapter(model, folder) if adapter.is_file() else model), tokenizer
 
 
-def _device(device: str) -> str:
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device = {device!r}: allowed: auto, cpu, cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device = 'cuda': no GPU is visible")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+def _announce(text: str) -> None:
+    """A warning, which Python shows once, at the line that called ctp."""
+    if text:
+        warnings.warn(text, stacklevel=3)
 
 
 def _check_plain(model: Any, tokenizer: Any) -> None:

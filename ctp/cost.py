@@ -18,6 +18,7 @@ Tokens of whole texts are their bytes / 4; a task has 1,000 documents unless kno
 
 from dataclasses import dataclass
 
+from ctp.machine.arithmetic import AUTOCAST
 from ctp.methods import Compression, Generation, Latency, Learned, Perplexity, Solver, SparseGPT, Task
 from ctp.models import Facts
 from ctp.spec import Cell, Compress, Evaluate, Learn
@@ -101,7 +102,7 @@ def _learn(cell: Learn, facts: Facts) -> Cost:
     )
     rank, blocks = getattr(spec, "r", 0), getattr(spec, "layers", None) or facts.layers
     trained = spec.prompt_rows * facts.width + 4 * rank * _hidden(facts) * blocks
-    computed = {"fp32": cell.source.model.dtype, "bf16": "bfloat16", "fp16": "float16"}[spec.precision]
+    computed = AUTOCAST.get(spec.precision, cell.source.model.dtype)
     cast = BYTES[computed] * facts.linear_parameters if computed != cell.source.model.dtype else 0
     fed = tokens / spec.accumulate
     kept = (6 * _hidden(facts) + 2 * max(facts.in_features, default=facts.width)) * facts.layers * fed * BYTES[computed]

@@ -119,7 +119,8 @@ def _made(m: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("files", f"{size(sum(f['size'] for f in files.values()))}: {named}")]
     if "seconds" in m:
         machine = f" ({m['machine']})" if m.get("machine") else ""
-        rows.append(("took", f"{duration(m['seconds'])} on {m.get('device')}{machine}"))
+        computed = f", computed in {m['computed_in']}" if "computed_in" in m else ""
+        rows.append(("took", f"{duration(m['seconds'])} on {m.get('device')}{machine}{computed}"))
     if "peak_memory_bytes" in m:
         rows.append(("peak memory", size(m["peak_memory_bytes"])))
     if "created" in m:

@@ -200,6 +200,9 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
             looked = time.monotonic()
             with contextlib.suppress(Exception):  # it is for people to look at: no reason to stop
                 about.update(cluster.overview())
+        if event["event"] == "notice":  # about the machine, and not about how far a cell is
+            teller.announce(event["text"])
+            return
         teller.tell(event)
         tracker.tell(event)
 

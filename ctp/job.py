@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ctp import corpora, models
 from ctp.inputs import Model, Pinned, Windows
+from ctp.machine.arithmetic import widen
 from ctp.memory import AtOnce, smaller
 from ctp.methods import Dense
 from ctp.pins import location
@@ -191,12 +192,16 @@ def forget() -> None:
 def load_compressed(
     cell: Compress, store: Store, runtime: Runtime, device: str, packed: bool = False
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) of a finished Compress cell. The last one stays loaded: cells of one target come together."""
+    """(model, tokenizer) of a finished Compress cell, held as its device computes it. The last one stays loaded: cells
+    of one target come together.
+    """
     global _held
     wanted = key(cell), packed
     if _held is None or _held[0] != wanted:
         forget()  # the old weights before the new ones come
-        _held = wanted, *open_model(cell, store, runtime, device, packed)
+        model, tokenizer = open_model(cell, store, runtime, device, packed)
+        widen(model)
+        _held = wanted, model, tokenizer
     return _held[1], _held[2]
 
 

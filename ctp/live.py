@@ -51,6 +51,9 @@ class View(Printer):
         elif what == "FAILED":
             self.console.print(Text(f"FAILED {node.cell.kind} {slug(node.cell)}: {one_line(text)}", style="red"))
 
+    def _line(self, text: str) -> None:
+        self.console.print(Text(text))
+
     def _name(self, kind: str, name: str) -> str:
         return f"{kind:<8} {name.removeprefix(self.model)}"
 

@@ -30,6 +30,7 @@ class Printer:
     def __init__(self, board: Board, every: float = 10.0) -> None:
         self.board, self.every = board, every
         self.last: dict[str, float] = {}
+        self.announced: set[str] = set()
 
     def tell(self, event: dict[str, Any]) -> None:
         """Tell the board, and print what there is to say of one event."""
@@ -47,6 +48,15 @@ class Printer:
             took = duration(now - before.begun) if before else ""
             text = took if kind == "done" else one_line(event["error"])
             self._say({"done": "done", "failed": "FAILED", "skipped": "skipped"}[kind], k, text)
+
+    def announce(self, text: str) -> None:
+        """Print what workers find out about their machines, once."""
+        if text not in self.announced:
+            self.announced.add(text)
+            self._line(text)
+
+    def _line(self, text: str) -> None:
+        print(text, flush=True)
 
     def _say(self, what: str, k: str, text: str) -> None:
         cell, total = self.board.plan.nodes[k].cell, self.board.total

@@ -58,6 +58,8 @@ def entry(node: Node, manifest: dict[str, Any], history: Iterable[dict[str, Any]
         if point.get(name) is not None
     ]
     own = {"ctp.device": manifest["device"], "ctp.git_commit": manifest["git_commit"] or ""}
+    if "computed_in" in manifest:
+        own["ctp.computed_in"] = manifest["computed_in"]
     if "task" in manifest:
         own["ctp.metric"] = manifest["task"]["metric"]
     if "at_once" in manifest:

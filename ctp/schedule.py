@@ -247,11 +247,14 @@ def _do(data: dict[str, Any], place: Store, how: Runtime, tell: Callable[[Event]
     k, cell = data["key"], None
     try:
         plugins.load(how.plugins)
-        from ctp.work import execute  # torch and transformers: in workers only
+        from ctp.machine import arithmetic, device
+        from ctp.work import execute, requested  # torch and transformers: in workers only
 
         cell = from_json(data)
         k = key(cell)
         tell({"event": "start", "key": k})
+        if text := arithmetic.notice(requested(cell), device.pick(how.device)):
+            tell({"event": "notice", "key": k, "text": text})
         begun = time.monotonic()
         execute(cell, place, how, _throttled(k, tell))
     except drain.Drained:

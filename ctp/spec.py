@@ -50,7 +50,7 @@ class Compress(Cell):
 
 
 class Learn(Cell):
-    VERSION: ClassVar[int] = 3  # 3: in bfloat16 on a CPU norms and softmaxes are compiled kernels and round elsewhere
+    VERSION: ClassVar[int] = 3  # not raised for how half precision rounds: that is the device's, as on a GPU
     kind: ClassVar[str] = "learn"
 
     source: Compress

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from ctp.job import CompressJob, LearnJob, evaluating
-from ctp.machine import process_peak
+from ctp.machine.arithmetic import AUTOCAST, computed_in
+from ctp.machine.device import pick
+from ctp.machine.record import process_peak
 from ctp.memory import explained, free, ran_out
 from ctp.methods import Dense, Learned
 from ctp.spec import Cell, Compress, Evaluate, Learn, Runtime
@@ -29,7 +31,7 @@ def execute(cell: Cell, store: Store, runtime: Runtime, report: Report) -> None:
     """
     if store.has(cell):
         return
-    device = pick_device(runtime)
+    device = pick(runtime.device)
     try:
         _publish(cell, store, runtime, device, report)
     except Exception as e:
@@ -66,6 +68,7 @@ def _publish(cell: Cell, store: Store, runtime: Runtime, device: str, report: Re
         draft.record["metrics"] = metrics
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else process_peak()
         draft.record |= {"seconds": time.monotonic() - begun, "device": device, "peak_memory_bytes": peak}
+        draft.record["computed_in"] = computed_in(requested(cell), device)
         draft.record |= {"created": time.time(), **about}
 
 
@@ -99,11 +102,14 @@ def _advice(cell: Cell, runtime: Runtime, device: str) -> str:
 # -------------------------------------------------------------------- surroundings
 
 
-def pick_device(runtime: Runtime) -> str:
-    """ "cuda" or "cpu"; "auto" takes the GPU where this process has one."""
-    if runtime.device != "auto":
-        return runtime.device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def requested(cell: Cell) -> str:
+    """The number type in which a cell asks to be computed: its model's, or that of its precision."""
+    if isinstance(cell, Compress):
+        return cell.model.dtype
+    if isinstance(cell, Evaluate):
+        return cell.target.model.dtype
+    assert isinstance(cell, Learn)
+    return AUTOCAST.get(getattr(cell.recovery, "precision", ""), cell.source.model.dtype)
 
 
 @lru_cache

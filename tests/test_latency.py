@@ -7,9 +7,9 @@ import torch
 from measured import ARCHITECTURES, job_for, loaded, read_json, rows_for
 from tiny import tiny_llama
 
-from ctp import machine
 from ctp.evaluate import latency as module
 from ctp.evaluate.latency import latency, tokens
+from ctp.machine import record
 from ctp.methods import Latency
 from ctp.recover.attach import with_prompt
 
@@ -158,7 +158,7 @@ def test_measure_writes_every_timing_and_the_machine(tmp_path):
     assert about["cpu"]
     assert len(about["gpus"]) == torch.cuda.device_count()
     assert all(isinstance(v, int | float) for v in numbers.values())
-    assert machine.process_peak() > 0
+    assert record.process_peak() > 0
 
 
 def test_the_model_is_left_as_it_was():

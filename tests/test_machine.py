@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from ctp.machine import side_by_side
+from ctp.machine.threads import side_by_side
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from torch import nn
 from ctp.recover.attach import frozen, scored_logits, summed_nll
 from ctp.recover.attention import BLOCK, causal_attention
 from ctp.recover.block import forward_of
-from ctp.recover.fused import in_dtype
+from ctp.recover.fused import rounded_weights
 from ctp.recover.objective import Objective, choose, linear_nll
 from ctp.recover.scratch import Scratch
 from tests.tiny import random_windows, tiny_bloom, tiny_llama, tiny_mixtral, tiny_opt
@@ -109,7 +109,7 @@ def test_the_model_is_left_as_it_was():
     before, state = scored_logits(model, windows), {n: dict(vars(m)) for n, m in model.named_modules()}
 
     def interrupted():
-        with frozen(model), in_dtype(model, torch.bfloat16):
+        with frozen(model), rounded_weights(model, torch.bfloat16, torch.bfloat16):
             assert model.lm_head.weight.dtype == torch.bfloat16
             assert model.get_input_embeddings().weight.dtype == torch.float32
             with Objective(model, packed=True, headless=True, recompute=True).active():

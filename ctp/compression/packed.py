@@ -1,6 +1,6 @@
 """Linears that stay packed in memory and are unpacked every time they are used."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -40,11 +40,18 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, packed[name])
         self.register_buffer("bias", None if bias is None else bias.detach())
         self.dtype = dtype
+        self.rounded: torch.dtype | None = None  # to which the unpacked weight is rounded before it is used
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """Goes where the model goes; what is packed keeps its type, whatever the model's becomes."""
+        module: PackedLinear = super()._apply(lambda t: fn(t).to(t.dtype), recurse)
+        return module
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight (outputs, inputs) in the model's dtype, then in `dtype`."""
+        """The weight (outputs, inputs) in the model's dtype, rounded where it is to be, then in `dtype`."""
         parts = {f"w.{name}": getattr(self, name) for name in self.fields}
-        return unpack({"w.shape": self.shape, **parts})["w"].dense(self.dtype).to(dtype)
+        weight = unpack({"w.shape": self.shape, **parts})["w"].dense(self.dtype)
+        return weight.to(self.rounded or self.dtype).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type

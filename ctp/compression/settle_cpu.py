@@ -13,7 +13,7 @@ import torch
 from numba import njit
 
 from ctp.compression.settle import Block
-from ctp.machine import thread_pool
+from ctp.machine.threads import thread_pool
 
 TILE = 64  # outputs at a time: 128 columns of them are 32 KiB of float32
 

@@ -1,6 +1,6 @@
 """The walk through a model: block by block, compress the linears, hand the compressed block's outputs to the next."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,7 +22,8 @@ from ctp.compression.blocks import (
 from ctp.compression.layer import Layer, check
 from ctp.compression.refit import stripes
 from ctp.compression.solver import Inverse, check_shape, factorise, solve
-from ctp.machine import keep_heap, side_by_side
+from ctp.machine.arithmetic import widened
+from ctp.machine.threads import keep_heap, side_by_side
 from ctp.methods import Solver
 
 Progress = Callable[[int, int], None]
@@ -43,7 +44,8 @@ def compress_model(
 
     model: a causal language model of transformers on any device. windows: token ids (n, tokens). batch: windows per
     forward pass, by default 4, on a CPU as many as make CPU_TOKENS tokens. progress is told (blocks done, blocks).
-    Returns the compressed form of every weight by module name.
+    Returns the compressed form of every weight by module name. A model in half precision that its device has no fast
+    arithmetic for runs in float32; its weights come out rounded to their own type as ever.
 
     Raises ValueError naming the linear where a group size does not fit or a Hessian cannot be factorised, or the
     matrix in a block that is not a linear's; RuntimeError where the model is no plain chain of blocks; ArithmeticError
@@ -54,13 +56,14 @@ def compress_model(
     prefix, blocks = decoder_blocks(model)
     _check_shapes(prefix, blocks, compression)
     layers: dict[str, Layer] = {}
-    with torch.no_grad(), _evaluating(model), _full_precision():
+    dtypes = {n: m.weight.dtype for n, m in blocks.named_modules(prefix=prefix) if isinstance(m, nn.Linear)}
+    with torch.no_grad(), _evaluating(model), _full_precision(), widened(model):
         keep_heap()
         check_chain(model, windows[:1, :CHAIN])
         batches = capture(model, windows, batch or _batch(model, windows.shape[1]))
         probe = capture(model, windows[:1, :PROBE], 1)[0]
         for i, block in enumerate(blocks):
-            layers |= compress_block(block, batches, compression, f"{prefix}.{i}", probe)
+            layers |= compress_block(block, batches, compression, f"{prefix}.{i}", probe, dtypes)
             if i + 1 < len(blocks):
                 with packed_linears(block):
                     for b in batches:
@@ -77,41 +80,54 @@ def _batch(model: nn.Module, tokens: int) -> int:
 
 
 def compress_block(
-    block: nn.Module, batches: Sequence[Batch], compression: Solver, prefix: str, probe: Batch
+    block: nn.Module,
+    batches: Sequence[Batch],
+    compression: Solver,
+    prefix: str,
+    probe: Batch,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, Layer]:
     """Compresses one block's linears in place on the inputs in `batches`; names get `prefix` in front.
 
-    probe: anything that the block can be run with, to see which linears share an input.
+    probe: anything that the block can be run with, to see which linears share an input. dtypes: by name, what a weight
+    is rounded to and stored in, where that is not the type in which it is held.
     With true_sequential, each group of linears sees the inputs that the compressed ones before it produce.
     """
     groups = shared_inputs(block, probe)
     layers: dict[str, Layer] = {}
     for stage in [[g] for g in groups] if compression.true_sequential else [groups]:
-        jobs = _jobs(block, stage, hessians(block, stage, batches), compression, prefix)
+        jobs = _jobs(block, stage, hessians(block, stage, batches), compression, prefix, dtypes or {})
         names = [f"{prefix}.{name}" for group in stage for name in group]
         layers |= zip(names, side_by_side(jobs, batches[0].hidden.device), strict=True)
     return layers
 
 
 def _jobs(
-    block: nn.Module, stage: Sequence[Sequence[str]], sums: Sequence[Tensor], compression: Solver, prefix: str
+    block: nn.Module,
+    stage: Sequence[Sequence[str]],
+    sums: Sequence[Tensor],
+    compression: Solver,
+    prefix: str,
+    dtypes: Mapping[str, torch.dtype],
 ) -> Iterator[Callable[[], Layer]]:
     """What compresses one linear after the other in place; those on one input share a Hessian and its factors."""
     for names, hessian in zip(stage, sums, strict=True):
         with _naming(f"{prefix}.{names[0]}"):
             inverse = factorise(hessian, compression.damping, compression.act_order)
         for name in names:
-            yield partial(_compress_linear, block, name, inverse, compression, prefix)
+            weight = block.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            dtype = dtypes.get(f"{prefix}.{name}", weight.dtype)
+            yield partial(_compress_weight, f"{prefix}.{name}", weight, inverse, compression, dtype)
 
 
 @torch.no_grad()
-def _compress_linear(block: nn.Module, name: str, inverse: Inverse, compression: Solver, prefix: str) -> Layer:
-    weight = block.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    with _naming(f"{prefix}.{name}"):
-        new, layer = solve(weight, inverse, compression)
+def _compress_weight(name: str, weight: Tensor, inverse: Inverse, compression: Solver, dtype: torch.dtype) -> Layer:
+    """Compresses a weight in place to values of `dtype`."""
+    with _naming(name):
+        new, layer = solve(weight.to(dtype), inverse, compression)
         weight.copy_(new)
-        check(layer, weight, compression)
+        check(layer, weight.to(dtype), compression)
     return layer
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ctp.machine import machine, process_peak
+from ctp.machine.record import machine, process_peak
 from ctp.methods import Latency
 from ctp.recover.attach import context_of, frozen, with_prompt
 

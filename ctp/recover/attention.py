@@ -14,8 +14,6 @@ from torch.autograd import Function
 from torch.nn.attention.bias import causal_lower_right
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ctp.recover import kernels
-from ctp.recover.kernels import compiled
 from ctp.recover.scratch import Scratch
 
 NAME = "ctp_packed"  # in transformers' registry of attention implementations
@@ -138,9 +136,6 @@ def _weights(grouped: Tensor, keys: Tensor, start: int, scale: float, scratch: S
     shape = (*q.shape[:2], seen)
     scores = scratch.take(0, shape, q.device, q.dtype)
     out = q.new_empty(shape) if keep else scratch.take(1, shape, q.device, q.dtype)
-    if compiled(scores, out):
-        torch.bmm(q, keys[:, :seen].transpose(1, 2), out=scores)
-        return kernels.causal_softmax(scores, scale, rows, out)
     bias = torch.full((rows, seen), -torch.inf, dtype=grouped.dtype).triu_(seen - rows + 1).repeat(grouped.shape[1], 1)
     torch.baddbmm(bias, q, keys[:, :seen].transpose(1, 2), alpha=scale, out=scores)
     return torch.softmax(scores, -1, out=out)

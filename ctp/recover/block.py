@@ -16,9 +16,7 @@ from torch.autograd import Function
 from torch.autograd.graph import get_gradient_edge
 
 from ctp.compression.packed import PackedLinear
-from ctp.recover import kernels
 from ctp.recover.attention import Layout, packed_attention
-from ctp.recover.kernels import compiled
 from ctp.recover.scratch import Scratch
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -147,8 +145,6 @@ def _weight(linear: Linear, block: _Block) -> Tensor:
 def _normed(x: Tensor, norm: Any, block: _Block) -> Tensor:
     """w x / sqrt(mean(x^2) + eps) in the block's dtype, in the narrow buffer."""
     y = _take(NARROW, x, block, x.dtype)
-    if compiled(x, norm.weight):
-        return kernels.rms_norm(x, norm.weight, norm.variance_epsilon, y)
     return torch.mul(x, inverse_rms(x, norm.variance_epsilon), out=y).mul_(norm.weight).to(block.dtype)
 
 
@@ -160,8 +156,6 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 def _norm_gradient(grad: Tensor, x: Tensor, norm: Any, base: Tensor, block: _Block) -> Tensor:
     """The gradient for x of the norm's output's, plus base; a new tensor in x's dtype."""
-    if compiled(grad, x, norm.weight, base):
-        return kernels.rms_norm_gradient(grad, x, norm.weight, norm.variance_epsilon, base)
     inverse = inverse_rms(x, norm.variance_epsilon)
     g = torch.mul(grad, norm.weight, out=_take(WIDE, x, block, torch.float32))
     unit = torch.mul(x, inverse, out=_take(OTHER, x, block, torch.float32))

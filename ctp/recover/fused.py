@@ -15,6 +15,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from ctp.compression.blocks import decoder_blocks
+from ctp.compression.packed import PackedLinear
 from ctp.recover.block import LINEARS, forward_of, inverse_rms, is_norm, is_silu
 
 
@@ -100,16 +101,30 @@ def replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
 
 
 @contextmanager
-def in_dtype(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Frozen linears hold their weights as `dtype`, to which autocast would round them at every use."""
+def rounded_weights(model: nn.Module, dtype: torch.dtype, held: torch.dtype) -> Iterator[None]:
+    """The numbers of frozen linears are rounded once to `dtype`, as autocast would round them at every use, and held
+    as `held`.
+    """
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
-    before = [(m, m.weight, m.bias) for m in linears if m.weight.dtype != dtype]
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    before = [(m, m.weight, m.bias) for m in linears]
     try:
+        for p in packed:
+            p.rounded = dtype
         for m, weight, bias in before:
-            m.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+            m.weight = _rounded(weight, dtype, held)
             if bias is not None:
-                m.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+                m.bias = _rounded(bias, dtype, held)
         yield
     finally:
         for m, weight, bias in before:
             m.weight, m.bias = weight, bias
+        for p in packed:
+            p.rounded = None
+
+
+def _rounded(parameter: Any, dtype: torch.dtype, held: torch.dtype) -> Any:
+    """Itself where that changes nothing: no second copy of the weights is kept then."""
+    value = parameter.detach().to(dtype).to(held)
+    same = value.dtype == parameter.dtype and torch.equal(value, parameter)
+    return parameter if same else nn.Parameter(value, requires_grad=False)

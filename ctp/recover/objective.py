@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from transformers import PreTrainedModel
 
-from ctp.recover import kernels
 from ctp.recover.attach import CHUNK, scored_logits, scored_states, summed_nll
 from ctp.recover.attention import NAME, Layout
 from ctp.recover.fused import replaced, replacements
 from ctp.recover.head import head_of
-from ctp.recover.kernels import compiled
 from ctp.recover.prefix import Prefix, prefix
 from ctp.recover.scratch import Scratch
 
@@ -66,8 +64,6 @@ def _exponentials(z: Tensor) -> tuple[Tensor, Tensor]:
     """The maxima of the rows of z (n, V) and the sums of exp(z - maximum), both (n, 1) in fp32; z becomes these
     exponentials, rounded to its dtype once they are summed.
     """
-    if compiled(z):
-        return kernels.exponentials(z)
     rows = len(z) if z.device.type != "cpu" else max(1, CACHED // z.shape[1])
     tops, sums = z.new_empty(2, len(z), 1, dtype=torch.float32)
     for part, top, total in zip(z.split(rows), tops.split(rows), sums.split(rows), strict=True):

@@ -21,12 +21,14 @@ from transformers import PreTrainedModel
 
 from ctp import drain
 from ctp.evaluate.perplexity import PerplexityResult, perplexity
-from ctp.machine import keep_heap
+from ctp.machine.arithmetic import AUTOCAST, computed_in, widened
+from ctp.machine.device import pick
+from ctp.machine.threads import keep_heap
 from ctp.memory import AtOnce, smaller
 from ctp.methods import Learned
 from ctp.recover.accelerator import accelerated
 from ctp.recover.attach import check_fit, frozen
-from ctp.recover.fused import in_dtype
+from ctp.recover.fused import rounded_weights
 from ctp.recover.objective import choose
 from ctp.recover.state import TrainState
 from ctp.recover.steps import batch_rows, generator, learning_rate
@@ -91,7 +93,8 @@ def train(
     validation), lr, tokens_per_s (window tokens, while training), best_val_loss, best_step and, when measured,
     val_loss; losses are nats per scored token whatever spec.loss is. Where memory runs out, a micro-batch is halved,
     and stays so: the gradient is the same sum up to rounding (and dropout draws other masks); report and history then
-    say how many windows go through `at_once`.
+    say how many windows go through `at_once`. Half precision that the device has no fast arithmetic for, of the model
+    or of spec.precision, is computed in float32, with the weights rounded as asked and without a loss scale.
 
     Raises ValueError where spec, text and model do not fit or the checkpoint is another run's, FloatingPointError
     (with step, learning rate and last losses) on a loss or gradient that is not finite, OutOfMemory where one window at
@@ -109,27 +112,24 @@ def train(
             raise ValueError(f"{resume} is a checkpoint of another spec or other text")
         state = saved
     keep_heap()
-    with accelerated(spec.precision, runtime.device) as accelerator, frozen(model):
-        if model.dtype == torch.float16 and accelerator.device.type == "cpu":
-            raise ValueError(
-                "a float16 model learns on a GPU only: on a CPU say dtype: bfloat16 or float32 of the model"
-            )
+    device = pick(runtime.device)
+    half = AUTOCAST.get(spec.precision)
+    native = half is None or computed_in(half, device) == half
+    with accelerated(spec.precision if native else "fp32", device) as accelerator, frozen(model):
         if getattr(model, "hf_device_map", None) is None:
             model.to(accelerator.device)
-        with make() as trainable, _rounded(model, accelerator):
+        with widened(model), make() as trainable, _rounded(model, half, native):
             run = _Run(trainable, windows, validation, spec, state, accelerator, runtime)
             _loop(run, runtime.checkpoint_seconds, checkpoint, report)
     return state
 
 
-@contextmanager
-def _rounded(model: PreTrainedModel, accelerator: Accelerator) -> Iterator[None]:
-    """Frozen weights are rounded once to what autocast would round them to at every use."""
-    device = accelerator.device.type
-    with accelerator.autocast():
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    with nullcontext() if dtype is None else in_dtype(model, dtype):
-        yield
+def _rounded(model: PreTrainedModel, half: str | None, native: bool) -> AbstractContextManager[None]:
+    """Frozen weights are rounded once to what autocast would round them to at every use; native: and held as that."""
+    if half is None:
+        return nullcontext()
+    dtype: torch.dtype = getattr(torch, half)
+    return rounded_weights(model, dtype, dtype if native else torch.float32)
 
 
 def _loop(run: "_Run", checkpoint_seconds: float, checkpoint: Checkpoint | None, report: Report | None) -> None:
