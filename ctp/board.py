@@ -12,22 +12,32 @@ from ctp.plan import Plan
 
 @dataclass
 class Running:
-    """A cell at work. begun, first: seconds as time.monotonic() has them, of its start and of the first step it told.
+    """A cell at work. begun: as time.monotonic() has it. said: its last progress.
 
-    first_step: the step it told then: loading, and what an earlier run did, is not its pace. said: its last progress.
+    warm, warm_step: time and number of the first step that it told after another one. What came before is not its pace:
+    loading, what an earlier run did, and the step in which code is compiled and memory is found.
     """
 
     begun: float
-    first: float = 0.0
-    first_step: int = 0
+    first_step: int | None = None
+    warm: float = 0.0
+    warm_step: int = 0
     said: dict[str, Any] = field(default_factory=dict)
 
+    def tell(self, progress: dict[str, Any], now: float) -> None:
+        """Take in a progress: step, steps, and numbers."""
+        self.said = {**progress, "at": now}
+        if self.first_step is None:
+            self.first_step = progress["step"]
+        elif not self.warm and progress["step"] > self.first_step:
+            self.warm, self.warm_step = now, progress["step"]
+
     def left(self) -> float | None:
-        """Seconds until its last step at the pace of those told; None where no pace is known yet."""
-        made = self.said.get("step", 0) - self.first_step
-        if not self.first or made <= 0:
+        """Seconds until its last step at the pace since it was warm; None where no pace is known yet."""
+        made = self.said.get("step", 0) - self.warm_step
+        if not self.warm or made <= 0:
             return None
-        return (self.said["at"] - self.first) / made * (self.said["steps"] - self.said["step"])
+        return (self.said["at"] - self.warm) / made * (self.said["steps"] - self.said["step"])
 
 
 class Board:
@@ -53,10 +63,7 @@ class Board:
             if kind == "start":
                 self.running[k] = Running(now)
             elif kind == "progress":
-                cell = self.running.setdefault(k, Running(now))
-                if not cell.first:
-                    cell.first, cell.first_step = now, event["step"]
-                cell.said = {**event, "at": now}
+                self.running.setdefault(k, Running(now)).tell(event, now)
             else:
                 self.running.pop(k, None)
                 self.ended[kind] += 1

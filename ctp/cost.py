@@ -16,12 +16,13 @@ N parameters, T tokens fed (prompt rows included), h wide, L blocks, V vocabular
 Tokens of whole texts are their bytes / 4; a task has 1,000 documents unless known here, of four choices.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ctp.machine.arithmetic import AUTOCAST
+from ctp.machine.arithmetic import AUTOCAST, computed_in, cpu_rates
 from ctp.methods import Compression, Generation, Latency, Learned, Perplexity, Solver, SparseGPT, Task
 from ctp.models import Facts
-from ctp.spec import Cell, Compress, Evaluate, Learn
+from ctp.spec import Cell, Compress, Evaluate, Learn, requested
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 DECODE = 20
@@ -35,6 +36,8 @@ TASKS = {"openbookqa": (500, 20), "hellaswag": (10_042, 100), "piqa": (1_838, 40
          "mmlu_high_school_european_history": (165, 420)}  # fmt: skip
 CHOICES = 4
 CHUNK = 2**24  # logits that exist at a time
+SHARE = 0.6  # of the rate of matrix products on a CPU: what learning and compressing a model of 135M parameters reach
+LOADING = 1.0  # seconds of a cell besides, on a CPU
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,35 @@ class Cost:
     def hours(self, tflops: float) -> float:
         """Hours of a device that does so many 10^12 operations a second."""
         return self.flops / (tflops * 1e12) / 3600
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast cells are assumed to be computed where nothing was measured.
+
+    flops: operations a second by number type. loading: seconds that every cell takes besides. about: says so.
+    """
+
+    flops: Mapping[str, float]
+    loading: float
+    about: str
+
+    def seconds(self, cell: Cell, cost: Cost) -> float:
+        """What the cell takes; nothing where it computes nothing."""
+        return self.loading + cost.flops / self.flops[requested(cell)] if cost.flops else 0.0
+
+
+def gpu_pace(tflops: float) -> Pace:
+    """A GPU that sustains so many 10^12 operations a second in whatever it computes."""
+    return Pace(dict.fromkeys(BYTES, tflops * 1e12), 0.0, f"{tflops:g} TFLOP/s a GPU, assumed (--tflops)")
+
+
+def cpu_pace(cores: int) -> Pace:
+    """So many cores of this machine's CPU for a cell, from its rate of matrix products."""
+    rates = cpu_rates()
+    flops = {dtype: SHARE * cores * rates[computed_in(dtype, "cpu")] for dtype in BYTES}
+    return Pace(flops, LOADING, f"{SHARE:.0%} of the {cores * rates['float32'] / 1e9:.0f} GFLOP/s that float32 matrix "
+                f"products reach here on {cores} core{'s' * (cores > 1)}, and {LOADING:g} s a cell")  # fmt: skip
 
 
 def of(cell: Cell, facts: Facts, batch: int = 4) -> Cost:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ctp import dag, drain, explain, gridfile, heartbeat, preview, status, summary
+from ctp import cost, dag, drain, explain, gridfile, heartbeat, preview, status, summary
 from ctp.board import Board
 from ctp.ending import unread
 from ctp.gridtext import GridError
@@ -30,7 +30,7 @@ from ctp.pins import Pins
 from ctp.plan import BUILD, TRANSFER, Plan, again, keep, make, states, where
 from ctp.progress import telling
 from ctp.redact import scrub
-from ctp.resources import Resources, gpu_memory
+from ctp.resources import Resources, cores, gpu_memory, has_gpu
 from ctp.runinfo import TrackError, tracking_uri
 from ctp.spec import Runtime
 from ctp.store import Store, StoreError, default_store
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ctp.track import Tracker
 
 OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+TFLOPS = 100  # that a GPU is assumed to sustain
 GOES_ON = "running the same command again goes on from here"
 
 
@@ -112,9 +113,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--packed", action="store_true", help="learn prompts through weights that stay packed in memory")
     p.add_argument("--gpu-memory", type=_positive, metavar="GIB",
                    help="memory of one GPU (default: that of the GPU here, else 24)")  # fmt: skip
-    p.add_argument("--tflops", type=_positive, default=100, metavar="N",
-                   help="10^12 operations a second that a GPU sustains, for the hours of --plan (default 100: "
-                   "a third of an A100's peak in bfloat16)")  # fmt: skip
+    p.add_argument("--tflops", type=_positive, metavar="N",
+                   help="10^12 operations a second that a GPU sustains, for the times of --plan (default 100, a third "
+                   "of an A100's peak in bfloat16; without a GPU here, the CPU's measured rate)")  # fmt: skip
     p.add_argument("--gpu-hour-price", type=_number, metavar="P", help="with --plan: say what it costs, at so much for "
                    "an hour of one GPU")  # fmt: skip
     return p
@@ -170,8 +171,11 @@ def _missing(state: Mapping[str, str]) -> set[str]:
 def foresee(plan: Plan, state: dict[str, str], todo: set[str], store: Store, unpinned: Sequence[str],
             args: argparse.Namespace) -> int:  # fmt: skip
     """--plan: what would run, and nothing else."""
-    seen = preview.look(plan, state, todo, store, gpu_memory(args.gpu_memory), args.tflops, args.batch,
-                        args.gpu_hour_price)  # fmt: skip
+    tflops = args.tflops or TFLOPS
+    on_cpu = args.device == "cpu" or not (args.tflops or args.address or args.device == "cuda" or has_gpu())
+    pace, at_once = (cost.cpu_pace(args.cpus), max(1, cores() // args.cpus)) if on_cpu else (cost.gpu_pace(tflops), 0)
+    seen = preview.look(plan, state, todo, store, gpu_memory(args.gpu_memory), tflops, args.batch, args.gpu_hour_price,
+                        pace, at_once)  # fmt: skip
     if args.dag:
         print(dag.mermaid(plan, {k: preview.word(why) for k, why in seen.state.items()}))
     elif args.json:

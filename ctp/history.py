@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ctp import cost
-from ctp.cost import Cost
+from ctp.cost import Cost, Pace
 from ctp.labels import flat
 from ctp.manifest import INPUTS, MANIFEST, parse
 from ctp.plan import FAILED, Node, Plan
@@ -168,9 +168,10 @@ def _add(samples: list[Sample], m: Manifest, c: Cost) -> None:
 
 
 def expect(plan: Plan, todo: Collection[str], costs: Mapping[str, Cost], samples: Samples, each: Resources,
-           tflops: float) -> dict[str, Expected]:  # fmt: skip
-    """Of each cell that is to run: from its like, in proportion to their size, where some were measured, else from the
-    cost model. GPUs are whole ones, at least one, as memory asks for."""
+           tflops: float, pace: Pace) -> dict[str, Expected]:  # fmt: skip
+    """Of each cell that is to run: from similar ones, in proportion to their size, where some were measured, else from
+    the cost model at `pace`. GPUs are whole ones, at least one, as memory asks for; tflops: of one.
+    """
     out = {}
     for k in todo:
         c = costs[k]
@@ -178,7 +179,7 @@ def expect(plan: Plan, todo: Collection[str], costs: Mapping[str, Cost], samples
         hours = c.hours(tflops)
         near = _nearest(samples.get(sort(plan.nodes[k]), []), c)
         if not near:
-            out[k] = Expected(3600 * hours, c.memory, gpus, hours * gpus)
+            out[k] = Expected(pace.seconds(plan.nodes[k].cell, c), c.memory, gpus, hours * gpus)
             continue
         seconds = statistics.median(s.seconds * _ratio(c, s.cost) for s in near)
         device = Counter(s.device for s in near).most_common(1)[0][0]

@@ -7,7 +7,7 @@ from typing import Any
 
 from ctp import cost, history
 from ctp.columns import aligned
-from ctp.cost import Cost
+from ctp.cost import Cost, Pace
 from ctp.history import Expected
 from ctp.labels import axes, slug
 from ctp.plan import Plan
@@ -16,6 +16,7 @@ from ctp.resources import GIB, Resources
 from ctp.store import Store
 
 LISTED = 60  # cells that are told of one by one
+STARTING = 10.0  # seconds until Ray and the workers' imports are there
 
 MODEL = (
     "shared: cells that a study above has too; left, hours and bytes are of the others that are to run.\n"
@@ -41,7 +42,8 @@ def describe(plan: Plan, state: dict[str, str], todo: set[str]) -> None:
 class Preview:
     """A plan with what is to run of it and what that takes. state: with why cells are stale; costs: of all cells.
 
-    device: bytes of one GPU. price: of an hour of it, or None.
+    device: bytes of one GPU. price: of an hour of it, or None. pace: what is assumed where nothing was measured.
+    at_once: cells that run at a time, 0 where that is not known.
     """
 
     plan: Plan
@@ -52,20 +54,27 @@ class Preview:
     device: int
     tflops: float
     price: float | None
+    pace: Pace
+    at_once: int
 
     @property
     def gpu_hours(self) -> float:
         return sum(e.gpu_hours for e in self.expected.values())
 
+    @property
+    def seconds(self) -> float:
+        """Of all cells that are to run, one after the other."""
+        return sum(e.seconds for e in self.expected.values())
+
 
 def look(plan: Plan, state: dict[str, str], todo: set[str], store: Store, device: int, tflops: float, batch: int,
-         price: float | None) -> Preview:  # fmt: skip
+         price: float | None, pace: Pace, at_once: int) -> Preview:  # fmt: skip
     """All that `--plan` tells, with what the store has measured. Raises StoreError."""
     costs = {k: cost.of(n.cell, n.facts, batch) for k, n in plan.nodes.items()}
     why, read = history.stale(plan, state, store)
     samples = history.measured(plan, todo, state, store, costs, read, batch)
-    expected = history.expect(plan, todo, costs, samples, Resources(gpu_memory=device), tflops)
-    return Preview(plan, {**state, **why}, todo, costs, expected, device, tflops, price)
+    expected = history.expect(plan, todo, costs, samples, Resources(gpu_memory=device), tflops, pace)
+    return Preview(plan, {**state, **why}, todo, costs, expected, device, tflops, price, pace, at_once)
 
 
 def detail(p: Preview) -> None:
@@ -109,13 +118,15 @@ def totals(p: Preview) -> list[str]:
         return ["Nothing to run."]
     devices = sorted({e.device for e in p.expected.values() if e.device})
     of = sum(bool(e.device) for e in p.expected.values())
-    all_seconds = sum(e.seconds for e in p.expected.values())
     seconds, path = history.longest_path(p.plan, p.expected)
     names = " -> ".join(slug(p.plan.nodes[k].cell) for k in path)
-    where = f" (*, on {', '.join(devices)})" if devices else ""
-    out = [f"Time: {duration(all_seconds)} one after the other; {of} of {len(p.expected)} cells as their like took in "
-           f"this store{where}, the others by the cost model.",
-           f"Longest path, which no number of machines makes shorter: {duration(seconds)}: {names}"]  # fmt: skip
+    where = f", on {', '.join(devices)} (*)" if devices else ""
+    wall = max(seconds, p.seconds / p.at_once) if p.at_once else 0.0
+    here = f"about {duration(wall + STARTING)} on this machine, {p.at_once} cells at a time; " if wall else ""
+    out = [f"Time: {here}{duration(p.seconds)} one after the other.",
+           f"  {of} of {len(p.expected)} cells: as long as similar cells in this store took{where}.",
+           f"  The others: by the cost model, at {p.pace.about}.",
+           f"Longest path, which more machines do not make shorter: {duration(seconds)}: {names}"]  # fmt: skip
     if p.price is not None:
         out.append(f"Money: {p.gpu_hours:.2f} GPU-hours x {p.price:g} = {p.gpu_hours * p.price:.2f} (whole GPUs; by "
                    "the cost model where nothing was measured on a GPU)")  # fmt: skip
@@ -136,7 +147,7 @@ def as_json(p: Preview, unpinned: list[str]) -> dict[str, Any]:
                      "measured_on": e.device or None}  # fmt: skip
         cells.append(said)
     money = {} if p.price is None else {"gpu_hour_price": p.price, "money": p.gpu_hours * p.price}
-    total = {"seconds": sum(e.seconds for e in p.expected.values()), "gpu_hours": p.gpu_hours, **money}
+    total = {"seconds": p.seconds, "gpu_hours": p.gpu_hours, "assumed": p.pace.about, **money}
     return {"grid": p.plan.name, "cells": cells, "to_run": len(p.todo), "total": total, "unpinned": unpinned,
             "longest_path": {"seconds": seconds, "cells": path}}  # fmt: skip
 

@@ -83,10 +83,13 @@ def how_far(event: dict[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """3.2 s, 4 min 05 s, 2 h 07 min."""
+    """3.2 s, 4 min 05 s, 2 h 07 min, 3 d 04 h."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    days, rest = divmod(minutes, 24 * 60)
+    return f"{days:,} d {rest // 60:02d} h"

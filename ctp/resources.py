@@ -1,6 +1,7 @@
 """What one trial takes of a machine, and what machines there are."""
 
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,11 +56,25 @@ def gpu_memory(gib: int | None) -> int:
     """Bytes of one GPU: as given in GiB, else as found on this machine, else 24 GiB."""
     if gib is not None:
         return gib * GIB
-    if sys.platform == "linux" and not any(Path("/dev", n).exists() for n in DRIVERS):
-        return 24 * GIB  # without asking torch, which takes seconds to import
+    if not has_gpu():
+        return 24 * GIB
     import torch
 
-    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 24 * GIB
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def has_gpu() -> bool:
+    """Has this machine a GPU that torch can use? Where there is no driver, torch, which takes seconds, is not asked."""
+    if sys.platform == "linux" and not any(Path("/dev", n).exists() for n in DRIVERS):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # --------------------------------------------------------------------- machines

@@ -27,7 +27,7 @@ from ctp.plan import Plan
 from ctp.redact import scrub
 from ctp.resources import Fleet, Resources, alone
 from ctp.resources import bundles as resources_of
-from ctp.spec import Runtime, from_json, key, to_json
+from ctp.spec import Runtime, from_json, key, requested, to_json
 from ctp.store import Store
 
 # Tune reads these when it is imported. Its own progress tables, result files and saved states are not for thousands of
@@ -248,7 +248,7 @@ def _do(data: dict[str, Any], place: Store, how: Runtime, tell: Callable[[Event]
     try:
         plugins.load(how.plugins)
         from ctp.machine import arithmetic, device
-        from ctp.work import execute, requested  # torch and transformers: in workers only
+        from ctp.work import execute  # torch and transformers: in workers only
 
         cell = from_json(data)
         k = key(cell)

@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from ctp.inputs import Model, Pinned, PositiveInt, Spec, Windows
+from ctp.machine.arithmetic import AUTOCAST
 from ctp.methods import AnyCompression, AnyMeasure, AnyRecovery
 
 
@@ -72,6 +73,14 @@ class Evaluate(Cell):
                 f"a prompt learned on {self.recovery.source.model.name} cannot stand before {self.target.model.name}"
             )
         return self
+
+
+def requested(cell: Cell) -> str:
+    """The number type in which a cell asks to be computed: its model's, or that of its precision."""
+    if isinstance(cell, Learn):
+        return AUTOCAST.get(getattr(cell.recovery, "precision", ""), cell.source.model.dtype)
+    assert isinstance(cell, Compress | Evaluate)
+    return (cell.model if isinstance(cell, Compress) else cell.target.model).dtype
 
 
 KINDS: dict[str, type[Cell]] = {c.kind: c for c in (Compress, Learn, Evaluate)}

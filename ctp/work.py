@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from ctp.job import CompressJob, LearnJob, evaluating
-from ctp.machine.arithmetic import AUTOCAST, computed_in
+from ctp.machine.arithmetic import computed_in
 from ctp.machine.device import pick
 from ctp.machine.record import process_peak
 from ctp.memory import explained, free, ran_out
 from ctp.methods import Dense, Learned
-from ctp.spec import Cell, Compress, Evaluate, Learn, Runtime
+from ctp.spec import Cell, Compress, Evaluate, Learn, Runtime, requested
 from ctp.store import Store
 from ctp.versions import git_commit, versions
 
@@ -100,16 +100,6 @@ def _advice(cell: Cell, runtime: Runtime, device: str) -> str:
 
 
 # -------------------------------------------------------------------- surroundings
-
-
-def requested(cell: Cell) -> str:
-    """The number type in which a cell asks to be computed: its model's, or that of its precision."""
-    if isinstance(cell, Compress):
-        return cell.model.dtype
-    if isinstance(cell, Evaluate):
-        return cell.target.model.dtype
-    assert isinstance(cell, Learn)
-    return AUTOCAST.get(getattr(cell.recovery, "precision", ""), cell.source.model.dtype)
 
 
 @lru_cache

@@ -10,6 +10,7 @@ from tinygrid import grid
 
 from ctp import cost, history, plan, preview
 from ctp import grid as command
+from ctp.machine.arithmetic import cpu_rates
 from ctp.resources import GIB
 from ctp.spec import Compress, Evaluate, Learn
 from ctp.store import Store
@@ -60,8 +61,8 @@ def test_nothing_is_stale_in_a_store_that_has_it_all_or_nothing(finished, tmp_pa
 def look(graph, store, **changes):
     state = plan.states(graph, store)
     todo = {k for k, why in state.items() if why != "done"}
-    return preview.look(graph, state, todo, store, **{"device": 24 * GIB, "tflops": 100, "batch": 4, "price": 2.5,
-                                                      **changes})  # fmt: skip
+    given = {"device": 24 * GIB, "tflops": 100, "batch": 4, "price": 2.5, "pace": cost.gpu_pace(100), "at_once": 0}
+    return preview.look(graph, state, todo, store, **(given | changes))
 
 
 def test_time_is_measured_where_the_like_was_and_scaled(finished, tmp_path, llama_folder):
@@ -77,7 +78,7 @@ def test_time_is_measured_where_the_like_was_and_scaled(finished, tmp_path, llam
     # A CPU's seconds are no GPU's hours: money goes by the cost model.
     assert seen.expected[k].gpu_hours == pytest.approx(seen.costs[k].hours(100))
     text = "\n".join(preview.totals(seen))
-    assert "4 of 4 cells as their like took in this store (*, on cpu)" in text
+    assert "4 of 4 cells: as long as similar cells in this store took, on cpu (*)" in text
     assert f"= {seen.gpu_hours * 2.5:.2f}" in text
 
 
@@ -108,6 +109,7 @@ def test_plan_groups_and_says_why(finished, tmp_path, llama_folder, capsys):
     assert "stale: recovery.steps was 6, is 12" in out
     assert "Longest path" in out
     assert "x 2 =" in out
+    assert "on this machine" in out  # cells would run here, where no GPU is
     lines = [line.split() for line in out.splitlines() if line.startswith("changed  tiny-llama")]
     assert [line[2:8] for line in lines] == [
         ["compress", "3", "3", "-", "-", "-"], ["learn", "1", "-", "-", "-", "1"], ["evaluate", "6", "3", "-", "-", "3"]
@@ -127,7 +129,38 @@ def test_a_price_is_a_number(price, capsys):
     assert "must be a number" in capsys.readouterr().err
 
 
+def test_without_a_gpu_it_goes_by_the_rate_of_this_cpu(finished, tmp_path, monkeypatch):
+    """A laptop's CPU is ten thousand times slower than a GPU: seconds assumed for one mean nothing on the other."""
+    monkeypatch.setattr(cost, "cpu_rates", lambda: {"float32": 50e9, "bfloat16": 200e9})
+    monkeypatch.setattr(cost, "computed_in", lambda dtype, device: "bfloat16" if dtype == "bfloat16" else "float32")
+    pace = cost.cpu_pace(2)
+    cell = next(n.cell for n in finished.plan.nodes.values() if isinstance(n.cell, Learn))
+    work = cost.Cost(flops=6e12, stored=0, memory=0)
+    assert pace.seconds(cell, work) == pytest.approx(cost.LOADING + 6e12 / (cost.SHARE * 2 * 50e9))
+    half = cell.model_copy(update={"recovery": cell.recovery.model_copy(update={"precision": "bf16"})})
+    assert pace.seconds(half, work) == pytest.approx(cost.LOADING + 6e12 / (cost.SHARE * 2 * 200e9))
+    assert pace.seconds(cell, cost.Cost(0, 0, 0)) == 0
+    seen = look(finished.plan, Store(str(tmp_path / "empty")), pace=pace, at_once=2)
+    text = "\n".join(preview.totals(seen))
+    assert "on this machine, 2 cells at a time" in text
+    assert "60% of the 100 GFLOP/s" in text
+    longest = history.longest_path(finished.plan, seen.expected)[0]
+    assert max(longest, seen.seconds / 2) + preview.STARTING < seen.seconds + preview.STARTING
+    assert preview.as_json(seen, [])["total"]["assumed"] == pace.about
+
+
+def test_a_gpu_is_assumed_where_one_is_or_is_spoken_of(monkeypatch, tmp_path, capsys):
+    for has, options, cpu in [
+        (False, [], True), (True, [], False), (True, ["--device", "cpu"], True), (False, ["--tflops", "50"], False),
+        (False, ["--device", "cuda"], False), (False, ["--address", "auto"], False),
+    ]:  # fmt: skip
+        monkeypatch.setattr(command, "has_gpu", lambda has=has: has)
+        assert command.main(["demo", "--plan", "--store", str(tmp_path / "s"), "--gpu-memory", "24", *options]) == 0
+        assert ("on this machine" in capsys.readouterr().out) == cpu
+
+
 def test_looking_imports_nothing_heavy(tmp_path):
+    cpu_rates()  # measured once a machine, with torch
     code = ("import sys; from ctp import grid; "
             "assert grid.main(['demo', sys.argv[1], '--store', sys.argv[2]]) == 0; "
             "heavy = {'torch', 'transformers', 'ray', 'mlflow', 'pandas', 'rich'} & set(sys.modules); "

@@ -50,9 +50,11 @@ def at_work(graph):
     board.tell({"event": "done", "key": first})
     board.tell({"event": "failed", "key": second, "error": "ValueError: no"})
     board.tell({"event": "start", "key": learned(graph)})
-    board.tell({"event": "progress", "key": learned(graph), "step": 10, "steps": 100, "loss": 4.0})
+    for step in (0, 10):  # of the first one a run is told after loading; code is compiled until the next
+        board.tell({"event": "progress", "key": learned(graph), "step": step, "steps": 100, "loss": 4.0})
     running = board.running[learned(graph)]
-    running.first -= 10.0  # it told step 10 ten seconds ago
+    assert running.left() is None
+    running.warm -= 10.0  # it told step 10 ten seconds ago
     board.tell(
         {"event": "progress", "key": learned(graph), "step": 30, "steps": 100, "loss": 3.5, "tokens_per_s": 99.0}
     )
