@@ -8,7 +8,7 @@ for all, each in a process of its own, one after the other in every round. Time 
 of each process, extra memory the largest resident size during the steps over that before them. The floor is the time
 that the matrix products alone would take: those of frozen linears for every position once (the prompt's once a batch)
 and of the head for scored positions, forward and for the inputs' gradient, at the rate measured here. bf16 is measured
-where the CPU multiplies it fast; elsewhere one more row has the model stored in bfloat16, which ctp computes in float32.
+where the CPU multiplies it fast; elsewhere one more row has a model stored in bfloat16, which is computed in float32.
 
 On a GPU: a model of LLaMA-7B's shape with random weights, bfloat16, 4 windows of 1,024 tokens behind 100 rows: share of
 the card's measured rate of matrix products, and peak memory.

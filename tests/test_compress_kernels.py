@@ -135,3 +135,15 @@ if __name__ == "__main__":
 
     for bits, pruned in itertools.product(QUANTIZED, PRUNED):
         assert_alike(settle_cuda, bits, pruned)
+
+
+def test_numba_comes_when_columns_are_settled_and_not_before():
+    """It takes half a second and 100 MB, which learning and evaluating have no use for."""
+    code = (
+        "import sys, torch, ctp.api, ctp.work, ctp.recover.lora, ctp.evaluate.generation\n"
+        "from ctp.compression.settle import Block, settle\n"
+        "assert 'numba' not in sys.modules\n"
+        "settle(Block(torch.ones(2, 4), torch.eye(2), torch.empty(2, 4)))\n"
+        "assert 'numba' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

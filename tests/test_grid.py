@@ -89,8 +89,10 @@ def test_run_again_plan_and_matrix(tmp_path, llama_folder):
 def test_a_failed_cell_stops_only_what_needs_it(tmp_path, llama_folder):
     content = grid(llama_folder)
     content["recovery"]["text"]["count"] = 10**6  # more windows than there is text: known only when it is read
+    content["recovery"]["precision"] = "fp16"
     file = write_grid(tmp_path / "tiny.yaml", content)
-    found = run("ctp.grid", file, cwd=tmp_path)
+    found = run("ctp.grid", file, "--device", "cpu", cwd=tmp_path)
+    assert found.stdout.count("no fast float16: computing in float32") == 1  # before its cell begins
     assert found.returncode == 1, found.stderr
     assert "6 done, 1 failed, 3 skipped in" in found.stdout
     assert re.search(r"FAILED +learn .*ValueError: .*1000000", found.stdout)
