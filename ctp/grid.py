@@ -172,8 +172,10 @@ def foresee(plan: Plan, state: dict[str, str], todo: set[str], store: Store, unp
             args: argparse.Namespace) -> int:  # fmt: skip
     """--plan: what would run, and nothing else."""
     tflops = args.tflops or TFLOPS
-    on_cpu = args.device == "cpu" or not (args.tflops or args.address or args.device == "cuda" or has_gpu())
-    pace, at_once = (cost.cpu_pace(args.cpus), max(1, cores() // args.cpus)) if on_cpu else (cost.gpu_pace(tflops), 0)
+    if _on_cpu(args):
+        pace, at_once = cost.cpu_pace(args.cpus), max(1, cores() // args.cpus)
+    else:
+        pace, at_once = cost.gpu_pace(tflops), 0
     seen = preview.look(plan, state, todo, store, gpu_memory(args.gpu_memory), tflops, args.batch, args.gpu_hour_price,
                         pace, at_once)  # fmt: skip
     if args.dag:
@@ -186,6 +188,12 @@ def foresee(plan: Plan, state: dict[str, str], todo: set[str], store: Store, unp
         if unpinned:
             print(f"not pinned, the hub cannot be reached: {', '.join(unpinned)}: keys are provisional")
     return OK
+
+
+def _on_cpu(args: argparse.Namespace) -> bool:
+    """Would the cells run on this machine's CPU, as far as can be told: no GPU is here, and none is spoken of?"""
+    spoken = args.tflops or args.gpu_memory or args.gpu_hour_price is not None or args.address
+    return bool(args.device == "cpu" or not (spoken or args.device == "cuda" or has_gpu()))
 
 
 def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker: "Tracker", runtime: Runtime,
