@@ -8,7 +8,7 @@ and loading; ctp's includes packing, as GPTQModel's does. ctp's perplexity judge
 
 Prints a markdown table; ratios are ctp over the peer, below 1 is better. ctp fits the scales anew when all codes are
 settled; --plain leaves that out, and the algorithms are the papers' to the letter. Exit status 1 where ctp takes more
-than half a peer's seconds, or its perplexity is worse than the best peer's by more than 3 % (running the same code
+than 0.6 of a peer's seconds, or its perplexity is worse than the best peer's by more than 3 % (running the same code
 twice moves as much); 2 where a peer is not installed.
 """
 

@@ -9,7 +9,7 @@ from ctp.recover.attach import frozen, scored_logits, summed_nll
 from ctp.recover.attention import BLOCK, causal_attention
 from ctp.recover.block import forward_of
 from ctp.recover.fused import rounded_weights
-from ctp.recover.objective import Objective, choose, linear_nll
+from ctp.recover.objective import CHUNK, Objective, choose, linear_nll
 from ctp.recover.scratch import Scratch
 from tests.tiny import random_windows, tiny_bloom, tiny_llama, tiny_mixtral, tiny_opt
 
@@ -148,7 +148,7 @@ def test_what_is_not_plainly_causal_or_not_a_plain_head_is_left_to_the_model():
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_linear_nll_is_cross_entropy_in_chunks(monkeypatch, rows):
-    monkeypatch.setattr("ctp.recover.objective.CHUNK", 61 * rows)
+    monkeypatch.setitem(CHUNK, "cpu", 61 * rows)
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(20, 8, requires_grad=True), 3 * torch.randn(61, 8), torch.arange(20)
     wanted = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from transformers import PreTrainedModel
 
-from ctp.recover.attach import CHUNK, scored_logits, scored_states, summed_nll
+from ctp.recover.attach import scored_logits, scored_states, summed_nll
 from ctp.recover.attention import NAME, Layout
 from ctp.recover.fused import replaced, replacements
 from ctp.recover.head import head_of
@@ -25,6 +25,8 @@ from ctp.recover.scratch import Scratch
 # Largest difference of a hidden state, relative to the largest one, at which two computations of it are the same.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
+# Logits that exist at a time. A GPU needs many to be busy; on a CPU more only take memory.
+CHUNK = {"cpu": 2**22, "cuda": 2**24}
 CACHED = 2**20  # logits that are exponentiated together on a CPU: in fp32 they stay in its cache
 
 
@@ -37,7 +39,7 @@ class _LinearNLL(Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        chunks = -(-len(hidden) * len(weight) // CHUNK)
+        chunks = -(-len(hidden) * len(weight) // CHUNK.get(hidden.device.type, CHUNK["cuda"]))
         rows = -(-len(hidden) // chunks)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
