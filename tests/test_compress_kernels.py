@@ -1,5 +1,6 @@
 """The kernels that settle a block against the plain loop, on every combination of options."""
 
+import copy
 import itertools
 import os
 import subprocess
@@ -64,11 +65,12 @@ def test_the_compiled_kernel_does_what_the_loop_does(bits, pruned, dtype) -> Non
 
 
 def test_the_number_of_threads_does_not_change_a_bit() -> None:
-    before, results = torch.get_num_threads(), []
+    """Of what the kernel does. The factor that it is given may change, where a library splits sums among threads."""
+    before, given, results = torch.get_num_threads(), block(4, (2, 4)), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            made = block(4, (2, 4))
+            made = copy.deepcopy(given)
             settle(made)
             results.append(made)
     finally:

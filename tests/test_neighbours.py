@@ -29,9 +29,11 @@ def test_it_equals_all_cosines_at_once(chunk, top, monkeypatch):
     prompt, words = rows_for_table(5), table()
     cosines, ids = neighbours(prompt, words, top)
     everything = torch.cosine_similarity(prompt.double()[:, None], words.double()[None], dim=-1)
-    expected, places = everything.sort(dim=1, descending=True)
-    assert torch.equal(ids, places[:, :top])
-    assert torch.allclose(cosines.double(), expected[:, :top], atol=1e-6)  # sums of 16 products in fp32
+    expected = everything.sort(dim=1, descending=True).values
+    # Two rows whose cosines are nearer to each other than sums of 16 products in fp32 are exact may change places.
+    assert torch.allclose(everything.gather(1, ids), expected[:, :top], rtol=0, atol=2e-6)
+    assert all(len(set(row)) == top for row in ids.tolist())
+    assert torch.allclose(cosines.double(), expected[:, :top], rtol=0, atol=2e-6)
 
 
 def rows_for_table(k, d=16):

@@ -57,7 +57,8 @@ def test_without_prompt_it_is_the_models_own_loss(model):
     with torch.no_grad():
         loss = model(input_ids=windows, labels=windows).loss.item()
     result = perplexity(model, windows)
-    assert math.log(result.ppl) == pytest.approx(loss, rel=1e-6)
+    # Theirs is an fp32 mean of 92 numbers, and every addition may round by 2^-24.
+    assert math.log(result.ppl) == pytest.approx(loss, rel=92 * 2**-24)
     assert (result.scored_tokens, result.positions) == (4 * 23, 4 * 23)
     assert result.ppl_paper == result.ppl
 

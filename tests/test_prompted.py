@@ -21,8 +21,6 @@ MODELS = {
 }
 TEXTS = ["A", "Once upon a", "a time"]
 K, NEW = 5, 12
-# fp32 on both sides, other orders of summation: rounding only. Logits are about 5.
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 
 @pytest.fixture(params=MODELS)
@@ -60,6 +58,13 @@ def greedy(model, row, prompt, new=NEW):
             logits = model(inputs_embeds=with_prompt(model, out[None], prompt)).logits
         out = torch.cat([out, logits[0, -1].argmax()[None]])
     return out[len(row) :]
+
+
+def alike(ours, theirs):
+    """fp32 on both sides, other orders of summation: some twenty products, one after the other, of sums of 32 or 64
+    terms, each rounded by 2^-24 of the largest. 20 * 8 * 2^-24 = 1e-5; 5e-7 was seen.
+    """
+    return float((ours - theirs).abs().max() / theirs.abs().max()) <= 1e-5
 
 
 # ---------------------------------------------------------------------- generation
@@ -114,7 +119,7 @@ def test_samples_are_drawn_from_the_logits_behind_the_prompt(model, tokenizer):
         expected = scored_logits(model, found.sequences, prompt)[0, -NEW:]
         plain = scored_logits(model, found.sequences)[0, -NEW:]
     for logits in (found.logits, again.logits):
-        assert torch.allclose(torch.cat(logits), expected, **CLOSE)
+        assert alike(torch.cat(logits), expected)
         assert not torch.allclose(torch.cat(logits), plain, atol=0.01)
 
 
@@ -131,10 +136,10 @@ def test_logits_are_those_of_ctp(model, tokenizer):
         for i, row in enumerate(rows[1:]):
             logits = model(row[None]).logits  # positional, as torch allows
             assert logits.shape == (1, len(row), VOCAB)
-            assert torch.allclose(logits[0, :-1], ours[i], **CLOSE)
-            assert torch.allclose(padded[i, -len(row) : -1], ours[i], **CLOSE)
-            assert torch.allclose(model(row[None], logits_to_keep=2).logits, logits[:, -2:], **CLOSE)
-            assert torch.allclose(model(row[None], logits_to_keep=99).logits, logits, **CLOSE)
+            assert alike(logits[0, :-1], ours[i])
+            assert alike(padded[i, -len(row) : -1], ours[i])
+            assert alike(model(row[None], logits_to_keep=2).logits, logits[:, -2:])
+            assert alike(model(row[None], logits_to_keep=99).logits, logits)
 
 
 def test_positions_may_be_given(model, tokenizer):
@@ -183,8 +188,8 @@ def test_a_cache_can_be_filled_by_hand(model):
         rest = model(windows[:, 6:], past_key_values=begun.past_key_values).logits
         mask = torch.ones_like(windows)
         masked = model(windows[:, 6:], attention_mask=mask, past_key_values=branch, return_dict=False)[0]
-    assert torch.allclose(rest, whole[:, 6:], **CLOSE)
-    assert torch.allclose(masked, whole[:, 6:], **CLOSE)
+    assert alike(rest, whole[:, 6:])
+    assert alike(masked, whole[:, 6:])
 
 
 def test_a_prompt_learns_through_the_attached_model(model):
