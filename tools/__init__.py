@@ -1,0 +1,1 @@
+"""What the project checks of itself: `python -m tools.NAME`."""
