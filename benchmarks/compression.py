@@ -34,7 +34,7 @@ from ctp.compression import compress_model, pack, stats
 from ctp.evaluate.perplexity import perplexity
 from ctp.formats.checkpoint import open_checkpoint
 from ctp.methods import Compression, Solver
-from ctp.models import load, locate
+from ctp.models import load, locate, quiet
 
 HERE = Path(__file__).parent
 TOKENS = HERE / "smollm2_wikitext2_256.safetensors"
@@ -201,7 +201,8 @@ def main() -> int:
     print(head(authors), flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model.save_pretrained(folder)
+        with quiet():
+            model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for row in rows:
             who = [p for p in args.peers if p in row.get("peers", ())]

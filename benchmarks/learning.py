@@ -41,7 +41,8 @@ K, BATCH, WINDOW = 100, 4, 256
 TOKENS = Path(__file__).with_name("smollm2_wikitext2_256.safetensors")
 WAYS = {"peft": "PEFT, plain loop", "trainer": "PEFT, HF Trainer", "ctp": "ctp", "recompute": "ctp, recomputing"}
 HALF = {"half": "ctp, stored in bf16"}  # where bf16 is computed in float32
-SLOWEST = {"fp32": 0.75, "bf16": 1.0}  # of PEFT's time
+SLOWEST = {"fp32": 0.75, "bf16": 1.0}  # of the time of PEFT's plain loop
+TRAINER = {"fp32": 0.85, "bf16": 1.0}  # of the Trainer's, which is now faster than the loop and now slower
 RECOMPUTED = 1.35  # of the time without
 LARGEST = {"ctp": 0.4, "recompute": 0.2}  # of PEFT's extra memory
 WIDENED = 1.3  # a model stored in bf16, computed in float32: of the time of one stored in float32
@@ -230,7 +231,7 @@ def table(precision: str, folder: str, config: Any, rounds: int, steps: int) -> 
         print(f"| {name} | {time_of[w]:.2f} s | ±{spread:.0%} | {time_of[w] / time_of['peft']:.2f} | "
               f"{time_of[w] / floor:.2f} | {memory[w] / 2**20:.0f} MiB | {memory[w] / memory['peft']:.2f} | "
               f"{loss[w]:.5f} |", flush=True)  # fmt: skip
-    claims = [("ctp", "peft", SLOWEST[precision]), ("ctp", "trainer", SLOWEST[precision]),
+    claims = [("ctp", "peft", SLOWEST[precision]), ("ctp", "trainer", TRAINER[precision]),
               ("recompute", "ctp", RECOMPUTED), ("half", "ctp", WIDENED)]  # fmt: skip
     broken = [f"{precision}: {names[w]} takes {time_of[w] / time_of[p]:.2f} of {names[p]}'s time, not {most}"
               for w, p, most in claims if w in names and time_of[w] > most * time_of[p]]  # fmt: skip
@@ -242,7 +243,7 @@ def table(precision: str, folder: str, config: Any, rounds: int, steps: int) -> 
 
 
 def on_cpu(rounds: int, steps: int, precisions: list[str]) -> list[str]:
-    from ctp.models import load, locate
+    from ctp.models import load, locate, quiet
 
     _, revision, location = locate("smollm2-135m")
     model, _ = load(location, revision, "float32", "cpu")
@@ -250,7 +251,8 @@ def on_cpu(rounds: int, steps: int, precisions: list[str]) -> list[str]:
     print(", ".join(f"{n} {version(n)}" for n in ("torch", "transformers", "peft")), end="; ")
     print(f"SmolLM2-135M, {BATCH} x {WINDOW} tokens behind {K} rows; {rounds} rounds of {steps - 1} steps")
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        with quiet():
+            model.save_pretrained(folder)
         config = model.config
         del model
         return [x for p in precisions for x in table(p, folder, config, rounds, steps)]
