@@ -7,8 +7,9 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 
 
-def pytest_collection_finish():
-    """What is imported by now stays: garbage, which latency collects before every round, is not looked for in it."""
+@pytest.fixture(scope="module", autouse=True)
+def nothing_old_is_garbage():
+    """Latency collects garbage before every round: half a second, if all that earlier files left is looked through."""
     gc.collect()
     gc.freeze()
 
