@@ -23,6 +23,7 @@ CHOSEN = (
     "tests/test_compress_walk.py::test_bfloat16_models_compress_in_their_dtype",
     "tests/test_formats.py::test_half_precision_exports",
     "tests/test_formats.py::test_checkpoints_of_the_real_libraries_give_their_weights_and_logits",
+    "tests/test_half_precision.py",
     "tests/test_head.py",
     "tests/test_objective.py",
     "tests/test_pack.py",
