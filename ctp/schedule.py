@@ -22,6 +22,7 @@ from typing import Any
 from ctp import cost, drain, plugins
 from ctp.graph import Event, Outcome, Walk, ended_for_memory, expected, own_words
 from ctp.labels import slug
+from ctp.machine import arithmetic, device
 from ctp.names import plain
 from ctp.plan import Plan
 from ctp.redact import scrub
@@ -247,7 +248,6 @@ def _do(data: dict[str, Any], place: Store, how: Runtime, tell: Callable[[Event]
     k, cell = data["key"], None
     try:
         plugins.load(how.plugins)
-        from ctp.machine import arithmetic, device
         from ctp.work import execute  # torch and transformers: in workers only
 
         cell = from_json(data)
