@@ -19,7 +19,7 @@ from ctp.compression.artifact import PACKED, Compressed
 from ctp.formats.checkpoint import fetch, open_checkpoint, quantization
 from ctp.gridfile import explain
 from ctp.inputs import Windows
-from ctp.machine.arithmetic import AUTOCAST, dtype_name, notice, widen
+from ctp.machine.arithmetic import AUTOCAST, as_stored, dtype_name, notice, widen
 from ctp.machine.device import pick
 from ctp.methods import AnyCompression, AnyRecovery, SoftPrompt, Solver
 from ctp.recover.adapter import attach_adapter
@@ -57,9 +57,10 @@ def compress(
     if not isinstance(solver, Solver):
         raise ValueError(f"spec = {solver.label}: calibrated methods only: gptq, sparsegpt")
     windows = _windows(model, tokenizer, texts, seq_len, count)
-    _announce(notice(dtype_name(model.dtype), model.device.type))
-    layers = compress_model(model, windows, solver, progress=progress)
-    return Compressed.of(model, layers, tokenizer)
+    with as_stored(model):
+        _announce(notice(dtype_name(model.dtype), model.device.type))
+        layers = compress_model(model, windows, solver, progress=progress)
+        return Compressed.of(model, layers, tokenizer)
 
 
 def learn_prompt(

@@ -173,7 +173,7 @@ def foresee(plan: Plan, state: dict[str, str], todo: set[str], store: Store, unp
     """--plan: what would run, and nothing else."""
     tflops = args.tflops or TFLOPS
     if _on_cpu(args):
-        pace, at_once = cost.cpu_pace(args.cpus), max(1, cores() // args.cpus)
+        pace, at_once = cost.cpu_pace(min(args.cpus, cores())), max(1, cores() // args.cpus)
     else:
         pace, at_once = cost.gpu_pace(tflops), 0
     seen = preview.look(plan, state, todo, store, gpu_memory(args.gpu_memory), tflops, args.batch, args.gpu_hour_price,

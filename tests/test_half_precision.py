@@ -11,7 +11,7 @@ import pytest
 import torch
 from prompts import S, run, spec
 from test_work import Bench
-from tiny import random_windows, tiny_bloom, tiny_llama, tiny_opt
+from tiny import random_windows, tiny_bloom, tiny_llama, tiny_mixtral, tiny_opt, tiny_qwen2
 from tinygrid import model_folder
 from torch import nn
 
@@ -86,14 +86,53 @@ def test_rates_are_measured_once_a_machine(monkeypatch, tmp_path):
     file.write_text(json.dumps({"float32": 7, "bfloat16": 8}))
     cpu_rates.cache_clear()
     assert cpu_rates() == {"float32": 7, "bfloat16": 8}
-    file.write_text("{")  # torn
-    cpu_rates.cache_clear()
-    assert cpu_rates()["float32"] > 1e8
+    for wrong in ("{", '{"float32": 0, "bfloat16": 0}', '{"float32": NaN, "bfloat16": 1}', "[" * 9999, "9" * 9999):
+        file.write_text(wrong)
+        cpu_rates.cache_clear()
+        assert cpu_rates()["float32"] > 1e8
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")  # other instructions: another machine
     cpu_rates.cache_clear()
     cpu_rates()
     assert len(list((tmp_path / "rates").iterdir())) == 2
     cpu_rates.cache_clear()
+
+
+def test_without_a_home_for_the_cache_it_is_measured_all_the_same(monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(arithmetic, "cache_dir", nowhere)
+    cpu_rates.cache_clear()
+    assert cpu_rates()["float32"] > 1e8
+    cpu_rates.cache_clear()
+
+
+def test_what_a_process_has_set_does_not_count(monkeypatch, tmp_path):
+    monkeypatch.setenv("CTP_CACHE", str(tmp_path))
+    cpu_rates.cache_clear()
+    torch.set_default_device("meta")  # where products take no time at all
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert cpu_rates()["float32"] < 1e13
+    finally:
+        torch.set_default_device(None)
+        cpu_rates.cache_clear()
+
+
+def test_an_interrupted_widening_is_undone(slow):
+    model = tiny_llama().bfloat16()
+    model(random_windows(1, 4), labels=random_windows(1, 4)).loss.backward()
+
+    def interrupted(fn, recurse=True):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.lm_head, "_apply", interrupted)
+        with pytest.raises(KeyboardInterrupt), widened(model):
+            pass
+    with widened(model):
+        assert model.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="the variables mean something on x86 with AVX2 only")
@@ -221,13 +260,35 @@ def test_it_differs_from_native_arithmetic_by_rounding(monkeypatch):
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
-def test_packed_weights_are_rounded_too(slow):
-    model = tiny_llama()
+@pytest.mark.parametrize("make", [tiny_llama, tiny_opt, tiny_qwen2])
+def test_packed_weights_and_biases_are_rounded_too(slow, make):
+    model = make()
     small = Compressed.of(model, compress_model(model, random_windows(4, 16), GPTQ(bits=4)), None)
     windows = random_windows(8, S, seed=1)
     found = [learn(small.model(packed=p), windows, windows[:4], spec(precision="bf16"), runtime=ON_CPU).embeddings
              for p in (False, True)]  # fmt: skip
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "fp16"), (torch.float16, "bf16")])
+def test_a_model_of_one_type_learns_in_the_other(fast, dtype, precision):
+    """On a CPU that computes one of the two only."""
+    model = tiny_llama().to(dtype)
+    found = run(model, precision=precision)
+    assert found.best_val_loss < found.history[0]["val_loss"]
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+def test_experts_are_rounded_too(slow):
+    """They are no linears, but parameters of three dimensions."""
+    rounded = rounded_linears(tiny_mixtral(), torch.bfloat16)
+    for p in rounded.parameters():
+        if p.ndim == 3:
+            p.data = p.data.bfloat16().float()
+    model = tiny_mixtral()
+    found = run(model, precision="bf16")
+    assert torch.equal(found.embeddings, run(rounded, precision="fp32").embeddings)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny_mixtral().parameters(), strict=True))
 
 
 def test_lora_learns_in_float32(slow):
@@ -305,6 +366,23 @@ def test_python_warns_and_loads_in_float32(slow, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ctp.load(folder, device="cpu")  # float32: nothing to say
+
+
+def test_a_loaded_model_compresses_to_the_type_that_it_was_stored_in(slow, tmp_path):
+    folder = model_folder(tmp_path / "tiny-llama")
+    model, tokenizer = models.load(str(folder), "", "bfloat16")
+    for save in (model.save_pretrained, tokenizer.save_pretrained):
+        save(tmp_path / "half")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded, _ = ctp.load(tmp_path / "half", device="cpu")
+        found, exact = (ctp.compress(m, tokenizer, {"method": "gptq", "bits": 4}, random_windows(40, S))
+                        for m in (loaded, model))  # fmt: skip
+    assert found.config.dtype == torch.bfloat16
+    assert all(torch.equal(t, exact.packed[n]) for n, t in found.packed.items())
+    assert all(torch.equal(t, exact.rest[n]) and t.dtype == exact.rest[n].dtype for n, t in found.rest.items())
+    assert loaded.dtype == torch.float32  # as its device computes it
+    assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight.float())
 
 
 def test_text_is_sampled_in_float32(slow, tmp_path):

@@ -14,6 +14,8 @@ from transformers import (
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 torch.set_num_threads(1)  # threads cost such small models more than they bring, and change sums in the last digit
@@ -72,6 +74,17 @@ def tiny_bloom(vocab: int = 61, hidden: int = 32, layers: int = 2, seed: int = 0
     torch.manual_seed(seed)
     config = BloomConfig(vocab_size=vocab, hidden_size=hidden, n_layer=layers, n_head=4, bos_token_id=1, eos_token_id=2)
     return _spread(BloomForCausalLM(config))
+
+
+def tiny_qwen2(vocab: int = 61, hidden: int = 32, layers: int = 2, seed: int = 0) -> Qwen2ForCausalLM:
+    """As Llama, with biases of queries, keys and values that are not 0."""
+    torch.manual_seed(seed)
+    model = _spread(Qwen2ForCausalLM(Qwen2Config(**_grouped(vocab, hidden, layers, 64))))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.normal_()
+    return model
 
 
 def tiny_mixtral(vocab: int = 61, hidden: int = 32, layers: int = 2, seed: int = 0) -> MixtralForCausalLM:

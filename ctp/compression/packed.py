@@ -17,7 +17,7 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: "PackedLinear", dtype: torch.dtype) -> Tensor:
         ctx.linear, ctx.dtype = linear, dtype
-        return F.linear(x, linear.dense(dtype), None if linear.bias is None else linear.bias.to(dtype))
+        return F.linear(x, linear.dense(dtype), linear.offset(dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -52,6 +52,10 @@ class PackedLinear(nn.Module):
         parts = {f"w.{name}": getattr(self, name) for name in self.fields}
         weight = unpack({"w.shape": self.shape, **parts})["w"].dense(self.dtype)
         return weight.to(self.rounded or self.dtype).to(dtype)
+
+    def offset(self, dtype: torch.dtype) -> Tensor | None:
+        """The bias, rounded as the weight is, in `dtype`; None without one."""
+        return None if self.bias is None else self.bias.to(self.rounded or self.bias.dtype).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type

@@ -6,6 +6,7 @@ with weights rounded as asked: see docs/precision.md. Nothing here imports torch
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and planning needs none of i
 
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}  # by the name of a precision; "fp32" leaves all as it is
 HALF = tuple(AUTOCAST.values())
+STORED = "_stored_types"  # a model's attribute: the types of its tensors before they were widened
 GAIN = 1.25  # how many times as fast as float32 bfloat16 must be: for less it is not worth its rounding
 # What of a processor, and which environment variables, decide which instructions torch's libraries use.
 PROCESSOR = ("model name", "flags", "Features", "CPU implementer", "CPU part")
@@ -35,12 +37,12 @@ ROUNDS, PATIENCE = 7, 0.003  # products at most, and seconds after which no furt
 
 
 def computed_in(dtype: str, device: str) -> str:
-    """The number type in which `device` ("cpu" or "cuda") computes what is asked for in `dtype`.
+    """The number type in which a device ("cpu" or "cuda") computes what is asked for in `dtype`.
 
     float32 in place of a half precision that the device has no fast arithmetic for, else `dtype` itself. On a CPU that
     is so for float16 always: learning in it needs a loss scale, which accelerate has for GPUs only.
     """
-    if dtype not in HALF:
+    if dtype not in HALF or device not in ("cpu", "cuda"):
         return dtype
     if device == "cpu":
         fast = dtype == "bfloat16" and cpu_rates()["bfloat16"] >= GAIN * cpu_rates()["float32"]
@@ -67,32 +69,65 @@ def notice(dtype: str, device: str) -> str:
 # ------------------------------------------------------------------------- models
 
 
-def widen(model: "nn.Module") -> str:
+def widen(model: "nn.Module", everything: bool = False) -> str:
     """Hold the half-precision tensors of a model as float32 where their device computes in that: the values stay.
 
-    Returns the `notice` of it, empty where nothing changes. A module whose numbers must keep their type, as packed
-    weights must, sees to that in its `_apply`.
+    everything: all of them, whatever their device computes fast. Returns the `notice` of it, empty where there is none.
+    A module whose numbers must keep their type, as packed weights must, sees to that in its `_apply`. What the types
+    were is kept for `as_stored`.
     """
+    types = _types(model)
     there = {(p.dtype, p.device.type) for p in model.parameters()}
-    slow = {dtype: said for dtype, device in there if (said := notice(dtype_name(dtype), device))}
+    slow = {dtype: text for dtype, device in there if (text := notice(dtype_name(dtype), device))}
+    if everything:
+        slow = {dtype: slow.get(dtype, "") for dtype, _ in there if dtype_name(dtype) in HALF}
     if slow:
+        vars(model)[STORED] = types
         model._apply(lambda t: t.float() if t.dtype in slow else t)
-    return " ".join(slow.values())
+    return " ".join(filter(None, slow.values()))
 
 
 @contextmanager
-def widened(model: "nn.Module") -> Iterator[None]:
+def widened(model: "nn.Module", everything: bool = False) -> Iterator[None]:
     """`widen` for a while; on the way out every tensor is rounded to the type that it had."""
-    before = [(m, n, t.dtype) for m in model.modules()
-              for n, t in (*m.named_parameters(recurse=False), *m.named_buffers(recurse=False))]  # fmt: skip
-    widen(model)
+    types, stored = _types(model), vars(model).get(STORED)
+    try:
+        widen(model, everything)
+        yield
+    finally:
+        _narrow(types)
+        vars(model).pop(STORED, None)
+        if stored is not None:
+            vars(model)[STORED] = stored
+
+
+@contextmanager
+def as_stored(model: "nn.Module") -> Iterator[None]:
+    """A model that `widen` holds in float32 has the types it was stored in for a while, with its values rounded."""
+    stored = vars(model).pop(STORED, None)
+    if stored is None:
+        yield
+        return
+    _narrow(stored)
     try:
         yield
     finally:
-        for module, name, dtype in before:
-            tensor = getattr(module, name)
-            if tensor.dtype != dtype:
-                tensor.data = tensor.data.to(dtype)
+        widen(model)
+
+
+def _types(model: "nn.Module") -> "list[tuple[nn.Module, str, torch.dtype]]":
+    """Every parameter and buffer: its module, its name there, its type."""
+    return [(m, n, t.dtype) for m in model.modules()
+            for n, t in (*m.named_parameters(recurse=False), *m.named_buffers(recurse=False))]  # fmt: skip
+
+
+def _narrow(types: "list[tuple[nn.Module, str, torch.dtype]]") -> None:
+    for module, name, dtype in types:
+        tensor = getattr(module, name)
+        if tensor.dtype != dtype:
+            tensor.data = tensor.data.to(dtype)
+        if tensor.grad is not None and tensor.grad.dtype != dtype:
+            tensor.grad.data = tensor.grad.data.to(dtype)
 
 
 # -------------------------------------------------------------------------- speed
@@ -104,14 +139,22 @@ def cpu_rates() -> Mapping[str, float]:
 
     Takes milliseconds. A processor, its instructions and torch's version make a machine.
     """
-    memo = _memo()
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        remembered = json.loads(memo.read_text())
-        return {name: float(remembered[name]) for name in ("float32", "bfloat16")}
+    if (known := _remembered()) is not None:
+        return known
     found = _measured()
-    with suppress(OSError):  # a cache that cannot be written is no reason to stop
-        write_json(memo, found)
-    return found
+    with suppress(OSError, RuntimeError):  # a cache that cannot be written, or no home for it, is no reason to stop
+        write_json(_memo(), found)
+    return _remembered() or found  # of processes that measure at once, all go by the last one
+
+
+def _remembered() -> dict[str, float] | None:
+    """What the cache has; None where that is nothing, or cannot be right."""
+    with suppress(OSError, ValueError, KeyError, TypeError, ArithmeticError, RuntimeError):
+        held = json.loads(_memo().read_text())
+        rates = {name: float(held[name]) for name in ("float32", "bfloat16")}
+        if all(0 < rate < math.inf for rate in rates.values()):
+            return rates
+    return None
 
 
 def _memo() -> Path:
@@ -124,14 +167,16 @@ def _measured() -> dict[str, float]:
     """As `cpu_rates`. Where bfloat16 is very slow, products of usual size would take a second: small ones tell."""
     import torch
 
-    threads = torch.get_num_threads()
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
     try:
         share = _rate(torch.bfloat16, *SMALL) / _rate(torch.float32, *SMALL)
         single = _rate(torch.float32, *LARGE)
         half = share * single if share < HOPELESS else _rate(torch.bfloat16, *LARGE)
     finally:
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
     return {"float32": single, "bfloat16": half}
 
 
@@ -139,8 +184,8 @@ def _rate(dtype: "torch.dtype", rows: int, width: int) -> float:
     """Operations a second of the slower of two products with a weight: of a forward and of a backward pass."""
     import torch
 
-    x, weight = torch.ones(rows, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
-    with torch.no_grad():
+    x, weight = (torch.ones(n, width, dtype=dtype, device="cpu") for n in (rows, width))
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         seconds = max(_least(lambda: x @ weight.T), _least(lambda: x @ weight))
     return 2 * rows * width * width / seconds
 

@@ -142,6 +142,12 @@ def _weight(linear: Linear, block: _Block) -> Tensor:
     return linear.dense(block.dtype) if isinstance(linear, PackedLinear) else linear.weight.to(block.dtype)
 
 
+def _bias(linear: Linear, block: _Block) -> Tensor | None:
+    if isinstance(linear, PackedLinear):
+        return linear.offset(block.dtype)
+    return None if linear.bias is None else linear.bias.to(block.dtype)
+
+
 def _normed(x: Tensor, norm: Any, block: _Block) -> Tensor:
     """w x / sqrt(mean(x^2) + eps) in the block's dtype, in the narrow buffer."""
     y = _take(NARROW, x, block, x.dtype)
@@ -168,11 +174,9 @@ def _rotated_heads(h: Tensor, block: _Block) -> list[Tensor]:
     attention, heads = block.attention, []
     x = _normed(h, block.norms[0], block)
     for i, linear in enumerate((attention.q_proj, attention.k_proj, attention.v_proj)):
-        w, bias = _weight(linear, block), linear.bias
+        w, bias = _weight(linear, block), _bias(linear, block)
         if i == 2:
-            heads.append(
-                F.linear(x, w, None if bias is None else bias.to(x.dtype)).view(len(x), -1, attention.head_dim)
-            )
+            heads.append(F.linear(x, w, bias).view(len(x), -1, attention.head_dim))
             continue
         y = torch.mm(x, w.T, out=block.scratch.take(PRODUCT, (len(x), len(w)), x.device, x.dtype))
         y = (y if bias is None else y.add_(bias)).view(len(x), -1, attention.head_dim)

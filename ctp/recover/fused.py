@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from ctp.compression.blocks import decoder_blocks
 from ctp.compression.packed import PackedLinear
@@ -103,14 +104,18 @@ def replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
 @contextmanager
 def rounded_weights(model: nn.Module, dtype: torch.dtype, held: torch.dtype) -> Iterator[None]:
     """The numbers of frozen linears are rounded once to `dtype`, as autocast would round them at every use, and held
-    as `held`.
+    as `held`. Where that is another type, and autocast is not there to do so, experts and other matrices are, too.
     """
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
+    others = [(m, n, p) for m in model.modules() for n, p in m.named_parameters(recurse=False)
+              if held != dtype and not p.requires_grad and (p.ndim == 3 or isinstance(m, Conv1D))]  # fmt: skip
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
     before = [(m, m.weight, m.bias) for m in linears]
     try:
         for p in packed:
             p.rounded = dtype
+        for m, name, parameter in others:
+            setattr(m, name, _rounded(parameter, dtype, held))
         for m, weight, bias in before:
             m.weight = _rounded(weight, dtype, held)
             if bias is not None:
@@ -121,6 +126,8 @@ def rounded_weights(model: nn.Module, dtype: torch.dtype, held: torch.dtype) -> 
             m.weight, m.bias = weight, bias
         for p in packed:
             p.rounded = None
+        for m, name, parameter in others:
+            setattr(m, name, parameter)
 
 
 def _rounded(parameter: Any, dtype: torch.dtype, held: torch.dtype) -> Any:

@@ -118,7 +118,7 @@ def train(
     with accelerated(spec.precision if native else "fp32", device) as accelerator, frozen(model):
         if getattr(model, "hf_device_map", None) is None:
             model.to(accelerator.device)
-        with widened(model), make() as trainable, _rounded(model, half, native):
+        with widened(model, everything=not native), make() as trainable, _rounded(model, half, native):
             run = _Run(trainable, windows, validation, spec, state, accelerator, runtime)
             _loop(run, runtime.checkpoint_seconds, checkpoint, report)
     return state
