@@ -24,7 +24,7 @@ Seconds = Annotated[float, Finite, Field(ge=0)]
 WORKER = {"sleeping": "import sys\nimport benchmarks.sleeping\nsys.modules['ctp.work'] = benchmarks.sleeping\n"}
 PATIENCE = 120.0  # seconds that a gate waits for the others
 FACTS = Facts(dtype="float32", context=None, parameters=1, layers=1, linear_parameters=1, in_features=(1,), vocab=1,
-              width=1, uncompressible="")  # fmt: skip
+              width=1, refused={})  # fmt: skip
 
 
 class SleepingCompression(Compression):

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ctp import hub, modelfiles, tiny_models
+from ctp import families, hub, modelfiles, tiny_models
 from ctp.cache import cache_dir, digest, fill, write_json
 from ctp.names import brief, shown
 from ctp.paths import folder_named
@@ -40,7 +40,7 @@ class Facts:
     in_features: tuple[int, ...]  # of the linears in the decoder blocks, without repetition
     vocab: int  # rows of the embedding
     width: int  # of the embedding: numbers per row of a soft prompt
-    uncompressible: str  # name of the first matrix in the blocks that is not the weight of an nn.Linear, "" if none
+    refused: Mapping[str, str]  # use (see `ctp.families`) -> why the model is refused for it; empty for most models
 
     @classmethod
     def read(cls, said: Mapping[str, Any]) -> "Facts | None":
@@ -217,6 +217,9 @@ def config_facts(config: Any) -> Facts:
     inside = [(n, m) for n, m in model.named_modules() if ".layers." in n or ".h." in n]
     linears = [m for _, m in inside if isinstance(m, torch.nn.Linear)]
     embedding = model.get_input_embeddings()
+    refused = families.refusals(config)
+    if other := not_linear(inside):
+        refused.setdefault("compress", f"model type {config.model_type}: {other} is not the weight of an nn.Linear")
     return Facts(
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),
         context=getattr(config, "max_position_embeddings", None),
@@ -226,7 +229,7 @@ def config_facts(config: Any) -> Facts:
         in_features=tuple(sorted({m.in_features for m in linears})),
         vocab=embedding.num_embeddings,
         width=embedding.embedding_dim,
-        uncompressible=not_linear(inside),
+        refused=refused,
     )
 
 

@@ -6,10 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ctp.fits import misfits, model_of
 from ctp.gridfile import Grid, Study
 from ctp.gridtext import GridError
 from ctp.labels import axes, slug
-from ctp.methods import Adapter, Checkpoint, Dense, Learned, Neighbours, NoRecovery, RandomPrompt, Solver, SparseGPT
+from ctp.methods import (
+    Dense,
+    NoRecovery,
+)
 from ctp.models import Facts
 from ctp.names import unknown
 from ctp.pins import Pins
@@ -61,12 +65,12 @@ def make(grid: Grid, pins: Pins) -> Plan:
                 if study.name not in names:
                     names.append(study.name)
     nodes = {
-        k: Node(cell, k, tuple(key(i) for i in cell.inputs), tuple(names), pins.facts(_model_of(cell)))
+        k: Node(cell, k, tuple(key(i) for i in cell.inputs), tuple(names), pins.facts(model_of(cell)))
         for k, (cell, names) in wanted.items()
     }
     told: dict[str, list[str]] = {}  # of a cell and what needs it, the first mistake: the others follow from it
     for n in nodes.values():
-        told[n.key] = [p for i in n.inputs for p in told[i]] or _misfits(n)
+        told[n.key] = [p for i in n.inputs for p in told[i]] or misfits(n.cell, n.facts)
     problems = [f"{grid.path}: {p}" for p in dict.fromkeys(p for found in told.values() for p in found)]
     if not nodes:
         problems = [f"{grid.path}: no cell comes out of this grid"]
@@ -112,78 +116,6 @@ def study_cells(study: Study) -> list[Cell]:
 
 def _ancestors(cell: Cell) -> list[Cell]:
     return [x for i in cell.inputs for x in (*_ancestors(i), i)]
-
-
-def _model_of(cell: Cell) -> Any:
-    while not isinstance(cell, Compress):
-        cell = cell.inputs[0]
-    return cell.model
-
-
-def _misfits(node: Node) -> list[str]:
-    """What cannot work on this model: windows beyond the context, sizes that do not fit its layers."""
-    cell, facts = node.cell, node.facts
-    name = _model_of(cell).name
-    if isinstance(cell, Compress):
-        return _compress_misfits(cell, facts, name)
-    if isinstance(cell, Learn):
-        return _learn_misfits(cell, facts, name)
-    assert isinstance(cell, Evaluate)
-    measure, k = cell.measure, getattr(cell.recovery.recovery, "k", 0) if cell.recovery else 0
-    fields = [n for n in ("seq_len", "new_tokens") if hasattr(measure, n)]
-    fed = "text.seq_len" if hasattr(measure, "text") else " + ".join(fields) or "tokens"
-    out = _beyond(f"measures.{fed}", measure.needed_tokens, k, facts, name)
-    if isinstance(measure, Neighbours) and measure.top > facts.vocab:
-        out.append(f"measures.top = {measure.top}: the vocabulary of {name} has {facts.vocab} entries")
-    return out
-
-
-def _beyond(setting: str, seq_len: int, k: int, facts: Facts, name: str) -> list[str]:
-    if facts.context is None or seq_len + k <= facts.context:
-        return []
-    with_prompt = f" and a prompt of {k}" if k and seq_len <= facts.context else ""
-    return [f"{setting} = {seq_len}{with_prompt}: beyond the context of {name}, {facts.context} tokens"]
-
-
-def _compress_misfits(cell: Compress, facts: Facts, name: str) -> list[str]:
-    spec, out = cell.compression, []
-    if cell.calibration is not None:
-        out += _beyond("calibration.seq_len", cell.calibration.seq_len, 0, facts, name)
-    sizes = {"group_size": getattr(spec, "group_size", None)}
-    if isinstance(spec, SparseGPT) and spec.pattern:
-        sizes["pattern"] = spec.n_of_m[1]
-    for setting, size in sizes.items():
-        bad = [n for n in facts.in_features if size and n % size]
-        if bad:
-            out.append(f"compression.{setting} = {size} ({spec.label}): must divide the input sizes of "
-                       f"{name}, not so for {bad[0]}")  # fmt: skip
-    if isinstance(spec, Checkpoint) and (spec.parameters, spec.width) != (facts.parameters, facts.width):
-        out.append(f"compression.path = {spec.path}: {spec.parameters:,} parameters, width {spec.width}; not a "
-                   f"compressed {name}, which has {facts.parameters:,} and {facts.width}")  # fmt: skip
-    if isinstance(spec, Solver) and not facts.in_features:
-        out.append(f"models: {name} has no linear layers in its decoder blocks that could be compressed")
-    elif isinstance(spec, Solver) and facts.uncompressible:
-        out.append(f"models: {name} cannot be compressed: {facts.uncompressible} is not the weight of an nn.Linear "
-                   f"(mixtures of experts and their like are not supported)")  # fmt: skip
-    return out
-
-
-def _learn_misfits(cell: Learn, facts: Facts, name: str) -> list[str]:
-    spec, out = cell.recovery, []
-    if isinstance(spec, Learned):
-        blocks = getattr(spec, "layers", None) or 0
-        if blocks > facts.layers:
-            out.append(f"recovery.layers = {blocks}: {name} has {facts.layers} decoder blocks")
-        out += _beyond("recovery.text.seq_len", spec.text.seq_len, spec.prompt_rows, facts, name)
-        out = out or _beyond("recovery.validation.seq_len", spec.validation.seq_len, spec.prompt_rows, facts, name)
-        if spec.precision == "fp32" and cell.source.model.dtype == "float16":
-            out.append(f"recovery.precision = 'fp32': {name} is float16, whose gradients underflow: use bf16 or fp16")
-    elif isinstance(spec, Adapter) and spec.width not in (0, facts.width):
-        out.append(f"recovery.path = {spec.path}: a prompt of width {spec.width} does not fit "
-                   f"{name}, whose embedding has {facts.width}")  # fmt: skip
-    elif isinstance(spec, RandomPrompt) and spec.k > facts.vocab:
-        out.append(f"recovery.k = {spec.k}: the vocabulary of {name} has {facts.vocab} entries")
-    return out
 
 
 # --------------------------------------------------------------------- slicing

@@ -10,7 +10,7 @@ from ctp.resources import GIB
 from ctp.spec import Compress, Evaluate, Learn
 
 LLAMA = Facts(dtype="float16", context=2048, parameters=6_738_415_616, in_features=(4096, 11008), width=4096,
-              uncompressible="", layers=32, vocab=32000, linear_parameters=6_476_005_376)  # fmt: skip
+              refused={}, layers=32, vocab=32000, linear_parameters=6_476_005_376)  # fmt: skip
 TRAIN = Windows(dataset="c4", split="train", seq_len=1024, join=" ", revision="r")
 CALIBRATION = TRAIN.model_copy(update={"seq_len": 2048, "count": 128})
 

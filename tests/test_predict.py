@@ -26,7 +26,7 @@ from ctp.store import Store
 
 ROOT = Path(__file__).parents[1]
 FACTS = Facts(dtype="float32", context=None, parameters=1, layers=1, linear_parameters=1, in_features=(1,), vocab=1,
-              width=1, uncompressible="")  # fmt: skip
+              width=1, refused={})  # fmt: skip
 WHOLE = {"CPU": 1.0, "GPU": 1.0}
 
 

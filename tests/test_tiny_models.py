@@ -87,7 +87,7 @@ def test_facts(name):
     assert (facts.dtype, facts.width) == ("float32", model.get_input_embeddings().embedding_dim)
     assert facts.parameters == sum(p.numel() for p in model.parameters())
     assert 64 in facts.in_features or 128 in facts.in_features
-    assert not facts.uncompressible
+    assert not facts.refused
 
 
 def test_the_tokenizer_is_bytes_behind_a_beginning():

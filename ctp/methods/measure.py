@@ -31,13 +31,14 @@ class Measure(Method):
     """What is measured on a target.
 
     prompts_only: means nothing without a prompt. alone: nothing else may run on its machine. batched: it feeds
-    `job.runtime.batch` inputs at a time, and fewer where memory runs out.
+    `job.runtime.batch` inputs at a time, and fewer where memory runs out. generates: it decodes, token after token.
     """
 
     registry: ClassVar[dict[str, type[Method]]] = {}
     prompts_only: ClassVar[bool] = False
     alone: ClassVar[bool] = False
     batched: ClassVar[bool] = True
+    generates: ClassVar[bool] = False
 
     def measure(self, job: "EvaluateJob") -> dict[str, float]:
         """Numbers about `job.model`, behind `job.prompt` where there is one; files go into `job.folder`."""
@@ -101,6 +102,7 @@ class Latency(Measure):
     """
 
     alone: ClassVar[bool] = True
+    generates: ClassVar[bool] = True
     batched: ClassVar[bool] = False
 
     method: Literal["latency"] = "latency"
@@ -127,6 +129,7 @@ class Latency(Measure):
 class Generation(Measure):
     """Answers to questions, one a line of `questions` (the paper's unless given): greedy, `new_tokens` at most."""
 
+    generates: ClassVar[bool] = True
     method: Literal["generation"] = "generation"
     questions: Annotated[str, Field(min_length=1)] = PAPER_QUESTIONS
     new_tokens: PositiveInt = 64
