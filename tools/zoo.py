@@ -78,7 +78,7 @@ MODELS: dict[str, Model] = {
         _m("gemma3", "gemma3_text", sliding_window=WINDOW, query_pre_attn_scalar=8, layer_types=SLIDING),
         _m("gemma3n", "gemma3n_text", num_hidden_layers=4, hidden_size_per_layer_input=8,
            vocab_size_per_layer_input=VOCAB, laurel_rank=4, altup_num_inputs=2, num_kv_shared_layers=0,
-           layer_types=SLIDING + ["full_attention"], sliding_window=WINDOW, activation_sparsity_pattern=[0.0] * 4),
+           layer_types=[*SLIDING, "full_attention"], sliding_window=WINDOW, activation_sparsity_pattern=[0.0] * 4),
         _m("gemma3-vision", "gemma3", text_config={"sliding_window": WINDOW, "query_pre_attn_scalar": 8,
            "layer_types": SLIDING}, vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
            "num_attention_heads": 2, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=1),
