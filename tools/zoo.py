@@ -51,7 +51,7 @@ LONGROPE = {
 
 @dataclass(frozen=True)
 class Model:
-    """A line of the table. settings: of the configuration, above COMMON; None: the type's own default stays."""
+    """A line of the table. settings: of the configuration, above COMMON."""
 
     name: str
     type: str
@@ -89,19 +89,18 @@ MODELS: dict[str, Model] = {
         _m("phimoe"),
         _m("opt", ffn_dim=64, dropout=0.0),
         _m("opt-projected", "opt", ffn_dim=64, dropout=0.0, word_embed_proj_dim=16, do_layer_norm_before=False),
-        _m("bloom", n_head=4),
+        _m("bloom"),
         _m("falcon-rotary", "falcon", multi_query=True, parallel_attn=True, new_decoder_architecture=False),
         _m("falcon-alibi", "falcon", alibi=True, multi_query=False, parallel_attn=False, bias=True),
         _m("falcon-grouped", "falcon", new_decoder_architecture=True, num_kv_heads=2),
-        _m("mpt", d_model=32, n_heads=4, n_layers=3, max_seq_len=CONTEXT, expansion_ratio=2),
+        _m("mpt", max_seq_len=CONTEXT, expansion_ratio=2),
         _m("gpt2"),
         _m("gpt_bigcode"),
-        _m("gpt_neo", num_layers=4, num_heads=4, attention_types=[[["global", "local"], 2]], window_size=WINDOW,
-           num_hidden_layers=None),
+        _m("gpt_neo", num_hidden_layers=4, attention_types=[[["global", "local"], 2]], window_size=WINDOW),
         _m("gpt_neox"),
         _m("gptj", rotary_dim=4, tie_word_embeddings=False),
         _m("codegen", rotary_dim=4, tie_word_embeddings=False),
-        _m("xglm", ffn_dim=64, attention_heads=4, num_layers=3, d_model=32, dropout=0.0),
+        _m("xglm", ffn_dim=64, dropout=0.0),
         _m("biogpt"),
         _m("olmo"),
         _m("olmo2"),
@@ -145,7 +144,7 @@ MODELS: dict[str, Model] = {
         _m("xlstm", num_heads=4, num_blocks=3, chunk_size=8),
         _m("recurrent_gemma", num_key_value_heads=1, lru_width=32, attention_window_size=WINDOW),
         _m("jamba", attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
-           mamba_d_state=8, mamba_dt_rank=4, use_mamba_kernels=False),
+           mamba_d_state=8, mamba_dt_rank=4),
         _m("zamba2", num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid"] * 2, num_mem_blocks=1,
            num_key_value_heads=4, mamba_d_state=8, n_mamba_heads=4, mamba_ngroups=1, chunk_size=8, use_mem_rope=True,
            adapter_rank=4),
@@ -168,7 +167,7 @@ def config(name: str) -> Any:
     model = MODELS[name]
     kind = type(AutoConfig.for_model(model.type))
     common = {n: v for n, v in COMMON.items() if n not in model.settings and _known(kind, n)}
-    settings = {n: v for n, v in model.settings.items() if v is not None}
+    settings = dict(model.settings)
     for inner in ("text_config", "vision_config"):
         if inner in settings:
             settings[inner] = (COMMON if inner == "text_config" else {}) | settings[inner]

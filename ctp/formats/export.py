@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,17 +82,48 @@ _MISREAD = "GPTQModel's default kernel for CPUs misreads 4 bit asymmetric channe
 
 def _survey(model: Compressed, format: str, bare: Any) -> tuple[dict[str, tuple[int, int, int]], float]:
     """(bits, inputs, groups) of every linear, and the share pruned. Raises ValueError where the format has no form."""
-    inside = decoder_blocks(bare)[0]
+    if why := _unopened(bare, [name for name, _ in model.layers()]):
+        raise ValueError(refusal(format, model.config, why))
     grids: dict[str, tuple[int, int, int]] = {}
     kept = weights = 0
     for name, layer in model.layers():
         if layer.bits is None:
             raise ValueError(f"{format} has no form for pruned weights that are not quantized ({name}): export hf")
-        if not name.startswith(f"{inside}.") or type(bare.get_submodule(name)) is not nn.Linear:
-            raise ValueError(f"{format}: {name} is no nn.Linear of a decoder block, which loaders expect: export hf")
         grids[name] = layer.bits, layer.shape[1], layer.zero_points().shape[1]
         kept, weights = kept + layer.kept, weights + layer.shape[0] * layer.shape[1]
     return grids, 1 - kept / weights
+
+
+def refusals(config: Any) -> dict[str, str]:
+    """format -> the sentence with which `export` refuses every compressed model of this transformers configuration."""
+    bare = skeleton(config)
+    prefix, blocks = decoder_blocks(bare)
+    why = _unopened(bare, [f"{prefix}.{n}" for n, m in blocks.named_modules() if isinstance(m, nn.Linear)])
+    return {format: refusal(format, config, why) for format in FORMATS[1:] if why}
+
+
+def refusal(format: str, config: Any, why: str) -> str:
+    """One sentence for a format that a model type does not fit."""
+    return f"{format}: model type {config.get_text_config().model_type}: {why}: export hf"
+
+
+def _unopened(bare: Any, names: Iterable[str]) -> str:
+    """Why transformers would not open packed forms of these linears in the place of those of `bare`; "" if it would.
+
+    `bare` loses their weights.
+    """
+    inside = decoder_blocks(bare)[0]
+    for name in names:
+        if not name.startswith(f"{inside}.") or type(bare.get_submodule(name)) is not nn.Linear:
+            return f"{name} is no nn.Linear of a decoder block, which loaders expect"
+        del bare.get_submodule(name).weight
+    for module in bare.modules():
+        module._is_hf_initialized = False
+    try:
+        bare.initialize_weights()
+    except AttributeError:  # transformers does this whenever it opens a checkpoint
+        return f"{type(bare).__name__} initialises linears by a weight, which packed ones do not have"
+    return ""
 
 
 def _common(format: str, grids: dict[str, tuple[int, int, int]]) -> tuple[int, int | None]:
