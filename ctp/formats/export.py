@@ -63,6 +63,7 @@ def _quantized(model: Compressed, folder: Path, format: str) -> list[str]:
         for name, layer in model.layers():
             state |= gptq.write(name, _regrouped(layer, split) if split else layer, sym)
         said = gptq.settings(bits, split or group_size, sym, act_order)
+        said["block_name_to_quantize"] = decoder_blocks(bare)[0]  # transformers' loader knows some models' names only
         (folder / "quantize_config.json").write_text(json.dumps(said, indent=2) + "\n")  # where AutoGPTQ looks
     else:
         for name, layer in model.layers():
