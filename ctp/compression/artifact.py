@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ctp.compression.layer import Layer
+from ctp.compression.linears import as_stored, matrix
 from ctp.compression.pack import pack, stats, unpack_each
 from ctp.compression.packed import put_packed
-from ctp.models import LOCAL, place, quiet
+from ctp.models import LOCAL, place, quiet, skeleton
 
 PACKED, REST, GENERATION = "compressed.safetensors", "rest.safetensors", "generation_config.json"
 _MISLOADED = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -44,7 +45,7 @@ class Compressed:
         """
         packed = {name: t.cpu() for name, t in pack(layers).items()}
         for name, layer in unpack_each(packed):
-            weight = model.get_parameter(f"{name}.weight").detach().cpu()
+            weight = matrix(model.get_submodule(name)).detach().cpu()
             if not torch.equal(layer.dense(weight.dtype), weight):
                 raise ArithmeticError(f"{name}: unpacking does not give the model's weight")
         rest = _rest(model, {f"{name}.weight" for name in layers})
@@ -98,11 +99,13 @@ class Compressed:
         dtype = self.config.dtype
         state = {n: t.to(dtype if t.is_floating_point() else t.dtype, copy=True) for n, t in self.rest.items()}
         where = device if torch.cuda.device_count() < 2 else "cpu"  # several GPUs: one may not hold it all
+        bare = dict(skeleton(self.config).named_modules())  # a name that it lacks is told by `build`
         if packed:
             shapes = {n.removesuffix(".shape"): t.tolist()[:2] for n, t in self.packed.items() if n.endswith(".shape")}
-            state |= {f"{name}.weight": torch.zeros((), dtype=dtype).expand(shape) for name, shape in shapes.items()}
+            weights = ((name, torch.zeros((), dtype=dtype).expand(shape)) for name, shape in shapes.items())
         else:
-            state |= {f"{name}.weight": layer.dense(dtype) for name, layer in self.layers(where)}
+            weights = ((name, layer.dense(dtype)) for name, layer in self.layers(where))
+        state |= {f"{name}.weight": as_stored(bare.get(name), weight) for name, weight in weights}
         model = build(self.config, state)
         if packed:
             put_packed(model, self.packed, dtype)
