@@ -38,7 +38,7 @@ LINEAR = ["linear_attention", "full_attention", "linear_attention"]
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
-MAMBA2 = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+MAMBA2 = {"mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -76,8 +76,8 @@ MODELS: dict[str, Model] = {
         _m("gemma"),
         _m("gemma2", sliding_window=WINDOW, query_pre_attn_scalar=8),
         _m("gemma3", "gemma3_text", sliding_window=WINDOW, query_pre_attn_scalar=8, layer_types=SLIDING),
-        _m("gemma3n", "gemma3n_text", num_hidden_layers=4, hidden_size_per_layer_input=8,
-           vocab_size_per_layer_input=VOCAB, laurel_rank=4, altup_num_inputs=2, num_kv_shared_layers=0,
+        _m("gemma3n", "gemma3n_text", num_hidden_layers=4, hidden_size_per_layer_input=32,
+           vocab_size_per_layer_input=VOCAB, laurel_rank=32, altup_num_inputs=2, num_kv_shared_layers=0,
            layer_types=[*SLIDING, "full_attention"], sliding_window=WINDOW, activation_sparsity_pattern=[0.0] * 4),
         _m("gemma3-vision", "gemma3", text_config={"sliding_window": WINDOW, "query_pre_attn_scalar": 8,
            "layer_types": SLIDING}, vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
@@ -138,7 +138,7 @@ MODELS: dict[str, Model] = {
         _m("dots1", layer_types=SLIDING, sliding_window=WINDOW),
         _m("modernbert-decoder", pad_token_id=0, local_attention=WINDOW, layer_types=SLIDING),
         _m("mamba", state_size=8),
-        _m("mamba2", state_size=8, num_heads=4, head_dim=16, n_groups=1, chunk_size=8, expand=2),
+        _m("mamba2", state_size=8, num_heads=8, head_dim=8, n_groups=1, chunk_size=8, expand=2),
         _m("falcon_mamba", state_size=8),
         _m("rwkv", attention_hidden_size=32),
         _m("xlstm", num_heads=4, num_blocks=3, chunk_size=8),
@@ -146,14 +146,14 @@ MODELS: dict[str, Model] = {
         _m("jamba", attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
            mamba_d_state=8, mamba_dt_rank=4),
         _m("zamba2", num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid"] * 2, num_mem_blocks=1,
-           num_key_value_heads=4, mamba_d_state=8, n_mamba_heads=4, mamba_ngroups=1, chunk_size=8, use_mem_rope=True,
+           num_key_value_heads=4, mamba_d_state=8, n_mamba_heads=8, mamba_ngroups=1, chunk_size=8, use_mem_rope=True,
            adapter_rank=4),
         _m("bamba", **MAMBA2, attn_layer_indices=[1]),
         _m("falcon_h1", **MAMBA2, mamba_d_ssm=64),
         _m("granitemoehybrid", **MAMBA2, shared_intermediate_size=32, layer_types=LINEAR),
-        _m("lfm2", layer_types=["conv", "full_attention", "conv"], block_multiple_of=8),
-        _m("nemotron_h", layers_block_type=["linear_attention", "full_attention", "mlp"], mamba_num_heads=4,
-           mamba_head_dim=16, n_groups=1, ssm_state_size=8, chunk_size=8),
+        _m("lfm2", layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False),
+        _m("nemotron_h", layers_block_type=["linear_attention", "full_attention", "mlp"], mamba_num_heads=8,
+           mamba_head_dim=8, n_groups=1, ssm_state_size=8, chunk_size=8),
         _m("qwen3_next", layer_types=LINEAR, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
            linear_value_head_dim=8),
     )
