@@ -212,9 +212,12 @@ def config_facts(config: Any) -> Facts:
     import torch
 
     from ctp.compression.blocks import not_linear
+    from ctp.compression.experts import routers, split
 
     model = skeleton(config)
-    inside = [(n, m) for n, m in model.named_modules() if ".layers." in n or ".h." in n]
+    with split(model):
+        left = routers(model)
+        inside = [(n, m) for n, m in model.named_modules() if (".layers." in n or ".h." in n) and n not in left]
     linears = [m for _, m in inside if isinstance(m, torch.nn.Linear)]
     embedding = model.get_input_embeddings()
     refused = families.refusals(config)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import STORIES, STORIES_TEXT, random_windows, tiny_bloom, tiny_llama, tiny_mixtral, tiny_opt
+from tiny import STORIES, STORIES_TEXT, random_windows, tiny_bloom, tiny_llama, tiny_opt
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -250,11 +250,9 @@ def test_a_linear_that_is_never_run_is_named():
 
 def test_matrices_that_are_no_linears_are_refused():
     """Else a model would be compressed in part, and reported as compressed."""
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.gate\.weight is not the weight of an nn\.Linear"):
-        compress_model(tiny_mixtral(), random_windows(1, 16), GPTQ(bits=4))
     model = tiny_llama()
     model.model.layers[1].mlp.experts = nn.Parameter(torch.zeros(2, 4, 4))
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts is not .* mixtures of experts"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts is not the weight of an nn\.Linear"):
         compress_model(model, random_windows(1, 16), GPTQ(bits=4))
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_head=4, n_layer=2, bos_token_id=1, eos_token_id=2))
     with pytest.raises(ValueError, match=r"transformer\.h\.0: GPT2Block has no nn\.Linear to compress"):

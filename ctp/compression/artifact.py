@@ -1,8 +1,9 @@
 """A compressed model without its modules, as it lies on disk, and back into an ordinary model."""
 
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from ctp.compression.experts import fused, matrices
 from ctp.compression.layer import Layer
 from ctp.compression.pack import pack, stats, unpack_each
 from ctp.compression.packed import put_packed
-from ctp.models import LOCAL, place, quiet
+from ctp.compression.routing import Routing
+from ctp.models import LOCAL, place, quiet, skeleton
 
 PACKED, REST, GENERATION = "compressed.safetensors", "rest.safetensors", "generation_config.json"
 _MISLOADED = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -27,7 +30,8 @@ class Compressed:
 
     packed: tensors of its compressed linears (see `pack`). rest: every other weight by name, tied ones once. config:
     of the architecture, with no quantization of its own; `config.dtype` is what the model computes in. generation:
-    its defaults for `generate`, None where there are none.
+    its defaults for `generate`, None where there are none. routing: how many calibration tokens each expert was given,
+    known where the model has just been compressed.
     """
 
     packed: dict[str, Tensor]
@@ -35,6 +39,7 @@ class Compressed:
     config: Any
     tokenizer: Any
     generation: Any = None
+    routing: Routing = field(default_factory=Routing)
 
     @classmethod
     def of(cls, model: Any, layers: Mapping[str, Layer], tokenizer: Any) -> "Compressed":
@@ -43,11 +48,17 @@ class Compressed:
         Raises ArithmeticError naming the linear where unpacking does not give the very weight that lies in the model.
         """
         packed = {name: t.cpu() for name, t in pack(layers).items()}
+        experts = {m.name: m for m in matrices(model).values()}
+        held: set[str] = set()
         for name, layer in unpack_each(packed):
-            weight = model.get_parameter(f"{name}.weight").detach().cpu()
+            m = experts.get(name)
+            parameter = f"{name}.weight" if m is None else m.parameter
+            weight = model.get_parameter(parameter).detach()
+            weight = (weight if m is None else m.of(weight)).cpu()
             if not torch.equal(layer.dense(weight.dtype), weight):
                 raise ArithmeticError(f"{name}: unpacking does not give the model's weight")
-        rest = _rest(model, {f"{name}.weight" for name in layers})
+            held.add(parameter)
+        rest = _rest(model, held)
         config = copy.deepcopy(model.config)
         config.dtype = model.dtype  # a model that was made and not loaded has none in its config
         return cls(packed, rest, config, tokenizer, model.generation_config)
@@ -86,8 +97,8 @@ class Compressed:
         return unpack_each({n: t.to(device) for n, t in self.packed.items()})
 
     def stats(self) -> dict[str, float]:
-        """What it takes on disk, and what that saves; see `ctp.compression.stats`."""
-        return stats(self.packed, self.rest, self.config.dtype)
+        """What it takes on disk, and what that saves, see `ctp.compression.stats`; and the counts of `routing`."""
+        return stats(self.packed, self.rest, self.config.dtype) | self.routing.metrics()
 
     def model(self, device: str = "cpu", packed: bool = False) -> Any:
         """An ordinary Hugging Face model in eval mode, its weights unpacked bit for bit.
@@ -101,9 +112,10 @@ class Compressed:
         if packed:
             shapes = {n.removesuffix(".shape"): t.tolist()[:2] for n, t in self.packed.items() if n.endswith(".shape")}
             state |= {f"{name}.weight": torch.zeros((), dtype=dtype).expand(shape) for name, shape in shapes.items()}
+            linears: Iterable[tuple[str, Tensor]] = ()
         else:
-            state |= {f"{name}.weight": layer.dense(dtype) for name, layer in self.layers(where)}
-        model = build(self.config, state)
+            linears = ((f"{name}.weight", layer.dense(dtype)) for name, layer in self.layers(where))
+        model = build(self.config, fused(skeleton(self.config), chain(state.items(), linears)))
         if packed:
             put_packed(model, self.packed, dtype)
         if self.generation is not None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ctp.compression.experts import linears_of
+
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The module name of the list of decoder blocks, and the list: e.g. ("model.layers", ...).
@@ -27,7 +29,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def not_linear(modules: Iterable[tuple[str, nn.Module]]) -> str:
     """The name of the first parameter of 2 or more dimensions that is not the weight of an nn.Linear; "" if none.
 
-    Experts of a mixture are such: 3-D parameters, which no walk over linears sees.
+    Experts of a mixture are such, 3-D parameters, unless they are split (`ctp.compression.experts`).
     """
     for name, module in modules:
         for own, parameter in module.named_parameters(recurse=False):
@@ -179,7 +181,7 @@ def shared_inputs(block: nn.Module, batch: Batch) -> list[list[str]]:
 
     Raises ValueError where a linear is not run: it would have no Hessian.
     """
-    linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    linears = linears_of(block)
     calls: list[tuple[Tensor, list[str]]] = []
 
     def record(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
