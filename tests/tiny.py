@@ -122,7 +122,7 @@ def tiny_moe(kind: str, vocab: int = 61, hidden: int = 32, layers: int = 2, seed
     model = _spread(AutoModelForCausalLM.from_config(config))
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.dim() == 3 or name.endswith("bias"):
+            if p.dim() == 3 or (name.endswith("bias") and "router" not in name):
                 p.normal_(std=0.2)
     return model
 

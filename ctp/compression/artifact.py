@@ -1,7 +1,7 @@
 """A compressed model without its modules, as it lies on disk, and back into an ordinary model."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from ctp.compression.experts import fused, matrices
 from ctp.compression.layer import Layer
+from ctp.compression.linears import as_stored, matrix
 from ctp.compression.pack import pack, stats, unpack_each
 from ctp.compression.packed import put_packed
 from ctp.compression.routing import Routing
@@ -53,8 +54,8 @@ class Compressed:
         for name, layer in unpack_each(packed):
             m = experts.get(name)
             parameter = f"{name}.weight" if m is None else m.parameter
-            weight = model.get_parameter(parameter).detach()
-            weight = (weight if m is None else m.of(weight)).cpu()
+            weight = matrix(model.get_submodule(name)) if m is None else m.of(model.get_parameter(parameter))
+            weight = weight.detach().cpu()
             if not torch.equal(layer.dense(weight.dtype), weight):
                 raise ArithmeticError(f"{name}: unpacking does not give the model's weight")
             held.add(parameter)
@@ -109,13 +110,15 @@ class Compressed:
         dtype = self.config.dtype
         state = {n: t.to(dtype if t.is_floating_point() else t.dtype, copy=True) for n, t in self.rest.items()}
         where = device if torch.cuda.device_count() < 2 else "cpu"  # several GPUs: one may not hold it all
+        bare = skeleton(self.config)
+        inside = dict(bare.named_modules())  # a name that it lacks is told by `build`
         if packed:
             shapes = {n.removesuffix(".shape"): t.tolist()[:2] for n, t in self.packed.items() if n.endswith(".shape")}
-            state |= {f"{name}.weight": torch.zeros((), dtype=dtype).expand(shape) for name, shape in shapes.items()}
-            linears: Iterable[tuple[str, Tensor]] = ()
+            weights = ((name, torch.zeros((), dtype=dtype).expand(shape)) for name, shape in shapes.items())
         else:
-            linears = ((f"{name}.weight", layer.dense(dtype)) for name, layer in self.layers(where))
-        model = build(self.config, fused(skeleton(self.config), chain(state.items(), linears)))
+            weights = ((name, layer.dense(dtype)) for name, layer in self.layers(where))
+        linears = ((f"{name}.weight", as_stored(inside.get(name), weight)) for name, weight in weights)
+        model = build(self.config, fused(bare, chain(state.items(), linears)))
         if packed:
             put_packed(model, self.packed, dtype)
         if self.generation is not None:

@@ -93,13 +93,7 @@ def _original_names(model: Any, found: Mapping[str, Matrix]) -> dict[str, str]:
     return {numbers[int(t)]: n.removesuffix(".weight") for n, t in saved.items()}
 
 
-def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
-    """A block's linears by name, those of experts if they are split, those of routers not."""
-    left = routers(block)
-    return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and n not in left}
-
-
-def routers(root: nn.Module) -> set[str]:
+def routers(root: nn.Module, prefix: str = "") -> set[str]:
     """Names of the modules that choose among the experts or weigh shared ones, and of all inside them: left alone.
 
     They stand beside the experts, have an output for each, and do not lead back to the model's width as an MLP does.
@@ -113,7 +107,7 @@ def routers(root: nn.Module) -> set[str]:
         for own, child in root.get_submodule(at).named_children():
             if child is not module and _routes(child, experts):
                 name = f"{at}.{own}" if at else own
-                found |= {n for n, _ in child.named_modules(prefix=name)}
+                found |= {n for n, _ in child.named_modules(prefix=f"{prefix}.{name}" if prefix else name)}
     return found
 
 
@@ -157,6 +151,8 @@ class SplitExperts(nn.Module):
     then; what the layer gives is of no use in such a pass.
     """
 
+    experts: Any
+
     def __init__(self, experts: Any) -> None:
         super().__init__()
         self.__dict__["experts"] = experts  # not a submodule: its parameters would be there twice
@@ -172,8 +168,8 @@ class SplitExperts(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         hidden, index, weight = inspect.signature(self.experts.forward).bind(*args, **kwargs).args
         if self.all_tokens is not None:
-            for expert, inner in [(e, self._inner(e, hidden)) for e in self._linears(self.all_tokens)]:
-                expert.down_proj(inner)
+            for expert, x in [(e, self._inner(e, hidden)) for e in self._linears(self.all_tokens)]:
+                expert.down_proj(x)
             return torch.zeros_like(hidden)
         places = [(index == e).nonzero(as_tuple=True) for e in range(len(self._modules))]
         experts = list(self._linears())

@@ -13,6 +13,7 @@ from itertools import groupby
 from torch import Tensor, nn
 
 from ctp.compression.experts import SplitExperts
+from ctp.compression.linears import matrix
 
 HESSIAN_BYTES = 2**33  # held at a time, where one linear's does not take more
 Group = Sequence[str]  # linears on one input, by name
@@ -75,7 +76,7 @@ def pieces(block: nn.Module, stage: Sequence[Group]) -> list[list[Group]]:
     parts: list[list[Group]] = []
     room = 0
     for group in stage:
-        size = 4 * block.get_submodule(group[0]).weight.shape[1] ** 2  # type: ignore[union-attr, index]
+        size = 4 * int(matrix(block.get_submodule(group[0])).shape[1]) ** 2
         if not parts or size > room:
             parts.append([])
             room = HESSIAN_BYTES
