@@ -212,6 +212,7 @@ def config_facts(config: Any) -> Facts:
     import torch
 
     from ctp.compression.blocks import decoder_blocks, unfit
+    from ctp.compression.experts import split
     from ctp.compression.linears import linears, matrix
 
     model, refused = skeleton(config), families.refusals(config)
@@ -221,7 +222,8 @@ def config_facts(config: Any) -> Facts:
         blocks = decoder_blocks(model)[1]
     except ValueError:  # `refused` says so
         blocks = torch.nn.ModuleList()
-    weights = [matrix(m) for m in linears(blocks).values()]
+    with split(blocks):
+        weights = [matrix(m) for m in linears(blocks).values()]
     embedding = model.get_input_embeddings()
     return Facts(
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),

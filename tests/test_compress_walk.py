@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import STORIES, STORIES_TEXT, random_windows, tiny_bloom, tiny_llama, tiny_mixtral, tiny_opt
+from tiny import STORIES, STORIES_TEXT, random_windows, tiny_bloom, tiny_llama, tiny_opt
 from torch import nn
 
 from ctp.compression import compress_model, decoder_blocks, pack, stats, unpack
@@ -252,11 +252,9 @@ def test_a_linear_that_is_never_run_is_named():
 
 def test_matrices_that_are_no_linears_are_refused():
     """Else a model would be compressed in part, and reported as compressed."""
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj is not the weight of a linear"):
-        compress_model(tiny_mixtral(), random_windows(1, 16), GPTQ(bits=4))
     model = tiny_llama()
     model.model.layers[1].mlp.experts = nn.Parameter(torch.zeros(8, 64, 32))
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts is not .* mixtures of experts"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts is not the weight of a linear"):
         compress_model(model, random_windows(1, 16), GPTQ(bits=4))
 
 

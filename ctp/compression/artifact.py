@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from ctp.compression.experts import fused, matrices
 from ctp.compression.layer import Layer
 from ctp.compression.linears import as_stored, matrix
 from ctp.compression.pack import pack, stats, unpack_each
 from ctp.compression.packed import put_packed
+from ctp.compression.routing import Routing
 from ctp.models import LOCAL, place, quiet, skeleton
 
 PACKED, REST, GENERATION = "compressed.safetensors", "rest.safetensors", "generation_config.json"
@@ -28,7 +31,8 @@ class Compressed:
 
     packed: tensors of its compressed linears (see `pack`). rest: every other weight by name, tied ones once. config:
     of the architecture, with no quantization of its own; `config.dtype` is what the model computes in. generation:
-    its defaults for `generate`, None where there are none.
+    its defaults for `generate`, None where there are none. routing: how many calibration tokens each expert was given,
+    known where the model has just been compressed.
     """
 
     packed: dict[str, Tensor]
@@ -36,6 +40,7 @@ class Compressed:
     config: Any
     tokenizer: Any
     generation: Any = None
+    routing: Routing = field(default_factory=Routing)
 
     @classmethod
     def of(cls, model: Any, layers: Mapping[str, Layer], tokenizer: Any) -> "Compressed":
@@ -44,11 +49,17 @@ class Compressed:
         Raises ArithmeticError naming the linear where unpacking does not give the very weight that lies in the model.
         """
         packed = {name: t.cpu() for name, t in pack(layers).items()}
+        experts = {m.name: m for m in matrices(model).values()}
+        held: set[str] = set()
         for name, layer in unpack_each(packed):
-            weight = matrix(model.get_submodule(name)).detach().cpu()
+            m = experts.get(name)
+            parameter = f"{name}.weight" if m is None else m.parameter
+            weight = matrix(model.get_submodule(name)) if m is None else m.of(model.get_parameter(parameter))
+            weight = weight.detach().cpu()
             if not torch.equal(layer.dense(weight.dtype), weight):
                 raise ArithmeticError(f"{name}: unpacking does not give the model's weight")
-        rest = _rest(model, {f"{name}.weight" for name in layers})
+            held.add(parameter)
+        rest = _rest(model, held)
         config = copy.deepcopy(model.config)
         config.dtype = model.dtype  # a model that was made and not loaded has none in its config
         return cls(packed, rest, config, tokenizer, model.generation_config)
@@ -87,8 +98,8 @@ class Compressed:
         return unpack_each({n: t.to(device) for n, t in self.packed.items()})
 
     def stats(self) -> dict[str, float]:
-        """What it takes on disk, and what that saves; see `ctp.compression.stats`."""
-        return stats(self.packed, self.rest, self.config.dtype)
+        """What it takes on disk, and what that saves, see `ctp.compression.stats`; and the counts of `routing`."""
+        return stats(self.packed, self.rest, self.config.dtype) | self.routing.metrics()
 
     def model(self, device: str = "cpu", packed: bool = False) -> Any:
         """An ordinary Hugging Face model in eval mode, its weights unpacked bit for bit.
@@ -99,14 +110,15 @@ class Compressed:
         dtype = self.config.dtype
         state = {n: t.to(dtype if t.is_floating_point() else t.dtype, copy=True) for n, t in self.rest.items()}
         where = device if torch.cuda.device_count() < 2 else "cpu"  # several GPUs: one may not hold it all
-        bare = dict(skeleton(self.config).named_modules())  # a name that it lacks is told by `build`
+        bare = skeleton(self.config)
+        inside = dict(bare.named_modules())  # a name that it lacks is told by `build`
         if packed:
             shapes = {n.removesuffix(".shape"): t.tolist()[:2] for n, t in self.packed.items() if n.endswith(".shape")}
             weights = ((name, torch.zeros((), dtype=dtype).expand(shape)) for name, shape in shapes.items())
         else:
             weights = ((name, layer.dense(dtype)) for name, layer in self.layers(where))
-        state |= {f"{name}.weight": as_stored(bare.get(name), weight) for name, weight in weights}
-        model = build(self.config, state)
+        linears = ((f"{name}.weight", as_stored(inside.get(name), weight)) for name, weight in weights)
+        model = build(self.config, fused(bare, chain(state.items(), linears)))
         if packed:
             put_packed(model, self.packed, dtype)
         if self.generation is not None:

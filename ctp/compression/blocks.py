@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ctp.compression.calls import Batch
+from ctp.compression.experts import split
 from ctp.compression.linears import linears, not_linear, shared_weight
 
 
@@ -40,12 +41,13 @@ def unfit(model: nn.Module) -> str:
         prefix, blocks = decoder_blocks(model)
     except ValueError as e:
         return str(e)
-    found = linears(blocks, prefix)
+    with split(blocks):
+        found = linears(blocks, prefix)
+        others = [other for i, block in enumerate(blocks) if (other := not_linear(block, f"{prefix}.{i}"))]
     if not found:
         return f"{prefix}: the decoder blocks have no linear to compress"
-    for i, block in enumerate(blocks):
-        if other := not_linear(block, f"{prefix}.{i}"):
-            return f"{other} is not the weight of a linear: mixtures of experts and their like are not supported"
+    if others:
+        return f"{others[0]} is not the weight of a linear: its like are not supported"
     if same := shared_weight(model, found):
         return f"{same[0]} and {same[1]} are one weight, which cannot be compressed for the inputs of both"
     return ""

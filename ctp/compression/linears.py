@@ -5,12 +5,16 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ctp.compression.experts import routers
+
 SMALL = 1 / 4  # of the linears' weights: what the other matrices of a block may hold together
 
 
 def linears(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
-    """The linears inside a module by name, each once."""
-    return {n: m for n, m in module.named_modules(prefix=prefix) if isinstance(m, nn.Linear | Conv1D)}
+    """The linears inside a module by name, each once; those of routers not, those of experts if they are split."""
+    left = routers(module, prefix)
+    found = ((n, m) for n, m in module.named_modules(prefix=prefix) if isinstance(m, nn.Linear | Conv1D))
+    return {n: m for n, m in found if n not in left}
 
 
 def matrix(linear: nn.Module) -> Tensor:
@@ -29,11 +33,13 @@ def not_linear(block: nn.Module, prefix: str) -> str:
     """The name of the largest matrix of a block that is no linear's weight, where these are no side matter; "" else.
 
     Depthwise convolutions, embeddings and whatever is small beside the linears (state matrices, gates) is left as it
-    is. Experts in 3-D parameters are not small: a walk over linears would leave most of the model as it is.
+    is. Experts in 3-D parameters are not small: a walk over linears would leave most of the model as it is, unless they
+    are split (`ctp.compression.experts`). Their routers are side matter, whatever their size.
     """
     sizes: dict[str, int] = {}
+    left = routers(block, prefix)
     for name, module in block.named_modules(prefix=prefix):
-        if isinstance(module, nn.Linear | Conv1D | nn.Embedding) or _depthwise(module):
+        if name in left or isinstance(module, nn.Linear | Conv1D | nn.Embedding) or _depthwise(module):
             continue
         sizes |= {f"{name}.{n}": p.numel() for n, p in module.named_parameters(recurse=False) if p.squeeze().ndim >= 2}
     known = sum(matrix(m).numel() for m in linears(block).values())

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from ctp.compression.blocks import decoder_blocks, packed_linears, shared_inputs, unfit
 from ctp.compression.calls import Batch, stop, stopping
 from ctp.compression.chain import capture, check_chain
+from ctp.compression.experts import check_split, matrices, split
 from ctp.compression.layer import Layer, check
 from ctp.compression.linears import linears, matrix
 from ctp.compression.refit import stripes
+from ctp.compression.routing import Routing, filled_up, pieces, stages
 from ctp.compression.solver import Inverse, check_shape, factorise, solve
 from ctp.machine.arithmetic import widened
 from ctp.machine.threads import keep_heap, side_by_side
@@ -31,12 +33,15 @@ def compress_model(
     *,
     batch: int | None = None,
     progress: Progress | None = None,
+    routing: Routing | None = None,
 ) -> dict[str, Layer]:
-    """Compresses the linears of all decoder blocks in place; head, embeddings and norms stay.
+    """Compresses the linears of all decoder blocks in place, experts' among them; head, embeddings, norms and routers
+    stay.
 
     model: a causal language model of transformers on any device. windows: token ids (n, tokens). batch: windows per
     forward pass, by default 4, on a CPU as many as make CPU_TOKENS tokens. progress is told (blocks done, blocks).
-    Returns the compressed form of every weight by module name. A model in half precision that its device has no fast
+    routing: where the tokens of every expert are counted. Returns the compressed form of every weight by module name,
+    of experts by the names of `ctp.compression.experts.matrices`. A model in half precision that its device has no fast
     arithmetic for runs in float32; its weights come out rounded to their own type as ever.
 
     Raises ValueError naming the linear where a group size does not fit or a Hessian cannot be factorised, or the
@@ -48,14 +53,17 @@ def compress_model(
     prefix, blocks = decoder_blocks(model)
     _check(model, prefix, blocks, compression)
     layers: dict[str, Layer] = {}
+    experts = matrices(model)
     dtypes = {n: matrix(m).dtype for n, m in linears(blocks, prefix).items()}
+    dtypes |= {n: model.get_parameter(m.parameter).dtype for n, m in experts.items()}
     with torch.no_grad(), _evaluating(model), _full_precision(), widened(model):
         keep_heap()
         outs = check_chain(model, windows[:1])
         batches = capture(model, windows, batch or _batch(model, windows.shape[1]), outs)
         probe = capture(model, windows[:1, :PROBE], 1, outs)[0]
         for i, block in enumerate(blocks):
-            layers |= compress_block(block, batches, compression, f"{prefix}.{i}", probe, dtypes)
+            done = compress_block(block, batches, compression, f"{prefix}.{i}", probe, dtypes, routing)
+            layers |= {experts[n].name if n in experts else n: layer for n, layer in done.items()}
             if i + 1 < len(blocks):
                 with packed_linears(block):
                     for b in batches:
@@ -78,19 +86,25 @@ def compress_block(
     prefix: str,
     probe: Batch,
     dtypes: Mapping[str, torch.dtype] | None = None,
+    routing: Routing | None = None,
 ) -> dict[str, Layer]:
     """Compresses one block's linears in place on the inputs in `batches`; names get `prefix` in front.
 
     probe: anything that the block can be run with, to see which linears share an input. dtypes: by name, what a weight
-    is rounded to and stored in, where that is not the type in which it is held.
+    is rounded to and stored in, where that is not the type in which it is held. routing: see `compress_model`.
     With true_sequential, each group of linears sees the inputs that the compressed ones before it produce.
     """
-    groups = shared_inputs(block, probe)
     layers: dict[str, Layer] = {}
-    for stage in [[g] for g in groups] if compression.true_sequential else [groups] * bool(groups):
-        jobs = _jobs(block, stage, hessians(block, stage, batches), compression, prefix, dtypes or {})
-        names = [f"{prefix}.{name}" for group in stage for name in group]
-        layers |= zip(names, side_by_side(jobs, batches[0].hidden.device), strict=True)
+    before = probe.run(block)
+    with split(block):
+        groups = shared_inputs(block, probe)
+        check_split(before, probe.run(block), prefix)
+        for stage in stages(block, groups) if compression.true_sequential else [groups] * bool(groups):
+            for part in pieces(block, stage):
+                sums = filled_up(block, part, partial(_measured, block, batches), prefix, routing or Routing())
+                jobs = _jobs(block, part, sums, compression, prefix, dtypes or {})
+                names = [f"{prefix}.{name}" for group in part for name in group]
+                layers |= zip(names, side_by_side(jobs, batches[0].hidden.device), strict=True)
     return layers
 
 
@@ -127,6 +141,13 @@ def hessians(block: nn.Module, groups: Sequence[Sequence[str]], batches: Sequenc
 
     The pass ends at the last group's input: what comes after it in the block is not computed.
     """
+    return _measured(block, batches, groups)[0]
+
+
+def _measured(
+    block: nn.Module, batches: Sequence[Batch], groups: Sequence[Sequence[str]]
+) -> tuple[list[Tensor], list[int]]:
+    """The Hessians, and how many tokens each is of; 0 where an expert was given none."""
     weights = [matrix(block.get_submodule(names[0])) for names in groups]
     sums = [torch.zeros(w.shape[1], w.shape[1], device=w.device) for w in weights]
     counts, calls = [0] * len(groups), [0] * len(groups)
@@ -153,7 +174,7 @@ def hessians(block: nn.Module, groups: Sequence[Sequence[str]], batches: Sequenc
     finally:
         for handle in handles:
             handle.remove()
-    return [_mirrored(s).div_(n) for s, n in zip(sums, counts, strict=True)]
+    return [_mirrored(s).div_(max(n, 1)) for s, n in zip(sums, counts, strict=True)], counts
 
 
 def _add_gram(total: Tensor, x: Tensor) -> None:
@@ -174,7 +195,9 @@ def _check(model: nn.Module, prefix: str, blocks: nn.ModuleList, compression: So
     """Before hours of work: the blocks' matrices are linears of their own, and group size and pattern fit them."""
     if why := unfit(model):
         raise ValueError(why)
-    for name, linear in linears(blocks, prefix).items():
+    with split(blocks):
+        found = linears(blocks, prefix)
+    for name, linear in found.items():
         with _naming(name):
             check_shape(matrix(linear).shape[1], compression)
 
