@@ -18,6 +18,7 @@ from typing import Any
 
 from ctp import families, hub, modelfiles, tiny_models
 from ctp.cache import cache_dir, digest, fill, write_json
+from ctp.context import context_length
 from ctp.names import brief, shown
 from ctp.paths import folder_named
 
@@ -211,10 +212,11 @@ def config_facts(config: Any) -> Facts:
     """The Facts of a transformers configuration; dtype float32 where it says none."""
     import torch
 
-    from ctp.compression.blocks import not_linear
+    from ctp.compression.blocks import decoder_blocks, not_linear
 
     model = skeleton(config)
-    inside = [(n, m) for n, m in model.named_modules() if ".layers." in n or ".h." in n]
+    prefix, blocks = decoder_blocks(model)
+    inside = list(blocks.named_modules(prefix=prefix))
     linears = [m for _, m in inside if isinstance(m, torch.nn.Linear)]
     embedding = model.get_input_embeddings()
     refused = families.refusals(config)
@@ -222,7 +224,7 @@ def config_facts(config: Any) -> Facts:
         refused.setdefault("compress", f"model type {config.model_type}: {other} is not the weight of an nn.Linear")
     return Facts(
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),
-        context=getattr(config, "max_position_embeddings", None),
+        context=context_length(config),
         parameters=sum(p.numel() for p in model.parameters()),
         layers=config.num_hidden_layers,
         linear_parameters=sum(m.weight.numel() for m in linears),
