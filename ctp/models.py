@@ -18,6 +18,7 @@ from typing import Any
 
 from ctp import families, hub, modelfiles, tiny_models
 from ctp.cache import cache_dir, digest, fill, write_json
+from ctp.context import context_length
 from ctp.names import brief, shown
 from ctp.paths import folder_named
 
@@ -227,7 +228,7 @@ def config_facts(config: Any) -> Facts:
     embedding = model.get_input_embeddings()
     return Facts(
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),
-        context=getattr(config, "max_position_embeddings", None),
+        context=context_length(config),
         parameters=sum(p.numel() for p in model.parameters()),
         layers=len(blocks) or config.get_text_config().num_hidden_layers,
         linear_parameters=sum(w.numel() for w in weights),

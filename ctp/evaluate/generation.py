@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ctp.methods import Generation, HardPrompt
 from ctp.recover.attach import context_of, frozen
-from ctp.recover.prompted import attach_prompt
+from ctp.recover.prompted import attach_prompt, reads_padded
 
 if TYPE_CHECKING:
     from ctp.job import EvaluateJob
@@ -54,6 +54,7 @@ def answer_tokens(
     """
     read = [_read(tokenizer, question, before) for question in questions]
     _check_questions(model, questions, read, 0 if prompt is None else len(prompt), new_tokens, batch)
+    batch = batch if len({len(ids) for ids in read}) == 1 or reads_padded(model) else 1
     ends = _ends(model, tokenizer)
     out: list[list[int]] = []
     with frozen(model), _plainly(model), _behind(model, prompt):

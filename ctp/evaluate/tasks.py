@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctp import tasks
 from ctp.methods import Task
-from ctp.recover.attach import frozen, token_logits
+from ctp.recover.attach import check_readable, frozen, token_logits
 from ctp.recover.prefix import Prefix, prefix
 from ctp.recover.prompted import attach_prompt
 from ctp.taskfiles import INSTALL, harness_version
@@ -48,7 +48,7 @@ class SoftPromptLM(HFLM):
     never does. Without a prompt it is HFLM. rows: called with the number of sequences read so far; `cut` counts the
     log-likelihood requests that lost their beginning. The tokenizer is copied: the harness sets its padding.
 
-    Raises ValueError where the prompt leaves no room for two tokens.
+    Raises ValueError where the model cannot read rows, or the prompt leaves no room for two tokens.
     """
 
     def __init__(
@@ -62,6 +62,8 @@ class SoftPromptLM(HFLM):
     ) -> None:
         self._prompt, self._report, self._rows, self.cut = prompt, rows, 0, 0
         self._prefix: Prefix | None = None
+        if prompt is not None:
+            check_readable(model)
         super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch)
         if self.max_length < 2:
             raise ValueError(f"{self._k} prompt rows leave no room in a context of {super().max_length} tokens")
