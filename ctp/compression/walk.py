@@ -1,6 +1,6 @@
 """The walk through a model: block by block, compress the linears, hand the compressed block's outputs to the next."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -40,22 +40,24 @@ def compress_model(
     arithmetic for runs in float32; its weights come out rounded to their own type as ever.
 
     Raises ValueError naming the linear where a group size does not fit or a Hessian cannot be factorised, or the
-    matrix in a block that is not a linear's; RuntimeError where the model is no plain chain of blocks; ArithmeticError
-    where the result is not what the spec promises.
+    matrix in a block that is not a linear's, or where the model is no chain of blocks: all but the Hessian's before
+    anything is changed; ArithmeticError where the result is not what the spec promises.
     """
     if windows.ndim != 2 or not windows.numel():
         raise ValueError(f"windows must be token ids (n, tokens), at least one; got shape {tuple(windows.shape)}")
     prefix, blocks = decoder_blocks(model)
-    _check(model, prefix, blocks, compression)
+    if why := unfit(model):
+        raise ValueError(why)
     layers: dict[str, Layer] = {}
     dtypes = {n: matrix(m).dtype for n, m in linears(blocks, prefix).items()}
     with torch.no_grad(), _evaluating(model), _full_precision(), widened(model):
         keep_heap()
-        outs = check_chain(model, windows[:1])
-        batches = capture(model, windows, batch or _batch(model, windows.shape[1]), outs)
-        probe = capture(model, windows[:1, :PROBE], 1, outs)[0]
+        chain = check_chain(model, windows[:1])
+        _check_shapes({n: m for n, m in linears(blocks, prefix).items() if n not in chain.idle}, compression)
+        batches = capture(model, windows, batch or _batch(model, windows.shape[1]), chain)
+        probe = capture(model, windows[:1, :PROBE], 1, chain)[0]
         for i, block in enumerate(blocks):
-            layers |= compress_block(block, batches, compression, f"{prefix}.{i}", probe, dtypes)
+            layers |= compress_block(block, batches, compression, f"{prefix}.{i}", probe, dtypes, chain.idle)
             if i + 1 < len(blocks):
                 with packed_linears(block):
                     for b in batches:
@@ -78,14 +80,15 @@ def compress_block(
     prefix: str,
     probe: Batch,
     dtypes: Mapping[str, torch.dtype] | None = None,
+    idle: Collection[str] = (),
 ) -> dict[str, Layer]:
     """Compresses one block's linears in place on the inputs in `batches`; names get `prefix` in front.
 
     probe: anything that the block can be run with, to see which linears share an input. dtypes: by name, what a weight
-    is rounded to and stored in, where that is not the type in which it is held.
+    is rounded to and stored in, where that is not the type in which it is held. idle: names of linears to leave.
     With true_sequential, each group of linears sees the inputs that the compressed ones before it produce.
     """
-    groups = shared_inputs(block, probe)
+    groups = shared_inputs(block, probe, [n.removeprefix(f"{prefix}.") for n in idle])
     layers: dict[str, Layer] = {}
     for stage in [[g] for g in groups] if compression.true_sequential else [groups] * bool(groups):
         jobs = _jobs(block, stage, hessians(block, stage, batches), compression, prefix, dtypes or {})
@@ -170,11 +173,9 @@ def _mirrored(total: Tensor) -> Tensor:
     return total
 
 
-def _check(model: nn.Module, prefix: str, blocks: nn.ModuleList, compression: Solver) -> None:
-    """Before hours of work: the blocks' matrices are linears of their own, and group size and pattern fit them."""
-    if why := unfit(model):
-        raise ValueError(why)
-    for name, linear in linears(blocks, prefix).items():
+def _check_shapes(found: Mapping[str, nn.Module], compression: Solver) -> None:
+    """Before hours of work: group size and pattern fit every linear."""
+    for name, linear in found.items():
         with _naming(name):
             check_shape(matrix(linear).shape[1], compression)
 
