@@ -53,6 +53,11 @@ class PackedLinear(nn.Module):
         weight = unpack({"w.shape": self.shape, **parts})["w"].dense(self.dtype)
         return weight.to(self.rounded or self.dtype).to(dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """The unpacked weight, for models that read it themselves."""
+        return self.dense(self.dtype)
+
     def offset(self, dtype: torch.dtype) -> Tensor | None:
         """The bias, rounded as the weight is, in `dtype`; None without one."""
         return None if self.bias is None else self.bias.to(self.rounded or self.bias.dtype).to(dtype)
