@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ctp.compression.layer import Layer
-from ctp.compression.pack import pack, stats, unpack_each
+from ctp.compression.pack import pack, stats, unpack, unpack_each
 from ctp.compression.packed import put_packed
 from ctp.models import LOCAL, place, quiet
 
@@ -42,11 +42,13 @@ class Compressed:
 
         Raises ArithmeticError naming the linear where unpacking does not give the very weight that lies in the model.
         """
-        packed = {name: t.cpu() for name, t in pack(layers).items()}
-        for name, layer in unpack_each(packed):
-            weight = model.get_parameter(f"{name}.weight").detach().cpu()
-            if not torch.equal(layer.dense(weight.dtype), weight):
+        packed: dict[str, Tensor] = {}
+        for name, layer in layers.items():  # one after the other, where the model is: a GPU does it many times as fast
+            weight = model.get_parameter(f"{name}.weight").detach()
+            made = pack({name: layer.to(weight.device)})
+            if not torch.equal(unpack(made)[name].dense(weight.dtype), weight):
                 raise ArithmeticError(f"{name}: unpacking does not give the model's weight")
+            packed |= {field: t.cpu() for field, t in made.items()}
         rest = _rest(model, {f"{name}.weight" for name in layers})
         config = copy.deepcopy(model.config)
         config.dtype = model.dtype  # a model that was made and not loaded has none in its config
@@ -98,12 +100,14 @@ class Compressed:
         dtype = self.config.dtype
         state = {n: t.to(dtype if t.is_floating_point() else t.dtype, copy=True) for n, t in self.rest.items()}
         where = device if torch.cuda.device_count() < 2 else "cpu"  # several GPUs: one may not hold it all
+        if where != "cpu":  # loaded where it stays: a copy of the model would not fit beside it
+            state = {n: t.to(where) for n, t in state.items()}
         if packed:
             shapes = {n.removesuffix(".shape"): t.tolist()[:2] for n, t in self.packed.items() if n.endswith(".shape")}
             state |= {f"{name}.weight": torch.zeros((), dtype=dtype).expand(shape) for name, shape in shapes.items()}
         else:
             state |= {f"{name}.weight": layer.dense(dtype) for name, layer in self.layers(where)}
-        model = build(self.config, state)
+        model = build(self.config, state, where)
         if packed:
             put_packed(model, self.packed, dtype)
         if self.generation is not None:
@@ -111,13 +115,16 @@ class Compressed:
         return place(model, device).eval()
 
 
-def build(config: Any, state: dict[str, Tensor]) -> Any:
-    """A model with these weights. Raises ValueError naming a weight that is missing, unknown or of another shape."""
+def build(config: Any, state: dict[str, Tensor], device: str = "cpu") -> Any:
+    """A model of these weights on `device`, where they are. Raises ValueError naming a weight that is missing, unknown
+    or of another shape.
+    """
     kind = AutoModelForCausalLM._model_mapping[type(config)]
     with quiet():
         model, info = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=config.dtype,
             ignore_mismatched_sizes=True, output_loading_info=True,
+            device_map=None if device == "cpu" else {"": device},
         )  # fmt: skip
     wrong = [f"{what.removesuffix('_keys')} {sorted(info[what])[:3]}" for what in _MISLOADED if info[what]]
     if wrong:
