@@ -51,7 +51,7 @@ LOSS = {"fp32": 1e-5, "bf16": 5e-3}  # relative, of the first step
 GPU_WINDOW = 1024
 GPU_WAYS = {"peft": WAYS["peft"], "ctp": WAYS["ctp"], "recompute": WAYS["recompute"],
             "packed": "ctp, recomputing, 4-bit weights packed"}  # fmt: skip
-GPU_SHARE, GPU_OF_PEFT = 0.5, 0.5  # of the rate of matrix products, of the time of PEFT's plain loop
+GPU_SHARE, GPU_OF_PEFT = 0.5, 0.85  # of the rate of matrix products, of the time of PEFT's plain loop
 GPU_MEMORY = {"recompute": 24 * 2**30, "packed": 12 * 2**30}
 
 

@@ -3,13 +3,15 @@
 Frozen linears keep only their weights for the backward pass, the kernels their inputs.
 """
 
-from functools import cache, partial
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ctp.compression.packed import PackedLinear
 from ctp.machine import triton
 from ctp.recover.attention import Layout, packed_attention
 
@@ -53,15 +55,27 @@ def forward(
 ) -> Tensor:
     """The block `module` over hidden states (1, n, d): x + attention(norm(x)), then the same with the gated MLP.
 
-    Without `layout.keep` the MLP and the queries, keys and values are computed again in the backward pass.
+    Without `layout.keep` the MLP is computed again in the backward pass; where the weights are packed, which is done to
+    save memory, attention is too.
     """
-    attend, mlp = partial(_attend, module.self_attn, norms[0], layout), partial(_mlp, module.mlp, norms[1])
+
+    def attend(x: Tensor) -> Tensor:
+        return _attend(module.self_attn, norms[0], layout, x, *position_embeddings)
+
+    def mlp(x: Tensor) -> Tensor:
+        return _mlp(module.mlp, norms[1], x)
+
     if layout.keep or not torch.is_grad_enabled():
-        middle = attend(hidden, *position_embeddings)
-        return mlp(middle)
-    middle = attend(hidden, *position_embeddings)
-    again: Tensor = checkpoint(mlp, middle, use_reentrant=False)
-    return again
+        return mlp(attend(hidden))
+    if isinstance(module.mlp.down_proj, PackedLinear):
+        return _again(lambda x: mlp(attend(x)), hidden)
+    return _again(mlp, attend(hidden))
+
+
+def _again(part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """part(x), computed again in the backward pass."""
+    out: Tensor = checkpoint(part, x, use_reentrant=False)
+    return out
 
 
 def _attend(attention: Any, norm: Any, layout: Layout, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
