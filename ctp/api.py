@@ -5,6 +5,7 @@ is needed; everything here works on a Hugging Face causal language model and its
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ctp import corpora, models
 from ctp.artifacts import KEY, load_key
 from ctp.compression import compress_model
 from ctp.compression.artifact import PACKED, Compressed
+from ctp.compression.routing import Routing
 from ctp.formats.checkpoint import fetch, open_checkpoint, quantization
 from ctp.gridfile import explain
 from ctp.inputs import Windows
@@ -49,6 +51,9 @@ def compress(
     first `count` windows of `seq_len` tokens (default: 2,048, or the model's context) are taken, or token ids
     (windows, tokens) as they are. progress is told (blocks done, blocks).
 
+    Of a mixture of experts, `routing` of what comes back says how many calibration tokens each expert was given; a
+    warning says so where those are too few.
+
     Raises ValueError where the spec is wrong, does not fit the model, or the texts hold no window, RuntimeError where
     the model is no plain chain of decoder blocks.
     """
@@ -59,8 +64,10 @@ def compress(
     windows = _windows(model, tokenizer, texts, seq_len, count)
     with as_stored(model):
         _announce(notice(dtype_name(model.dtype), model.device.type))
-        layers = compress_model(model, windows, solver, progress=progress)
-        return Compressed.of(model, layers, tokenizer)
+        routing = Routing()
+        layers = compress_model(model, windows, solver, progress=progress, routing=routing)
+        _announce(routing.notice())
+        return replace(Compressed.of(model, layers, tokenizer), routing=routing)
 
 
 def learn_prompt(

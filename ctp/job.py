@@ -43,6 +43,11 @@ class Job:
         """Tell how many steps are done."""
         self.report({"step": done, "steps": of})
 
+    def notice(self, text: str) -> None:
+        """Tell people a sentence about this cell; "" is not told."""
+        if text:
+            self.report({"notice": text})
+
     def location(self, thing: Pinned) -> str:
         """Where a pinned thing lies on this machine."""
         return location(self.runtime.locations, thing)

@@ -211,22 +211,27 @@ def config_facts(config: Any) -> Facts:
     """The Facts of a transformers configuration; dtype float32 where it says none."""
     import torch
 
-    from ctp.compression.blocks import not_linear
+    from ctp.compression.blocks import decoder_blocks, unfit
+    from ctp.compression.experts import split
+    from ctp.compression.linears import linears, matrix
 
-    model = skeleton(config)
-    inside = [(n, m) for n, m in model.named_modules() if ".layers." in n or ".h." in n]
-    linears = [m for _, m in inside if isinstance(m, torch.nn.Linear)]
+    model, refused = skeleton(config), families.refusals(config)
+    if why := unfit(model):
+        refused.setdefault("compress", f"model type {config.model_type}: {why}")
+    try:
+        blocks = decoder_blocks(model)[1]
+    except ValueError:  # `refused` says so
+        blocks = torch.nn.ModuleList()
+    with split(blocks):
+        weights = [matrix(m) for m in linears(blocks).values()]
     embedding = model.get_input_embeddings()
-    refused = families.refusals(config)
-    if other := not_linear(inside):
-        refused.setdefault("compress", f"model type {config.model_type}: {other} is not the weight of an nn.Linear")
     return Facts(
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),
         context=getattr(config, "max_position_embeddings", None),
         parameters=sum(p.numel() for p in model.parameters()),
-        layers=config.num_hidden_layers,
-        linear_parameters=sum(m.weight.numel() for m in linears),
-        in_features=tuple(sorted({m.in_features for m in linears})),
+        layers=len(blocks) or config.get_text_config().num_hidden_layers,
+        linear_parameters=sum(w.numel() for w in weights),
+        in_features=tuple(sorted({w.shape[1] for w in weights})),
         vocab=embedding.num_embeddings,
         width=embedding.embedding_dim,
         refused=refused,

@@ -276,12 +276,14 @@ def _keep_failure(place: Any, cell: Any, error: str, trace: str) -> None:
 
 
 def _throttled(k: str, tell: Callable[[Event], None], seconds: float = 1.0) -> Callable[[dict[str, Any]], None]:
-    """Reports of a cell, at most one a second but for those with a validation loss."""
+    """Reports of a cell, at most one a second but for notices and those with a validation loss."""
     last = 0.0
 
     def report(numbers: dict[str, Any]) -> None:
         nonlocal last
-        if time.monotonic() - last >= seconds or "val_loss" in numbers:
+        if "notice" in numbers:
+            tell({"event": "notice", "key": k, "text": numbers["notice"]})
+        elif time.monotonic() - last >= seconds or "val_loss" in numbers:
             last = time.monotonic()
             tell({**numbers, "event": "progress", "key": k})
 

@@ -41,7 +41,7 @@ class Bench:
         return [c for c in self.cells if isinstance(c, kind)]
 
 
-@pytest.fixture(params=["llama", "opt", "bloom"])
+@pytest.fixture(params=["llama", "opt", "bloom", "mixtral"])
 def bench(request, tmp_path):
     return Bench(tmp_path, model_folder(tmp_path / request.param, request.param))
 
