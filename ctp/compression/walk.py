@@ -138,7 +138,7 @@ def _compress_weight(name: str, weight: Tensor, inverse: Inverse, compression: S
         new, layer = solve(weight.to(dtype), inverse, compression)
         weight.copy_(new)
         check(layer, weight.to(dtype), compression)
-    return layer
+    return layer.to("cpu")  # a GPU may not hold the compressed form of the whole model beside it
 
 
 def hessians(block: nn.Module, groups: Sequence[Sequence[str]], batches: Sequence[Batch]) -> list[Tensor]:

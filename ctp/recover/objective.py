@@ -26,7 +26,7 @@ from ctp.recover.scratch import Scratch
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 # Logits that exist at a time. A GPU needs many to be busy; on a CPU more only take memory.
-CHUNK = {"cpu": 2**22, "cuda": 2**24}
+CHUNK = {"cpu": 2**22, "cuda": 2**26}
 CACHED = 2**20  # logits that are exponentiated together on a CPU: in fp32 they stay in its cache
 
 
