@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-faults test-cluster foreign bench lint audit models platforms clean
+.PHONY: demo test test-all test-faults test-cluster test-gpu foreign bench lint audit models platforms clean
 
 # Ends make before a recipe's first command where PYTHON is none of PYTHONS.
 found = $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
@@ -21,7 +21,7 @@ test: lint ## all tests but the slow ones, in two processes: most of them use on
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: lint foreign ## and the slow ones, against the real GPTQModel and llm-compressor too
-	$(BIN)/python -m pytest -m "not faults and not cluster"
+	$(BIN)/python -m pytest -m "not faults and not cluster and not gpu"
 
 test-faults: $(STAMP) ## kill -9 of drivers, workers, raylets; servers that go away; nine minutes on two cores
 	$(BIN)/python -m pytest tests/faults -m faults
@@ -37,6 +37,9 @@ test-cluster: .cluster/.installed ## `ray up` on three machines made of namespac
 	.cluster/bin/pip install --quiet --disable-pip-version-check --no-deps --ignore-installed "$$(grep '^ray==' requirements.lock)"
 	.cluster/bin/pip install --quiet --disable-pip-version-check -c requirements.lock -r requirements-cluster.lock "moto[server]==5.2.5"
 	touch $@
+
+test-gpu: ## what needs a GPU, with $(PYTHON)'s own torch, which must be a build for CUDA; skips where there is no GPU
+	$(PYTHON) -m pytest -m gpu -rs tests/gpu
 
 foreign: .foreign/gptqmodel/.installed .foreign/llmcompressor/.installed ## their environments; they do not fit into ctp's
 

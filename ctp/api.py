@@ -17,6 +17,7 @@ from ctp import corpora, models
 from ctp.artifacts import KEY, load_key
 from ctp.compression import compress_model
 from ctp.compression.artifact import PACKED, Compressed
+from ctp.compression.plain import not_plain
 from ctp.compression.routing import Routing
 from ctp.formats.checkpoint import fetch, open_checkpoint, quantization
 from ctp.gridfile import explain
@@ -54,13 +55,16 @@ def compress(
     Of a mixture of experts, `routing` of what comes back says how many calibration tokens each expert was given; a
     warning says so where those are too few.
 
-    Raises ValueError where the spec is wrong, does not fit the model, or the texts hold no window, RuntimeError where
-    the model is no plain chain of decoder blocks.
+    Raises ValueError, before anything is changed, where the spec is wrong or does not fit the model, the texts hold no
+    window, the model is no chain of decoder blocks or not what its configuration describes (a head is missing, LoRA
+    layers are inside, it is quantized already).
     """
     _check_plain(model, tokenizer)
     solver = _parsed(AnyCompression, spec, "spec")
     if not isinstance(solver, Solver):
         raise ValueError(f"spec = {solver.label}: calibrated methods only: gptq, sparsegpt")
+    if why := not_plain(model) or models.config_facts(model.config).refused.get("compress"):
+        raise ValueError(why)
     windows = _windows(model, tokenizer, texts, seq_len, count)
     with as_stored(model):
         _announce(notice(dtype_name(model.dtype), model.device.type))

@@ -213,18 +213,22 @@ def config_facts(config: Any) -> Facts:
     import torch
 
     from ctp.compression.blocks import decoder_blocks, unfit
+    from ctp.compression.chain import foreseen
     from ctp.compression.experts import split
     from ctp.compression.linears import linears, matrix
 
-    model, refused = skeleton(config), families.refusals(config)
-    if why := unfit(model):
-        refused.setdefault("compress", f"model type {config.model_type}: {why}")
+    model, refused, idle = skeleton(config).eval(), families.refusals(config), frozenset[str]()
+    why = unfit(model)
     try:
-        blocks = decoder_blocks(model)[1]
-    except ValueError:  # `refused` says so
-        blocks = torch.nn.ModuleList()
+        prefix, blocks = decoder_blocks(model)
+        if not why:
+            why, idle = foreseen(model)
+    except ValueError:  # `why` says so
+        prefix, blocks = "", torch.nn.ModuleList()
+    if why:
+        refused["compress"] = why
     with split(blocks):
-        weights = [matrix(m) for m in linears(blocks).values()]
+        weights = [matrix(m) for n, m in linears(blocks, prefix).items() if n not in idle]
     embedding = model.get_input_embeddings()
     return Facts(
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),

@@ -2,12 +2,15 @@
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import random_windows, tiny_llama, tiny_moe
-from tinygrid import byte_tokenizer
+from tinygrid import VOCAB, byte_tokenizer
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import ctp
 from ctp.compression import compress_model
@@ -17,6 +20,8 @@ from ctp.compression.chain import capture
 from ctp.compression.experts import is_experts, matrices, split
 from ctp.compression.routing import Routing, filled_up, pieces, stages
 from ctp.compression.walk import _measured
+from ctp.formats.checkpoint import open_checkpoint
+from ctp.formats.export import export
 from ctp.methods import GPTQ, SparseGPT
 from ctp.models import config_facts
 
@@ -187,3 +192,54 @@ def test_experts_that_do_more_than_they_say_are_refused():
     layer.forward = lambda hidden, index, weight: own(hidden, index, weight) * 2
     with pytest.raises(RuntimeError, match=r"model\.layers\.0: its experts one by one differ"):
         compress_model(model, random_windows(2, 16), GPTQ(bits=4))
+
+
+# --------------------------------------------------------------------------- files
+
+
+def names_in(folder: Path) -> set[str]:
+    return set(load_file(folder / "model.safetensors"))
+
+
+@pytest.mark.parametrize("format", ["hf", "compressed-tensors", "gptq"])
+def test_exports_have_the_names_of_original_checkpoints(format, tmp_path):
+    model, windows = tiny_moe("mixtral", vocab=VOCAB, hidden=64), random_windows(2, 24, VOCAB)
+    layers = compress_model(model, windows, GPTQ(bits=4, group_size=16, sym=True))
+    notes = export(Compressed.of(model, layers, byte_tokenizer()), tmp_path / "out", format)
+    names, at = names_in(tmp_path / "out"), "model.layers.1.block_sparse_moe"
+    part = {"hf": "weight", "compressed-tensors": "weight_packed", "gptq": "qweight"}[format]
+    assert {f"{at}.experts.{e}.{w}.{part}" for e in range(4) for w in ("w1", "w2", "w3")} <= names
+    assert f"{at}.gate.weight" in names
+    assert not [n for n in names if ".mlp." in n]
+    with torch.no_grad():
+        expected = model(input_ids=windows).logits
+        assert torch.equal(ctp.load(tmp_path / "out", device="cpu")[0](input_ids=windows).logits, expected)
+        if format == "gptq":
+            assert "transformers opens no experts" in " ".join(notes)
+        else:
+            theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+            assert torch.equal(theirs(input_ids=windows).logits, expected)
+
+
+def test_a_format_that_cannot_hold_the_experts_is_refused(tmp_path):
+    model = tiny_moe("mixtral", hidden=64)
+    uneven = Compressed.of(model, compress_model(model, random_windows(2, 24), GPTQ(bits=4)), byte_tokenizer())
+    for format in ("gptq", "compressed-tensors"):
+        with pytest.raises(ValueError, match=f"{format}: loaders read experts on symmetric grids only"):
+            export(uneven, tmp_path / "out", format)
+    model = tiny_moe("gpt_oss", hidden=64)
+    fused = Compressed.of(model, compress_model(model, random_windows(2, 24), GPTQ(bits=4, sym=True)), byte_tokenizer())
+    with pytest.raises(ValueError, match="checkpoints of model type gpt_oss hold no linear for each expert"):
+        export(fused, tmp_path / "out", "gptq")
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_pruned_experts_are_found_in_a_folder(kind, tmp_path):
+    """Whatever form it holds them in: one linear each, or all in one."""
+    model, windows = tiny_moe(kind, vocab=VOCAB, hidden=64), random_windows(2, 24, VOCAB)
+    layers = compress_model(model, windows, SparseGPT(sparsity=0.5))
+    export(Compressed.of(model, layers, byte_tokenizer()), tmp_path / "out", "hf")
+    opened = open_checkpoint(tmp_path / "out")
+    assert {n for n, _ in opened.layers()} == layers.keys()
+    with torch.no_grad():
+        assert torch.equal(opened.model()(input_ids=windows).logits, model(input_ids=windows).logits)

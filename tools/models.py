@@ -1,12 +1,12 @@
 """Writes docs/models.md: what works on which model type, from the table of tiny models and what ctp refuses.
 
-    python -m tools.models
+python -m tools.models
 """
 
 from pathlib import Path
 
 from ctp.formats import FORMATS
-from ctp.formats.export import refusals
+from ctp.formats.loaders import refusals
 from ctp.models import config_facts
 from tools.zoo import MODELS, config
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from ctp.compression.experts import fused, matrices
 from ctp.compression.layer import Layer
 from ctp.compression.linears import as_stored, matrix
-from ctp.compression.pack import pack, stats, unpack_each
+from ctp.compression.pack import pack, stats, unpack, unpack_each
 from ctp.compression.packed import put_packed
 from ctp.compression.routing import Routing
 from ctp.models import LOCAL, place, quiet, skeleton
@@ -48,16 +48,17 @@ class Compressed:
 
         Raises ArithmeticError naming the linear where unpacking does not give the very weight that lies in the model.
         """
-        packed = {name: t.cpu() for name, t in pack(layers).items()}
+        packed: dict[str, Tensor] = {}
         experts = {m.name: m for m in matrices(model).values()}
         held: set[str] = set()
-        for name, layer in unpack_each(packed):
+        for name, layer in layers.items():  # one after the other, where the model is: a GPU does it many times as fast
             m = experts.get(name)
             parameter = f"{name}.weight" if m is None else m.parameter
             weight = matrix(model.get_submodule(name)) if m is None else m.of(model.get_parameter(parameter))
-            weight = weight.detach().cpu()
-            if not torch.equal(layer.dense(weight.dtype), weight):
+            made = pack({name: layer.to(weight.device)})
+            if not torch.equal(unpack(made)[name].dense(weight.dtype), weight.detach()):
                 raise ArithmeticError(f"{name}: unpacking does not give the model's weight")
+            packed |= {field: t.cpu() for field, t in made.items()}
             held.add(parameter)
         rest = _rest(model, held)
         config = copy.deepcopy(model.config)
@@ -110,6 +111,8 @@ class Compressed:
         dtype = self.config.dtype
         state = {n: t.to(dtype if t.is_floating_point() else t.dtype, copy=True) for n, t in self.rest.items()}
         where = device if torch.cuda.device_count() < 2 else "cpu"  # several GPUs: one may not hold it all
+        if where != "cpu":  # loaded where it stays: a copy of the model would not fit beside it
+            state = {n: t.to(where) for n, t in state.items()}
         bare = skeleton(self.config)
         inside = dict(bare.named_modules())  # a name that it lacks is told by `build`
         if packed:
@@ -118,7 +121,7 @@ class Compressed:
         else:
             weights = ((name, layer.dense(dtype)) for name, layer in self.layers(where))
         linears = ((f"{name}.weight", as_stored(inside.get(name), weight)) for name, weight in weights)
-        model = build(self.config, fused(bare, chain(state.items(), linears)))
+        model = build(self.config, fused(bare, chain(state.items(), linears)), where)
         if packed:
             put_packed(model, self.packed, dtype)
         if self.generation is not None:
@@ -126,13 +129,16 @@ class Compressed:
         return place(model, device).eval()
 
 
-def build(config: Any, state: dict[str, Tensor]) -> Any:
-    """A model with these weights. Raises ValueError naming a weight that is missing, unknown or of another shape."""
+def build(config: Any, state: dict[str, Tensor], device: str = "cpu") -> Any:
+    """A model of these weights on `device`, where they are. Raises ValueError naming a weight that is missing, unknown
+    or of another shape.
+    """
     kind = AutoModelForCausalLM._model_mapping[type(config)]
     with quiet():
         model, info = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=config.dtype,
             ignore_mismatched_sizes=True, output_loading_info=True,
+            device_map=None if device == "cpu" else {"": device},
         )  # fmt: skip
     wrong = [f"{what.removesuffix('_keys')} {sorted(info[what])[:3]}" for what in _MISLOADED if info[what]]
     if wrong:

@@ -1,6 +1,6 @@
 """The decoder blocks of a causal language model, and how the linears inside one hang together."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ctp import families
 from ctp.compression.calls import Batch
 from ctp.compression.experts import split
 from ctp.compression.linears import linears, not_linear, shared_weight
@@ -37,6 +38,12 @@ def unfit(model: nn.Module) -> str:
 
     Decided by modules and shapes alone: the model may be one without weights.
     """
+    config: Any = model.config
+    why = families.refusals(config).get("compress") or _unfit(model)
+    return why if not why or why.startswith("model type ") else f"model type {config.model_type}: {why}"
+
+
+def _unfit(model: nn.Module) -> str:
     try:
         prefix, blocks = decoder_blocks(model)
     except ValueError as e:
@@ -92,12 +99,12 @@ def _packed(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     return lambda x: run(x, weight, bias, "none", [], "")
 
 
-def shared_inputs(block: nn.Module, batch: Batch) -> list[list[str]]:
+def shared_inputs(block: nn.Module, batch: Batch, idle: Collection[str] = ()) -> list[list[str]]:
     """The block's linears by name, in execution order, those that are handed the same tensors together.
 
-    Raises ValueError where a linear is not run: it would have no Hessian.
+    Raises ValueError where a linear that is not in `idle` is not run: it would have no Hessian.
     """
-    found = linears(block)
+    found = {n: m for n, m in linears(block).items() if n not in idle}
     inputs: list[Tensor] = []
     handed: dict[str, list[int]] = {}  # by linear: the numbers of its inputs
 
@@ -115,8 +122,8 @@ def shared_inputs(block: nn.Module, batch: Batch) -> list[list[str]]:
     finally:
         for handle in handles:
             handle.remove()
-    if idle := set(found) - set(handed):
-        raise ValueError(f"these linears saw no input in calibration: {', '.join(sorted(idle))}")
+    if unseen := set(found) - set(handed):
+        raise ValueError(f"these linears saw no input in calibration: {', '.join(sorted(unseen))}")
     groups: dict[tuple[int, ...], list[str]] = {}
     for name, numbers in handed.items():
         groups.setdefault(tuple(numbers), []).append(name)

@@ -95,7 +95,10 @@ def _kept(value: Any, others: Sequence[Any], known: dict[int, tuple[Any, Any]]) 
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b))
+    """One tensor, or two that are equal; what has no values is equal to itself only."""
+    if a is b or a.is_meta or b.is_meta:
+        return a is b
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 def alike(a: Any, b: Any) -> bool:

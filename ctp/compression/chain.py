@@ -1,7 +1,7 @@
 """What a model calls its decoder blocks with, found without running them, and the proof that nothing more is needed."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ctp.compression.blocks import decoder_blocks
 from ctp.compression.calls import Batch, Call, alike, hidden_of, holds_state, merged, same, stop, stopping
 from ctp.compression.layer import all_finite
-from ctp.compression.linears import linears
+from ctp.compression.linears import large, linears
 from ctp.names import brief
 
 
@@ -27,57 +27,84 @@ class _Step:
     out: Any = None
 
 
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """What is known of a chain of blocks that has been checked.
+
+    outs: what every block returns, the hidden states None, all else worthless, so that arguments made of it are found
+    out. idle: names of the linears that the model does not run as such; they are left as they are.
+    """
+
+    outs: list[Any]
+    idle: frozenset[str]
+
+
 @torch.no_grad()
-def capture(model: nn.Module, windows: Tensor, size: int, outs: Sequence[Any] | None = None) -> list[Batch]:
+def capture(model: nn.Module, windows: Tensor, size: int, chain: Chain | None = None) -> list[Batch]:
     """What the first block is handed, and how every block is called, for `windows` (n, tokens) in batches of `size`.
 
-    outs: what `check_chain` gave, for which the first window is taken where it is None. No block is run: each hands
+    chain: what `check_chain` gave, for which the first window is taken where it is None. No block is run: each hands
     on what it gets. Arguments that are alike in several calls (masks, positions) are kept once.
     """
-    outs = check_chain(model, windows[:1]) if outs is None else outs
+    chain = check_chain(model, windows[:1]) if chain is None else chain
     blocks = list(decoder_blocks(model)[1])
     batches: list[Batch] = []
     for some in windows.split(size):
-        batches.append(_called(model, blocks, some, outs, batches[-1] if batches else None))
+        batches.append(_called(model, blocks, some, chain.outs, batches[-1] if batches else None))
     return batches
 
 
 @torch.no_grad()
-def check_chain(model: nn.Module, window: Tensor) -> list[Any]:
-    """Raises RuntimeError unless running the blocks one after the other, each with its own arguments, is what the model
-    does with `window` (1, tokens); ValueError where a linear in them is not run or an output is not finite.
-
-    Returns what every block returns, for `capture`: the hidden states None, all else worthless, so that arguments made
-    of it are found out.
+def check_chain(model: nn.Module, window: Tensor) -> Chain:
+    """Raises ValueError unless running the blocks one after the other, each with its own arguments, is what the model
+    does with `window` (1, tokens), with finite outputs, and runs the linears in them, small ones apart.
     """
-    prefix, found = decoder_blocks(model)
-    blocks = list(found)
-    steps, idle = _observed(model, blocks, window, linears(found, prefix))
+    blocks = list(decoder_blocks(model)[1])
+    steps, idle = _observed(model, blocks, window)
     if steps and not all_finite(hidden_of(steps[-1].out)):
         bad = next((n for n, p in model.named_parameters() if not all_finite(p)), None)
         why = "an activation overflows" if bad is None else f"{bad} holds numbers that are not finite"
         raise ValueError(f"{_name(model)} computes no finite numbers: {why}")
-    if reason := _broken(blocks, steps):
-        raise RuntimeError(f"{_name(model)} is no chain of blocks that can be compressed one by one: {reason}")
-    if idle:
-        raise ValueError(f"these linears saw no input in calibration: {', '.join(idle[:3])}")
+    if reason := _broken(model, steps, idle):
+        raise ValueError(reason)
     outs = [_worthless(step.out) for step in steps]
     if reason := _differing(steps, _called(model, blocks, window, outs)):
-        raise RuntimeError(f"{_name(model)} is no chain of blocks that can be compressed one by one: {reason}")
-    return outs
+        raise ValueError(_no_chain(model, reason))
+    return Chain(outs, frozenset(idle))
+
+
+@torch.no_grad()
+def foreseen(model: nn.Module) -> tuple[str, frozenset[str]]:
+    """(why `check_chain` will refuse the model, "" where nothing speaks against it; linears that will not be run), of a
+    model without weights, on the meta device. Nothing speaks against one that cannot be run there.
+    """
+    blocks = list(decoder_blocks(model)[1])
+    for kwargs in {}, {"attention_mask": torch.zeros(1, 1, 2, 2, device="meta")}:  # most look into masks of their own
+        try:
+            steps, idle = _observed(model, blocks, torch.zeros(1, 2, dtype=torch.long), **kwargs)
+        except Exception:
+            continue
+        return _broken(model, steps, idle), frozenset(idle)
+    return "", frozenset()
 
 
 def _name(model: nn.Module) -> str:
     return f"model type {getattr(model.config, 'model_type', '?')}: {type(model).__name__}"
 
 
+def _no_chain(model: nn.Module, reason: str) -> str:
+    return f"{_name(model)} is no chain of blocks that can be compressed one by one: {reason}"
+
+
 def _observed(
-    model: nn.Module, blocks: Sequence[nn.Module], window: Tensor, found: Mapping[str, nn.Module]
+    model: nn.Module, blocks: Sequence[nn.Module], window: Tensor, **kwargs: Any
 ) -> tuple[list[_Step], list[str]]:
-    """The calls of the blocks in the model's own forward pass, and the names in `found` of the linears it does not run.
+    """The calls of the blocks in the model's own forward pass, and the names of their linears that it does not run.
 
     The pass ends where the head would begin, whose output nobody reads.
     """
+    prefix, found = decoder_blocks(model)
+    inside = linears(found, prefix)
     steps: list[_Step] = []
     run: set[nn.Module] = set()
 
@@ -94,32 +121,37 @@ def _observed(
         for block in blocks:
             stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(block.register_forward_hook(after).remove)
-        for linear in found.values():
+        for linear in inside.values():
             stack.callback(linear.register_forward_pre_hook(lambda m, _: run.add(m)).remove)
         head: Any = getattr(model, "get_output_embeddings", lambda: None)()
         if head is not None:
             stack.callback(head.register_forward_pre_hook(end).remove)
-        _forward(model, window)
-    return steps, sorted(n for n, m in found.items() if m not in run)
+        _forward(model, window, **kwargs)
+    return steps, sorted(n for n, m in inside.items() if m not in run)
 
 
-def _forward(model: nn.Module, windows: Tensor) -> None:
+def _forward(model: nn.Module, windows: Tensor, **kwargs: Any) -> None:
     device = next(model.parameters()).device
     accepted = inspect.signature(model.forward).parameters.values()
     cached = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted)
-    model(input_ids=windows.to(device), **({"use_cache": False} if cached else {}))
+    model(input_ids=windows.to(device), **({"use_cache": False} if cached else {}), **kwargs)
 
 
-def _broken(blocks: Sequence[nn.Module], steps: Sequence[_Step]) -> str:
-    """Why the model does more than hand each block's output to the next; "" where it does not."""
+def _broken(model: nn.Module, steps: Sequence[_Step], idle: Sequence[str]) -> str:
+    """Why the model does more than hand each block's output to the next, or less than run it; "" where it does not."""
+    prefix, blocks = decoder_blocks(model)
     if [s.block for s in steps] != list(blocks):
         runs = [sum(s.block is block for s in steps) for block in blocks]
         odd = next((i for i, n in enumerate(runs) if n != 1), None)
-        return "its blocks run in another order" if odd is None else f"block {odd} runs {runs[odd]} times in a pass"
+        return _no_chain(
+            model, "its blocks run in another order" if odd is None else f"block {odd} runs {runs[odd]} times in a pass"
+        )
     for i, (one, two) in enumerate(pairwise(steps)):
         out = hidden_of(one.out)
-        if two.hidden is not out and not same(two.hidden.to(out.device), out):
-            return f"it changes what block {i} gives before block {i + 1} gets it"
+        if not same(two.hidden.to(out.device), out):
+            return _no_chain(model, f"it changes what block {i} gives before block {i + 1} gets it")
+    if large(idle, linears(blocks, prefix)):
+        return f"{_name(model)} does not run these linears on text, so they see no input: {', '.join(idle[:3])}"
     return ""
 
 

@@ -7,12 +7,13 @@ an expert to every index of their first dimension, and attributes that say how a
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ctp.compression.names import as_original
 
 _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "_apply_gate")
 
@@ -21,12 +22,13 @@ _MARKS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_
 class Matrix:
     """One weight (outputs, inputs) of one expert.
 
-    name: of the linear in artifacts and exports, as the model's original checkpoints have it. parameter: the 3-D one
-    that it lies in, by its name in the model. rows: its outputs, where gate and up share a parameter. transposed: does
-    the parameter hold inputs before outputs?
+    name: of the linear in artifacts and exports. original: do the model's original checkpoints have it by that name?
+    parameter: the 3-D one that it lies in, by its name in the model. rows: its outputs, where gate and up share a
+    parameter. transposed: does the parameter hold inputs before outputs?
     """
 
     name: str
+    original: bool
     parameter: str
     expert: int
     rows: slice
@@ -60,13 +62,13 @@ def matrices(model: nn.Module) -> dict[str, Matrix]:
     found: dict[str, Matrix] = {}
     for path, module in model.named_modules():
         if is_experts(module):
-            for expert in range(len(module.down_proj)):  # type: ignore[arg-type]
+            for expert in range(len(module.down_proj)):
                 for own, (parameter, rows) in _parts(module).items():
                     name = f"{path}.{expert}.{own}"
                     where = f"{path}.{parameter}"
-                    found[name] = Matrix(name, where, expert, rows, bool(module.is_transposed))
+                    found[name] = Matrix(name, False, where, expert, rows, bool(module.is_transposed))
     named = _original_names(model, found)
-    return {n: Matrix(named.get(n, n), m.parameter, m.expert, m.rows, m.transposed) for n, m in found.items()}
+    return {n: replace(m, name=named[n], original=True) if n in named else m for n, m in found.items()}
 
 
 def _original_names(model: Any, found: Mapping[str, Matrix]) -> dict[str, str]:
@@ -74,11 +76,7 @@ def _original_names(model: Any, found: Mapping[str, Matrix]) -> dict[str, str]:
 
     transformers is asked what it would save for parameters whose numbers tell which matrix they are.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, revert_weight_conversion
-
-    known = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
-    if not known or not found:
+    if not found:
         return {}
     numbers = dict(enumerate(found))
     marked: dict[str, list[list[int]]] = {}
@@ -86,8 +84,7 @@ def _original_names(model: Any, found: Mapping[str, Matrix]) -> dict[str, str]:
         of_expert = marked.setdefault(m.parameter, [])
         of_expert.extend([] for _ in range(m.expert + 1 - len(of_expert)))
         of_expert[m.expert].append(number)
-    state = {n: torch.tensor(rows).unsqueeze(2) for n, rows in marked.items()}
-    saved = revert_weight_conversion(SimpleNamespace(_weight_conversions=known, config=model.config), state)
+    saved = as_original(model, {n: torch.tensor(rows).unsqueeze(2) for n, rows in marked.items()})
     if any(t.numel() != 1 or not n.endswith(".weight") for n, t in saved.items()):
         return {}
     return {numbers[int(t)]: n.removesuffix(".weight") for n, t in saved.items()}
@@ -160,7 +157,7 @@ class SplitExperts(nn.Module):
         for e in range(len(experts.down_proj)):
             expert = nn.Module()
             for name, (parameter, rows) in _parts(experts).items():
-                m = Matrix(name, parameter, e, rows, experts.is_transposed)
+                m = Matrix(name, False, parameter, e, rows, experts.is_transposed)
                 bias = getattr(experts, f"{parameter}_bias")[e][rows] if experts.has_bias else None
                 setattr(expert, name, _linear(m.of(getattr(experts, parameter)), bias))
             self.add_module(str(e), expert)
@@ -188,10 +185,10 @@ class SplitExperts(nn.Module):
     def _inner(self, expert: Any, x: Tensor) -> Tensor:
         """What goes into down_proj."""
         if not self.experts.has_gate:
-            return self.experts.act_fn(expert.up_proj(x))  # type: ignore[no-any-return]
+            return self.experts.act_fn(expert.up_proj(x))
         both = expert.gate_proj(x), expert.up_proj(x)
         together = torch.cat(both, -1) if self.experts.is_concatenated else torch.stack(both, -1).flatten(-2)
-        return self.experts._apply_gate(together)  # type: ignore[no-any-return]
+        return self.experts._apply_gate(together)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -1,6 +1,6 @@
 """The compressed form of one weight, and the check that it is what was asked for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,6 +34,17 @@ class Layer:
     def kept(self) -> int:
         """Number of weights that are not pruned."""
         return self.shape[0] * self.shape[1] if self.mask is None else int(self.mask.count_nonzero())
+
+    def to(self, device: torch.device | str) -> "Layer":
+        """The same with its tensors on another device."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return replace(
+            self, codes=moved(self.codes), scale=moved(self.scale), zero=moved(self.zero), g_idx=moved(self.g_idx),
+            mask=moved(self.mask), values=moved(self.values),
+        )  # fmt: skip
 
     def groups(self) -> Tensor:
         """The group of each input, int64 (inputs,)."""
@@ -118,7 +129,7 @@ def check(layer: Layer, weight: Tensor, compression: Solver) -> None:
     Weight equals the layer's dense form; pruned weights are exactly zero and as many as asked for; codes and zero
     points fit into the bits, so that every kept weight is on its grid.
     """
-    weight = weight.detach().cpu()
+    weight = weight.detach()
     if not torch.equal(layer.dense(weight.dtype), weight):
         raise ArithmeticError("the model's weight differs from the compressed form")
     if not all_finite(weight):

@@ -1,6 +1,6 @@
 """The linears of a block: nn.Linear, and the Conv1D of GPT-2, whose weight lies transposed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -48,6 +48,13 @@ def not_linear(block: nn.Module, prefix: str) -> str:
 
 def _depthwise(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv1d) and module.groups == module.in_channels
+
+
+def large(left: Iterable[str], found: Mapping[str, nn.Module]) -> bool:
+    """Would a walk that leaves these of the linears as they are leave more than side matters?"""
+    sizes = {n: matrix(m).numel() for n, m in found.items()}
+    idle = sum(sizes[n] for n in left)
+    return idle > SMALL * (sum(sizes.values()) - idle)
 
 
 def shared_weight(model: nn.Module, found: Mapping[str, nn.Module]) -> tuple[str, str] | None:

@@ -43,7 +43,7 @@ def _pack(layer: Layer) -> dict[str, Tensor]:
         if layer.zero is not None:
             out["zero"] = pack_bits(layer.zero, layer.bits)
         if layer.g_idx is not None:
-            width = _width(groups)
+            width = group_bits(groups)
             out["g_idx"] = _copy(layer.g_idx) if width > 16 else pack_bits(layer.g_idx, width)
     return out
 
@@ -59,9 +59,9 @@ def _scale_type(scale: Tensor) -> int:
     return UNSIGNED.index(scale.dtype)
 
 
-def _width(groups: int) -> int:
-    """Bits of a group's number."""
-    return max(1, (groups - 1).bit_length())
+def group_bits(groups: int, stored: bool = True) -> int:
+    """Bits of a group's number in a stored g_idx; 0 without one."""
+    return max(1, (groups - 1).bit_length()) if stored else 0
 
 
 def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Layer]:
@@ -126,7 +126,7 @@ def _unpack_groups(
         scale = unpack_bits(scale, 15, rows * groups).view(dtype).view(rows, groups)
     if g_idx is not None:
         packed = 0 < groups <= 2**16  # int16 holds the upper half of 16 bits as negative numbers
-        g_idx = unpack_bits(g_idx, _width(groups), columns).int() & 0xFFFF if packed else g_idx.to(torch.int32)
+        g_idx = unpack_bits(g_idx, group_bits(groups), columns).int() & 0xFFFF if packed else g_idx.to(torch.int32)
     return scale, g_idx
 
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ctp.compression.pack import unpack
+from ctp.compression.pack import group_bits, unpack
+from ctp.machine import triton
 
 
 class _Linear(Function):
@@ -49,9 +50,17 @@ class PackedLinear(nn.Module):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight (outputs, inputs) in the model's dtype, rounded where it is to be, then in `dtype`."""
-        parts = {f"w.{name}": getattr(self, name) for name in self.fields}
-        weight = unpack({"w.shape": self.shape, **parts})["w"].dense(self.dtype)
+        parts = {name: getattr(self, name) for name in self.fields}
+        weight = _by_kernel(self.shape.tolist(), parts, self.dtype)
+        if weight is None:
+            named = {f"w.{name}": part for name, part in parts.items()}
+            weight = unpack({"w.shape": self.shape, **named})["w"].dense(self.dtype)
         return weight.to(self.rounded or self.dtype).to(dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The unpacked weight, for models that read it themselves."""
+        return self.dense(self.dtype)
 
     def offset(self, dtype: torch.dtype) -> Tensor | None:
         """The bias, rounded as the weight is, in `dtype`; None without one."""
@@ -63,6 +72,16 @@ class PackedLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
             return _Linear.apply(x, self, x.dtype)
+
+
+def _by_kernel(shape: list[int], parts: dict[str, Tensor], dtype: torch.dtype) -> Tensor | None:
+    """The weight by one launch on a GPU; None where no kernel fits: pruned weights, older scales, no Triton."""
+    if len(shape) < 5 or "mask" in parts or "codes" not in parts or not parts["codes"].is_cuda or not triton.works():
+        return None
+    from ctp.kernels.unpack import dense
+
+    rows, columns, bits, groups, kind = shape
+    return dense((rows, columns), bits, groups, kind, dtype, **parts, index_bits=group_bits(groups, "g_idx" in parts))
 
 
 def put_packed(model: nn.Module, packed: Mapping[str, Tensor], dtype: torch.dtype) -> None:

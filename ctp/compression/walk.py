@@ -1,6 +1,6 @@
 """The walk through a model: block by block, compress the linears, hand the compressed block's outputs to the next."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -45,24 +45,27 @@ def compress_model(
     arithmetic for runs in float32; its weights come out rounded to their own type as ever.
 
     Raises ValueError naming the linear where a group size does not fit or a Hessian cannot be factorised, or the
-    matrix in a block that is not a linear's; RuntimeError where the model is no plain chain of blocks; ArithmeticError
-    where the result is not what the spec promises.
+    matrix in a block that is not a linear's, or where the model is no chain of blocks: all but the Hessian's before
+    anything is changed; ArithmeticError where the result is not what the spec promises.
     """
     if windows.ndim != 2 or not windows.numel():
         raise ValueError(f"windows must be token ids (n, tokens), at least one; got shape {tuple(windows.shape)}")
     prefix, blocks = decoder_blocks(model)
-    _check(model, prefix, blocks, compression)
+    if why := unfit(model):
+        raise ValueError(why)
     layers: dict[str, Layer] = {}
     experts = matrices(model)
     dtypes = {n: matrix(m).dtype for n, m in linears(blocks, prefix).items()}
     dtypes |= {n: model.get_parameter(m.parameter).dtype for n, m in experts.items()}
     with torch.no_grad(), _evaluating(model), _full_precision(), widened(model):
         keep_heap()
-        outs = check_chain(model, windows[:1])
-        batches = capture(model, windows, batch or _batch(model, windows.shape[1]), outs)
-        probe = capture(model, windows[:1, :PROBE], 1, outs)[0]
+        chain = check_chain(model, windows[:1])
+        with split(blocks):
+            _check_shapes({n: m for n, m in linears(blocks, prefix).items() if n not in chain.idle}, compression)
+        batches = capture(model, windows, batch or _batch(model, windows.shape[1]), chain)
+        probe = capture(model, windows[:1, :PROBE], 1, chain)[0]
         for i, block in enumerate(blocks):
-            done = compress_block(block, batches, compression, f"{prefix}.{i}", probe, dtypes, routing)
+            done = compress_block(block, batches, compression, f"{prefix}.{i}", probe, dtypes, chain.idle, routing)
             layers |= {experts[n].name if n in experts else n: layer for n, layer in done.items()}
             if i + 1 < len(blocks):
                 with packed_linears(block):
@@ -86,18 +89,20 @@ def compress_block(
     prefix: str,
     probe: Batch,
     dtypes: Mapping[str, torch.dtype] | None = None,
+    idle: Collection[str] = (),
     routing: Routing | None = None,
 ) -> dict[str, Layer]:
     """Compresses one block's linears in place on the inputs in `batches`; names get `prefix` in front.
 
     probe: anything that the block can be run with, to see which linears share an input. dtypes: by name, what a weight
-    is rounded to and stored in, where that is not the type in which it is held. routing: see `compress_model`.
-    With true_sequential, each group of linears sees the inputs that the compressed ones before it produce.
+    is rounded to and stored in, where that is not the type in which it is held. idle: names of linears to leave.
+    routing: see `compress_model`. With true_sequential, each group of linears sees the inputs that the compressed ones
+    before it produce.
     """
     layers: dict[str, Layer] = {}
     before = probe.run(block)
     with split(block):
-        groups = shared_inputs(block, probe)
+        groups = shared_inputs(block, probe, [n.removeprefix(f"{prefix}.") for n in idle])
         check_split(before, probe.run(block), prefix)
         for stage in stages(block, groups) if compression.true_sequential else [groups] * bool(groups):
             for part in pieces(block, stage):
@@ -133,7 +138,7 @@ def _compress_weight(name: str, weight: Tensor, inverse: Inverse, compression: S
         new, layer = solve(weight.to(dtype), inverse, compression)
         weight.copy_(new)
         check(layer, weight.to(dtype), compression)
-    return layer
+    return layer.to("cpu")  # a GPU may not hold the compressed form of the whole model beside it
 
 
 def hessians(block: nn.Module, groups: Sequence[Sequence[str]], batches: Sequence[Batch]) -> list[Tensor]:
@@ -191,12 +196,8 @@ def _mirrored(total: Tensor) -> Tensor:
     return total
 
 
-def _check(model: nn.Module, prefix: str, blocks: nn.ModuleList, compression: Solver) -> None:
-    """Before hours of work: the blocks' matrices are linears of their own, and group size and pattern fit them."""
-    if why := unfit(model):
-        raise ValueError(why)
-    with split(blocks):
-        found = linears(blocks, prefix)
+def _check_shapes(found: Mapping[str, nn.Module], compression: Solver) -> None:
+    """Before hours of work: group size and pattern fit every linear."""
     for name, linear in found.items():
         with _naming(name):
             check_shape(matrix(linear).shape[1], compression)

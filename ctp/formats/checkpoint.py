@@ -16,7 +16,10 @@ from transformers import AutoConfig, AutoTokenizer
 from ctp import hub, tiny_models
 from ctp.compression.artifact import PACKED, Compressed, read_generation, read_tensors
 from ctp.compression.blocks import decoder_blocks
+from ctp.compression.experts import matrices
 from ctp.compression.layer import Layer
+from ctp.compression.linears import linears
+from ctp.compression.names import names_here
 from ctp.compression.pack import pack
 from ctp.formats import compressed_tensors, gptq
 from ctp.models import LOCAL, locate, skeleton
@@ -81,7 +84,7 @@ def open_checkpoint(folder: Path, dtype: str = "auto", tokenizer: Any = None) ->
         del config.quantization_config
     config.dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     bare = skeleton(config)
-    tensors = {_module_name(n, bare): t for n, t in _tensors(folder).items()}
+    tensors = _renamed(_tensors(folder), bare)
     found = _pruned(tensors, bare) if said is None else READERS[said["quant_method"]].layers(tensors, said)
     packed: dict[str, Tensor] = {}
     used: set[str] = set()
@@ -112,6 +115,22 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     return out
 
 
+def _renamed(tensors: Mapping[str, Tensor], bare: nn.Module) -> dict[str, Tensor]:
+    """Tensors of a checkpoint by their names in the model, those of experts by the names of their linears."""
+    here, experts = names_here(bare), matrices(bare).values()
+    inside = {m.name for m in experts}
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        module, _, field = name.rpartition(".")
+        known = here.get(name) or (f"{here[module]}.{field}" if module in here else "")
+        out[known or (name if module in inside else _module_name(name, bare))] = tensor
+    for m in experts:
+        if m.parameter in out:
+            out[f"{m.name}.weight"] = m.of(out[m.parameter]).contiguous()
+    whole = {m.parameter for m in experts}
+    return {n: t for n, t in out.items() if n not in whole}
+
+
 def _module_name(name: str, bare: nn.Module) -> str:
     """The tensor's name in the whole causal model: some checkpoints were saved without the head's prefix."""
     prefix = str(getattr(bare, "base_model_prefix", ""))
@@ -122,7 +141,8 @@ def _module_name(name: str, bare: nn.Module) -> str:
 def _pruned(tensors: Mapping[str, Tensor], bare: nn.Module) -> Iterator[tuple[str, Layer, set[str]]]:
     """Linears of the decoder blocks with so many zeros that a mask pays."""
     prefix, blocks = decoder_blocks(bare)
-    for name in [f"{prefix}.{n}" for n, m in blocks.named_modules() if isinstance(m, nn.Linear)]:
+    plain = [n for n, m in linears(blocks, prefix).items() if isinstance(m, nn.Linear)]
+    for name in [*plain, *(m.name for m in matrices(bare).values())]:
         weight = tensors.get(f"{name}.weight")
         if weight is None:
             continue  # told when the model is built: a weight is missing

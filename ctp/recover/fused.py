@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ctp.compression.blocks import decoder_blocks
 from ctp.compression.packed import PackedLinear
+from ctp.kernels import llama
 from ctp.recover.block import LINEARS, forward_of, inverse_rms, is_norm, is_silu
 
 
@@ -52,11 +53,15 @@ class _SwiGLU(Function):
         return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
 
 
-def _norm(module: nn.Module, x: Tensor) -> Tensor:
+def _norm(module: Any, x: Tensor) -> Tensor:
+    if x.is_cuda and llama.available():
+        return llama.rms_norm(x, module.weight, module.variance_epsilon)
     return _RMSNorm.apply(x, module.weight, module.variance_epsilon)
 
 
 def _mlp(module: Any, x: Tensor) -> Tensor:
+    if x.is_cuda and llama.available():
+        return module.down_proj(llama.silu_mul(module.gate_proj(x), module.up_proj(x)))
     return module.down_proj(_SwiGLU.apply(module.gate_proj(x), module.up_proj(x)))
 
 

@@ -9,7 +9,7 @@ import ctp
 from ctp.compression.artifact import Compressed
 from ctp.compression.blocks import decoder_blocks
 from ctp.formats import FORMATS
-from ctp.formats.export import refusals
+from ctp.formats.loaders import refusals
 from tools.zoo import build, config
 
 METHODS = {"gptq": {"method": "gptq", "bits": 4}, "sparsegpt": {"method": "sparsegpt", "sparsity": 0.5}}

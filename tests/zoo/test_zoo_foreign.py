@@ -6,7 +6,7 @@ from support.zoo import far, logits, refused, tokenizer, windows
 from test_foreign import run
 
 import ctp
-from ctp.formats.export import refusals
+from ctp.formats.loaders import refusals
 from tools.zoo import MODELS, build, config
 
 pytestmark = pytest.mark.slow

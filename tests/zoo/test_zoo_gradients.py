@@ -31,7 +31,9 @@ def plain(model, text, parameters, prompt):
     total = torch.zeros(())
     for window in text:
         rows = model.get_input_embeddings()(window[:-1])
-        given = {"input_ids": window[None, :-1]} if prompt is None else {"inputs_embeds": torch.cat([prompt, rows])[None]}
+        given = (
+            {"input_ids": window[None, :-1]} if prompt is None else {"inputs_embeds": torch.cat([prompt, rows])[None]}
+        )
         scores = model(**given, use_cache=False).logits[0, -len(rows) :]
         total = total + F.cross_entropy(scores, window[1:], reduction="sum")
     return total.item(), torch.cat([g.flatten() for g in torch.autograd.grad(total, parameters)])
