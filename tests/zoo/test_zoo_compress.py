@@ -1,5 +1,7 @@
 """Each model of the zoo: compressed on the inputs that its blocks have, stored and exported without a loss."""
 
+import re
+
 import pytest
 import torch
 from support.zoo import CLOSE, EVERY, far, logits, refuses, shared, tokenizer, windows
@@ -60,9 +62,8 @@ def check_exports(name, small, wanted, folder):
     refused = refusals(config(name))
     for format in FORMATS:
         if format in refused:
-            with pytest.raises(ValueError) as e:
+            with pytest.raises(ValueError, match=re.escape(refused[format])):
                 ctp.export(small, folder / format, format)
-            assert str(e.value) == refused[format]
             assert not (folder / format).exists()
             continue
         ctp.export(small, folder / format, format)

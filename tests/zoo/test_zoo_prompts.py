@@ -25,8 +25,9 @@ def test_perplexity(name):
 @EVERY
 def test_attached_model(name):
     model, text = shared(name), windows(3, 24)
-    if refuses(name, "prompt", lambda: attach_prompt(model, hard_prompt(model))):
-        return
+    for use in ("prompt", "generate"):  # an attached model is one that generates
+        if refuses(name, use, lambda: attach_prompt(model, hard_prompt(model))):
+            return
     handle = attach_prompt(model, hard_prompt(model))
     try:
         with torch.no_grad():
