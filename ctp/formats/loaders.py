@@ -6,18 +6,24 @@ from typing import Any
 from torch import nn
 
 from ctp.compression.blocks import decoder_blocks
-from ctp.compression.experts import Matrix, linears_of, matrices
-from ctp.formats import FORMATS
+from ctp.compression.chain import foreseen
+from ctp.compression.experts import Matrix, matrices
+from ctp.compression.linears import linears, matrix
+from ctp.formats import gptq
 from ctp.models import skeleton
 
 
-def refusals(config: Any) -> dict[str, str]:
-    """format -> the sentence with which `export` refuses every compressed model of this transformers configuration."""
-    bare = skeleton(config)
+def refusals(config: Any, bits: int = 4) -> dict[str, str]:
+    """format -> the sentence with which `export` refuses a model of this transformers configuration in `bits` bits."""
+    bare = skeleton(config).eval()
     prefix, blocks = decoder_blocks(bare)
+    idle = foreseen(bare)[1]
     experts = {m.name: m for m in matrices(bare).values()}
-    why = unopened(bare, [*(f"{prefix}.{n}" for n in linears_of(blocks)), *experts], experts)
-    return {format: refusal(format, config, why) for format in FORMATS if why and format != "hf"}
+    shapes = {n: matrix(m).shape for n, m in linears(blocks, prefix).items() if n not in idle}
+    shapes |= {n: m.of(bare.get_parameter(m.parameter)).shape for n, m in experts.items()}
+    why = {"compressed-tensors": unopened(bare, shapes, experts)}
+    why["gptq"] = why["compressed-tensors"] or gptq.unaligned(shapes, bits)
+    return {format: refusal(format, config, reason) for format, reason in why.items() if reason}
 
 
 def refusal(format: str, config: Any, why: str) -> str:
@@ -31,7 +37,7 @@ def unopened(bare: Any, names: Iterable[str], experts: Mapping[str, Matrix]) -> 
     names: of linears, and of the matrices in `experts`. `bare` loses the linears' weights.
     """
     inside = decoder_blocks(bare)[0]
-    for name in names:
+    for name in sorted(names):
         if name in experts:
             if not experts[name].original:
                 return f"its checkpoints hold no linear for each expert, which loaders look for ({name})"

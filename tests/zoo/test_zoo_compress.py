@@ -14,7 +14,7 @@ from ctp.formats import FORMATS
 from ctp.formats.loaders import refusals
 from tools.zoo import build, config
 
-METHODS = {"gptq": {"method": "gptq", "bits": 4}, "sparsegpt": {"method": "sparsegpt", "sparsity": 0.5}}
+METHODS = {"gptq": {"method": "gptq", "bits": 4, "sym": True}, "sparsegpt": {"method": "sparsegpt", "sparsity": 0.5}}
 TEXT = windows(4, 24)
 
 

@@ -18,7 +18,7 @@ def test_gptqmodel_opens_what_is_not_refused(tmp_path):
     names = [n for n in MODELS if "compress" not in refused(n) and "gptq" not in refusals(config(n))]
     for name in names:
         model = build(name)
-        small = ctp.compress(model, tokenizer(), {"method": "gptq", "bits": 4}, text)
+        small = ctp.compress(model, tokenizer(), {"method": "gptq", "bits": 4, "sym": True}, text)
         wanted[name] = logits(model, text)
         ctp.export(small, tmp_path / "models" / name, "gptq")
     save_file({"input_ids": text}, tmp_path / "ids.safetensors")
