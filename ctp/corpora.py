@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctp import hub, packaged_text
-from ctp.cache import sha256_file
 from ctp.inputs import Windows
 from ctp.names import shown, unknown
 from ctp.paths import expanded, there
-from ctp.textfiles import check_text, decoded, rows
+from ctp.textfiles import check_text, decoded, rows, text_sha256
 from ctp.texts import CORPORA, SPLITS, Corpus, find, local_root, parse_corpus
 
 if TYPE_CHECKING:
@@ -38,10 +37,12 @@ def locate(corpus: Corpus, split: str, data_dir: str | Path | None = None) -> tu
     """Where a worker will read this split, and what pins its text: (location, revision).
 
     location: `file:/abs/path`, `divide:/abs/path` (a file that holds all splits), `package:name` or `hub:id@commit`.
-    revision: `sha256:<hex>` of the bytes, for divided and packaged text also of the rule, or the hub's commit.
+    revision: `sha256:<hex>` of the file (see `textfiles`), for divided and packaged text also of the rule, or the hub's
+    commit.
     data_dir (default: $CTP_DATA_DIR) holds local copies of hub texts; with one given, the hub is not asked.
 
-    Raises ValueError: a split that does not exist, a missing file or package, a hub that does not answer in seconds.
+    Raises ValueError: a split that does not exist, a missing file or package, a file that is no text, a hub that does
+    not answer in seconds.
     """
     if split not in corpus.splits:
         raise ValueError(f"{corpus.name} has no split {split!r}; it has: {', '.join(corpus.splits)}")
@@ -79,8 +80,8 @@ def _locate_file(corpus: Corpus, split: str, folder: Path) -> tuple[str, str]:
     endings = (".jsonl", ".txt") if corpus.path else (".jsonl",)
     for ending in endings:
         if (path := folder / f"{split}{ending}").is_file():
-            check_text(path, _local_column(corpus))
-            return f"file:{path}", f"sha256:{_sha256(path)}"
+            check_text(path, _local_column(corpus), sha256 := _sha256(path))
+            return f"file:{path}", f"sha256:{sha256}"
     there = [s for s in SPLITS for ending in endings if (folder / f"{s}{ending}").is_file()]
     layout = " or ".join(f"{split}{ending}" for ending in endings)
     rows = f'; a .jsonl has one {{"{_local_column(corpus)}": …}} a line'
@@ -92,8 +93,8 @@ def _locate_file(corpus: Corpus, split: str, folder: Path) -> tuple[str, str]:
 def _locate_divided(corpus: Corpus, path: Path) -> tuple[str, str]:
     if path.suffix not in (".jsonl", ".txt"):
         raise ValueError(f"{corpus.name}: {path} is neither .jsonl nor .txt")
-    check_text(path, _local_column(corpus))
-    pinned = f"{_sha256(path)} {packaged_text.VERSION} {_PARTS_OF_FILE}"
+    check_text(path, _local_column(corpus), sha256 := _sha256(path))
+    pinned = f"{sha256} {packaged_text.VERSION} {_PARTS_OF_FILE}"
     return f"divide:{path}", f"sha256:{hashlib.sha256(pinned.encode()).hexdigest()}"
 
 
@@ -105,7 +106,7 @@ def _sha256(path: Path) -> str:
     stat = path.stat()
     seen = (str(path), stat.st_size, stat.st_mtime_ns)
     if seen not in _hashes:
-        _hashes[seen] = sha256_file(path)
+        _hashes[seen] = text_sha256(path)
     return _hashes[seen]
 
 

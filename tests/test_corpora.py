@@ -263,7 +263,7 @@ def test_texts_of_a_grid_file(tmp_path):
     mine = parse_corpus("mine", {"path": str(tmp_path / "mine"), "field": "body", "join": ""})
     assert mine.join == ""
     assert documents(locate(mine, "train")[0], mine, "train") == ["x", "y"]
-    assert documents(locate(mine, "test")[0], mine, "test") == ["one\r\n\n\ndocument\n"]
+    assert documents(locate(mine, "test")[0], mine, "test") == ["one\n\n\ndocument\n"]
     with pytest.raises(ValueError, match=r"mine has no validation.jsonl or validation.txt \(it has: train, test\)"):
         locate(mine, "validation")
     assert find("mine", {"mine": mine}) is mine
