@@ -180,15 +180,20 @@ _MARGIN = 1024
 
 
 def windows(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> "torch.LongTensor":
-    """The token ids of `spec`: int64 (n, seq_len), with the tokenizer's default special tokens; see `Windows`.
+    """The token ids of `spec`: int64 (n, seq_len), with special tokens as `Windows.bos` says.
 
     Sequential windows are those of all documents joined and tokenised in one go. With `count`, only as many documents
     are tokenised as it takes. Crops: a document is drawn, with replacement, from those longer than seq_len, then one
     of its windows, all alike likely; global random state is neither used nor changed.
 
-    Raises ValueError when there are fewer windows than `count`, none at all, or no document longer than a crop.
+    Raises ValueError when there are fewer windows than `count`, none at all, no document longer than a crop, or no BOS
+    to put in front of each.
     """
     import torch
+
+    if spec.bos == "each" and tokenizer.bos_token_id is None:
+        raise ValueError(f"{_title(spec)}: bos = 'each': the tokenizer has no beginning-of-text token")
+    front = [tokenizer.bos_token_id] if spec.bos == "each" else []
 
     documents = documents[spec.skip :]
     if spec.documents is not None:
@@ -196,33 +201,37 @@ def windows(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedToken
             log.warning("%s has %d documents after %d, not %d", _title(spec), len(documents), spec.skip, spec.documents)
         documents = documents[: spec.documents]
     cut = _crops if spec.sampling == "crops" else _sequential
-    return torch.LongTensor(cut(spec, documents, tokenizer))
+    return torch.LongTensor([front + ids for ids in cut(spec, documents, tokenizer, spec.seq_len - len(front))])
 
 
 def _title(spec: Windows) -> str:
     return f"{spec.dataset}/{spec.split}"
 
 
-def _tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+def _tokens(spec: Windows, tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     # verbose=False: a text longer than the model's context is no mistake here
-    return list(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"])
+    special = spec.bos == "first"
+    return list(tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"])
 
 
-def _sequential(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+def _sequential(
+    spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase", size: int
+) -> list[list[int]]:
+    """Pieces of `size` tokens, one after the other."""
     join = spec.join if spec.join is not None else find(spec.dataset).join
-    wanted = None if spec.count is None else spec.count * spec.seq_len + _MARGIN
+    wanted = None if spec.count is None else spec.count * size + _MARGIN
     used = len(documents) if wanted is None else _enough(documents, 5 * wanted)
     while True:
-        ids = _tokens(tokenizer, join.join(documents[:used]))
+        ids = _tokens(spec, tokenizer, join.join(documents[:used]))
         if wanted is None or used >= len(documents) or len(ids) >= wanted:
             break
         used *= 2
-    n = len(ids) // spec.seq_len
+    n = len(ids) // size
     if n < (spec.count or 1):
         asked = "" if spec.count is None else f"; {spec.count} are asked for"
         raise ValueError(f"{_title(spec)} has {len(ids)} tokens, {n} windows of {spec.seq_len}{asked}")
     n = n if spec.count is None else spec.count
-    return [ids[i * spec.seq_len : (i + 1) * spec.seq_len] for i in range(n)]
+    return [ids[i * size : (i + 1) * size] for i in range(n)]
 
 
 def _enough(documents: Sequence[str], characters: int) -> int:
@@ -233,22 +242,23 @@ def _enough(documents: Sequence[str], characters: int) -> int:
     return len(documents)
 
 
-def _crops(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+def _crops(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase", size: int) -> list[list[int]]:
+    """Pieces of `size` tokens out of longer documents."""
     assert spec.count is not None
     draw = random.Random(spec.seed)
     candidates = list(range(len(documents)))  # those not yet known to be short
     crops: list[list[int]] = []
     while len(crops) < spec.count:
         if not candidates:
-            raise ValueError(f"{_title(spec)} has no document of more than {spec.seq_len} tokens to crop")
+            raise ValueError(f"{_title(spec)} has no document of more than {size} tokens to crop")
         at = draw.randrange(len(candidates))
-        ids = _tokens(tokenizer, documents[candidates[at]])
-        if len(ids) <= spec.seq_len:
+        ids = _tokens(spec, tokenizer, documents[candidates[at]])
+        if len(ids) <= size:
             candidates[at] = candidates[-1]
             candidates.pop()
             continue
-        start = draw.randrange(len(ids) - spec.seq_len + 1)
-        crops.append(ids[start : start + spec.seq_len])
+        start = draw.randrange(len(ids) - size + 1)
+        crops.append(ids[start : start + size])
     return crops
 
 

@@ -1,11 +1,26 @@
 """Whether a cell's settings fit its model, known from the model's configuration before any work starts."""
 
+from collections.abc import Callable
 from typing import Any
 
 from ctp.families import Use
-from ctp.methods import Adapter, Checkpoint, Learned, LoRA, Neighbours, NoRecovery, RandomPrompt, Solver, SparseGPT
+from ctp.inputs import Spec, Windows
+from ctp.methods import (
+    Adapter,
+    Bos,
+    Checkpoint,
+    Learned,
+    LoRA,
+    Neighbours,
+    NoRecovery,
+    RandomPrompt,
+    Solver,
+    SparseGPT,
+    Task,
+)
 from ctp.models import Facts
 from ctp.spec import Cell, Compress, Evaluate, Learn
+from ctp.specials import Specials
 
 
 def misfits(cell: Cell, facts: Facts) -> list[str]:
@@ -25,6 +40,39 @@ def misfits(cell: Cell, facts: Facts) -> list[str]:
     if isinstance(measure, Neighbours) and measure.top > facts.vocab:
         out.append(f"measures.top = {measure.top}: the vocabulary of {name} has {facts.vocab} entries")
     return out
+
+
+def unspoken(cell: Cell, specials: Callable[[], Specials | None]) -> list[str]:
+    """What cannot work because the model's tokenizer lacks a special token. specials: called only where it matters."""
+    model, asked = model_of(cell).name, [place for place, w in windows_of(cell) if w.bos == "each"]
+    places = [f"{place}.bos = 'each'" for place in asked]
+    if isinstance(cell, Learn) and isinstance(cell.recovery, Bos):
+        places.append("recovery.method = 'bos'")
+    task = cell.measure if isinstance(cell, Evaluate) and isinstance(cell.measure, Task) else None
+    if not places and task is None:
+        return []
+    try:
+        found = specials()
+    except ValueError as e:
+        return [str(e)]
+    if found is None:
+        return []
+    out = [f"{p}: the tokenizer of {model} has no beginning-of-text token" for p in places if found.bos is None]
+    if task is not None and found.bos is None and found.eos is None:
+        out.append(f"measures.name = {task.name!r}: the tokenizer of {model} has neither a beginning-of-text nor an "
+                   "end-of-text token, and a task needs one of them")  # fmt: skip
+    return out
+
+
+def windows_of(cell: Cell) -> list[tuple[str, Windows]]:
+    """(its place in the grid file, the windows) of every text that a cell itself reads."""
+    fields: dict[str, Spec] = {"calibration": cell} if isinstance(cell, Compress) else {}
+    if isinstance(cell, Learn):
+        fields = {"recovery.text": cell.recovery, "recovery.validation": cell.recovery}
+    elif isinstance(cell, Evaluate):
+        fields = {"measures.text": cell.measure}
+    found = [(place, getattr(holder, place.rpartition(".")[2], None)) for place, holder in fields.items()]
+    return [(place, text) for place, text in found if isinstance(text, Windows)]
 
 
 def _refused(use: Use, facts: Facts, name: str) -> list[str]:

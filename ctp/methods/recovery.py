@@ -80,7 +80,7 @@ class Learned(Recovery):
         if isinstance(data, Mapping) and isinstance(data.get("text"), Mapping):
             text, own = data["text"], data.get("validation") or {}
             if isinstance(own, Mapping):
-                base = {n: text[n] for n in ("dataset", "seq_len") if n in text}
+                base = {n: text[n] for n in ("dataset", "seq_len", "bos") if n in text}
                 data = {**data, "validation": {**base, "split": "validation", "count": 32, **own}}
         return data
 
