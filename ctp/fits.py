@@ -1,10 +1,11 @@
 """Whether a cell's settings fit its model, known from the model's configuration before any work starts."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ctp.families import Use
-from ctp.inputs import Spec, Windows
+from ctp.inputs import Model, Pinned, Spec, Windows
 from ctp.methods import (
     Adapter,
     Bos,
@@ -18,7 +19,9 @@ from ctp.methods import (
     SparseGPT,
     Task,
 )
+from ctp.methods.base import Method
 from ctp.models import Facts
+from ctp.pins import location
 from ctp.spec import Cell, Compress, Evaluate, Learn
 from ctp.specials import Specials
 
@@ -62,6 +65,32 @@ def unspoken(cell: Cell, specials: Callable[[], Specials | None]) -> list[str]:
         out.append(f"measures.name = {task.name!r}: the tokenizer of {model} has neither a beginning-of-text nor an "
                    "end-of-text token, and a task needs one of them")  # fmt: skip
     return out
+
+
+def namesakes(cells: Iterable[Cell], locations: Mapping[str, str]) -> list[str]:
+    """Models, checkpoints, adapters and tasks from several places that have one short name.
+
+    Tables, MLflow and --where go by these names, and could not tell them apart. locations: as `Runtime` has them.
+    """
+    places: dict[tuple[str, str], set[str]] = {}
+    for cell in cells:
+        for field in type(cell).model_fields:
+            thing = getattr(cell, field)
+            if isinstance(thing, Pinned) and isinstance(thing, Model | Method):
+                what = "model" if isinstance(thing, Model) else thing.method
+                name = getattr(thing, thing.NAMED_BY)
+                places.setdefault((what, name), set()).add(location(locations, thing))
+    return [
+        f"{what}: {len(found)} of them are called {name!r} ({', '.join(sorted(map(_place, found)))}), and tables and "
+        "MLflow could not tell them apart: rename one, or make a grid of each"
+        for (what, name), found in places.items()
+        if len(found) > 1
+    ]
+
+
+def _place(where: str) -> str:
+    """A location as a person gave it; that of a task is JSON."""
+    return str(json.loads(where)["task"]) if where.startswith("{") else where
 
 
 def windows_of(cell: Cell) -> list[tuple[str, Windows]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ctp.fits import misfits, model_of, unspoken, windows_of
+from ctp.fits import misfits, model_of, namesakes, unspoken, windows_of
 from ctp.gridfile import Grid, Study
 from ctp.gridtext import GridError
 from ctp.labels import axes, slug
@@ -73,7 +73,8 @@ def make(grid: Grid, pins: Pins) -> Plan:
     for n in nodes.values():
         found = [p for i in n.inputs for p in told[i]] or misfits(n.cell, n.facts)
         told[n.key] = found or unspoken(n.cell, partial(pins.specials, model_of(n.cell)))
-    problems = [f"{grid.path}: {p}" for p in dict.fromkeys(p for found in told.values() for p in found)]
+    alike = namesakes((n.cell for n in nodes.values()), pins.locations)
+    problems = [f"{grid.path}: {p}" for p in dict.fromkeys([*alike, *(p for found in told.values() for p in found)])]
     if not nodes:
         problems = [f"{grid.path}: no cell comes out of this grid"]
     if problems:
