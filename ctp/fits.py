@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ctp.families import Use
-from ctp.inputs import Model, Pinned, Spec, Windows
+from ctp.inputs import Pinned, Spec, Windows
 from ctp.methods import (
     Adapter,
     Bos,
@@ -19,7 +19,6 @@ from ctp.methods import (
     SparseGPT,
     Task,
 )
-from ctp.methods.base import Method
 from ctp.models import Facts
 from ctp.pins import location
 from ctp.spec import Cell, Compress, Evaluate, Learn
@@ -76,10 +75,9 @@ def namesakes(cells: Iterable[Cell], locations: Mapping[str, str]) -> list[str]:
     for cell in cells:
         for field in type(cell).model_fields:
             thing = getattr(cell, field)
-            if isinstance(thing, Pinned) and isinstance(thing, Model | Method):
-                what = "model" if isinstance(thing, Model) else thing.method
-                name = getattr(thing, thing.NAMED_BY)
-                places.setdefault((what, name), set()).add(location(locations, thing))
+            if isinstance(thing, Pinned) and not isinstance(thing, Windows):  # texts are called as the grid calls them
+                called = getattr(thing, "method", "model"), getattr(thing, thing.NAMED_BY)
+                places.setdefault(called, set()).add(location(locations, thing))
     return [
         f"{what}: {len(found)} of them are called {name!r} ({', '.join(sorted(map(_place, found)))}), and tables and "
         "MLflow could not tell them apart: rename one, or make a grid of each"
