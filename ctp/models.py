@@ -42,6 +42,7 @@ class Facts:
     vocab: int  # rows of the embedding
     width: int  # of the embedding: numbers per row of a soft prompt
     refused: Mapping[str, str]  # use (see `ctp.families`) -> why the model is refused for it; empty for most models
+    needs_bos: bool = False  # must every window begin with the beginning-of-text token?
 
     @classmethod
     def read(cls, said: Mapping[str, Any]) -> "Facts | None":
@@ -240,6 +241,7 @@ def config_facts(config: Any) -> Facts:
         vocab=embedding.num_embeddings,
         width=embedding.embedding_dim,
         refused=refused,
+        needs_bos=families.needs_bos(config),
     )
 
 

@@ -243,3 +243,24 @@ def test_pruned_experts_are_found_in_a_folder(kind, tmp_path):
     assert {n for n, _ in opened.layers()} == layers.keys()
     with torch.no_grad():
         assert torch.equal(opened.model()(input_ids=windows).logits, model(input_ids=windows).logits)
+
+
+# ------------------------------------------------------------------------ learning
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("mixtral", "fp32"), ("gpt_oss", "bf16"), ("deepseek_v3", "bf16")])
+def test_a_prompt_is_learned_through_packed_experts_as_through_ordinary_ones(kind, precision):
+    model, windows = tiny_moe(kind), random_windows(6, 16)
+    layers = compress_model(model, windows, GPTQ(bits=4))
+    small = Compressed.of(model, layers, byte_tokenizer())
+    ordinary, packed = small.model(), small.model(packed=True)
+    assert not any(p.ndim == 3 for p in packed.parameters())
+    with torch.no_grad():
+        assert torch.equal(packed(input_ids=windows).logits, ordinary(input_ids=windows).logits)
+    found = [
+        ctp.learn_prompt(m, byte_tokenizer(), windows, validation=windows[:2], k=3, steps=3, precision=precision,
+                         device="cpu")
+        for m in (packed, ordinary)
+    ]  # fmt: skip
+    assert torch.equal(found[0].embeddings, found[1].embeddings)
+    assert found[0].history[-1]["val_loss"] != found[0].history[0]["val_loss"]

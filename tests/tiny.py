@@ -110,7 +110,7 @@ _MOE: dict[str, dict] = {
     "deepseek_v3": {
         "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
         "n_shared_experts": 1, "moe_intermediate_size": 16, "q_lora_rank": None, "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4,
     },
 }  # fmt: skip
 

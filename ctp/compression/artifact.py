@@ -116,8 +116,12 @@ class Compressed:
         bare = skeleton(self.config)
         inside = dict(bare.named_modules())  # a name that it lacks is told by `build`
         if packed:
+            nothing, experts = torch.zeros((), dtype=dtype), {m.name: m.parameter for m in matrices(bare).values()}
             shapes = {n.removesuffix(".shape"): t.tolist()[:2] for n, t in self.packed.items() if n.endswith(".shape")}
-            weights = ((name, torch.zeros((), dtype=dtype).expand(shape)) for name, shape in shapes.items())
+            weights = ((name, nothing.expand(shape)) for name, shape in shapes.items() if name not in experts)
+            state |= {
+                n: nothing.expand(bare.get_parameter(n).shape) for n in {experts[n] for n in shapes.keys() & experts}
+            }
         else:
             weights = ((name, layer.dense(dtype)) for name, layer in self.layers(where))
         linears = ((f"{name}.weight", as_stored(inside.get(name), weight)) for name, weight in weights)

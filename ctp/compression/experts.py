@@ -204,12 +204,12 @@ def split(block: nn.Module) -> Iterator[None]:
     """The block's experts are linears meanwhile; what is written into them is written into the experts."""
     found = [(n, m) for n, m in block.named_modules() if is_experts(m)]
     for name, module in found:
-        _put(block, name, SplitExperts(module))
+        put(block, name, SplitExperts(module))
     try:
         yield
     finally:
         for name, module in found:
-            _put(block, name, module)
+            put(block, name, module)
 
 
 def check_split(whole: Tensor, parts: Tensor, name: str, tolerance: float = 1e-2) -> None:
@@ -224,6 +224,7 @@ def check_split(whole: Tensor, parts: Tensor, name: str, tolerance: float = 1e-2
         )
 
 
-def _put(root: nn.Module, name: str, module: nn.Module) -> None:
+def put(root: nn.Module, name: str, module: nn.Module) -> None:
+    """The module by that name is another one from now on."""
     parent, _, own = name.rpartition(".")
     setattr(root.get_submodule(parent), own, module)

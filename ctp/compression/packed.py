@@ -1,13 +1,15 @@
 """Linears that stay packed in memory and are unpacked every time they are used."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
 
+from ctp.compression.experts import Matrix, matrices, put
 from ctp.compression.pack import group_bits, unpack
 from ctp.machine import triton
 
@@ -84,13 +86,64 @@ def _by_kernel(shape: list[int], parts: dict[str, Tensor], dtype: torch.dtype) -
     return dense((rows, columns), bits, groups, kind, dtype, **parts, index_bits=group_bits(groups, "g_idx" in parts))
 
 
+class PackedExperts(nn.Module):
+    """Frozen experts of a mixture, each matrix of the bits that its artifact stores; all are unpacked for one use of
+    the layer, once for its output and once for the gradient, and computed with as the layer itself does.
+
+    experts: the layer, whose 3-D parameters are taken away. found: where each of `linears` lies in them.
+    """
+
+    def __init__(self, experts: nn.Module, found: Sequence[Matrix], linears: Sequence[PackedLinear]) -> None:
+        super().__init__()
+        self.found, self.linears = list(found), nn.ModuleList(linears)
+        self.shapes = {own: experts.get_parameter(own).shape for own in dict.fromkeys(map(_own, found))}
+        for own in self.shapes:
+            delattr(experts, own)
+        self.experts = experts
+        self.register_buffer("like", torch.empty(0, dtype=linears[0].dtype), persistent=False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self._computed(*args, **kwargs)
+        out: Tensor = checkpoint(self._computed, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return out
+
+    def _computed(self, *args: Any, **kwargs: Any) -> Tensor:
+        for own, weight in self._unpacked().items():
+            setattr(self.experts, own, weight)
+        try:
+            out: Tensor = self.experts(*args, **kwargs)
+        finally:
+            for own in self.shapes:
+                delattr(self.experts, own)
+        return out
+
+    @torch.no_grad()
+    def _unpacked(self) -> dict[str, Tensor]:
+        like: Any = self.like
+        out = {own: like.new_empty(shape) for own, shape in self.shapes.items()}
+        for m, linear in zip(self.found, self.linears, strict=True):
+            assert isinstance(linear, PackedLinear)
+            m.of(out[_own(m)]).copy_(linear.dense(like.dtype))
+        return out
+
+
+def _own(m: Matrix) -> str:
+    return m.parameter.rpartition(".")[2]
+
+
 def put_packed(model: nn.Module, packed: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Replace the linears that `packed` has (tensors by `module name.field`) by packed ones, in place."""
+    """Replace the linears and experts that `packed` has (tensors by `name.field`) by packed ones, in place."""
     fields: dict[str, dict[str, Tensor]] = {}
     for key, tensor in packed.items():
         name, _, field = key.rpartition(".")
         fields.setdefault(name, {})[field] = tensor
+    layers: dict[str, list[Matrix]] = {}
+    for m in matrices(model).values():
+        layers.setdefault(m.parameter.rpartition(".")[0], []).append(m)
+    for path, found in layers.items():
+        linears = [PackedLinear(fields.pop(m.name), None, dtype) for m in found]
+        put(model, path, PackedExperts(model.get_submodule(path), found, linears))
     for name, parts in fields.items():
-        parent, _, own = name.rpartition(".")
-        place = model.get_submodule(parent)
-        setattr(place, own, PackedLinear(parts, getattr(place, own).bias, dtype))
+        linear: Any = model.get_submodule(name)
+        put(model, name, PackedLinear(parts, linear.bias, dtype))

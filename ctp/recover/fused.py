@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from ctp.compression.blocks import decoder_blocks
-from ctp.compression.packed import PackedLinear
+from ctp.compression.packed import PackedExperts, PackedLinear
 from ctp.kernels import llama
 from ctp.recover.block import LINEARS, forward_of, inverse_rms, is_norm, is_silu
 
@@ -119,7 +119,8 @@ def rounded_weights(model: nn.Module, dtype: torch.dtype, held: torch.dtype) -> 
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
     others = [(m, n, p) for m in model.modules() for n, p in m.named_parameters(recurse=False)
               if held != dtype and not p.requires_grad and (p.ndim == 3 or isinstance(m, Conv1D))]  # fmt: skip
-    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    left = {x for m in model.modules() if isinstance(m, PackedExperts) and held == dtype for x in m.linears}
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear) and m not in left]
     before = [(m, m.weight, m.bias) for m in linears]
     try:
         for p in packed:
