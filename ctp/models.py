@@ -217,6 +217,7 @@ def config_facts(config: Any) -> Facts:
     from ctp.compression.chain import foreseen
     from ctp.compression.experts import split
     from ctp.compression.linears import linears, matrix
+    from ctp.recover import projections
 
     model, refused, idle = skeleton(config).eval(), families.refusals(config), frozenset[str]()
     why = unfit(model)
@@ -228,6 +229,8 @@ def config_facts(config: Any) -> Facts:
         prefix, blocks = "", torch.nn.ModuleList()
     if why:
         refused["compress"] = why
+    if why := projections.unfit(model):
+        refused["lora"] = why
     with split(blocks):
         weights = [matrix(m) for n, m in linears(blocks, prefix).items() if n not in idle]
     embedding = model.get_input_embeddings()

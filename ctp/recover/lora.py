@@ -6,6 +6,7 @@ are then written as one of rank 2r that fits the fused matrix.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ctp.methods import LoRA
 from ctp.recover.adapter import ADAPTER, restored
 from ctp.recover.attach import frozen
 from ctp.recover.cell import recover_with
+from ctp.recover.projections import FUSED, QUERY, VALUE, outside, projections, unfit
 from ctp.recover.state import Outcome
 from ctp.recover.steps import generator
 from ctp.recover.train import Checkpoint, Report, Trainable, train
@@ -32,8 +34,6 @@ from ctp.spec import Runtime
 if TYPE_CHECKING:
     from ctp.job import LearnJob
 
-QUERY, VALUE = "q_proj", "v_proj"
-FUSED = {"bloom": "query_key_value"}  # model_type: a matrix whose rows are (heads, [query, key, value], head size)
 NAME = "learned"  # of the adapter, while it is inside the model
 
 
@@ -129,21 +129,18 @@ def _trainable(model: PreTrainedModel, layers: dict[str, LoraLayer], spec: LoRA)
 
 def _projections(model: PreTrainedModel, layers: int | None) -> list[str]:
     """Names of the query and value projections in the last `layers` blocks, BLOOM's split first. Raises ValueError."""
-    place, blocks = decoder_blocks(model)
+    if layers is None and (why := unfit(model)):
+        raise ValueError(why)
+    blocks = decoder_blocks(model)[1]
     if layers is not None and layers > len(blocks):
         raise ValueError(f"layers = {layers}: the model has {len(blocks)} decoder blocks")
     fused, names = FUSED.get(model.config.model_type), []
     for i in range(len(blocks) - (layers or len(blocks)), len(blocks)):
+        found = projections(model, i)
         if fused:
             _split(blocks[i], fused, model.config.num_attention_heads)
-        linears = [n for n, m in blocks[i].named_modules() if isinstance(m, nn.Linear)]
-        found = [n for n in linears if n.split(".")[-1] in (QUERY, VALUE)]
-        if {n.split(".")[-1] for n in found} != {QUERY, VALUE}:
-            raise ValueError(
-                f"LoRA is learned on {QUERY} and {VALUE}, or BLOOM's {FUSED['bloom']}; the linears of {place}.{i} in "
-                f"{type(model).__name__} are {', '.join(linears) or 'none'}"
-            )
-        names += [f"{place}.{i}.{n}" for n in found]
+            found = [f"{name}.{own}" for name in found for own in (QUERY, VALUE)]
+        names += found
     return names
 
 
@@ -201,14 +198,19 @@ def _fuse(learned: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
 
 def _settings(model: PreTrainedModel, spec: LoRA) -> dict[str, Any]:
     """PEFT's settings of what is learned, before a fused projection is put together."""
-    count = len(decoder_blocks(model)[1])
+    place, blocks = decoder_blocks(model)
+    count = len(blocks)
     last = None if spec.layers is None else list(range(count - spec.layers, count))
+    target: list[str] | str = [QUERY, VALUE]
+    if outside(model):  # PEFT takes names for ends of names, anywhere; a pattern is for whole names
+        numbers = "|".join(map(str, last or range(count)))
+        target, last = rf"{re.escape(place)}\.({numbers})\..*\b({QUERY}|{VALUE})", None
     return {
         "task_type": TaskType.CAUSAL_LM,
         "r": spec.r,
         "lora_alpha": spec.alpha,
         "lora_dropout": spec.dropout,
-        "target_modules": [QUERY, VALUE],
+        "target_modules": target,
         "layers_to_transform": last,
     }
 
