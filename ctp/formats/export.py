@@ -8,11 +8,13 @@ from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ctp.cache import new_folder
 from ctp.compression.artifact import Compressed, save_generation, save_model
 from ctp.compression.blocks import decoder_blocks
 from ctp.compression.layer import Layer
+from ctp.compression.linears import linears
 from ctp.formats import FORMATS, compressed_tensors, gptq
 from ctp.formats.checkpoint import open_checkpoint
 from ctp.models import quiet, skeleton
@@ -87,10 +89,17 @@ def _survey(model: Compressed, format: str, bare: Any) -> tuple[dict[str, tuple[
     for name, layer in model.layers():
         if layer.bits is None:
             raise ValueError(f"{format} has no form for pruned weights that are not quantized ({name}): export hf")
-        if not name.startswith(f"{inside}.") or type(bare.get_submodule(name)) is not nn.Linear:
+        # GPTQModel makes its own linears of GPT-2's Conv1D too; compressed-tensors knows nn.Linear alone.
+        kinds = (nn.Linear, Conv1D) if format == "gptq" else (nn.Linear,)
+        if not name.startswith(f"{inside}.") or type(bare.get_submodule(name)) not in kinds:
             raise ValueError(f"{format}: {name} is no nn.Linear of a decoder block, which loaders expect: export hf")
         grids[name] = layer.bits, layer.shape[1], layer.zero_points().shape[1]
         kept, weights = kept + layer.kept, weights + layer.shape[0] * layer.shape[1]
+    plain = sorted(linears(decoder_blocks(bare)[1], inside).keys() - grids.keys())
+    if plain and format == "gptq":
+        raise ValueError(
+            f"gptq: {plain[0]} is not quantized, which loaders expect of all of a decoder block: export hf"
+        )
     return grids, 1 - kept / weights
 
 
