@@ -1,4 +1,4 @@
-"""Models whose blocks differ, share weights or lie inside other models: compressed as they run, or refused untouched."""
+"""Models whose blocks differ, share weights or lie in other models: compressed as they run, or refused untouched."""
 
 import copy
 
