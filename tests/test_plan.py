@@ -62,7 +62,7 @@ def test_a_mixture_of_experts_is_refused_before_any_work(tmp_path):
     from tinygrid import model_folder
 
     folder = model_folder(tmp_path / "tiny-mixtral", "mixtral")
-    with pytest.raises(GridError, match=r"tiny-mixtral: model type mixtral: model\.layers\.0\.mlp\.gate\.weight") as e:
+    with pytest.raises(GridError, match=r"tiny-mixtral: model type mixtral: model\.layers\.0\.mlp\.experts\.gate_up_proj") as e:
         make(tmp_path / "g.yaml", **grid(folder))
     assert len(e.value.problems) == 1
     dense = grid(folder, compression="dense", sources=["dense"])
