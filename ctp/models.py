@@ -221,7 +221,8 @@ def config_facts(config: Any) -> Facts:
     try:
         prefix, blocks = decoder_blocks(model)
         if not why:
-            why, idle = foreseen(model)
+            with split(blocks):
+                why, idle = foreseen(model)
     except ValueError:  # `why` says so
         prefix, blocks = "", torch.nn.ModuleList()
     if why:
