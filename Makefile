@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-faults test-cluster test-gpu foreign bench lint audit platforms clean
+.PHONY: demo test test-all test-faults test-cluster test-gpu foreign bench lint audit models platforms clean
 
 # Ends make before a recipe's first command where PYTHON is none of PYTHONS.
 found = $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
@@ -66,6 +66,9 @@ audit: .audit/.installed ## known vulnerabilities of all pinned packages; needs 
 	$(PYTHON) -m venv .audit
 	.audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1
 	touch $@
+
+models: $(STAMP) ## docs/models.md anew: what works on which architecture
+	$(BIN)/python -m tools.models
 
 platforms: $(STAMP) ## wheels of all pins for every Python and platform; needs a package index
 	$(BIN)/python -m tools.platforms

@@ -31,6 +31,7 @@ from ctp.recover.prompted import HANDLE, attach_prompt
 from ctp.recover.soft_prompt import learn
 from ctp.recover.state import LearnedPrompt
 from ctp.spec import Runtime
+from ctp.textfiles import encodable
 
 Texts = Iterable[str] | Tensor
 Progress = Callable[[dict[str, Any]], None]
@@ -219,6 +220,8 @@ def _windows(model: Any, tokenizer: Any, texts: Texts, seq_len: int | None, coun
         documents = [] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
         if not documents or not all(isinstance(t, str) for t in documents):
             raise ValueError("texts: a list of documents, or token ids (windows, tokens)")
+        if half := [i for i, t in enumerate(documents) if not encodable(t)]:
+            raise ValueError(f"texts[{half[0]}] has half a character, a lone surrogate: a tokenizer cannot read it")
         length = min(2048, context_of(model) or 2048) if seq_len is None else seq_len
         spec = _parsed(Windows, {"dataset": "given", "split": "train", "seq_len": length, "join": "\n\n"}, "texts")
         windows = corpora.windows(spec, documents, tokenizer)[:count]

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctp import hub, packaged_text
-from ctp.cache import sha256_file
 from ctp.inputs import Windows
 from ctp.names import shown, unknown
 from ctp.paths import expanded, there
-from ctp.textfiles import check_text, decoded, rows
+from ctp.textfiles import check_text, decoded, rows, text_sha256
 from ctp.texts import CORPORA, SPLITS, Corpus, find, local_root, parse_corpus
 
 if TYPE_CHECKING:
@@ -38,10 +37,12 @@ def locate(corpus: Corpus, split: str, data_dir: str | Path | None = None) -> tu
     """Where a worker will read this split, and what pins its text: (location, revision).
 
     location: `file:/abs/path`, `divide:/abs/path` (a file that holds all splits), `package:name` or `hub:id@commit`.
-    revision: `sha256:<hex>` of the bytes, for divided and packaged text also of the rule, or the hub's commit.
+    revision: `sha256:<hex>` of the file (see `textfiles`), for divided and packaged text also of the rule, or the hub's
+    commit.
     data_dir (default: $CTP_DATA_DIR) holds local copies of hub texts; with one given, the hub is not asked.
 
-    Raises ValueError: a split that does not exist, a missing file or package, a hub that does not answer in seconds.
+    Raises ValueError: a split that does not exist, a missing file or package, a file that is no text, a hub that does
+    not answer in seconds.
     """
     if split not in corpus.splits:
         raise ValueError(f"{corpus.name} has no split {split!r}; it has: {', '.join(corpus.splits)}")
@@ -79,8 +80,8 @@ def _locate_file(corpus: Corpus, split: str, folder: Path) -> tuple[str, str]:
     endings = (".jsonl", ".txt") if corpus.path else (".jsonl",)
     for ending in endings:
         if (path := folder / f"{split}{ending}").is_file():
-            check_text(path, _local_column(corpus))
-            return f"file:{path}", f"sha256:{_sha256(path)}"
+            check_text(path, _local_column(corpus), sha256 := _sha256(path))
+            return f"file:{path}", f"sha256:{sha256}"
     there = [s for s in SPLITS for ending in endings if (folder / f"{s}{ending}").is_file()]
     layout = " or ".join(f"{split}{ending}" for ending in endings)
     rows = f'; a .jsonl has one {{"{_local_column(corpus)}": …}} a line'
@@ -92,8 +93,8 @@ def _locate_file(corpus: Corpus, split: str, folder: Path) -> tuple[str, str]:
 def _locate_divided(corpus: Corpus, path: Path) -> tuple[str, str]:
     if path.suffix not in (".jsonl", ".txt"):
         raise ValueError(f"{corpus.name}: {path} is neither .jsonl nor .txt")
-    check_text(path, _local_column(corpus))
-    pinned = f"{_sha256(path)} {packaged_text.VERSION} {_PARTS_OF_FILE}"
+    check_text(path, _local_column(corpus), sha256 := _sha256(path))
+    pinned = f"{sha256} {packaged_text.VERSION} {_PARTS_OF_FILE}"
     return f"divide:{path}", f"sha256:{hashlib.sha256(pinned.encode()).hexdigest()}"
 
 
@@ -105,7 +106,7 @@ def _sha256(path: Path) -> str:
     stat = path.stat()
     seen = (str(path), stat.st_size, stat.st_mtime_ns)
     if seen not in _hashes:
-        _hashes[seen] = sha256_file(path)
+        _hashes[seen] = text_sha256(path)
     return _hashes[seen]
 
 
@@ -179,15 +180,20 @@ _MARGIN = 1024
 
 
 def windows(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> "torch.LongTensor":
-    """The token ids of `spec`: int64 (n, seq_len), with the tokenizer's default special tokens; see `Windows`.
+    """The token ids of `spec`: int64 (n, seq_len), with special tokens as `Windows.bos` says.
 
     Sequential windows are those of all documents joined and tokenised in one go. With `count`, only as many documents
     are tokenised as it takes. Crops: a document is drawn, with replacement, from those longer than seq_len, then one
     of its windows, all alike likely; global random state is neither used nor changed.
 
-    Raises ValueError when there are fewer windows than `count`, none at all, or no document longer than a crop.
+    Raises ValueError when there are fewer windows than `count`, none at all, no document longer than a crop, or no BOS
+    to put in front of each.
     """
     import torch
+
+    if spec.bos == "each" and tokenizer.bos_token_id is None:
+        raise ValueError(f"{_title(spec)}: bos = 'each': the tokenizer has no beginning-of-text token")
+    front = [tokenizer.bos_token_id] if spec.bos == "each" else []
 
     documents = documents[spec.skip :]
     if spec.documents is not None:
@@ -195,33 +201,37 @@ def windows(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedToken
             log.warning("%s has %d documents after %d, not %d", _title(spec), len(documents), spec.skip, spec.documents)
         documents = documents[: spec.documents]
     cut = _crops if spec.sampling == "crops" else _sequential
-    return torch.LongTensor(cut(spec, documents, tokenizer))
+    return torch.LongTensor([front + ids for ids in cut(spec, documents, tokenizer, spec.seq_len - len(front))])
 
 
 def _title(spec: Windows) -> str:
     return f"{spec.dataset}/{spec.split}"
 
 
-def _tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+def _tokens(spec: Windows, tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     # verbose=False: a text longer than the model's context is no mistake here
-    return list(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"])
+    special = spec.bos == "first"
+    return list(tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"])
 
 
-def _sequential(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+def _sequential(
+    spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase", size: int
+) -> list[list[int]]:
+    """Pieces of `size` tokens, one after the other."""
     join = spec.join if spec.join is not None else find(spec.dataset).join
-    wanted = None if spec.count is None else spec.count * spec.seq_len + _MARGIN
+    wanted = None if spec.count is None else spec.count * size + _MARGIN
     used = len(documents) if wanted is None else _enough(documents, 5 * wanted)
     while True:
-        ids = _tokens(tokenizer, join.join(documents[:used]))
+        ids = _tokens(spec, tokenizer, join.join(documents[:used]))
         if wanted is None or used >= len(documents) or len(ids) >= wanted:
             break
         used *= 2
-    n = len(ids) // spec.seq_len
+    n = len(ids) // size
     if n < (spec.count or 1):
         asked = "" if spec.count is None else f"; {spec.count} are asked for"
         raise ValueError(f"{_title(spec)} has {len(ids)} tokens, {n} windows of {spec.seq_len}{asked}")
     n = n if spec.count is None else spec.count
-    return [ids[i * spec.seq_len : (i + 1) * spec.seq_len] for i in range(n)]
+    return [ids[i * size : (i + 1) * size] for i in range(n)]
 
 
 def _enough(documents: Sequence[str], characters: int) -> int:
@@ -232,22 +242,23 @@ def _enough(documents: Sequence[str], characters: int) -> int:
     return len(documents)
 
 
-def _crops(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+def _crops(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase", size: int) -> list[list[int]]:
+    """Pieces of `size` tokens out of longer documents."""
     assert spec.count is not None
     draw = random.Random(spec.seed)
     candidates = list(range(len(documents)))  # those not yet known to be short
     crops: list[list[int]] = []
     while len(crops) < spec.count:
         if not candidates:
-            raise ValueError(f"{_title(spec)} has no document of more than {spec.seq_len} tokens to crop")
+            raise ValueError(f"{_title(spec)} has no document of more than {size} tokens to crop")
         at = draw.randrange(len(candidates))
-        ids = _tokens(tokenizer, documents[candidates[at]])
-        if len(ids) <= spec.seq_len:
+        ids = _tokens(spec, tokenizer, documents[candidates[at]])
+        if len(ids) <= size:
             candidates[at] = candidates[-1]
             candidates.pop()
             continue
-        start = draw.randrange(len(ids) - spec.seq_len + 1)
-        crops.append(ids[start : start + spec.seq_len])
+        start = draw.randrange(len(ids) - size + 1)
+        crops.append(ids[start : start + size])
     return crops
 
 

@@ -5,14 +5,88 @@ at what the configuration says (a field, a layer type) wherever that decides, so
 exist yet; it goes by the name of the model type where nothing else tells.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 # compress: GPTQ, SparseGPT. prompt: rows in front of the text, learned or given. lora: learning LoRA layers.
 # generate: decoding behind rows in front.
 Use = Literal["compress", "prompt", "lora", "generate"]
 
-_RULES: list[tuple[Use, Callable[[Any], str]]] = []
+# Model types whose attention reads both directions, or draws random numbers, though nothing in their configuration or
+# their class says so.
+NOT_LEFT_TO_RIGHT = {"cpmant": "it reads both directions", "xlnet": "it reads both directions",
+                     "reformer": "its attention draws random numbers in every pass"}  # fmt: skip
+# Arguments of `forward` that an attached prompt needs.
+ATTACHED = ("input_ids", "inputs_embeds", "attention_mask", "past_key_values", "logits_to_keep")
+
+
+def _not_causal(config: Any) -> str:
+    """Halves of an encoder and decoder, and encoders, are causal only where their configuration says decoder."""
+    halves = "encoder_hidden_states" in _arguments(config) and getattr(config, "is_decoder", None) is False
+    if halves or getattr(config, "causal", True) is False:
+        return "it is no decoder that reads text from left to right: is_decoder, or causal, is false"
+    return NOT_LEFT_TO_RIGHT.get(config.model_type, "")
+
+
+def _needs_ids(config: Any) -> str:
+    """Rows in front have no token ids."""
+    if getattr(config, "hidden_size_per_layer_input", None):
+        return "hidden_size_per_layer_input: every layer reads embeddings of the token ids, which rows in front lack"
+    if "hash_moe" in (getattr(config, "mlp_layer_types", None) or ()):
+        return "mlp_layer_types: experts are chosen by token ids, which rows in front lack"
+    arguments = _arguments(config)
+    if "shared_kv_states" in arguments:
+        return "it reads the keys and values of another model"
+    return "" if not arguments or "inputs_embeds" in arguments else "its forward takes token ids only, no embeddings"
+
+
+def _no_decoding(config: Any) -> str:
+    """Decoding behind a prompt is told from reading the prompt by what is in a DynamicCache."""
+    arguments = _arguments(config)
+    if lacking := [n for n in ATTACHED if arguments and n not in arguments]:
+        return f"its forward lacks {', '.join(lacking)}, which decoding behind a prompt needs"
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+
+    try:
+        layers = DynamicCache(config=config).layers
+    except Exception:  # of a configuration that no such cache is made for
+        return "it decodes with a cache of its own, which an attached prompt does not know"
+    states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+    if getattr(_class(config), "_is_stateful", False) and not states:
+        return "its decoding state lies outside the cache, where an attached prompt cannot see it"
+    kinds = {type(layer) for layer in layers if not isinstance(layer, LinearAttentionCacheLayerMixin)}
+    if odd := kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
+        names = ", ".join(sorted(kind.__name__ for kind in odd))
+        return f"an attached prompt does not know what its cache keeps ({names})"
+    return ""
+
+
+_RULES: list[tuple[Use, Callable[[Any], str]]] = [
+    ("prompt", _not_causal),
+    ("prompt", _needs_ids),
+    ("lora", _not_causal),
+    ("generate", _not_causal),
+    ("generate", _needs_ids),
+    ("generate", _no_decoding),
+]
+
+
+def _class(config: Any) -> Any:
+    """The causal language model of a configuration, None where transformers has none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _arguments(config: Any) -> Mapping[str, Any]:
+    """What the model's forward takes, empty where the model is not known."""
+    found = _class(config)
+    return {} if found is None else inspect.signature(found.forward).parameters
 
 
 def refusals(config: Any) -> dict[str, str]:
@@ -26,6 +100,15 @@ def refusals(config: Any) -> dict[str, str]:
         if why := reason(text):
             found.setdefault(use, f"model type {text.model_type}: {why}")
     return found
+
+
+def needs_bos(config: Any) -> bool:
+    """Does every window that the model reads have to begin with the beginning-of-text token?
+
+    All Gemma models were trained so; without it their perplexity is hundreds of times higher. Nothing in a
+    configuration but its name says so.
+    """
+    return "gemma" in config.get_text_config().model_type
 
 
 def check(config: Any, use: Use) -> None:

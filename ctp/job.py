@@ -15,7 +15,7 @@ from ctp import corpora, models
 from ctp.inputs import Model, Pinned, Windows
 from ctp.machine.arithmetic import widen
 from ctp.memory import AtOnce, smaller
-from ctp.methods import Dense
+from ctp.methods import Dense, HardPrompt
 from ctp.pins import location
 from ctp.recover import adapter
 from ctp.recover.state import TrainState
@@ -161,6 +161,23 @@ class EvaluateJob(Job):
         ids = token_windows(spec, self.tokenizer, self.runtime)
         self.record["text"] = corpora.text_stats(ids, self.tokenizer, _sha256(self.tokenizer))
         return ids
+
+    def behind(self, windows: Tensor) -> "list[tuple[Tensor, Prefix | Tensor | None]]":
+        """Windows (n, s) with the prompt that stands in front of them.
+
+        They are of two kinds where the prompt is a text: in those that begin with BOS it stands in front of the prompt.
+        """
+        recovery = self.cell.recovery.recovery if self.cell.recovery else None
+        if not isinstance(recovery, HardPrompt):
+            return [(windows, self.prefix)]
+        from ctp.recover.opening import Opening
+
+        opening = Opening.of_windows(self.model, self.tokenizer, recovery.text)
+        if opening is None:
+            return [(windows, self.prefix)]
+        begins, swapped = opening.split(windows)
+        parts: list[tuple[Tensor, Prefix | Tensor | None]] = [(swapped[begins], opening.rows)] if begins.any() else []
+        return parts if begins.all() else [*parts, (windows[~begins], self.prefix)]
 
     @property
     def prefix(self) -> "Prefix | None":

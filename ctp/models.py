@@ -18,6 +18,7 @@ from typing import Any
 
 from ctp import families, hub, modelfiles, tiny_models
 from ctp.cache import cache_dir, digest, fill, write_json
+from ctp.context import context_length
 from ctp.names import brief, shown
 from ctp.paths import folder_named
 
@@ -41,6 +42,7 @@ class Facts:
     vocab: int  # rows of the embedding
     width: int  # of the embedding: numbers per row of a soft prompt
     refused: Mapping[str, str]  # use (see `ctp.families`) -> why the model is refused for it; empty for most models
+    needs_bos: bool = False  # must every window begin with the beginning-of-text token?
 
     @classmethod
     def read(cls, said: Mapping[str, Any]) -> "Facts | None":
@@ -232,7 +234,7 @@ def config_facts(config: Any) -> Facts:
     embedding = model.get_input_embeddings()
     return Facts(
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),
-        context=getattr(config, "max_position_embeddings", None),
+        context=context_length(config),
         parameters=sum(p.numel() for p in model.parameters()),
         layers=len(blocks) or config.get_text_config().num_hidden_layers,
         linear_parameters=sum(w.numel() for w in weights),
@@ -240,6 +242,7 @@ def config_facts(config: Any) -> Facts:
         vocab=embedding.num_embeddings,
         width=embedding.embedding_dim,
         refused=refused,
+        needs_bos=families.needs_bos(config),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 from ctp.labels import fingerprints, params, slug
 from ctp.plan import Node
@@ -33,7 +34,21 @@ def tracking_uri(store: str) -> str:
     if given := os.environ.get("MLFLOW_TRACKING_URI"):
         return given
     folder = Path(DEFAULT_STORE if "://" in store else store).absolute().parent
-    return f"sqlite:///{folder / 'mlflow.db'}"
+    return sqlite_uri(folder / "mlflow.db")
+
+
+def sqlite_uri(file: Path) -> str:
+    """The address of an SQLite file: in a URL "?" and "%" mean something else than in a path.
+
+    Where they are in it the slashes are quoted too: MLflow makes the folder that it reads out of the address unquoted.
+    """
+    return f"sqlite:///{quote(str(file), safe='') if set('?%') & set(str(file)) else file}"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file that an address of SQLite stands for; None for other addresses."""
+    place = uri.removeprefix("sqlite:///").partition("?")[0]
+    return Path(unquote(place)) if uri.startswith("sqlite:///") else None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking import MlflowClient
 
 from ctp.alive import is_alive, last_sign
-from ctp.runinfo import KEY, KIND, PARENT, SYNCED, TrackError, every_run
+from ctp.runinfo import KEY, KIND, PARENT, SYNCED, TrackError, every_run, sqlite_file, sqlite_uri
 
 for _name in ("alembic", "mlflow.store.db.utils"):  # they tell of every table they make
     logging.getLogger(_name).setLevel(logging.WARNING)
@@ -133,8 +133,7 @@ def first_line(e: Exception) -> str:
 def _open(uri: str, name: str) -> tuple[MlflowClient, str, str]:
     """Client, experiment id, and what the experiment says it was brought up to date with."""
     artifacts = None
-    if uri.startswith("sqlite:///"):
-        file = Path(uri.removeprefix("sqlite:///"))
+    if (file := sqlite_file(uri)) is not None:
         _make_database(file)
         artifacts = (file.parent / "mlartifacts" / name).absolute().as_uri()
     client = MlflowClient(tracking_uri=uri)
@@ -170,7 +169,7 @@ def _make_database(file: Path) -> None:
             new = file.with_name(f"{file.name}.making")
             for leftover in file.parent.glob(f"{new.name}*"):
                 leftover.unlink()
-            store = SqlAlchemyStore(f"sqlite:///{new}", (file.parent / "mlartifacts").absolute().as_uri())
+            store = SqlAlchemyStore(sqlite_uri(new), (file.parent / "mlartifacts").absolute().as_uri())
             store.engine.dispose()
             with closing(sqlite3.connect(new)) as db:
                 db.execute("PRAGMA journal_mode=WAL")

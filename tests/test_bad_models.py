@@ -265,15 +265,14 @@ def test_a_broken_text(refused, originals, tmp_path, name, content, said):  # no
     assert said in refused(whole)
 
 
-def test_the_rest_of_a_broken_text_is_told_when_it_is_read(tmp_path):
+def test_a_text_is_looked_at_to_its_end_while_planning(tmp_path):
     from ctp import corpora
 
     corpus = corpora.parse_corpus("own", {"path": str(tmp_path)})
     file = tmp_path / "train.jsonl"
     file.write_bytes(b'{"text": "a"}\n' * 100_000 + b'{"text": "\xff"}\n')
-    location, _ = corpora.locate(corpus, "train")
     with pytest.raises(ValueError, match=r"train\.jsonl, line 100001: not UTF-8 text"):
-        corpora.documents(location, corpus, "train")
+        corpora.locate(corpus, "train")
 
 
 def test_looking_at_a_model_is_cheap(broken):

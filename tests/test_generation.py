@@ -13,7 +13,7 @@ from ctp.evaluate import generation as module
 from ctp.evaluate.generation import answer_tokens, answers, repeated_4grams
 from ctp.methods import Generation, HardPrompt
 from ctp.recover.adapter import applied
-from ctp.recover.attach import with_prompt
+from ctp.recover.prefix import with_prompt
 from ctp.recover.rows import untrained_rows
 
 QUESTIONS = ["Where is Long Beach?", "What?", "What is asparagus, and who eats it?", "Why", "Where is Tulsa, Oklahoma?"]

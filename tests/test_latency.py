@@ -11,7 +11,7 @@ from ctp.evaluate import latency as module
 from ctp.evaluate.latency import latency, tokens
 from ctp.machine import record
 from ctp.methods import Latency
-from ctp.recover.attach import with_prompt
+from ctp.recover.prefix import with_prompt
 
 
 @pytest.fixture

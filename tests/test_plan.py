@@ -150,9 +150,9 @@ def test_none_is_measured_whether_said_or_not(tmp_path, llama_folder):
 def test_prompts_only_measures_skip_what_has_no_rows(tmp_path, llama_folder):
     whole = grid(llama_folder)
     lora = {**{n: v for n, v in whole["recovery"].items() if n != "k"}, "method": "lora"}
-    graph = make(tmp_path / "g.yaml", **{**whole, "recovery": [lora, "bos"], "measures": "neighbours"})
+    graph = make(tmp_path / "g.yaml", **{**whole, "recovery": [lora, "hard_prompt"], "measures": "neighbours"})
     measured = [n.cell for n in graph.nodes.values() if isinstance(n.cell, Evaluate)]
-    assert {c.recovery.recovery.method for c in measured} == {"bos"}
+    assert {c.recovery.recovery.method for c in measured} == {"hard_prompt"}
 
 
 def test_lora_on_more_blocks_than_there_are_is_told_before_anything_starts(tmp_path, llama_folder):
@@ -167,7 +167,7 @@ def test_lora_on_more_blocks_than_there_are_is_told_before_anything_starts(tmp_p
     [
         ({"recovery": {"method": "random_prompt", "k": 300}}, "recovery.k = 300: the vocabulary of tiny-llama has 257"),
         (
-            {"recovery": "bos", "measures": {"method": "neighbours", "top": 300}},
+            {"recovery": "hard_prompt", "measures": {"method": "neighbours", "top": 300}},
             "measures.top = 300: the vocabulary of",
         ),
         ({"measures": {"method": "generation", "new_tokens": 70}}, "measures.new_tokens = 70: beyond the context of"),

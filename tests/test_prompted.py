@@ -10,7 +10,8 @@ from tinygrid import VOCAB, byte_tokenizer
 from transformers import DynamicCache, StaticCache
 
 from ctp.evaluate.perplexity import perplexity
-from ctp.recover.attach import scored_logits, with_prompt
+from ctp.recover.attach import scored_logits
+from ctp.recover.prefix import with_prompt
 from ctp.recover.prompted import attach_prompt
 
 MODELS = {

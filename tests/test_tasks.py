@@ -14,7 +14,7 @@ from ctp import taskfiles, tasks
 from ctp.evaluate.tasks import SoftPromptLM, build, measure
 from ctp.job import EvaluateJob
 from ctp.methods import Task
-from ctp.recover.attach import with_prompt
+from ctp.recover.prefix import with_prompt
 from ctp.spec import Runtime
 
 MODELS = {

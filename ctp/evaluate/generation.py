@@ -10,7 +10,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ctp.methods import Generation, HardPrompt
 from ctp.recover.attach import context_of, frozen
-from ctp.recover.prompted import attach_prompt
+from ctp.recover.prompted import attach_prompt, reads_padded
+from ctp.specials import opening_ids, plain_ids
 
 if TYPE_CHECKING:
     from ctp.job import EvaluateJob
@@ -54,6 +55,7 @@ def answer_tokens(
     """
     read = [_read(tokenizer, question, before) for question in questions]
     _check_questions(model, questions, read, 0 if prompt is None else len(prompt), new_tokens, batch)
+    batch = batch if len({len(ids) for ids in read}) == 1 or reads_padded(model) else 1
     ends = _ends(model, tokenizer)
     out: list[list[int]] = []
     with frozen(model), _plainly(model), _behind(model, prompt):
@@ -113,10 +115,8 @@ def measure(spec: Generation, job: "EvaluateJob") -> dict[str, float]:
 def _read(tokenizer: PreTrainedTokenizerBase, question: str, before: str) -> list[int]:
     if not before:
         return list(tokenizer(question, verbose=False)["input_ids"])
-    front, whole = (list(tokenizer(t, verbose=False)["input_ids"]) for t in (before, f"{before} {question}"))
-    if whole[: len(front)] == front:
-        return whole[len(front) :]
-    return list(tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"])
+    front, whole = (opening_ids(tokenizer, t) for t in (before, f"{before} {question}"))
+    return whole[len(front) :] if whole[: len(front)] == front else plain_ids(tokenizer, question)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from ctp.machine.record import machine, process_peak
 from ctp.methods import Latency
-from ctp.recover.attach import context_of, frozen, with_prompt
+from ctp.recover.attach import check_readable, context_of, frozen
+from ctp.recover.prefix import with_prompt
 
 if TYPE_CHECKING:
     from ctp.job import EvaluateJob
@@ -130,8 +131,15 @@ def _round(model: PreTrainedModel, ids: Tensor, new_tokens: int, rows: Tensor | 
         token = _most_likely(model(input_ids=token, past_key_values=cache, use_cache=True, **last), ids)
     _wait()
     decode = (time.perf_counter() - resumed) / new_tokens
-    kept = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-    return read - begun, decode, cache.get_seq_length(), sum(t.numel() * t.element_size() for t in kept)
+    size = sum(t.numel() * t.element_size() for layer in cache.layers for t in _tensors(vars(layer)))
+    return read - begun, decode, cache.get_seq_length(), size
+
+
+def _tensors(held: Any) -> list[Tensor]:
+    """Keys and values, or the states of layers that keep those."""
+    if isinstance(held, dict | list | tuple):
+        return [t for part in (held.values() if isinstance(held, dict) else held) for t in _tensors(part)]
+    return [held] if isinstance(held, Tensor) and held.dim() > 1 else []
 
 
 def _most_likely(output: Any, ids: Tensor) -> Tensor:
@@ -209,6 +217,8 @@ def _check(
     width = model.get_input_embeddings().embedding_dim
     if prompt is not None and (prompt.dim() != 2 or k == 0 or prompt.shape[1] != width):
         raise ValueError(f"prompt of shape {tuple(prompt.shape)}: must be (k, {width}) for this model, with k > 0")
+    if prompt is not None:
+        check_readable(model)
     if context is not None and k + seq_len + new_tokens > context:
         raise ValueError(
             f"{k} prompt rows + {seq_len} tokens + {new_tokens} new ones = {k + seq_len + new_tokens} exceed the "

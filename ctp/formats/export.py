@@ -18,6 +18,7 @@ from ctp.compression.layer import Layer
 from ctp.compression.names import as_original, original_names
 from ctp.formats import FORMATS, compressed_tensors, gptq
 from ctp.formats.checkpoint import open_checkpoint
+from ctp.formats.loaders import refusal, unopened
 from ctp.models import quiet, skeleton
 from ctp.names import unknown
 
@@ -56,7 +57,7 @@ def _quantized(model: Compressed, folder: Path, format: str) -> list[str]:
     config = copy.deepcopy(model.config)
     bare = skeleton(config)
     experts = {m.name: m for m in matrices(bare).values()}
-    grids, sparsity = _survey(model, format, bare, experts)
+    grids, sparsity = _survey(model, format, experts)
     bits, group_size = _common(format, grids)
     sym = not any(n.endswith(".zero") for n in model.packed)
     act_order = any(n.endswith(".g_idx") for n in model.packed)
@@ -73,6 +74,7 @@ def _quantized(model: Compressed, folder: Path, format: str) -> list[str]:
         for name, layer in model.layers():
             state |= gptq.write(written.get(name, name), _regrouped(layer, split) if split else layer, sym)
         said = gptq.settings(bits, split or group_size, sym, act_order)
+        said["block_name_to_quantize"] = decoder_blocks(bare)[0]  # transformers' loader knows some models' names only
         (folder / "quantize_config.json").write_text(json.dumps(said, indent=2) + "\n")  # where AutoGPTQ looks
     else:
         for name, layer in model.layers():
@@ -92,24 +94,21 @@ _MISREAD = "GPTQModel's default kernel for CPUs misreads 4 bit asymmetric channe
 
 
 def _survey(
-    model: Compressed, format: str, bare: Any, experts: Mapping[str, Matrix]
+    model: Compressed, format: str, experts: Mapping[str, Matrix]
 ) -> tuple[dict[str, tuple[int, int, int]], float]:
     """(bits, inputs, groups) of every linear, and the share pruned. Raises ValueError where the format has no form."""
-    inside = decoder_blocks(bare)[0]
     grids: dict[str, tuple[int, int, int]] = {}
     kept = weights = 0
     for name, layer in model.layers():
         if layer.bits is None:
             raise ValueError(f"{format} has no form for pruned weights that are not quantized ({name}): export hf")
-        if name in experts and not experts[name].original:
-            raise ValueError(f"{format}: checkpoints of model type {model.config.model_type} hold no linear for each "
-                             f"expert, which loaders look for ({name}): export hf")  # fmt: skip
-        if name not in experts and (
-            not name.startswith(f"{inside}.") or type(bare.get_submodule(name)) is not nn.Linear
-        ):
-            raise ValueError(f"{format}: {name} is no nn.Linear of a decoder block, which loaders expect: export hf")
         grids[name] = layer.bits, layer.shape[1], layer.zero_points().shape[1]
         kept, weights = kept + layer.kept, weights + layer.shape[0] * layer.shape[1]
+    why = unopened(skeleton(model.config), grids, experts)
+    if format == "gptq" and not why:
+        why = gptq.unaligned({n: layer.shape for n, layer in model.layers()}, max(g[0] for g in grids.values()))
+    if why:
+        raise ValueError(refusal(format, model.config, why))
     return grids, 1 - kept / weights
 
 

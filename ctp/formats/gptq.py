@@ -9,7 +9,7 @@ In version 1 ("gptq") the stored zero point is one less than the real one, versi
 Weight = scale * (code - zero). Version 1 has no room for a zero point of 0 and is written for symmetric grids only.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,16 +75,19 @@ def _read(own: Mapping[str, Tensor], bits: int, version: str) -> Layer:
     )
 
 
+def unaligned(shapes: Mapping[str, Sequence[int]], bits: int) -> str:
+    """Why the format has no place for linears of these shapes (outputs, inputs), "" where it has."""
+    for name, (rows, columns) in sorted(shapes.items()):
+        for what, size in (("inputs", columns), ("outputs", rows)):
+            if size * bits % 32:
+                return f"{name}: {size} {what} of {bits} bits do not fill whole 32-bit words"
+    return ""
+
+
 def write(name: str, layer: Layer, sym: bool) -> dict[str, Tensor]:
     """The tensors of one quantized linear; version 1 if sym. Raises ValueError where the format cannot hold it."""
     assert layer.bits is not None
     assert layer.scale is not None
-    rows, columns = layer.shape
-    for what, size in (("inputs", columns), ("outputs", rows)):
-        if size * layer.bits % 32:
-            raise ValueError(
-                f"{name}: {size} {what} of {layer.bits} bits do not fill whole 32-bit words, as GPTQ needs"
-            )
     scales = layer.scale.to(torch.float16)
     if not torch.equal(scales.to(layer.scale.dtype), layer.scale):
         raise ValueError(f"{name}: its scales are no float16 numbers, which the GPTQ format stores")

@@ -8,25 +8,22 @@ nothing, so that it is never fed.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ctp import families
+from ctp.context import context_length
+from ctp.memory import ran_out
 from ctp.recover.head import head_of
-from ctp.recover.prefix import Prefix, kept
+from ctp.recover.prefix import Prefix, kept, serves, with_prompt
+from ctp.recover.trial import alike, body_states, other_tokens
 
 # fp32 numbers that one log-softmax may copy: 64 MiB, whatever the vocabulary.
 CHUNK = 2**24
-
-
-def with_prompt(model: PreTrainedModel, ids: Tensor, prompt: Tensor) -> Tensor:
-    """Embeddings (b, k + t, d) of the prompt (k, d) followed by the tokens `ids` (b, t), in the embedding's dtype."""
-    tokens = model.get_input_embeddings()(ids)
-    rows = prompt.to(tokens.device, tokens.dtype)
-    with torch.autocast(tokens.device.type, enabled=False):  # on a CPU it cannot join rows of float16
-        return torch.cat([rows.expand(len(ids), -1, -1), tokens], dim=1)
 
 
 def token_logits(model: PreTrainedModel, ids: Tensor, prompt: Tensor | Prefix | None = None) -> Tensor:
@@ -42,7 +39,7 @@ def _inputs(model: PreTrainedModel, ids: Tensor, prompt: Tensor | Prefix | None)
     """The arguments with which the model, or its body, reads `ids` (b, t) behind the prompt."""
     if prompt is None:
         return {"input_ids": ids, "use_cache": False}
-    if isinstance(prompt, Prefix) and prompt.cache is not None:
+    if isinstance(prompt, Prefix) and serves(model, prompt, ids):
         return {"input_ids": ids, "past_key_values": prompt.cache, "use_cache": True}
     rows = prompt.rows if isinstance(prompt, Prefix) else prompt
     return {"inputs_embeds": with_prompt(model, ids, rows), "use_cache": False}
@@ -94,11 +91,14 @@ def _wide(logits: Tensor) -> Tensor:
 
 def context_of(model: PreTrainedModel) -> int | None:
     """The model's longest input in tokens; None for BLOOM, to which ALiBi sets no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return context_length(model.config)
 
 
 def check_fit(model: PreTrainedModel, windows: Tensor, k: int, width: int | None = None) -> None:
-    """Raise ValueError unless `windows` are token windows (n, s) that fit the model behind k prompt rows of `width`."""
+    """Raise ValueError unless `windows` are token windows (n, s) that fit the model behind k prompt rows of `width`.
+
+    Also where it cannot read rows at all (`check_readable`).
+    """
     if windows.dim() != 2 or windows.dtype != torch.long or len(windows) == 0 or windows.shape[1] < 2:
         raise ValueError(
             f"windows must be a LongTensor (n > 0, s > 1); got {windows.dtype} of shape {tuple(windows.shape)}"
@@ -109,10 +109,48 @@ def check_fit(model: PreTrainedModel, windows: Tensor, k: int, width: int | None
         raise ValueError(f"token ids {low}..{high} do not fit a vocabulary of {embedding.num_embeddings}")
     if width is not None and width != embedding.embedding_dim:
         raise ValueError(f"prompt rows of {width} numbers do not fit embeddings of {embedding.embedding_dim}")
+    if k:
+        check_readable(model)
     context = context_of(model)
     s = windows.shape[1]
     if context is not None and k + s > context:
         raise ValueError(f"{k} prompt rows + windows of {s} tokens = {k + s} exceed the model's context of {context}")
+
+
+_readable: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()  # why not, "" where it is
+
+
+def check_readable(model: PreTrainedModel) -> None:
+    """Raise ValueError where rows in front of the text cannot mean what tokens there would.
+
+    Refused by its configuration, or found by trying, once a model: it must read the embeddings of tokens as it reads
+    the tokens, and no token may change what was read before it.
+    """
+    families.check(model.config, "prompt")
+    if model not in _readable:
+        with frozen(model), torch.no_grad():
+            _readable[model] = _unreadable(model)
+    if why := _readable[model]:
+        raise ValueError(f"{type(model).__name__} cannot read rows in front of the text: {why}")
+
+
+def _unreadable(model: PreTrainedModel) -> str:
+    embedding = model.get_input_embeddings()
+    ids = torch.linspace(0, embedding.num_embeddings - 1, 7, device=embedding.weight.device).long()[None, 1:]
+    changed = torch.cat([ids[:, :-1], other_tokens(model, ids[:, -1:])], dim=1)
+    read = body_states(model, input_ids=ids, use_cache=False)
+    if not bool(torch.isfinite(read).all()):
+        return ""  # whoever sums a loss says so
+    try:
+        embedded = body_states(model, inputs_embeds=embedding(ids), use_cache=False)
+    except Exception as e:  # whatever a model raises that looks for token ids and finds none
+        if ran_out(e):
+            raise
+        return f"without token ids it raises {type(e).__name__}: {' '.join(str(e).split())}"
+    if not alike(model, embedded, read):
+        return "it makes more of token ids than their embeddings"
+    later = body_states(model, input_ids=changed, use_cache=False)
+    return "" if alike(model, later[:, :-1], read[:, :-1]) else "what it reads depends on tokens that come later"
 
 
 @contextmanager

@@ -23,13 +23,16 @@ OTHER = ("softcap", "s_aux", "position_bias")  # attention of another kind, wher
 
 @dataclass(frozen=True)
 class Layout:
-    """k prompt rows, then b windows of t tokens. keep: attention weights wait for the backward pass."""
+    """k prompt rows, then b windows of t tokens. keep: attention weights wait for the backward pass. calls: the
+    attention layers that have computed in this layout.
+    """
 
     k: int
     b: int
     t: int
     keep: bool
     scratch: Scratch = field(repr=False, compare=False)
+    calls: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     def positions(self, device: torch.device) -> Tensor:
         """Position ids (1, k + b t): every window goes on from k."""
@@ -50,6 +53,7 @@ def packed_attention(
         given.append("sliding_window")
     if given or mask is not None or other.get("dropout"):
         raise NotImplementedError(f"{type(module).__name__}: attention with {', '.join(given) or 'a mask or dropout'}")
+    layout.calls.append(module)
     device = q.device.type
     if torch.is_autocast_enabled(device):
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))

@@ -70,6 +70,11 @@ def _is_gated(module: Any) -> bool:
     return is_silu(module) and all(isinstance(x, nn.Module) for x in linears)
 
 
+def text_model(model: Any) -> Any:
+    """The part that has the decoder blocks, where a model reads images or sound as well."""
+    return model.get_decoder() if hasattr(model.config, "text_config") else model
+
+
 def replacements(model: nn.Module, fused: bool, recompute: bool) -> dict[nn.Module, Callable[..., Any]]:
     """The forward that each module is to have instead of its own.
 
@@ -81,7 +86,7 @@ def replacements(model: nn.Module, fused: bool, recompute: bool) -> dict[nn.Modu
     if fused:
         found |= {m: partial(_norm, m) for m in model.modules() if is_norm(m)}
         found |= {m: partial(_mlp, m) for m in model.modules() if _is_gated(m)}
-    for block in decoder_blocks(model)[1] if fused or recompute else ():
+    for block in decoder_blocks(text_model(model))[1] if fused or recompute else ():
         whole = forward_of(block) if fused else None
         if whole is not None:
             found[block] = whole

@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from transformers import PreTrainedModel
 
+from ctp.memory import ran_out
 from ctp.recover.attach import scored_logits, scored_states, summed_nll
 from ctp.recover.attention import NAME, Layout
 from ctp.recover.fused import replaced, replacements
 from ctp.recover.head import head_of
 from ctp.recover.prefix import Prefix, prefix
 from ctp.recover.scratch import Scratch
-
-# Largest difference of a hidden state, relative to the largest one, at which two computations of it are the same.
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+from ctp.recover.trial import TOLERANCE, alike, computed, other_tokens, unmoved
 
 # Logits that exist at a time. A GPU needs many to be busy; on a CPU more only take memory.
 CHUNK = {"cpu": 2**22, "cuda": 2**26}
+SHORT = 16  # tokens of a window whose gradient is tried
 CACHED = 2**20  # logits that are exponentiated together on a CPU: in fp32 they stay in its cache
 
 
@@ -108,7 +108,7 @@ class Objective:
     @contextmanager
     def active(self) -> Iterator[None]:
         """The model computes in this way: around `nll` and its backward pass."""
-        config = self.model.config
+        config = self.model.config.get_text_config()
         before = config._attn_implementation
         try:
             if self.packed:
@@ -121,18 +121,17 @@ class Objective:
     def nll(self, windows: Tensor, prompt: Tensor | None) -> Tensor:
         """Sum of -log p (nats) of x_1 .. x_{s-1} of each window (b, s) behind the prompt (k, d): a float64 scalar."""
         if not self.headless:
-            return summed_nll(scored_logits(self.model, windows, self._front(prompt)), windows)
+            return summed_nll(scored_logits(self.model, windows, self._front(prompt, windows.shape[1] - 1)), windows)
         states = self.states(windows, prompt).flatten(0, 1)
         weight = self.model.get_output_embeddings().weight
         return linear_nll(states.to(weight.device), weight, windows[:, 1:].flatten().to(weight.device))
 
-    def states(self, windows: Tensor, prompt: Tensor | None) -> Tensor:
-        """What the head is given (b, s - 1, d) at x_0 .. x_{s-2} of each window."""
+    def states(self, windows: Tensor, prompt: Tensor | None, layout: Layout | None = None) -> Tensor:
+        """What the head is given (b, s - 1, d) at x_0 .. x_{s-2} of each window. layout: that of `layout`, if any."""
         if not self.packed:
-            return scored_states(self.model, windows, self._front(prompt))
+            return scored_states(self.model, windows, self._front(prompt, windows.shape[1] - 1))
         ids = windows[:, :-1]
-        b, t = ids.shape
-        layout = Layout(0 if prompt is None else len(prompt), b, t, not self.recompute, self.scratch)
+        layout = layout or self.layout(windows, prompt)
         rows = self.model.get_input_embeddings()(ids.flatten())
         if prompt is not None:
             rows = torch.cat([prompt.to(rows.device, rows.dtype), rows])
@@ -141,32 +140,79 @@ class Objective:
         )
         return out.last_hidden_state[0, layout.k :].unflatten(0, ids.shape)
 
-    def _front(self, prompt: Tensor | None) -> Tensor | Prefix | None:
+    def layout(self, windows: Tensor, prompt: Tensor | None) -> Layout:
+        """How the windows (b, s) and the prompt lie in one row of positions."""
+        b, s = windows.shape
+        return Layout(0 if prompt is None else len(prompt), b, s - 1, not self.recompute, self.scratch)
+
+    def _front(self, prompt: Tensor | None, tokens: int) -> Tensor | Prefix | None:
         """A block that is computed again would put its keys into the prefix's cache again."""
-        return prompt if prompt is None or self.recompute else prefix(self.model, prompt)
+        return prompt if prompt is None or self.recompute else prefix(self.model, prompt, tokens)
 
 
 def choose(model: PreTrainedModel, windows: Tensor, prompt: Tensor | None, recompute: bool = False) -> Objective:
-    """The fastest objective that agrees with the model's own forward pass, tried on the first of the windows (n, s).
+    """The fastest objective that agrees with the model's own forward pass, tried on the first of the windows (n, s) and
+    on others of its length.
 
     Runs in the caller's precision and autocast.
     """
     head = head_of(model)
-    if type(head) is not nn.Linear or head.bias is not None:
-        return Objective(model, packed=False, headless=False, recompute=recompute)
-    packed = Objective(model, packed=True, headless=True, recompute=recompute)
+    headless = type(head) is nn.Linear and head.bias is None
+    plain = Objective(model, packed=False, headless=headless, recompute=recompute)
+    if not headless:
+        return plain
+    packed = replace(plain, packed=True)
     window = windows[:1].to(model.get_input_embeddings().weight.device)
+    try:
+        agrees = _reads_alike(packed, window, prompt) and _learns_alike(packed, window[:, :SHORT], prompt)
+    except Exception as e:  # attention of another kind, arguments that the model does not take, shapes that do not fit
+        if ran_out(e):
+            raise
+        return plain
+    return packed if agrees else plain
+
+
+def _reads_alike(packed: Objective, window: Tensor, prompt: Tensor | None) -> bool:
+    """Are the hidden states of two windows (1, s) in one row those of each alone, and does neither see the other?
+
+    A layer that mixes positions in another way than by attention (states, convolutions) calls no packed attention, or
+    sees the window before.
+    """
+    model, (one, two, three) = packed.model, _apart(packed.model, window)
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     with torch.no_grad():
-        wanted = scored_states(model, window, prompt)
-        try:
-            with packed.active():
-                found = packed.states(window, prompt)
-        except (NotImplementedError, TypeError):  # another kind of attention; arguments that the model does not take
-            return replace(packed, packed=False)
-    far = float((found - wanted).abs().max() / wanted.abs().max())
-    return packed if far <= TOLERANCE[_computed(model)] else replace(packed, packed=False)
+        wanted = torch.cat([scored_states(model, w, prompt) for w in (one, two)])
+        with packed.active():
+            layout = packed.layout(torch.cat([one, two]), prompt)
+            found = packed.states(torch.cat([one, two]), prompt, layout)
+            moved = packed.states(torch.cat([three, two]), prompt)
+    each = len(layout.calls) == len(set(layout.calls)) == layers
+    return each and alike(model, found, wanted) and unmoved(model, moved[1], found[1])
 
 
-def _computed(model: PreTrainedModel) -> torch.dtype:
-    device = model.get_input_embeddings().weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+def _learns_alike(packed: Objective, window: Tensor, prompt: Tensor | None) -> bool:
+    """Is the gradient of two short windows' loss the model's own? Compared in fp32 only: others round too much."""
+    model = packed.model
+    inside = [p for p in model.parameters() if p.requires_grad]
+    if computed(model) != torch.float32 or (prompt is None and not inside):
+        return True
+    windows = torch.cat(_apart(model, window)[:2])
+    front = None if prompt is None else prompt.detach().clone().requires_grad_()
+    learned = inside if front is None else [front, *inside]
+    with torch.enable_grad():
+        wanted = _gradient(summed_nll(scored_logits(model, windows, front), windows), learned)
+        with packed.active():
+            found = _gradient(packed.nll(windows, front), learned)
+    return float((found - wanted).norm()) <= TOLERANCE[torch.float32] * float(wanted.norm())
+
+
+def _apart(model: PreTrainedModel, window: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The window (1, s) and two made up ones: no two have a token in common at any place."""
+    return window, other_tokens(model, window), other_tokens(model, window, 2)
+
+
+def _gradient(loss: Tensor, learned: list[Tensor]) -> Tensor:
+    """One vector; zero where the loss does not depend on what is learned."""
+    found = torch.autograd.grad(loss, learned, allow_unused=True)
+    pairs = zip(found, learned, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten().cpu() for g, p in pairs])

@@ -8,13 +8,21 @@ gradient comes back through the one pass over its rows.
 import inspect
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from ctp.context import context_length
+from ctp.memory import ran_out
+from ctp.recover.trial import alike, body_states
+
 CACHE = ("inputs_embeds", "past_key_values", "use_cache")
+FAILED = -1
+# model -> k -> the longest windows, in tokens, that the cache of k rows was tried with; FAILED where it did not serve.
+_tried: WeakKeyDictionary[PreTrainedModel, dict[int, int]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +31,7 @@ class Prefix:
 
     rows: the prompt (k, d). cache: `past_key_values` of a forward pass of any batch, which leaves it as it is; it holds
     2 numbers per layer, row and key width (LLaMA-7B, k = 100, float16: 52 MB). None where the model keeps its past in
-    another form: the rows then stand in front of every window.
+    another form: the rows then stand in front of every window, as they do where `serves` says no.
     """
 
     rows: Tensor
@@ -33,22 +41,74 @@ class Prefix:
         return len(self.rows)
 
 
-def prefix(model: PreTrainedModel, prompt: Tensor) -> Prefix:
+def prefix(model: PreTrainedModel, prompt: Tensor, tokens: int = 0) -> Prefix:
     """Run the prompt (k, d) through the model, without its head but for one row, where and as the embedding lies.
 
-    Differentiable in the prompt; under `no_grad` it holds no graph.
+    Differentiable in the prompt; under `no_grad` it holds no graph. tokens: of the windows behind it, where that is
+    known: nothing is run for a cache that will not serve them.
     """
+    if stretched(model.config, len(prompt) + tokens) or _tried.get(model, {}).get(len(prompt)) == FAILED:
+        return Prefix(prompt, None)
     embedding = model.get_input_embeddings().weight
-    rows = prompt.to(embedding.device, embedding.dtype)
+    rows = prompt.to(embedding.device, embedding.dtype, copy=True)  # some models scale what they are given in place
     if not set(CACHE) <= inspect.signature(model.forward).parameters.keys():
         return Prefix(prompt, None)
     past = model(inputs_embeds=rows[None], use_cache=True, **kept(model, 1)).get("past_key_values")
     layers = [_fixed(layer) for layer in past.layers] if isinstance(past, DynamicCache) else []
     if not layers or any(layer is None or layer.get_seq_length() != len(rows) for layer in layers):
+        _tried.setdefault(model, {})[len(rows)] = FAILED
         return Prefix(prompt, None)
     cache = DynamicCache()
     cache.layers = layers
     return Prefix(prompt, cache)
+
+
+def serves(model: PreTrainedModel, made: Prefix, ids: Tensor) -> bool:
+    """Do the tokens `ids` (b, t) behind the prefix's cache read as behind its rows?
+
+    Tried with two of them, and again where they are longer than before: a cache may keep less than attention sees.
+    """
+    k, t = len(made), ids.shape[1]
+    if made.cache is None or stretched(model.config, k + t):
+        return False
+    tried = _tried.setdefault(model, {})
+    if tried.get(k) != FAILED and tried.get(k, 0) < t:
+        tried[k] = t if _reads_alike(model, made, ids[:2]) else FAILED
+    return tried[k] != FAILED
+
+
+def _reads_alike(model: PreTrainedModel, made: Prefix, ids: Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            found = body_states(model, input_ids=ids, past_key_values=made.cache, use_cache=True)
+            wanted = body_states(model, inputs_embeds=with_prompt(model, ids, made.rows), use_cache=False)
+    except Exception as e:  # a cache that the model does not go on from
+        if ran_out(e):
+            raise
+        return False
+    return alike(model, found, wanted[:, -ids.shape[1] :])
+
+
+def stretched(config: Any, tokens: int) -> bool:
+    """Are positions in an input of so many tokens rotated by other angles than in a short one (longrope, dynamic)?"""
+    text = config.get_text_config()
+    given = getattr(text, "rope_parameters", None) or {}
+    for part in (given, *given.values()):  # of all layers, or by the kind of layer
+        kind = part.get("rope_type") if isinstance(part, dict) else None
+        if kind is not None and (kind == "longrope" or "dynamic" in kind):
+            name = "original_max_position_embeddings"
+            original = part.get(name) or getattr(text, name, None) or context_length(text) or 0
+            if tokens > original:
+                return True
+    return False
+
+
+def with_prompt(model: PreTrainedModel, ids: Tensor, prompt: Tensor) -> Tensor:
+    """Embeddings (b, k + t, d) of the prompt (k, d) followed by the tokens `ids` (b, t), in the embedding's dtype."""
+    tokens = model.get_input_embeddings()(ids)
+    rows = prompt.to(tokens.device, tokens.dtype)
+    with torch.autocast(tokens.device.type, enabled=False):  # on a CPU it cannot join rows of float16
+        return torch.cat([rows.expand(len(ids), -1, -1), tokens], dim=1)
 
 
 def kept(model: PreTrainedModel, positions: int) -> dict[str, int]:

@@ -8,24 +8,48 @@ import inspect
 import itertools
 from functools import partial, update_wrapper
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 
-from ctp.recover.attach import context_of, with_prompt
+from ctp import families
+from ctp.recover.attach import check_readable, context_of, frozen
+from ctp.recover.prefix import stretched, with_prompt
 from ctp.recover.state import LearnedPrompt
+from ctp.recover.trial import alike, body_states
 
 IGNORED = -100  # the label that transformers' losses leave out
 HANDLE = "_attached_prompt"  # a model's attribute, its handle
 MARK = "_soft_prompt"  # a cache's: number of the handle whose prompt it holds, tokens of the call that put it there
-NEEDED = ("input_ids", "inputs_embeds", "attention_mask", "past_key_values", "logits_to_keep")
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 # `generate` calls the second when every setting is resolved and nothing is computed yet, the third for a paged cache.
 # They are replaced on the instance, not hooked: PEFT and accelerate call `model.forward` itself, which passes hooks by.
 REPLACED = ("forward", "_prepare_cache_for_generation", "generate_batch")
 _numbers = itertools.count(1)
+
+
+_padded: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+def reads_padded(model: PreTrainedModel) -> bool:
+    """Does the model read text behind padding on the left, masked, as it reads the text alone? Tried once a model.
+
+    Where positions are counted without the mask, it does not.
+    """
+    if model not in _padded:
+        embedding = model.get_input_embeddings()
+        ids = torch.linspace(0, embedding.num_embeddings - 1, 7, device=embedding.weight.device).long()[None, 1:]
+        mask = torch.cat([torch.zeros_like(ids[:, :3]), torch.ones_like(ids)], dim=1)
+        inputs = {"input_ids": torch.cat([ids[:, :3], ids], dim=1), "attention_mask": mask, "use_cache": False}
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        with frozen(model), torch.no_grad():
+            found, wanted = body_states(model, **inputs), body_states(model, input_ids=ids, use_cache=False)
+        _padded[model] = alike(model, found[:, 3:], wanted)
+    return _padded[model]
 
 
 def attach_prompt(model: PreTrainedModel, prompt: Tensor | LearnedPrompt) -> "AttachedPrompt":
@@ -45,12 +69,14 @@ def attach_prompt(model: PreTrainedModel, prompt: Tensor | LearnedPrompt) -> "At
         raise ValueError(f"a prompt is attached to a transformers.PreTrainedModel, not to a {type(model).__name__}")
     if hasattr(model, HANDLE):
         raise ValueError("the model has a prompt already: remove() that one first")
-    lacking = [n for n in NEEDED if n not in inspect.signature(model.forward).parameters]
+    families.check(model.config, "generate")
+    lacking = [n for n in families.ATTACHED if n not in inspect.signature(model.forward).parameters]
     if lacking or not all(hasattr(model, name) for name in REPLACED):
         raise ValueError(
             f"{type(model).__name__} cannot have a prompt attached: it does not generate, or its forward "
-            f"lacks one of {', '.join(NEEDED)}"
+            f"lacks one of {', '.join(families.ATTACHED)}"
         )
+    check_readable(model)
     if isinstance(prompt, LearnedPrompt):
         prompt = prompt.embeddings
     width = model.get_input_embeddings().embedding_dim
@@ -113,11 +139,14 @@ class AttachedPrompt:
                 f"cache_implementation = {generation_config.cache_implementation!r} does not work behind a soft "
                 "prompt; allowed: 'dynamic', or use_cache=False"
             )
-        cache = model_kwargs.get("past_key_values")
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         if cache is not None and cache.get_seq_length():
             raise ValueError(
                 "generate cannot go on from a filled cache behind a soft prompt: give all tokens, no cache"
             )
+        config, begun = self._model.config, self._k if mask is None else self._k + int(mask.sum(-1).max())
+        if stretched(config, length) and not stretched(config, begun):
+            generation_config.use_cache = False  # what is cached was rotated by other angles than what follows
         return self._plain_cache(generation_config, model_kwargs, mode, *args)
 
     def _refuse_batch(self, *args: Any, **kwargs: Any) -> Any:
@@ -134,6 +163,9 @@ class AttachedPrompt:
             first = getattr(given["past_key_values"], MARK)[1] if filled else mask.shape[1]
             # No further than the first call reached: a long padding may have been read in several (chunked prefill).
             padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True).clamp(max=first)
+            if not filled and bool(padding.any()) and not reads_padded(self._model):
+                raise ValueError(f"{type(self._model).__name__} does not read padded text as it reads the text alone: "
+                                 "give it rows of one length behind a soft prompt")  # fmt: skip
             mask = given["attention_mask"] = _insert(mask.new_ones(len(mask), self._k), mask, padding)
         if positions is not None and "position_ids" in self._parameters:
             positions = positions.expand(len(given["input_ids"]), -1) + self._k

@@ -1,0 +1,42 @@
+"""Two ways to compute the same thing, tried on a model: whether they agree, up to the rounding of its arithmetic."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+# Largest difference of a hidden state, relative to the largest one, at which two computations of it are the same.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# The same, relative to its own position, where the arithmetic is the same too and only what it must not see differs.
+UNSEEN = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def alike(model: PreTrainedModel, found: Tensor, wanted: Tensor) -> bool:
+    """Are these hidden states or logits the same, as the model computes them here?"""
+    return float((found - wanted).abs().max()) <= TOLERANCE[computed(model)] * float(wanted.abs().max())
+
+
+def unmoved(model: PreTrainedModel, found: Tensor, wanted: Tensor) -> bool:
+    """Are these hidden states (..., d) the same at every position, though something else was changed?"""
+    found, wanted = found.float(), wanted.float()
+    return bool(((found - wanted).norm(dim=-1) <= UNSEEN[computed(model)] * wanted.norm(dim=-1)).all())
+
+
+def computed(model: PreTrainedModel) -> torch.dtype:
+    """The dtype of the model's arithmetic: autocast's where that is on."""
+    device = model.get_input_embeddings().weight.device.type
+    dtype: torch.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    return dtype if dtype in TOLERANCE else torch.float32
+
+
+def other_tokens(model: PreTrainedModel, ids: Tensor, shift: int = 1) -> Tensor:
+    """Tokens of the shape of `ids`, each another one than there; so are those of shift 1 and 2."""
+    size = model.get_input_embeddings().num_embeddings
+    return (ids + max(1, size // 3) * shift) % size
+
+
+def body_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
+    """What the model makes of its inputs before its head: hidden states (b, n, d), logits where it has no body."""
+    states: Tensor = model.base_model(**inputs)[0]
+    return states

@@ -1,0 +1,35 @@
+"""Folders with any name: MLflow's database is beside the store, whatever a URL makes of its characters."""
+
+import os
+
+import pytest
+
+from analysis.runs import existing
+from ctp.runinfo import sqlite_file, tracking_uri
+from ctp.runs import Runs
+from ctp.store import Store
+
+
+@pytest.mark.parametrize("name", ["a?b=c&uri=true", "100% #1 %41 ü;'"])
+def test_mlflows_database_is_beside_the_store(tmp_path, monkeypatch, name):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    here = tmp_path / name
+    (here / "results").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    uri = tracking_uri(Store("results/store").uri)
+    runs = Runs(uri, "g")
+    run = runs.client.create_run(runs.experiment).info.run_id
+    runs.client.log_text(run, "all there", "a.txt")
+    assert [f.path for f in runs.client.list_artifacts(run)] == ["a.txt"]
+    assert os.listdir(tmp_path) == [name]
+    assert {"mlflow.db", "mlartifacts"} <= set(os.listdir(here / "results"))
+    assert existing(uri) == uri
+    assert sqlite_file(uri) == here / "results" / "mlflow.db"
+    assert Runs(uri, "g").experiment == runs.experiment
+
+
+def test_a_plain_folder_has_a_plain_address(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_uri(str(tmp_path / "store")) == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert sqlite_file("sqlite:///results/mlflow.db?timeout=5").name == "mlflow.db"
+    assert sqlite_file("http://localhost:5000") is None
