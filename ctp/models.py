@@ -223,8 +223,7 @@ def config_facts(config: Any) -> Facts:
     try:
         prefix, blocks = decoder_blocks(model)
         if not why:
-            with split(blocks):
-                why, idle = foreseen(model)
+            why, idle = foreseen(model)
     except ValueError:  # `why` says so
         prefix, blocks = "", torch.nn.ModuleList()
     if why:

@@ -253,7 +253,7 @@ def test_a_format_that_cannot_hold_the_experts_is_refused(tmp_path):
             export(uneven, tmp_path / "out", format)
     model = tiny_moe("gpt_oss", hidden=64)
     fused = Compressed.of(model, compress_model(model, random_windows(2, 24), GPTQ(bits=4, sym=True)), byte_tokenizer())
-    with pytest.raises(ValueError, match="checkpoints of model type gpt_oss hold no linear for each expert"):
+    with pytest.raises(ValueError, match="model type gpt_oss: its checkpoints hold no linear for each expert"):
         export(fused, tmp_path / "out", "gptq")
 
 

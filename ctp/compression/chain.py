@@ -82,10 +82,11 @@ def foreseen(model: nn.Module) -> tuple[str, frozenset[str]]:
     blocks = list(decoder_blocks(model)[1])
     for kwargs in {}, {"attention_mask": torch.zeros(1, 1, 2, 2, device="meta")}:  # most look into masks of their own
         try:
-            steps, idle = _observed(model, blocks, torch.zeros(1, 2, dtype=torch.long), **kwargs)
+            with split(model):  # experts know what to do with tokens that have no numbers
+                steps, idle = _observed(model, blocks, torch.zeros(1, 2, dtype=torch.long), **kwargs)
+                return _broken(model, steps, idle), frozenset(idle)
         except Exception:
             continue
-        return _broken(model, steps, idle), frozenset(idle)
     return "", frozenset()
 
 
