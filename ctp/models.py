@@ -235,7 +235,7 @@ def config_facts(config: Any) -> Facts:
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),
         context=context_length(config),
         parameters=sum(p.numel() for p in model.parameters()),
-        layers=len(blocks) or config.get_text_config().num_hidden_layers,
+        layers=len(blocks) or getattr(config.get_text_config(), "num_hidden_layers", 0),
         linear_parameters=sum(w.numel() for w in weights),
         in_features=tuple(sorted({w.shape[1] for w in weights})),
         vocab=embedding.num_embeddings,

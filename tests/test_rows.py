@@ -77,6 +77,26 @@ def test_a_random_prompt_is_where_a_soft_prompt_starts(make):
         untrained_rows(RandomPrompt(k=62), model, None)
 
 
+class Padded:
+    """A tokenizer with fewer tokens than the embedding has rows, special ones last."""
+
+    def get_vocab(self):
+        return {f"t{i}": i for i in range(2, 30)} | {"<eos>": 40}
+
+
+@pytest.mark.parametrize("init", ["random_rows", "first_rows"])
+def test_random_rows_are_those_of_tokens_where_the_embedding_is_padded(init):
+    model, table = tiny_llama(), tiny_llama().get_input_embeddings().weight
+    rows = initial_prompt(model, spec(k=29, init=init), Padded())
+    drawn = {i for i, row in enumerate(table) if any(torch.equal(row, r) for r in rows)}
+    assert drawn == {*range(2, 30), 40}
+    assert torch.equal(initial_prompt(model, spec(k=3, init="first_rows"), Padded()), table[2:5])
+    if init == "random_rows":
+        assert torch.equal(untrained_rows(RandomPrompt(k=29), model, Padded()), rows)
+    with pytest.raises(ValueError, match=r"k = 30 .* vocabulary of 29"):
+        initial_prompt(model, spec(k=30, init=init), Padded())
+
+
 def test_bos_is_one_row_or_a_sentence(make):
     model = make(vocab=257)
     rows = untrained_rows(Bos(), model, tokenizer_with_bos())

@@ -144,7 +144,7 @@ MODELS: dict[str, Model] = {
         _m("xlstm", num_heads=4, num_blocks=3, chunk_size=8),
         _m("recurrent_gemma", num_key_value_heads=1, lru_width=32, attention_window_size=WINDOW),
         _m("jamba", attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
-           mamba_d_state=8, mamba_dt_rank=4),
+           mamba_d_state=8, mamba_dt_rank=32),
         _m("zamba2", num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid"] * 2, num_mem_blocks=1,
            num_key_value_heads=4, mamba_d_state=8, n_mamba_heads=8, mamba_ngroups=1, chunk_size=8, use_mem_rope=True,
            adapter_rank=4),

@@ -104,7 +104,7 @@ def _survey(
             raise ValueError(f"{format} has no form for pruned weights that are not quantized ({name}): export hf")
         grids[name] = layer.bits, layer.shape[1], layer.zero_points().shape[1]
         kept, weights = kept + layer.kept, weights + layer.shape[0] * layer.shape[1]
-    why = unopened(skeleton(model.config), grids, experts)
+    why = unopened(format, skeleton(model.config), grids, experts)
     if format == "gptq" and not why:
         why = gptq.unaligned({n: layer.shape for n, layer in model.layers()}, max(g[0] for g in grids.values()))
     if why:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ctp.compression.blocks import decoder_blocks
+from ctp.compression.linears import linears
 from ctp.methods import LoRA
 from ctp.recover.adapter import ADAPTER, restored
 from ctp.recover.attach import frozen
@@ -136,12 +137,12 @@ def _projections(model: PreTrainedModel, layers: int | None) -> list[str]:
     for i in range(len(blocks) - (layers or len(blocks)), len(blocks)):
         if fused:
             _split(blocks[i], fused, model.config.num_attention_heads)
-        linears = [n for n, m in blocks[i].named_modules() if isinstance(m, nn.Linear)]
-        found = [n for n in linears if n.split(".")[-1] in (QUERY, VALUE)]
+        names_here = list(linears(blocks[i]))
+        found = [n for n in names_here if n.split(".")[-1] in (QUERY, VALUE)]
         if {n.split(".")[-1] for n in found} != {QUERY, VALUE}:
             raise ValueError(
                 f"LoRA is learned on {QUERY} and {VALUE}, or BLOOM's {FUSED['bloom']}; the linears of {place}.{i} in "
-                f"{type(model).__name__} are {', '.join(linears) or 'none'}"
+                f"{type(model).__name__} are {', '.join(names_here) or 'none'}"
             )
         names += [f"{place}.{i}.{n}" for n in found]
     return names

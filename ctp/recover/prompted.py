@@ -16,10 +16,11 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 
 from ctp import families
+from ctp.memory import ran_out
 from ctp.recover.attach import check_readable, context_of, frozen
 from ctp.recover.prefix import stretched, with_prompt
 from ctp.recover.state import LearnedPrompt
-from ctp.recover.trial import alike, body_states
+from ctp.recover.trial import body_states, mostly, spread_tokens
 
 IGNORED = -100  # the label that transformers' losses leave out
 HANDLE = "_attached_prompt"  # a model's attribute, its handle
@@ -32,24 +33,39 @@ _numbers = itertools.count(1)
 
 
 _padded: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+PADDING = 3  # tokens of it that are tried
 
 
 def reads_padded(model: PreTrainedModel) -> bool:
-    """Does the model read text behind padding on the left, masked, as it reads the text alone? Tried once a model.
+    """Does the model read text behind padding on the left, masked, as it reads the text alone, and go on from it?
 
-    Where positions are counted without the mask, it does not.
+    Tried once a model. Where positions are counted without the mask, it does not.
     """
     if model not in _padded:
-        embedding = model.get_input_embeddings()
-        ids = torch.linspace(0, embedding.num_embeddings - 1, 7, device=embedding.weight.device).long()[None, 1:]
-        mask = torch.cat([torch.zeros_like(ids[:, :3]), torch.ones_like(ids)], dim=1)
-        inputs = {"input_ids": torch.cat([ids[:, :3], ids], dim=1), "attention_mask": mask, "use_cache": False}
-        if "position_ids" in inspect.signature(model.forward).parameters:
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         with frozen(model), torch.no_grad():
-            found, wanted = body_states(model, **inputs), body_states(model, input_ids=ids, use_cache=False)
-        _padded[model] = alike(model, found[:, 3:], wanted)
+            try:
+                _padded[model] = _tried_padded(model)
+            except Exception as e:  # no mask, or other arguments than these
+                if ran_out(e):
+                    raise
+                return False
     return _padded[model]
+
+
+def _tried_padded(model: PreTrainedModel) -> bool:
+    ids = spread_tokens(model)
+    mask = torch.cat([torch.zeros_like(ids[:, :PADDING]), torch.ones_like(ids)], dim=1)
+    padded = {"input_ids": torch.cat([ids[:, :PADDING], ids], dim=1), "attention_mask": mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        padded["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    wanted = body_states(model, input_ids=ids, use_cache=False)
+    if not mostly(model, body_states(model, **padded, use_cache=False)[:, PADDING:], wanted):
+        return False
+    cache = model.base_model(**{n: t[:, :-1] for n, t in padded.items()}, use_cache=True).get("past_key_values")
+    if not isinstance(cache, DynamicCache):
+        return True
+    step = {n: t if n == "attention_mask" else t[:, -1:] for n, t in padded.items()}
+    return mostly(model, body_states(model, **step, past_key_values=cache, use_cache=True), wanted[:, -1:])
 
 
 def attach_prompt(model: PreTrainedModel, prompt: Tensor | LearnedPrompt) -> "AttachedPrompt":

@@ -32,23 +32,31 @@ def embedding_rows(model: "PreTrainedModel", ids: Sequence[int]) -> Tensor:
     return rows.to("cpu", torch.float32, copy=True)
 
 
-def distinct_rows(model: "PreTrainedModel", k: int, seed: int | None) -> Tensor:
-    """Embeddings (k, d) of k distinct vocabulary entries: drawn by `seed`, or the first k where it is None.
-
-    Raises ValueError if there are too few.
+def token_ids(model: "PreTrainedModel", tokenizer: Any) -> list[int]:
+    """The ids that stand for a token, special ones included, in their order: an embedding is often padded with rows
+    that none does. All rows where there is no tokenizer.
     """
     size = model.get_input_embeddings().num_embeddings
-    if k > size:
-        raise ValueError(f"k = {k} rows cannot be distinct entries of a vocabulary of {size}")
-    if seed is None:
-        return embedding_rows(model, range(k))
-    return embedding_rows(model, torch.randperm(size, generator=generator("init", seed))[:k].tolist())
+    known = range(size) if tokenizer is None else tokenizer.get_vocab().values()
+    return sorted({i for i in known if 0 <= i < size})
+
+
+def distinct_rows(model: "PreTrainedModel", k: int, seed: int | None, tokenizer: Any = None) -> Tensor:
+    """Embeddings (k, d) of k distinct tokens: drawn by `seed`, or the first k where it is None.
+
+    tokenizer: says which rows stand for a token; without one all do. Raises ValueError if there are too few.
+    """
+    ids = token_ids(model, tokenizer)
+    if k > len(ids):
+        raise ValueError(f"k = {k} rows cannot be distinct tokens of a vocabulary of {len(ids)}")
+    order = range(k) if seed is None else torch.randperm(len(ids), generator=generator("init", seed))[:k].tolist()
+    return embedding_rows(model, [ids[i] for i in order])
 
 
 def untrained_rows(spec: Untrained, model: "PreTrainedModel", tokenizer: Any) -> Tensor:
     """The rows (k, d), fp32 on the CPU, that an untrained prompt stands for. Raises ValueError where there are none."""
     if isinstance(spec, RandomPrompt):
-        return distinct_rows(model, spec.k, spec.seed)
+        return distinct_rows(model, spec.k, spec.seed, tokenizer)
     if isinstance(spec, HardPrompt):
         if not plain_ids(tokenizer, spec.text):
             raise ValueError(f"text = {spec.text!r} has no tokens")

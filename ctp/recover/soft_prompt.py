@@ -69,11 +69,12 @@ def initial_prompt(
 ) -> Tensor:
     """The k rows (k, d), fp32 on the CPU, that learning starts from: embeddings of k tokens.
 
-    random_rows: distinct vocabulary entries drawn by spec.seed (the paper's text). first_rows: entries 0 .. k-1 (its
-    code). text: the tokens of spec.init_text, repeated or cut to k. Raises ValueError if there are too few.
+    random_rows: distinct tokens drawn by spec.seed (the paper's text). first_rows: the first k tokens (its code).
+    Both leave out rows of the embedding that stand for no token of the tokenizer, where one is given. text: the tokens
+    of spec.init_text, repeated or cut to k. Raises ValueError if there are too few.
     """
     if spec.init != "text":
-        return distinct_rows(model, spec.k, spec.seed if spec.init == "random_rows" else None)
+        return distinct_rows(model, spec.k, spec.seed if spec.init == "random_rows" else None, tokenizer)
     if tokenizer is None or spec.init_text is None:
         raise ValueError("init 'text' needs the model's tokenizer")
     tokens = tokenizer(spec.init_text, add_special_tokens=False)["input_ids"]
