@@ -13,7 +13,7 @@ from torch import nn
 from ctp.cache import new_folder
 from ctp.compression.artifact import Compressed, save_generation, save_model
 from ctp.compression.blocks import decoder_blocks
-from ctp.compression.experts import Matrix, is_experts, matrices, routers
+from ctp.compression.experts import Matrix, experts_in, matrices, routers
 from ctp.compression.layer import Layer
 from ctp.compression.names import as_original, original_names
 from ctp.formats import FORMATS, compressed_tensors, gptq
@@ -41,9 +41,7 @@ def export(model: Compressed | str | Path, folder: str | Path, format: str) -> l
     with quiet(), new_folder(Path(folder)) as work:
         if format == "hf":
             whole = model.model()
-            if any(
-                map(is_experts, whole.modules())
-            ):  # under the names of the original checkpoints, not of `Compressed`
+            if experts_in(whole):  # under the names of the original checkpoints, not of `Compressed`
                 vars(whole).pop("_weight_conversions", None)
             save_model(whole, work)
             notes = ["The weights are ordinary ones, of the size of the uncompressed model."]
