@@ -220,6 +220,8 @@ def config_facts(config: Any) -> Facts:
     linears = [m for _, m in inside if isinstance(m, torch.nn.Linear)]
     embedding = model.get_input_embeddings()
     refused = families.refusals(config)
+    if why := families.no_projections(config, blocks):
+        refused.setdefault("lora", why)
     if other := not_linear(inside):
         refused.setdefault("compress", f"model type {config.model_type}: {other} is not the weight of an nn.Linear")
     return Facts(

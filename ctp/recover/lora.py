@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ctp import families
 from ctp.compression.blocks import decoder_blocks
+from ctp.families import FUSED, QUERY, VALUE
 from ctp.methods import LoRA
 from ctp.recover.adapter import ADAPTER, restored
 from ctp.recover.attach import frozen
@@ -33,8 +34,6 @@ from ctp.spec import Runtime
 if TYPE_CHECKING:
     from ctp.job import LearnJob
 
-QUERY, VALUE = "q_proj", "v_proj"
-FUSED = {"bloom": "query_key_value"}  # model_type: a matrix whose rows are (heads, [query, key, value], head size)
 NAME = "learned"  # of the adapter, while it is inside the model
 
 
