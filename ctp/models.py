@@ -231,6 +231,8 @@ def config_facts(config: Any) -> Facts:
     with split(blocks):
         weights = [matrix(m) for n, m in linears(blocks, prefix).items() if n not in idle]
     embedding = model.get_input_embeddings()
+    if why := families.no_projections(config, blocks):
+        refused.setdefault("lora", why)
     return Facts(
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),
         context=context_length(config),

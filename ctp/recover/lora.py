@@ -19,8 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ctp import families
 from ctp.compression.blocks import decoder_blocks
 from ctp.compression.linears import linears
+from ctp.families import FUSED, QUERY, VALUE
 from ctp.methods import LoRA
 from ctp.recover.adapter import ADAPTER, restored
 from ctp.recover.attach import frozen
@@ -33,8 +35,6 @@ from ctp.spec import Runtime
 if TYPE_CHECKING:
     from ctp.job import LearnJob
 
-QUERY, VALUE = "q_proj", "v_proj"
-FUSED = {"bloom": "query_key_value"}  # model_type: a matrix whose rows are (heads, [query, key, value], head size)
 NAME = "learned"  # of the adapter, while it is inside the model
 
 
@@ -81,9 +81,10 @@ def learn_lora(
     The model moves to runtime.device (unless accelerate has spread it out) and is otherwise left as it was found.
     resume, checkpoint, report: as `ctp.recover.train.train` has them, which says what else is raised.
 
-    Raises ValueError where the model has no query and value projections that ctp knows, or fewer blocks than
-    spec.layers.
+    Raises ValueError where the model is refused, has no query and value projections that ctp knows, or fewer blocks
+    than spec.layers.
     """
+    families.check(model.config, "lora")
     state = train(
         model, lambda: injected(model, spec), windows, validation, spec,
         runtime=runtime, resume=resume, checkpoint=checkpoint, report=report,
