@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -19,13 +18,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ctp import cost, dag, drain, explain, gridfile, heartbeat, preview, status, summary
+from ctp import arguments, cost, dag, drain, explain, gridfile, heartbeat, preview, status, summary
 from ctp.board import Board
 from ctp.ending import unread
 from ctp.gridtext import GridError
-from ctp.inputs import MOST
 from ctp.mend import complete, past_damage
-from ctp.names import one_line, shown
+from ctp.names import one_line
 from ctp.pins import Pins
 from ctp.plan import BUILD, TRANSFER, Plan, again, keep, make, states, where
 from ctp.progress import telling
@@ -95,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--retry-failed", action="store_true", help="run the cells that failed last time and what they "
                    "held up, and nothing else; without it they run again too, with all that is missing")  # fmt: skip
     p.add_argument("--fail-fast", action="store_true", help="hand out nothing more after the first failure")
-    p.add_argument("--store", type=_uri, default=default_store(), metavar="URI",
+    p.add_argument("--store", type=arguments.uri, default=default_store(), metavar="URI",
                    help="where artifacts go: a folder or any fsspec URI (CTP_STORE; default %(default)s)")  # fmt: skip
     p.add_argument("--data", metavar="DIR", help="local copies of c4, wikitext2 and ptb (CTP_DATA_DIR)")
     p.add_argument("--address", default=os.environ.get("RAY_ADDRESS"), metavar="ADDR",
@@ -105,18 +103,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
     )
-    p.add_argument("--batch", type=_positive, default=4, metavar="N", help="windows a forward pass (default 4)")
-    p.add_argument("--cpus", type=_positive, default=1, metavar="N", help="CPU cores a trial (default 1)")
-    p.add_argument("--checkpoint-seconds", type=partial(_number, what="a number of seconds"), default=60.0, metavar="S",
+    p.add_argument(
+        "--batch", type=arguments.positive, default=4, metavar="N", help="windows a forward pass (default 4)"
+    )
+    p.add_argument("--cpus", type=arguments.positive, default=1, metavar="N", help="CPU cores a trial (default 1)")
+    p.add_argument("--checkpoint-seconds", type=partial(arguments.number, what="a number of seconds"), default=60.0, metavar="S",
                    help="least time between two saved states of a prompt being learned (default 60)")  # fmt: skip
     p.add_argument("--recompute", action="store_true", help="learn with a third of the memory and a quarter more time")
     p.add_argument("--packed", action="store_true", help="learn prompts through weights that stay packed in memory")
-    p.add_argument("--gpu-memory", type=_positive, metavar="GIB",
+    p.add_argument("--gpu-memory", type=arguments.positive, metavar="GIB",
                    help="memory of one GPU (default: that of the GPU here, else 24)")  # fmt: skip
-    p.add_argument("--tflops", type=_positive, metavar="N",
+    p.add_argument("--tflops", type=arguments.positive, metavar="N",
                    help="10^12 operations a second that a GPU sustains, for the times of --plan (default 100, a third "
                    "of an A100's peak in bfloat16; without a GPU here, the CPU's measured rate)")  # fmt: skip
-    p.add_argument("--gpu-hour-price", type=_number, metavar="P", help="with --plan: say what it costs, at so much for "
+    p.add_argument("--gpu-hour-price", type=arguments.number, metavar="P", help="with --plan: say what it costs, at so much for "
                    "an hour of one GPU")  # fmt: skip
     return p
 
@@ -135,10 +135,12 @@ def command(args: argparse.Namespace) -> int:
     if args.explain is not None:
         explain.show(whole, args.explain, store, tracking_uri(store.uri), args.json)
         return OK
+    damaged: set[str] = set()
     if not args.plan:
         store.check_writable()
+        damaged = store.repair(plan.cells())
     state = states(plan, store)
-    todo = again(plan, state) if args.retry_failed else _missing(state)
+    todo = damaged | (again(plan, state) if args.retry_failed else _missing(state))
     if args.stage:
         plan = keep(plan, {k for k, n in plan.nodes.items() if n.stage == args.stage})
         todo = {k for k in todo if whole.nodes[k].stage == args.stage}
@@ -149,6 +151,7 @@ def command(args: argparse.Namespace) -> int:
 
     tracker = Tracker(tracking_uri(store.uri), whole, store)
     past_damage(store, lambda: tracker.sync(whole=not (args.where or args.stage), trust=True))
+    summary.tell_tracking(tracker)
     if store.damaged:
         print("\n".join(store.damaged), flush=True)
         known, state = _missing(state), states(plan, store)
@@ -237,12 +240,16 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
     summary.summarise(plan, outcome, time.monotonic() - begun, store)
     print(f"Store: {scrub(store.uri)}  MLflow: {scrub(tracker.uri)}", flush=True)
     how = "KILLED" if interrupted else "FAILED" if outcome.failed or outcome.skipped else "FINISHED"
+    lost = len(store.damaged)
     past_damage(store, lambda: tracker.close(how))
+    summary.tell_tracking(tracker)
+    for line in store.damaged[lost:]:
+        print(line, flush=True)
     if tracker.trouble:
         print(f"MLflow was away for a while ({tracker.trouble}); what it missed has been written now.")
     if interrupted:
         return _stopped(TERMINATED if outcome.stopped_by == signal.SIGTERM else INTERRUPTED)
-    return FAILED if outcome.failed or outcome.skipped or outcome.unfinished else OK
+    return FAILED if outcome.failed or outcome.skipped or outcome.unfinished or store.damaged[lost:] else OK
 
 
 def _check_usage(args: argparse.Namespace, looks: bool) -> None:
@@ -255,28 +262,6 @@ def _check_usage(args: argparse.Namespace, looks: bool) -> None:
         raise GridError(["--dag is for --plan, without --json"])
     if args.watch and not args.status:
         raise GridError(["--watch is for --status"])
-
-
-def _positive(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,10}", text) or not 1 <= int(text) <= MOST:
-        raise argparse.ArgumentTypeError(f"{shown(text)}: must be a whole number from 1 to {MOST:,}")
-    return int(text)
-
-
-def _uri(text: str) -> str:
-    if not text.strip() or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"{shown(text)}: must be a folder or an fsspec URI")
-    return text
-
-
-def _number(text: str, what: str = "a number") -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value <= MOST:
-        raise argparse.ArgumentTypeError(f"{shown(text)}: must be {what}, from 0 to {MOST:,}")
-    return value
 
 
 def _fail(code: int, *lines: str) -> int:

@@ -39,8 +39,8 @@ def scrub(text: str) -> str:
         return _both_ends(text)
     for value in _secrets():
         text = text.replace(value, HIDDEN)
-    for before, name, value in _NAMED:
-        text = _without(text, before, name, value)
+    for rule in _NAMED:
+        text = _without(text, *rule)
     for pattern, instead in _RULES:
         text = pattern.sub(instead, text)
     return text

@@ -36,6 +36,12 @@ class StoreError(Exception):
         super().__init__(scrub(message))
 
 
+def unreadable(path: str, e: OSError) -> StoreError:
+    """It says nothing of what was written: nothing is moved or computed again for it."""
+    why = e.strerror or type(e).__name__
+    return StoreError(f"{path} cannot be read ({why}): make it readable, or remove it to have it computed again")
+
+
 def connect(uri: str) -> tuple[Any, str]:
     """(file system, root) of a store's URI; all but a local folder's tries again. Raises StoreError on a bad URI."""
     how: dict[str, Any] = {}
