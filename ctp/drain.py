@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+LOST = 4  # exit code where RayLost ended the run
 SECONDS = 20.0  # Slurm and Kubernetes kill 30 seconds after they have asked
 asked = threading.Event()  # in a worker: its driver wants it to stop
 
@@ -23,6 +24,10 @@ class Drained(Exception):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM came while nothing was running."""
+
+
+class RayLost(BaseException):
+    """A process that Ray cannot do without died. No Exception: Tune would take it for its own."""
 
 
 def check() -> None:

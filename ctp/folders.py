@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 from ctp.cache import flush, flush_entry
 from ctp.manifest import MANIFEST, Damaged, files_of, parse, whole
 from ctp.paths import matches
-from ctp.remote import StoreError, connect, no_room, unreadable, unsupported
+from ctp.remote import StoreError, connect, room, unreadable, unsupported
 
 DAMAGED, TEMPORARY = "damaged", ".tmp"
 DAY = 24 * 3600.0
@@ -284,18 +284,9 @@ class Folders:
 
     # ---------------------------------------------------------------------- within
 
-    @contextmanager
-    def room(self) -> Iterator[None]:
+    def room(self) -> AbstractContextManager[None]:
         """What fails in here because a disk is full becomes one StoreError that says so."""
-        try:
-            yield
-        except Exception as e:
-            if isinstance(e, StoreError) or not no_room(e):
-                raise
-            raise StoreError(
-                f"no room left for the store {self.uri!r} or this machine's temporary files ({type(e).__name__}: {e}); "
-                "nothing half-written was kept: make room and run the same command again, it goes on from here"
-            ) from e
+        return room(self.uri)
 
 
 def _pulse(work: Path, gone: threading.Event) -> None:

@@ -1,8 +1,8 @@
 """`python -m ctp.grid NAME`: plan a grid, run what is missing, say what happened.
 
 Exit codes: 0 everything is done; 1 some cells failed or could not run; 2 bad usage or grid file;
-3 store or tracking unreachable; 130 interrupted (Ctrl-C), 143 terminated (SIGTERM): what was being learned is saved,
-and the same command goes on from there. A driver whose own Ray node died is ended by Ray, with 1.
+3 store or tracking unreachable; 4 a process of Ray's died; 130 interrupted (Ctrl-C), 143 terminated (SIGTERM): what was
+being learned is saved, and after 4, 130 and 143 the same command goes on from there.
 """
 
 import argparse
@@ -18,7 +18,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ctp import arguments, cost, dag, drain, explain, gridfile, heartbeat, preview, status, summary
+from ctp import cost, dag, drain, explain, gridfile, heartbeat, preview, status, summary
+from ctp.arguments import number, positive, uri
 from ctp.board import Board
 from ctp.ending import unread
 from ctp.gridtext import GridError
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 TFLOPS = 100  # that a GPU is assumed to sustain
+LOST = drain.LOST
 GOES_ON = "running the same command again goes on from here"
 
 
@@ -52,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(USAGE, *e.problems)
     except (StoreError, TrackError) as e:
         return _fail(UNREACHABLE, str(e))
+    except drain.RayLost as e:
+        return _fail(LOST, str(e))
     except KeyboardInterrupt as e:
         return _stopped(TERMINATED if isinstance(e, drain.Terminated) else INTERRUPTED)
 
@@ -72,7 +76,8 @@ def parser() -> argparse.ArgumentParser:
         "the traceback; MLflow has its run as FAILED. The next run tries it again, with whatever else is missing; "
         "--retry-failed tries nothing else. "
         "Exit codes: 0 all done, 1 some cells failed, 2 bad usage or grid file, 3 store or tracking "
-        "unreachable, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM). The first of these signals has prompts saved "
+        "unreachable, 4 a process of Ray's died (the same command goes on), 130 interrupted (Ctrl-C), 143 terminated "
+        "(SIGTERM). The first of these signals has prompts saved "
         "and short cells end, for at most 20 seconds; the second one stops at once.",
     )
     p.add_argument("grid", metavar="NAME", help="grid/NAME.yaml, or the path of a grid file")
@@ -93,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--retry-failed", action="store_true", help="run the cells that failed last time and what they "
                    "held up, and nothing else; without it they run again too, with all that is missing")  # fmt: skip
     p.add_argument("--fail-fast", action="store_true", help="hand out nothing more after the first failure")
-    p.add_argument("--store", type=arguments.uri, default=default_store(), metavar="URI",
+    p.add_argument("--store", type=uri, default=default_store(), metavar="URI",
                    help="where artifacts go: a folder or any fsspec URI (CTP_STORE; default %(default)s)")  # fmt: skip
     p.add_argument("--data", metavar="DIR", help="local copies of c4, wikitext2 and ptb (CTP_DATA_DIR)")
     p.add_argument("--address", default=os.environ.get("RAY_ADDRESS"), metavar="ADDR",
@@ -103,20 +108,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
     )
-    p.add_argument(
-        "--batch", type=arguments.positive, default=4, metavar="N", help="windows a forward pass (default 4)"
-    )
-    p.add_argument("--cpus", type=arguments.positive, default=1, metavar="N", help="CPU cores a trial (default 1)")
-    p.add_argument("--checkpoint-seconds", type=partial(arguments.number, what="a number of seconds"), default=60.0, metavar="S",
+    p.add_argument("--batch", type=positive, default=4, metavar="N", help="windows a forward pass (default 4)")
+    p.add_argument("--cpus", type=positive, default=1, metavar="N", help="CPU cores a trial (default 1)")
+    p.add_argument("--checkpoint-seconds", type=partial(number, what="a number of seconds"), default=60.0, metavar="S",
                    help="least time between two saved states of a prompt being learned (default 60)")  # fmt: skip
     p.add_argument("--recompute", action="store_true", help="learn with a third of the memory and a quarter more time")
     p.add_argument("--packed", action="store_true", help="learn prompts through weights that stay packed in memory")
-    p.add_argument("--gpu-memory", type=arguments.positive, metavar="GIB",
+    p.add_argument("--gpu-memory", type=positive, metavar="GIB",
                    help="memory of one GPU (default: that of the GPU here, else 24)")  # fmt: skip
-    p.add_argument("--tflops", type=arguments.positive, metavar="N",
+    p.add_argument("--tflops", type=positive, metavar="N",
                    help="10^12 operations a second that a GPU sustains, for the times of --plan (default 100, a third "
                    "of an A100's peak in bfloat16; without a GPU here, the CPU's measured rate)")  # fmt: skip
-    p.add_argument("--gpu-hour-price", type=arguments.number, metavar="P", help="with --plan: say what it costs, at so much for "
+    p.add_argument("--gpu-hour-price", type=number, metavar="P", help="with --plan: say what it costs, at so much for "
                    "an hour of one GPU")  # fmt: skip
     return p
 
@@ -278,4 +281,4 @@ def _stopped(code: int) -> int:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    os._exit(code) if code in (INTERRUPTED, TERMINATED) else sys.exit(code)
+    os._exit(code) if code in (LOST, INTERRUPTED, TERMINATED) else sys.exit(code)
