@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -55,10 +55,11 @@ class ResourceError(Exception):
 
 
 @contextmanager
-def join(address: str | None, insecure: bool = False) -> Iterator[Fleet]:
+def join(address: str | None, insecure: bool = False, last: Callable[[], object] = lambda: None) -> Iterator[Fleet]:
     """The cluster at `address`, or one of this machine's own; yields its machines.
 
-    insecure: the cluster need not ask for a token. Inside itself: the one that is joined. Raises ResourceError.
+    insecure: the cluster need not ask for a token. last: see `watched`. Inside itself: the one that is joined. Raises
+    ResourceError.
     """
     if ray.is_initialized():
         yield machines() if address else fleet(_alive())
@@ -72,7 +73,7 @@ def join(address: str | None, insecure: bool = False) -> Iterator[Fleet]:
         raise ResourceError(f"no Ray cluster at {address or 'this machine'}: {type(e).__name__}: {e}") from e
     lost = False
     try:
-        with contextlib.nullcontext() if address else watched():
+        with contextlib.nullcontext() if address else watched(last=last):
             yield machines() if address else fleet(_alive())
     except drain.RayLost:
         lost = True
@@ -83,11 +84,12 @@ def join(address: str | None, insecure: bool = False) -> Iterator[Fleet]:
 
 
 @contextmanager
-def watched(every: float = 0.5) -> Iterator[None]:
+def watched(every: float = 0.5, last: Callable[[], object] = lambda: None) -> Iterator[None]:
     """RayLost in the main thread once one of this machine's Ray processes dies that a run cannot do without. By itself
     Ray would wait for a minute, and then end the driver without a word.
 
-    every: seconds between two looks. Where the main thread does not hear it in time the process ends.
+    every: seconds between two looks. last: called from another thread before the process ends, where the main one is
+    stuck in a call to the dead.
     """
     over, said = threading.Event(), ""
 
@@ -104,6 +106,8 @@ def watched(every: float = 0.5) -> Iterator[None]:
             if over.wait(1.0):
                 return
         os.write(2, f"error: {said}\n".encode())
+        with contextlib.suppress(Exception):
+            last()
         os._exit(drain.LOST)
 
     if threading.current_thread() is not threading.main_thread():

@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     except (StoreError, TrackError) as e:
         return _fail(UNREACHABLE, str(e))
     except drain.RayLost as e:
+        if drain.stopping:  # a signal to a whole group of processes ends Ray's as well
+            return _stopped(TERMINATED if drain.stopping[0] == signal.SIGTERM else INTERRUPTED)
         return _fail(LOST, str(e))
     except KeyboardInterrupt as e:
         return _stopped(TERMINATED if isinstance(e, drain.Terminated) else INTERRUPTED)
@@ -227,7 +229,7 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
     done = {k for k, why in state.items() if why == "done"}
     try:
         with (telling(board, about) as teller, heartbeat.beating(store, board, about),
-              cluster.join(args.address, args.insecure_ray)):  # fmt: skip
+              cluster.join(args.address, args.insecure_ray, lambda: tracker.close("KILLED"))):  # fmt: skip
             outcome = complete(plan, todo, done, store, lambda todo, done: schedule.run(
                 plan, todo, done, store=store.uri, runtime=runtime, address=args.address, fail_fast=args.fail_fast,
                 resources=Resources(args.cpus, gpu_memory(args.gpu_memory)), on_event=on_event,
