@@ -1,5 +1,6 @@
 """Where this machine keeps what can be made again: converted models, fetched artifacts, digests."""
 
+import errno
 import hashlib
 import json
 import os
@@ -33,6 +34,24 @@ def fill(target: Path, make: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def flush(folder: Path) -> None:
+    """Wait until the disk holds every file in the folder, and the folders themselves: a power cut takes none of it."""
+    for path in (*folder.rglob("*"), folder):
+        flush_entry(path)
+
+
+def flush_entry(path: str | Path) -> None:
+    """Wait until the disk holds this file, or the names in this folder where the file system can tell."""
+    at = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(at)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(at)
 
 
 @contextmanager

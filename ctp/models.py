@@ -217,7 +217,6 @@ def config_facts(config: Any) -> Facts:
     from ctp.compression.chain import foreseen
     from ctp.compression.experts import split
     from ctp.compression.linears import linears, matrix
-    from ctp.recover import projections
 
     model, refused, idle = skeleton(config).eval(), families.refusals(config), frozenset[str]()
     why = unfit(model)
@@ -229,16 +228,16 @@ def config_facts(config: Any) -> Facts:
         prefix, blocks = "", torch.nn.ModuleList()
     if why:
         refused["compress"] = why
-    if why := projections.unfit(model):
-        refused["lora"] = why
     with split(blocks):
         weights = [matrix(m) for n, m in linears(blocks, prefix).items() if n not in idle]
     embedding = model.get_input_embeddings()
+    if why := families.no_projections(config, blocks):
+        refused.setdefault("lora", why)
     return Facts(
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),
         context=context_length(config),
         parameters=sum(p.numel() for p in model.parameters()),
-        layers=len(blocks) or config.get_text_config().num_hidden_layers,
+        layers=len(blocks) or getattr(config.get_text_config(), "num_hidden_layers", 0),
         linear_parameters=sum(w.numel() for w in weights),
         in_features=tuple(sorted({w.shape[1] for w in weights})),
         vocab=embedding.num_embeddings,

@@ -202,14 +202,16 @@ def _number(value: Any) -> Any:
 
 
 def states(plan: Plan, store: Store) -> dict[str, str]:
-    """key -> "done", or why the cell is not done: never ran, failed, interrupted, or an input is missing."""
-    done = store.done(plan.cells())
+    """key -> "done", or why the cell is not done: damaged, failed, interrupted, an input is missing, never ran."""
+    done, damaged = store.look(plan.cells())
     failed, started = store.failures(), store.started()
     out: dict[str, str] = {}
     for k, node in plan.nodes.items():
         missing = [i for i in node.inputs if i not in done]
         if k in done:
             out[k] = "done"
+        elif k in damaged:
+            out[k] = f"damaged: {damaged[k]}"
         elif k in failed:
             out[k] = f"{FAILED}: {failed[k]}"
         elif (step := started.get(store.folder(node.cell).rsplit("/", 1)[-1])) is not None:

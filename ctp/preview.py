@@ -32,7 +32,9 @@ def describe(plan: Plan, state: dict[str, str], todo: set[str]) -> None:
     kinds = Counter(plan.nodes[k].cell.kind for k in plan.nodes)
     listing = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     print(f"{plan.name}: {len(plan.nodes)} cells ({listing}): {done} done, {len(todo)} to run")
-    why = Counter(state[k].split(":")[0] if state[k].startswith("failed") else _short(state[k]) for k in todo)
+    why = Counter(
+        state[k].split(":")[0] if state[k].startswith(("failed", "damaged")) else _short(state[k]) for k in todo
+    )
     for reason, n in why.most_common():
         print(f"  {n:>5}  {reason}")
     for warning in warnings(plan):

@@ -4,6 +4,7 @@
 harness itself is not imported here: it takes seconds, and planning needs only its files.
 """
 
+import glob
 import hashlib
 import json
 import re
@@ -157,7 +158,7 @@ def _from_folder(task: Task, folder: Path) -> Task:
         if split in (evaluated, given):
             raise ValueError(f"the task {task.name} needs {split}.jsonl, and {folder} has none")
     found = {split: path for split, path in sorted(there.items()) if split not in missing}
-    changes = _files("json", {split: str(path) for split, path in found.items()})
+    changes = _files("json", {split: _pattern(path) for split, path in found.items()})
     changes |= {field: None for field, split in named.items() if split in missing}
     examples = given or named.get("training_split") or named.get("validation_split") or ""  # the harness's order
     lacking = examples if examples in missing else ""
@@ -179,7 +180,7 @@ def _own_data(task: Task, commit: str) -> Task:
         parts = given if isinstance(given, dict) else {"train": given}  # datasets' name for files without one
         files = {n: [_data_file(task, f) for f in (v if isinstance(v, list) else [v])] for n, v in parts.items()}
         data = [(f"{split} {i}", file) for split, listed in files.items() for i, file in enumerate(listed)]
-        local = {split: [str(f) for f in listed] for split, listed in files.items()}
+        local = {split: [_pattern(f) for f in listed] for split, listed in files.items()}
         return replace(
             task, changes=_files(path, local, kwargs, name=task.config.get("dataset_name")), data=tuple(data)
         )
@@ -197,6 +198,13 @@ def _data_file(task: Task, name: Any) -> Path:
     if not file.is_file():
         raise ValueError(f"the task {task.name}: dataset_kwargs.data_files: there is no file {file}")
     return file.resolve()
+
+
+def _pattern(path: Path) -> str:
+    """What `datasets` reads as this very file: * ? [ are its wildcards. Raises ValueError for "::", a chain to it."""
+    if "::" in str(path):
+        raise ValueError(f"a task's data cannot be in a folder with '::' in its name: {path}")
+    return glob.escape(str(path))
 
 
 def _files(builder: str, files: Any, kwargs: dict[str, Any] | None = None, name: str | None = None) -> dict[str, Any]:

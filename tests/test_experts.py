@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from tiny import random_windows, tiny_llama, tiny_moe
 from tinygrid import VOCAB, byte_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import ctp
 from ctp.compression import compress_model
 from ctp.compression.artifact import Compressed
 from ctp.compression.blocks import decoder_blocks, shared_inputs
 from ctp.compression.chain import capture
-from ctp.compression.experts import is_experts, matrices, split
+from ctp.compression.experts import experts_in, matrices, split
 from ctp.compression.routing import Routing, filled_up, pieces, stages
 from ctp.compression.walk import _measured
 from ctp.formats.checkpoint import open_checkpoint
@@ -36,10 +36,6 @@ NAMES = {  # what the first expert's matrices are called, gate, up, down, in the
 @pytest.fixture(params=NAMES)
 def model(request):
     return tiny_moe(request.param)
-
-
-def experts_in(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(n, m) for n, m in model.named_modules() if is_experts(m)]
 
 
 def seen(model: nn.Module, windows: torch.Tensor, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,7 +150,7 @@ def test_an_experts_matrix_is_solved_as_a_linear_would_be():
         for name, p in model.named_parameters():
             if name in state:
                 p.copy_(state[name])
-        for layer, m in experts_in(model):
+        for layer, m, _ in experts_in(model):
             mlp = dense.get_submodule(layer.removesuffix(".experts"))
             m.gate_up_proj.copy_(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).expand_as(m.gate_up_proj))
             m.down_proj.copy_(mlp.down_proj.weight.expand_as(m.down_proj))
@@ -165,6 +161,30 @@ def test_an_experts_matrix_is_solved_as_a_linear_would_be():
         for expert in range(4):
             found = ours[own.replace("experts.0", f"experts.{expert}")].dense(torch.float32)
             torch.testing.assert_close(found, linear.dense(torch.float32), rtol=0.0, atol=0.02)
+
+
+def test_experts_in_two_dimensions(tmp_path):
+    """DBRX: no marks, the experts' matrices one after the other, down_proj transposed."""
+    size = {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": 61}
+    inside = {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}
+    config = AutoConfig.for_model(
+        "dbrx", **size, ffn_config=inside, attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape), alpha=0.1)
+    before, windows, facts = copy.deepcopy(model.state_dict()), random_windows(8, 32), config_facts(config)
+    layers = compress_model(model, windows, GPTQ(bits=8))
+    assert sum(layer.shape[0] * layer.shape[1] for layer in layers.values()) == facts.linear_parameters
+    name = "transformer.blocks.1.ffn.experts"
+    down = before[f"{name}.mlp.w2"].view(4, 48, 32)[3].T
+    torch.testing.assert_close(layers[f"{name}.3.down_proj"].dense(torch.float32), down, rtol=0.0, atol=0.02)
+    small = Compressed.of(model, layers, byte_tokenizer())
+    with torch.no_grad():
+        for opened in (small.model(), small.model(packed=True)):
+            assert torch.equal(opened(input_ids=windows).logits, model(input_ids=windows).logits)
 
 
 def test_experts_are_compressed_side_by_side_and_in_little_memory(monkeypatch):
@@ -187,11 +207,15 @@ def test_experts_are_compressed_side_by_side_and_in_little_memory(monkeypatch):
 
 def test_experts_that_do_more_than_they_say_are_refused():
     model = tiny_moe("mixtral")
-    layer = model.get_submodule("model.layers.0.mlp.experts")
+    layer = model.get_submodule("model.layers.1.mlp.experts")
     own = layer.forward
     layer.forward = lambda hidden, index, weight: own(hidden, index, weight) * 2
-    with pytest.raises(RuntimeError, match=r"model\.layers\.0: its experts one by one differ"):
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match=r"model type mixtral: .* the experts of model\.layers\.1, run one by one, differ"
+    ):
         compress_model(model, random_windows(2, 16), GPTQ(bits=4))
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
 # --------------------------------------------------------------------------- files
@@ -229,7 +253,7 @@ def test_a_format_that_cannot_hold_the_experts_is_refused(tmp_path):
             export(uneven, tmp_path / "out", format)
     model = tiny_moe("gpt_oss", hidden=64)
     fused = Compressed.of(model, compress_model(model, random_windows(2, 24), GPTQ(bits=4, sym=True)), byte_tokenizer())
-    with pytest.raises(ValueError, match="checkpoints of model type gpt_oss hold no linear for each expert"):
+    with pytest.raises(ValueError, match="model type gpt_oss: its checkpoints hold no linear for each expert"):
         export(fused, tmp_path / "out", "gptq")
 
 

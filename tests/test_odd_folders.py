@@ -3,8 +3,11 @@
 import os
 
 import pytest
+from tinytasks import own_task
 
 from analysis.runs import existing
+from ctp import tasks
+from ctp.evaluate.tasks import build
 from ctp.runinfo import sqlite_file, tracking_uri
 from ctp.runs import Runs
 from ctp.store import Store
@@ -33,3 +36,13 @@ def test_a_plain_folder_has_a_plain_address(tmp_path, monkeypatch):
     assert tracking_uri(str(tmp_path / "store")) == f"sqlite:///{tmp_path / 'mlflow.db'}"
     assert sqlite_file("sqlite:///results/mlflow.db?timeout=5").name == "mlflow.db"
     assert sqlite_file("http://localhost:5000") is None
+
+
+def test_a_tasks_rows_are_those_of_its_own_folder(tmp_path):
+    """`datasets` takes * ? [ in a path for wildcards."""
+    for name, rows in (("axb", 3), ("a*b", 4), ("a?b[c]", 5)):
+        task = own_task(tmp_path / name, rows=rows)
+        _, revision, location = tasks.locate(task)
+        assert len(build(location, revision, 0).dataset["test"]) == rows
+    with pytest.raises(ValueError, match="a folder with '::' in its name"):
+        tasks.locate(own_task(tmp_path / "a::b"))

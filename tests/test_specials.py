@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import tiny_llama
 from tinygrid import VOCAB, grid, model_folder, write_grid
+from tinytasks import own_task
 from tokenizers import processors
 from transformers import Gemma2Config, Gemma2ForCausalLM, GemmaConfig, LlamaConfig
 
@@ -120,6 +121,15 @@ def test_a_grid_that_asks_for_a_token_that_is_not_there(tmp_path):
     said = "the tokenizer of m has no beginning-of-text token"
     places = ("calibration.bos = 'each'", "measures.text.bos = 'each'", "recovery.method = 'bos'")
     assert sorted(problems(tmp_path, content)) == [f"{tmp_path / 'g.yaml'}: {place}: {said}" for place in places]
+
+
+def test_a_task_needs_one_of_both_tokens(tmp_path):
+    model = folder(tmp_path / "m", bare())
+    content = grid(model, measures={"method": "task", "name": own_task(tmp_path / "sums")})
+    said = "measures.name = 'sums': the tokenizer of m has neither a beginning-of-text nor an end-of-text token"
+    assert problems(tmp_path, content) == [f"{tmp_path / 'g.yaml'}: {said}, and a task needs one of them"]
+    bare(bos_token="<bos>").save_pretrained(model)
+    assert planned(tmp_path, content).nodes
 
 
 def test_validation_begins_like_the_text(tmp_path):

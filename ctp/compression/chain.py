@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ctp.compression.blocks import decoder_blocks
 from ctp.compression.calls import Batch, Call, alike, hidden_of, holds_state, merged, same, stop, stopping
+from ctp.compression.experts import experts_in, split
 from ctp.compression.layer import all_finite
 from ctp.compression.linears import large, linears
 from ctp.names import brief
@@ -81,10 +82,11 @@ def foreseen(model: nn.Module) -> tuple[str, frozenset[str]]:
     blocks = list(decoder_blocks(model)[1])
     for kwargs in {}, {"attention_mask": torch.zeros(1, 1, 2, 2, device="meta")}:  # most look into masks of their own
         try:
-            steps, idle = _observed(model, blocks, torch.zeros(1, 2, dtype=torch.long), **kwargs)
+            with split(model):  # experts know what to do with tokens that have no numbers
+                steps, idle = _observed(model, blocks, torch.zeros(1, 2, dtype=torch.long), **kwargs)
+                return _broken(model, steps, idle), frozenset(idle)
         except Exception:
             continue
-        return _broken(model, steps, idle), frozenset(idle)
     return "", frozenset()
 
 
@@ -228,3 +230,26 @@ def _worthless(out: Any) -> Any:
         )
     rest = [torch.full_like(o, torch.nan) if isinstance(o, Tensor) and o.is_floating_point() else None for o in out[1:]]
     return (None, *rest) if isinstance(out, tuple) else [None, *rest]
+
+
+@torch.no_grad()
+def check_experts(model: nn.Module, window: Tensor, chain: Chain, tolerance: float = 1e-2) -> None:
+    """Raises ValueError unless every block computes the same on `window` (1, tokens) with its experts split into
+    linears, up to rounding.
+
+    tolerance: largest difference relative to the largest value. Catches experts that do more than is known of them.
+    """
+    prefix, blocks = decoder_blocks(model)
+    if not experts_in(blocks):
+        return
+    batch = capture(model, window, 1, chain)[0]
+    for i, block in enumerate(blocks):
+        whole = batch.run(block)
+        with split(block):
+            difference = float((whole - batch.run(block)).abs().max() / whole.abs().max().clamp(min=1e-30))
+        if not difference <= tolerance:
+            raise ValueError(
+                f"{_name(model)}: the experts of {prefix}.{i}, run one by one, differ from their layer by "
+                f"{difference:.1e} of the largest value"
+            )
+        batch.hidden = whole

@@ -1,7 +1,10 @@
 """The linears of a block: nn.Linear, and the Conv1D of GPT-2, whose weight lies transposed."""
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -13,8 +16,25 @@ SMALL = 1 / 4  # of the linears' weights: what the other matrices of a block may
 def linears(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
     """The linears inside a module by name, each once; those of routers not, those of experts if they are split."""
     left = routers(module, prefix)
-    found = ((n, m) for n, m in module.named_modules(prefix=prefix) if isinstance(m, nn.Linear | Conv1D))
-    return {n: m for n, m in found if n not in left}
+    return {n: m for n, m in module.named_modules(prefix=prefix) if is_linear(m) and n not in left}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Is it W x + b? Some classes made of nn.Linear compute something else, as grouped products."""
+    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    return plain or (isinstance(module, nn.Linear) and _computes_the_same(type(module)))
+
+
+@cache
+def _computes_the_same(kind: type[nn.Linear]) -> bool:
+    """Does a class made of nn.Linear compute W x + b in a way of its own (Falcon's)? Tried on a small one."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            made = kind(3, 2, device="cpu", dtype=torch.float32)
+            x = torch.arange(12.0, device="cpu").view(4, 3)
+            return torch.allclose(made(x), F.linear(x, made.weight, made.bias))
+        except Exception:  # it takes other settings
+            return False
 
 
 def matrix(linear: nn.Module) -> Tensor:
@@ -25,12 +45,12 @@ def matrix(linear: nn.Module) -> Tensor:
 
 
 def as_stored(linear: nn.Module | None, weight: Tensor) -> Tensor:
-    """A weight (outputs, inputs) laid out as the linear's own parameter, contiguous."""
+    """A weight (outputs, inputs) laid out as the linear's own parameter, contiguous; its own inverse."""
     return weight.T.contiguous() if isinstance(linear, Conv1D) else weight
 
 
 def not_linear(block: nn.Module, prefix: str) -> str:
-    """The name of the largest matrix of a block that is no linear's weight, where these are no side matter; "" else.
+    """The name of a matrix of a block that is no linear's weight and no side matter either; "" if there is none.
 
     Depthwise convolutions, embeddings and whatever is small beside the linears (state matrices, gates) is left as it
     is. Experts in 3-D parameters are not small: a walk over linears would leave most of the model as it is, unless they
@@ -39,9 +59,13 @@ def not_linear(block: nn.Module, prefix: str) -> str:
     sizes: dict[str, int] = {}
     left = routers(block, prefix)
     for name, module in block.named_modules(prefix=prefix):
-        if name in left or isinstance(module, nn.Linear | Conv1D | nn.Embedding) or _depthwise(module):
+        if name in left or is_linear(module) or isinstance(module, nn.Embedding) or _depthwise(module):
             continue
-        sizes |= {f"{name}.{n}": p.numel() for n, p in module.named_parameters(recurse=False) if p.squeeze().ndim >= 2}
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and len(parameter) == getattr(module, "num_experts", None):
+                return f"{name}.{own}"
+            if parameter.squeeze().ndim >= 2:
+                sizes[f"{name}.{own}"] = parameter.numel()
     known = sum(matrix(m).numel() for m in linears(block).values())
     return max(sizes, key=sizes.__getitem__) if sum(sizes.values()) > SMALL * known else ""
 

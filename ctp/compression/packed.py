@@ -90,15 +90,17 @@ class PackedExperts(nn.Module):
     """Frozen experts of a mixture, each matrix of the bits that its artifact stores; all are unpacked for one use of
     the layer, once for its output and once for the gradient, and computed with as the layer itself does.
 
-    experts: the layer, whose 3-D parameters are taken away. found: where each of `linears` lies in them.
+    experts: the layer, whose parameters are taken away. found: where each of `linears` lies in them.
     """
 
     def __init__(self, experts: nn.Module, found: Sequence[Matrix], linears: Sequence[PackedLinear]) -> None:
         super().__init__()
         self.found, self.linears = list(found), nn.ModuleList(linears)
-        self.shapes = {own: experts.get_parameter(own).shape for own in dict.fromkeys(map(_own, found))}
-        for own in self.shapes:
-            delattr(experts, own)
+        own = dict.fromkeys(m.part.parameter for m in found)
+        self.shapes = {name: experts.get_parameter(name).shape for name in own}
+        for name in own:
+            at, _, last = name.rpartition(".")
+            delattr(experts.get_submodule(at), last)
         self.experts = experts
         self.register_buffer("like", torch.empty(0, dtype=linears[0].dtype), persistent=False)
 
@@ -109,27 +111,24 @@ class PackedExperts(nn.Module):
         return out
 
     def _computed(self, *args: Any, **kwargs: Any) -> Tensor:
-        for own, weight in self._unpacked().items():
-            setattr(self.experts, own, weight)
+        places = {name: name.rpartition(".") for name in self.shapes}
+        for name, weight in self._unpacked().items():
+            setattr(self.experts.get_submodule(places[name][0]), places[name][2], weight)
         try:
             out: Tensor = self.experts(*args, **kwargs)
         finally:
-            for own in self.shapes:
-                delattr(self.experts, own)
+            for at, _, last in places.values():
+                delattr(self.experts.get_submodule(at), last)
         return out
 
     @torch.no_grad()
     def _unpacked(self) -> dict[str, Tensor]:
         like: Any = self.like
-        out = {own: like.new_empty(shape) for own, shape in self.shapes.items()}
+        out = {name: like.new_empty(shape) for name, shape in self.shapes.items()}
         for m, linear in zip(self.found, self.linears, strict=True):
             assert isinstance(linear, PackedLinear)
-            m.of(out[_own(m)]).copy_(linear.dense(like.dtype))
+            m.of(out[m.part.parameter]).copy_(linear.dense(like.dtype))
         return out
-
-
-def _own(m: Matrix) -> str:
-    return m.parameter.rpartition(".")[2]
 
 
 def put_packed(model: nn.Module, packed: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -140,7 +139,7 @@ def put_packed(model: nn.Module, packed: Mapping[str, Tensor], dtype: torch.dtyp
         fields.setdefault(name, {})[field] = tensor
     layers: dict[str, list[Matrix]] = {}
     for m in matrices(model).values():
-        layers.setdefault(m.parameter.rpartition(".")[0], []).append(m)
+        layers.setdefault(m.layer, []).append(m)
     for path, found in layers.items():
         linears = [PackedLinear(fields.pop(m.name), None, dtype) for m in found]
         put(model, path, PackedExperts(model.get_submodule(path), found, linears))

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ctp.compression.blocks import decoder_blocks, packed_linears, shared_inputs, unfit
 from ctp.compression.calls import Batch, stop, stopping
-from ctp.compression.chain import capture, check_chain
-from ctp.compression.experts import check_split, matrices, split
+from ctp.compression.chain import capture, check_chain, check_experts
+from ctp.compression.experts import matrices, split
 from ctp.compression.layer import Layer, check
 from ctp.compression.linears import linears, matrix
 from ctp.compression.refit import stripes
@@ -62,6 +62,7 @@ def compress_model(
         chain = check_chain(model, windows[:1])
         with split(blocks):
             _check_shapes({n: m for n, m in linears(blocks, prefix).items() if n not in chain.idle}, compression)
+        check_experts(model, windows[:1, :PROBE], chain)
         batches = capture(model, windows, batch or _batch(model, windows.shape[1]), chain)
         probe = capture(model, windows[:1, :PROBE], 1, chain)[0]
         for i, block in enumerate(blocks):
@@ -100,10 +101,8 @@ def compress_block(
     before it produce.
     """
     layers: dict[str, Layer] = {}
-    before = probe.run(block)
     with split(block):
         groups = shared_inputs(block, probe, [n.removeprefix(f"{prefix}.") for n in idle])
-        check_split(before, probe.run(block), prefix)
         for stage in stages(block, groups) if compression.true_sequential else [groups] * bool(groups):
             for part in pieces(block, stage):
                 sums = filled_up(block, part, partial(_measured, block, batches), prefix, routing or Routing())

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ctp.methods import Perplexity
-from ctp.recover.attach import check_fit, frozen, scored_nll
+from ctp.recover.attach import check_fit, check_readable, frozen, scored_nll
 from ctp.recover.prefix import Prefix, prefix
 
 if TYPE_CHECKING:
@@ -61,11 +61,14 @@ def perplexity(
     prompt: rows, which then go through the model once, or what `prefix` made of them for this model. Runs where the
     model's embedding lies, in the model's dtype (or the caller's autocast), `batch` windows at a time; log-softmax in
     fp32, summed in float64. `progress(done, n)` is called after each batch. Raises ValueError if k + s tokens exceed
-    the model's context or a shape does not fit, FloatingPointError if the sum is not finite.
+    the model's context, a shape does not fit or the model cannot read rows, FloatingPointError if the sum is not
+    finite.
     """
     k = 0 if prompt is None else len(prompt)
     rows = prompt.rows if isinstance(prompt, Prefix) else prompt
     check_fit(model, windows, k, None if rows is None else rows.shape[1])
+    if k:
+        check_readable(model)
     device = model.get_input_embeddings().weight.device
     n, s = windows.shape
     total = torch.zeros((), dtype=torch.float64)

@@ -18,7 +18,7 @@ from ctp.compression.artifact import PACKED, Compressed, read_generation, read_t
 from ctp.compression.blocks import decoder_blocks
 from ctp.compression.experts import matrices
 from ctp.compression.layer import Layer
-from ctp.compression.linears import linears
+from ctp.compression.linears import as_stored, is_linear, linears
 from ctp.compression.names import names_here
 from ctp.compression.pack import pack
 from ctp.formats import compressed_tensors, gptq
@@ -141,11 +141,12 @@ def _module_name(name: str, bare: nn.Module) -> str:
 def _pruned(tensors: Mapping[str, Tensor], bare: nn.Module) -> Iterator[tuple[str, Layer, set[str]]]:
     """Linears of the decoder blocks with so many zeros that a mask pays."""
     prefix, blocks = decoder_blocks(bare)
-    plain = [n for n, m in linears(blocks, prefix).items() if isinstance(m, nn.Linear)]
-    for name in [*plain, *(m.name for m in matrices(bare).values())]:
-        weight = tensors.get(f"{name}.weight")
-        if weight is None:
+    known = linears(blocks, prefix)
+    for name in [*known, *(m.name for m in matrices(bare).values())]:
+        stored = tensors.get(f"{name}.weight")
+        if stored is None:
             continue  # told when the model is built: a weight is missing
+        weight = as_stored(known.get(name), stored)
         mask = weight != 0
         if int(mask.sum()) + weight.numel() / (8 * weight.element_size()) < weight.numel():
             yield name, Layer((weight.shape[0], weight.shape[1]), mask=mask, values=weight[mask]), {f"{name}.weight"}
@@ -160,4 +161,4 @@ def _leftover(name: str, tensor: Tensor, bare: nn.Module) -> bool:
         linear = bare.get_submodule(module)
     except AttributeError:
         return False
-    return field == "bias" and isinstance(linear, nn.Linear) and linear.bias is None and not bool(tensor.any())
+    return field == "bias" and is_linear(linear) and linear.bias is None and not bool(tensor.any())

@@ -13,7 +13,7 @@ from torch import nn
 from ctp.cache import new_folder
 from ctp.compression.artifact import Compressed, save_generation, save_model
 from ctp.compression.blocks import decoder_blocks
-from ctp.compression.experts import Matrix, is_experts, matrices, routers
+from ctp.compression.experts import Matrix, experts_in, matrices, routers
 from ctp.compression.layer import Layer
 from ctp.compression.names import as_original, original_names
 from ctp.formats import FORMATS, compressed_tensors, gptq
@@ -41,9 +41,7 @@ def export(model: Compressed | str | Path, folder: str | Path, format: str) -> l
     with quiet(), new_folder(Path(folder)) as work:
         if format == "hf":
             whole = model.model()
-            if any(
-                map(is_experts, whole.modules())
-            ):  # under the names of the original checkpoints, not of `Compressed`
+            if experts_in(whole):  # under the names of the original checkpoints, not of `Compressed`
                 vars(whole).pop("_weight_conversions", None)
             save_model(whole, work)
             notes = ["The weights are ordinary ones, of the size of the uncompressed model."]
@@ -106,7 +104,7 @@ def _survey(
             raise ValueError(f"{format} has no form for pruned weights that are not quantized ({name}): export hf")
         grids[name] = layer.bits, layer.shape[1], layer.zero_points().shape[1]
         kept, weights = kept + layer.kept, weights + layer.shape[0] * layer.shape[1]
-    why = unopened(skeleton(model.config), grids, experts)
+    why = unopened(format, skeleton(model.config), grids, experts)
     if format == "gptq" and not why:
         why = gptq.unaligned({n: layer.shape for n, layer in model.layers()}, max(g[0] for g in grids.values()))
     if why:

@@ -105,7 +105,7 @@ class Learned(Recovery):
 class SoftPrompt(Learned):
     """k trained rows before every input, Eq. (1) of the paper; defaults are the paper's text (section 4).
 
-    init: what the rows start from: distinct vocabulary entries drawn by `seed` (the text), the first k (their code),
+    init: what the rows start from: distinct tokens drawn by `seed` (the text), the first k (their code),
     or the tokens of init_text. dtype: of the prompt and so of its updates; "bfloat16" is their code's.
     """
 

@@ -97,7 +97,7 @@ def context_of(model: PreTrainedModel) -> int | None:
 def check_fit(model: PreTrainedModel, windows: Tensor, k: int, width: int | None = None) -> None:
     """Raise ValueError unless `windows` are token windows (n, s) that fit the model behind k prompt rows of `width`.
 
-    Also where it cannot read rows at all (`check_readable`).
+    Also where its configuration says that it cannot read rows.
     """
     if windows.dim() != 2 or windows.dtype != torch.long or len(windows) == 0 or windows.shape[1] < 2:
         raise ValueError(
@@ -110,7 +110,7 @@ def check_fit(model: PreTrainedModel, windows: Tensor, k: int, width: int | None
     if width is not None and width != embedding.embedding_dim:
         raise ValueError(f"prompt rows of {width} numbers do not fit embeddings of {embedding.embedding_dim}")
     if k:
-        check_readable(model)
+        families.check(model.config, "prompt")
     context = context_of(model)
     s = windows.shape[1]
     if context is not None and k + s > context:

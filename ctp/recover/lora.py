@@ -20,12 +20,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ctp import families
 from ctp.compression.blocks import decoder_blocks
+from ctp.compression.linears import linears
+from ctp.families import FUSED, QUERY, VALUE
 from ctp.methods import LoRA
 from ctp.recover.adapter import ADAPTER, restored
 from ctp.recover.attach import frozen
 from ctp.recover.cell import recover_with
-from ctp.recover.projections import FUSED, QUERY, VALUE, outside, projections, unfit
 from ctp.recover.state import Outcome
 from ctp.recover.steps import generator
 from ctp.recover.train import Checkpoint, Report, Trainable, train
@@ -80,9 +82,10 @@ def learn_lora(
     The model moves to runtime.device (unless accelerate has spread it out) and is otherwise left as it was found.
     resume, checkpoint, report: as `ctp.recover.train.train` has them, which says what else is raised.
 
-    Raises ValueError where the model has no query and value projections that ctp knows, or fewer blocks than
-    spec.layers.
+    Raises ValueError where the model is refused, has no query and value projections that ctp knows, or fewer blocks
+    than spec.layers.
     """
+    families.check(model.config, "lora")
     state = train(
         model, lambda: injected(model, spec), windows, validation, spec,
         runtime=runtime, resume=resume, checkpoint=checkpoint, report=report,
@@ -129,19 +132,23 @@ def _trainable(model: PreTrainedModel, layers: dict[str, LoraLayer], spec: LoRA)
 
 def _projections(model: PreTrainedModel, layers: int | None) -> list[str]:
     """Names of the query and value projections in the last `layers` blocks, BLOOM's split first. Raises ValueError."""
-    if layers is None and (why := unfit(model)):
-        raise ValueError(why)
-    blocks = decoder_blocks(model)[1]
+    place, blocks = decoder_blocks(model)
     if layers is not None and layers > len(blocks):
         raise ValueError(f"layers = {layers}: the model has {len(blocks)} decoder blocks")
+    if why := families.no_projections(model.config, blocks, layers):
+        raise ValueError(why)
     fused, names = FUSED.get(model.config.model_type), []
     for i in range(len(blocks) - (layers or len(blocks)), len(blocks)):
-        found = projections(model, i)
         if fused:
             _split(blocks[i], fused, model.config.num_attention_heads)
-            found = [f"{name}.{own}" for name in found for own in (QUERY, VALUE)]
-        names += found
+        names += [f"{place}.{i}.{n}" for n in linears(blocks[i]) if n.split(".")[-1] in (QUERY, VALUE)]
     return names
+
+
+def _outside(model: PreTrainedModel) -> bool:
+    """Are there linears of these names outside the decoder blocks, as in a tower for images?"""
+    inside = decoder_blocks(model)[0]
+    return any(n.split(".")[-1] in (QUERY, VALUE) for n in linears(model) if not n.startswith(f"{inside}."))
 
 
 # ----------------------------------------------------------------- a fused projection
@@ -202,7 +209,7 @@ def _settings(model: PreTrainedModel, spec: LoRA) -> dict[str, Any]:
     count = len(blocks)
     last = None if spec.layers is None else list(range(count - spec.layers, count))
     target: list[str] | str = [QUERY, VALUE]
-    if outside(model):  # PEFT takes names for ends of names, anywhere; a pattern is for whole names
+    if _outside(model):  # PEFT takes names for ends of names, anywhere; a pattern is for whole names
         numbers = "|".join(map(str, last or range(count)))
         target, last = rf"{re.escape(place)}\.({numbers})\..*\b({QUERY}|{VALUE})", None
     return {
