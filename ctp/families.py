@@ -6,7 +6,7 @@ exist yet; it goes by the name of the model type where nothing else tells.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 # compress: GPTQ, SparseGPT. prompt: rows in front of the text, learned or given. lora: learning LoRA layers.
@@ -115,8 +115,8 @@ def needs_bos(config: Any) -> bool:
     return "gemma" in config.get_text_config().model_type
 
 
-def no_projections(config: Any, blocks: Sequence[Any], layers: int | None = None) -> str:
-    """Why LoRA is refused for a model with these decoder blocks (modules, without weights as well), "" where it is not.
+def no_projections(config: Any, blocks: Any, layers: int | None = None) -> str:
+    """Why LoRA is refused for a model with this list of decoder blocks (without weights as well), "" where it is not.
 
     layers: how many of the last blocks it is learned on, None for all.
     """
