@@ -22,8 +22,9 @@ def linears(module: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
 
 def is_linear(module: nn.Module) -> bool:
     """Is it W x + b? Some classes made of nn.Linear compute something else, as grouped products."""
-    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
-    return plain or (isinstance(module, nn.Linear) and _computes_the_same(type(module)))
+    kind: Any = type(module)
+    plain = kind.forward in (nn.Linear.forward, Conv1D.forward)
+    return plain or (isinstance(module, nn.Linear) and _computes_the_same(kind))
 
 
 @cache
