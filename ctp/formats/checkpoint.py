@@ -19,7 +19,8 @@ from ctp.compression.blocks import decoder_blocks
 from ctp.compression.layer import Layer
 from ctp.compression.pack import pack
 from ctp.formats import compressed_tensors, gptq
-from ctp.models import LOCAL, locate, skeleton
+from ctp.modelfiles import weight_files
+from ctp.models import LOCAL, check_pinned, skeleton
 
 READERS = {"gptq": gptq, "compressed-tensors": compressed_tensors}
 
@@ -34,8 +35,7 @@ def fetch(location: str, revision: str, weights: bool = True) -> Path:
         return hub.fetch(location.removeprefix("hub:"), revision, files, "checkpoint")
     if location.startswith(("package:", tiny_models.SCHEME)):
         raise ValueError("a checkpoint is a folder or a hub id, not a tiny or packaged model")
-    if locate(location)[1] != revision:
-        raise ValueError(f"the checkpoint in {location} has changed since it was pinned")
+    check_pinned(location, revision)
     return Path(location)
 
 
@@ -96,19 +96,13 @@ def open_checkpoint(folder: Path, dtype: str = "auto", tokenizer: Any = None) ->
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors: those of the index, else of model.safetensors, else of every .safetensors file."""
-    index = sorted(folder.glob("*.safetensors.index.json"))
-    if index:
-        names = sorted(set(_json(index[0]).get("weight_map", {}).values()))
-    elif (folder / "model.safetensors").is_file():
-        names = ["model.safetensors"]
-    else:
-        names = sorted(f.name for f in folder.glob("*.safetensors"))
+    """All tensors of the folder's weight files. Raises ValueError where two files hold one of the same name."""
     out: dict[str, Tensor] = {}
-    for name in names:
-        if Path(name).name != name:
-            raise ValueError(f"{index[0].name} names {name!r}, which is no file of {folder.name}")
-        out |= read_tensors(folder / name)
+    for file in weight_files(folder, named=False):
+        found = read_tensors(file)
+        if twice := sorted(out.keys() & found.keys()):
+            raise ValueError(f"{file} holds {twice[0]}, and another .safetensors file too: which of them is the model?")
+        out |= found
     return out
 
 
