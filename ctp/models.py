@@ -1,4 +1,4 @@
-"""Causal language models by name: a hub id, a folder, a GGUF file inside an installed package, or a tiny random one.
+"""Causal language models by name: a hub id, a folder, a GGUF file, one inside an installed package, or a tiny one.
 
 `locate` pins a name to one exact version without loading it; `load` gives a ready model and tokenizer. Weights come
 from safetensors (or GGUF, converted once per machine; or, where a hub model has no safetensors, from its .bin files, of
@@ -18,7 +18,7 @@ from ctp import families, ggufs, hub, modelfiles, tiny_models
 from ctp.cache import cache_dir, check_same, digest, write_json
 from ctp.ggufs import LOCAL, PACKAGED, quiet
 from ctp.names import brief, shown
-from ctp.paths import folder_named
+from ctp.paths import expanded, folder_named, there
 
 UNPINNED = "unpinned"  # the revision of what is only planned with, while the hub cannot be reached
 KNOWN = Path(__file__).with_name("known_models.json")  # hub id or package -> the revision it stands for, its Facts
@@ -77,6 +77,8 @@ def locate(name: str, revision: str = "") -> tuple[str, str, str]:
         if (folder / "adapter_config.json").is_file():  # transformers would load it, and the base model that it names
             raise ValueError(f"{name!r} holds an adapter beside the model: keep it in a folder of its own")
         return short, "sha256:" + digest(files), str(folder.resolve())
+    if name.endswith(ggufs.SUFFIX) and (file := expanded(name)) and there(file) and file.is_file():
+        return file.stem, "sha256:" + digest([file]), f"{ggufs.SCHEME}{file.resolve()}"
     if name.startswith(("/", ".", "~")):
         raise ValueError(f"there is no folder {shown(name)}")
     if not revision and name in known_models():
@@ -94,6 +96,8 @@ def pinned_files(location: str) -> list[Path]:
     """The files whose hash is the revision of a location; none where the location itself is exact."""
     if location.startswith("package:"):
         return [ggufs.packaged(location)]
+    if location.startswith(ggufs.SCHEME):
+        return [Path(location.removeprefix(ggufs.SCHEME))]
     if location.startswith(("hub:", tiny_models.SCHEME)):
         return []
     if files := _read_files(Path(location)):
@@ -223,8 +227,8 @@ def facts(location: str, revision: str) -> Facts:
 
     folder, _ = _folder(location, revision, weights=False)
     modelfiles.check_config(folder)
-    there = modelfiles.weight_files(folder, named=False) if any(folder.glob("*.safetensors")) else []
-    held = {n: s for f in there for n, s in modelfiles.shapes(f).items()}
+    files = modelfiles.weight_files(folder, named=False) if any(folder.glob("*.safetensors")) else []
+    held = {n: s for f in files for n, s in modelfiles.shapes(f).items()}
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, **LOCAL)
@@ -297,8 +301,9 @@ def _folder(location: str, revision: str, weights: bool = True) -> tuple[Path, b
     if location.startswith("hub:"):
         return hub.fetch_model(location.removeprefix("hub:"), revision, weights)
     if location.startswith("package:"):
-        file = ggufs.packaged(location)
-        return ggufs.folder(file, revision, lambda: check_pinned(location, revision)), True
+        return ggufs.folder(ggufs.packaged(location), revision), True
+    if location.startswith(ggufs.SCHEME):
+        return ggufs.folder(Path(location.removeprefix(ggufs.SCHEME)), revision), True
     if location.startswith(tiny_models.SCHEME):
         return tiny_models.folder(location, revision), True
     return Path(location), True

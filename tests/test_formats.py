@@ -242,8 +242,8 @@ def test_checkpoints_of_the_real_libraries_give_their_weights_and_logits(folder)
     assert_opens(folder)
 
 
-def test_there_are_checkpoints_of_both_libraries() -> None:
-    assert {p.name.split("-")[0] for p in CHECKPOINTS} == {"gptqmodel", "llmcompressor"}
+def test_there_are_checkpoints_of_every_library() -> None:
+    assert {p.name.split("-")[0] for p in CHECKPOINTS} == {"autoawq", "bitsandbytes", "gptqmodel", "llmcompressor"}
 
 
 def test_a_pruned_folder_is_a_checkpoint(tmp_path) -> None:
@@ -279,7 +279,7 @@ def test_names_without_the_heads_prefix_and_idle_biases(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quant_method": "awq"}, "quant_method = 'awq': allowed: gptq, compressed-tensors"),
+        ({"quant_method": "hqq"}, "quant_method = 'hqq': allowed: gptq, awq, bitsandbytes, compressed-tensors"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin': allowed: gptq, gptq_v2"),
         ({"checkpoint_format": None, "format": "marlin"}, "checkpoint_format = 'marlin'"),
         ({"bits": 5}, "bits = 5: allowed: 2, 3, 4, 8"),
@@ -449,7 +449,7 @@ def test_mistakes_about_checkpoints_are_told_while_planning(tmp_path) -> None:
     assert "not a compressed base, which has" in problem(other)
     config = json.loads((base / "config.json").read_text())
     awq = model_folder(tmp_path / "awq", hidden=64)
-    (awq / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
-    assert "quant_method = 'awq': allowed: gptq, compressed-tensors" in problem(awq)
+    (awq / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "hqq"}}))
+    assert "quant_method = 'hqq': allowed: gptq, awq, bitsandbytes, compressed-tensors" in problem(awq)
     assert "packaged model" in problem("smollm2-135m")
     assert "revision = 'sha256:0': other is sha256:" in problem(other, revision="sha256:0")

@@ -85,8 +85,13 @@ def _survey(model: Compressed, format: str, bare: Any) -> tuple[dict[str, tuple[
     grids: dict[str, tuple[int, int, int]] = {}
     kept = weights = 0
     for name, layer in model.layers():
+        if layer.bits not in (*gptq.BITS, None):
+            raise ValueError(f"{format} has no form for {layer.bits} bits ({name}): export hf")
         if layer.bits is None:
             raise ValueError(f"{format} has no form for pruned weights that are not quantized ({name}): export hf")
+        if layer.table is not None or layer.shift is not None:
+            raise ValueError(f"{format} has no form for codes that are not evenly spaced around a zero point ({name}): "
+                             "export hf")  # fmt: skip
         if not name.startswith(f"{inside}.") or type(bare.get_submodule(name)) is not nn.Linear:
             raise ValueError(f"{format}: {name} is no nn.Linear of a decoder block, which loaders expect: export hf")
         grids[name] = layer.bits, layer.shape[1], layer.zero_points().shape[1]
