@@ -42,7 +42,7 @@ class Job:
     folder: Path
     record: dict[str, Any]
     report: Report
-    reads: Reads
+    reads: Reads = field(default=Reads({}), kw_only=True)
 
     def progress(self, done: int, of: int) -> None:
         """Tell how many steps are done."""

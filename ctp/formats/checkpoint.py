@@ -30,7 +30,7 @@ READERS: dict[str, Any] = {
 
 
 def fetch(location: str, revision: str, weights: bool = True) -> Path:
-    """The folder, or GGUF file, of a checkpoint that `ctp.models.locate` found. weights: False for its configuration alone.
+    """The folder, or GGUF file, of a checkpoint that `ctp.models.locate` found. weights: False for the configuration.
 
     Raises ValueError where it has changed since it was pinned, or is no folder of its own.
     """
@@ -74,10 +74,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(folder: Path, dtype: str = "auto", tokenizer: Any = None) -> Compressed:
-    """The compressed model in `folder`, or in a GGUF file; ctp's own included. dtype: what it computes in, "auto" as its config says.
+    """The compressed model in `folder`, or in a GGUF file; ctp's own included.
 
-    tokenizer: the base model's; without one, the folder's own. Raises ValueError, in one sentence, where it is no
-    compressed model, in a format that ctp does not read, or not whole.
+    dtype: what it computes in, "auto" as its config says. tokenizer: the base model's; without one, the folder's own.
+    Raises ValueError, in one sentence, where it is no compressed model, in a format that ctp does not read, or not
+    whole, or where a tensor does not fit the configuration.
     """
     if (folder / PACKED).is_file():  # ctp's own
         opened = Compressed.open(folder)

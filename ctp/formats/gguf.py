@@ -1,8 +1,8 @@
 """GGUF files of llama.cpp, read: the block formats whose weights are evenly spaced, which are most.
 
 A row of weights is cut into blocks, and these into groups of 16 or 32; weight = scale * (code - zero) or, with a least
-weight per group, scale * code + shift. gguf's own dequantizer is asked for each: for the codes with the scales of a block
-set to 1, for the scales with its codes set to 1. Weights are then compared with those that the library makes.
+weight per group, scale * code + shift. gguf's own dequantizer is asked for each: for the codes with the scales of a
+block set to 1, for the scales with its codes set to 1. Weights are then compared with those that the library makes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -53,14 +53,17 @@ FORMATS = {
 PLAIN = ("F32", "F16", "BF16", "F64")
 
 
-def layers(tensors: Mapping[str, Tensor], file: Path, bare: nn.Module) -> Iterator[tuple[str, Layer, set[str]]]:
+def layers(tensors: Mapping[str, Tensor], file: Path, bare: Any) -> Iterator[tuple[str, Layer, set[str]]]:
     """Every quantized linear of a GGUF file: its name, its compressed form, and the name of its weight.
 
     tensors: the file's weights as transformers makes them. Raises ValueError naming a tensor whose format is not read.
     """
     from gguf import GGUFReader
     from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map, read_field,
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+        read_field,
     )  # fmt: skip
 
     reader = GGUFReader(file)
