@@ -8,7 +8,7 @@ import pytest
 from test_track import runs
 
 from ctp import database as files
-from ctp.runinfo import TrackError
+from ctp.runinfo import TrackError, sqlite_file
 from ctp.spec import key
 from ctp.track import Tracker
 
