@@ -118,6 +118,10 @@ def watched(every: float = 0.5, last: Callable[[], object] = lambda: None) -> It
     thread.start()
     try:
         yield
+    except BaseException as e:  # from within Ray's compiled code it comes as a SystemError
+        if said:
+            raise drain.RayLost(said) from e
+        raise
     finally:
         over.set()
         thread.join(timeout=5)
