@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-faults test-cluster foreign bench lint audit platforms clean
+.PHONY: demo test test-all test-faults test-cluster test-gpu foreign bench lint audit models platforms clean
 
 # Ends make before a recipe's first command where PYTHON is none of PYTHONS.
 found = $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
@@ -21,7 +21,7 @@ test: lint ## all tests but the slow ones, in two processes: most of them use on
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: lint foreign ## and the slow ones, against the real GPTQModel and llm-compressor too
-	$(BIN)/python -m pytest -m "not faults and not cluster"
+	$(BIN)/python -m pytest -m "not faults and not cluster and not gpu"
 
 test-faults: $(STAMP) ## kill -9 of drivers, workers, raylets; servers that go away; nine minutes on two cores
 	$(BIN)/python -m pytest tests/faults -m faults
@@ -38,7 +38,10 @@ test-cluster: .cluster/.installed ## `ray up` on three machines made of namespac
 	.cluster/bin/pip install --quiet --disable-pip-version-check -c requirements.lock -r requirements-cluster.lock "moto[server]==5.2.5"
 	touch $@
 
-foreign: .foreign/gptqmodel/.installed .foreign/llmcompressor/.installed ## their environments; they do not fit into ctp's
+test-gpu: ## what needs a GPU, with $(PYTHON)'s own torch, which must be a build for CUDA; skips where there is no GPU
+	$(PYTHON) -m pytest -m gpu -rs tests/gpu
+
+foreign: $(patsubst %,.foreign/%/.installed,gptqmodel llmcompressor autoawq bitsandbytes) ## their environments; they do not fit into ctp's
 
 .foreign/%/.installed: tests/foreign/%.txt requirements.lock
 	$(PYTHON) -m venv .foreign/$*
@@ -63,6 +66,9 @@ audit: .audit/.installed ## known vulnerabilities of all pinned packages; needs 
 	$(PYTHON) -m venv .audit
 	.audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1
 	touch $@
+
+models: $(STAMP) ## docs/models.md anew: what works on which architecture
+	$(BIN)/python -m tools.models
 
 platforms: $(STAMP) ## wheels of all pins for every Python and platform; needs a package index
 	$(BIN)/python -m tools.platforms

@@ -1,7 +1,6 @@
 """The finished cells of a grid, read from MLflow as one table a measure."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -14,7 +13,7 @@ import mlflow
 
 from analysis.paper import level
 from ctp.redact import scrub
-from ctp.runinfo import every_run
+from ctp.runinfo import every_run, sqlite_file
 
 AXES = ["model", "dataset", "split", "seq_len"]  # one matrix each
 SOURCE = ["source", "recovery", "adapter", "k", "learned_on"]  # one row each
@@ -43,7 +42,8 @@ class AnalysisError(Exception):
 
 def existing(uri: str) -> str:
     """The tracking URI, as it is. Raises AnalysisError for an SQLite file that is not there: MLflow would make one."""
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+    file = sqlite_file(uri)
+    if file is not None and not file.is_file():
         raise AnalysisError(
             f"there is no MLflow database at {uri}: run the grid, or say --store or MLFLOW_TRACKING_URI"
         )

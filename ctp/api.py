@@ -5,6 +5,7 @@ is needed; everything here works on a Hugging Face causal language model and its
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from ctp import corpora, models
 from ctp.artifacts import KEY, load_key
 from ctp.compression import compress_model
 from ctp.compression.artifact import PACKED, Compressed
+from ctp.compression.plain import not_plain
+from ctp.compression.routing import Routing
 from ctp.formats.checkpoint import fetch, open_checkpoint, quantization
 from ctp.gridfile import explain
 from ctp.inputs import Windows
@@ -28,6 +31,7 @@ from ctp.recover.prompted import HANDLE, attach_prompt
 from ctp.recover.soft_prompt import learn
 from ctp.recover.state import LearnedPrompt
 from ctp.spec import Runtime
+from ctp.textfiles import encodable
 
 Texts = Iterable[str] | Tensor
 Progress = Callable[[dict[str, Any]], None]
@@ -49,18 +53,26 @@ def compress(
     first `count` windows of `seq_len` tokens (default: 2,048, or the model's context) are taken, or token ids
     (windows, tokens) as they are. progress is told (blocks done, blocks).
 
-    Raises ValueError where the spec is wrong, does not fit the model, or the texts hold no window, RuntimeError where
-    the model is no plain chain of decoder blocks.
+    Of a mixture of experts, `routing` of what comes back says how many calibration tokens each expert was given; a
+    warning says so where those are too few.
+
+    Raises ValueError, before anything is changed, where the spec is wrong or does not fit the model, the texts hold no
+    window, the model is no chain of decoder blocks or not what its configuration describes (a head is missing, LoRA
+    layers are inside, it is quantized already).
     """
     _check_plain(model, tokenizer)
     solver = _parsed(AnyCompression, spec, "spec")
     if not isinstance(solver, Solver):
         raise ValueError(f"spec = {solver.label}: calibrated methods only: gptq, sparsegpt")
+    if why := not_plain(model) or models.config_facts(model.config).refused.get("compress"):
+        raise ValueError(why)
     windows = _windows(model, tokenizer, texts, seq_len, count)
     with as_stored(model):
         _announce(notice(dtype_name(model.dtype), model.device.type))
-        layers = compress_model(model, windows, solver, progress=progress)
-        return Compressed.of(model, layers, tokenizer)
+        routing = Routing()
+        layers = compress_model(model, windows, solver, progress=progress, routing=routing)
+        _announce(routing.notice())
+        return replace(Compressed.of(model, layers, tokenizer), routing=routing)
 
 
 def learn_prompt(
@@ -130,9 +142,9 @@ def load(
 ) -> tuple[Any, Any]:
     """A ready model in eval mode, and its tokenizer, from a folder or the key of a stored artifact.
 
-    what: a folder with a model that ctp compressed or exported, a checkpoint of AutoGPTQ, GPTQModel or llm-compressor,
-    a plain model, or a PEFT adapter whose base model is a folder; a hub id or packaged model; or a key (its first 6
-    digits or more) in `store` (default: CTP_STORE, else results/store). prompt: what `learn_prompt` gave, rows (k, d)
+    what: a folder with a model that ctp compressed or exported, a checkpoint of another tool (docs/formats.md), a GGUF
+    file, a plain model, or a PEFT adapter whose base model is a folder; a hub id or packaged model; or a key (its first
+    6 digits or more) in `store` (default: CTP_STORE, else results/store). prompt: what `learn_prompt` gave, rows (k, d)
     or an adapter's folder, to put in front; a Learn key and an adapter's folder bring their own. `generate` and the
     forward pass of the model then work as without prompt; with LoRA it is a PeftModel.
 
@@ -208,6 +220,8 @@ def _windows(model: Any, tokenizer: Any, texts: Texts, seq_len: int | None, coun
         documents = [] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
         if not documents or not all(isinstance(t, str) for t in documents):
             raise ValueError("texts: a list of documents, or token ids (windows, tokens)")
+        if half := [i for i, t in enumerate(documents) if not encodable(t)]:
+            raise ValueError(f"texts[{half[0]}] has half a character, a lone surrogate: a tokenizer cannot read it")
         length = min(2048, context_of(model) or 2048) if seq_len is None else seq_len
         spec = _parsed(Windows, {"dataset": "given", "split": "train", "seq_len": length, "join": "\n\n"}, "texts")
         windows = corpora.windows(spec, documents, tokenizer)[:count]

@@ -21,7 +21,7 @@ from ctp.ending import reader_gone, unread
 from ctp.formats import FORMATS
 from ctp.housekeeping import KEY
 from ctp.labels import slug
-from ctp.manifest import MANIFEST, Damaged, parse
+from ctp.manifest import MANIFEST, Damaged, lacking, parse
 from ctp.methods import Dense
 from ctp.models import locate, quiet
 from ctp.names import plain
@@ -68,7 +68,11 @@ def _read(store: Store, path: str) -> dict[str, Any]:
     if (text := store.read(path)) is None:
         raise StoreError(f"{path} is gone: somebody removed it meanwhile")
     try:
-        return parse(text, path)
+        manifest = parse(text, path)
+        folder = path.removesuffix(f"/{MANIFEST}")
+        if store.local and (lack := lacking(manifest, lambda name: store.size(f"{folder}/{name}"))):
+            raise Damaged(f"{folder}/{lack}")
+        return manifest
     except Damaged as e:
         raise Damaged(f"{e}: `python -m ctp.store verify` says what to do") from e
 

@@ -14,6 +14,7 @@ from ctp.store import Store
 
 ATTACHED = 4 * 2**20  # bytes of a file that MLflow gets a copy of
 BATCH = 900  # MLflow takes 1,000 metrics a call
+PARAMS = 80  # and 100 params, of 1,000 things in all
 Event = dict[str, Any]
 Point = tuple[str, int, float]  # metric, step, value
 
@@ -101,7 +102,7 @@ class CellRuns(Runs):
         """The cell's run, made with its settings where there is none."""
         if node.key not in self.known():
             run = self._create(node, None, {})
-            self.client.log_batch(run.run_id, params=_params(node))
+            self._log_params(run.run_id, _params(node), keep=0)
         return self.known()[node.key]
 
     def _create(self, node: Node, start: int | None, more: dict[str, str]) -> Known:
@@ -111,8 +112,18 @@ class CellRuns(Runs):
             self._curves[node.key] = set()
         return self.create(node.key, start, own)
 
-    def finish(self, node: Node) -> None:
-        """Write all there is to say of a finished cell, in few requests: there may be thousands of short cells."""
+    def _log_params(self, run: str, params: list[Param], keep: int) -> list[Param]:
+        """Log them, but for the last of at most `keep` that one more call takes; returns those."""
+        while len(params) > keep:
+            self.client.log_batch(run, params=params[:PARAMS])
+            params = params[PARAMS:]
+        return params
+
+    def finish(self, node: Node) -> tuple[str, ...]:
+        """Write all there is to say of a finished cell, in few requests: there may be thousands of short cells.
+
+        Returns the metrics that MLflow does not take.
+        """
         manifest = self.store.manifest(node.cell)
         history = []
         if isinstance(node.cell, Learn) and "history.json" in manifest["files"]:
@@ -128,13 +139,15 @@ class CellRuns(Runs):
             del self._curves[node.key]
         last = self._log(run.run_id, metrics, keep=BATCH)
         written = () if new else [RunTag(n, v) for n, v in found.tags.items()]
-        self.client.log_batch(run.run_id, metrics=last, params=_params(node), tags=written)
+        left = self._log_params(run.run_id, _params(node), keep=PARAMS)
+        self.client.log_batch(run.run_id, metrics=last, params=left, tags=written)
         if run.tags.pop(ERROR, None) is not None:
             self.client.delete_tag(run.run_id, ERROR)
         self.client.set_terminated(run.run_id, "FINISHED", found.end)
         run.status = "FINISHED"
         self.live.discard(node.key)
         self.manifests[node.key] = json.dumps(manifest)
+        return found.left_out
 
     def _log_files(self, node: Node, run: str, files: dict[str, Any]) -> None:
         """An evaluation's answers, single timings, nearest words as artifacts: MLflow alone tells it all."""

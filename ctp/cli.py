@@ -16,7 +16,7 @@ from typing import Any
 
 from ctp.ending import unread
 
-USAGE, INTERRUPTED, TERMINATED = 2, 130, 143
+USAGE, LOST, INTERRUPTED, TERMINATED = 2, 4, 130, 143
 
 Main = Callable[[list[str]], int]
 
@@ -54,7 +54,8 @@ ABOUT = """\
 exit codes:
   0    all is done                      2    bad usage, or a mistake in a grid file: nothing was started
   1    some cells failed, or a number   3    store, MLflow or hub cannot be reached
-       is missing, damaged or worse     130, 143  interrupted, terminated: the same command goes on
+       is missing, damaged or worse     4    a process of Ray's died: the same command goes on
+                                        130, 143  interrupted, terminated: the same command goes on
   (tables, figures, matrix and report: 1 where there is nothing to read; compare: 2)
 
 environment:
@@ -71,7 +72,7 @@ def entry() -> int:
     """What the script `ctp` calls. A stopped run ends at once: Ray's exit handlers would wait for its workers."""
     code = main()
     sys.stdout.flush()
-    if code in (INTERRUPTED, TERMINATED):
+    if code in (LOST, INTERRUPTED, TERMINATED):
         os._exit(code)
     return code
 

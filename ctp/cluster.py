@@ -6,13 +6,16 @@ import contextlib
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import ray
@@ -25,6 +28,8 @@ from ctp.resources import Fleet, fleet
 
 TOKEN = Path("~/.ray/auth_token")
 CONFIG = Path("~/ray_bootstrap_config.yaml")  # where `ray up` puts the cluster's configuration on the head
+HEARD_SECONDS = 30
+NEEDED = {"raylet": "raylet", "gcs_server": "GCS"}  # of Ray's processes: what they are called
 WORKERS_SECONDS = 600.0  # machines of one's own premises are all started by `ray up`, one ssh session each
 
 
@@ -50,10 +55,11 @@ class ResourceError(Exception):
 
 
 @contextmanager
-def join(address: str | None, insecure: bool = False) -> Iterator[Fleet]:
+def join(address: str | None, insecure: bool = False, last: Callable[[], object] = lambda: None) -> Iterator[Fleet]:
     """The cluster at `address`, or one of this machine's own; yields its machines.
 
-    insecure: the cluster need not ask for a token. Inside itself: the one that is joined. Raises ResourceError.
+    insecure: the cluster need not ask for a token. last: see `watched`. Inside itself: the one that is joined. Raises
+    ResourceError.
     """
     if ray.is_initialized():
         yield machines() if address else fleet(_alive())
@@ -65,10 +71,73 @@ def join(address: str | None, insecure: bool = False) -> Iterator[Fleet]:
             _connect(address, insecure)
     except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as e:
         raise ResourceError(f"no Ray cluster at {address or 'this machine'}: {type(e).__name__}: {e}") from e
+    lost = False
     try:
-        yield machines() if address else fleet(_alive())
+        with contextlib.nullcontext() if address else watched(last=last):
+            yield machines() if address else fleet(_alive())
+    except drain.RayLost:
+        lost = True
+        raise
     finally:
-        ray.shutdown()
+        if not lost:  # else that would wait for who is dead; what is left of Ray here ends with this process
+            ray.shutdown()
+
+
+@contextmanager
+def watched(every: float = 0.5, last: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """RayLost in the main thread once one of this machine's Ray processes dies that a run cannot do without. By itself
+    Ray would wait for a minute, and then end the driver without a word.
+
+    every: seconds between two looks. last: called from another thread before the process ends, where the main one is
+    stuck in a call to the dead.
+    """
+    over, said = threading.Event(), ""
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        raise drain.RayLost(said)
+
+    def look() -> None:
+        nonlocal said
+        while not (said := _dead()):
+            if over.wait(every):
+                return
+        for _ in range(HEARD_SECONDS):
+            os.kill(os.getpid(), signal.SIGUSR2)
+            if over.wait(1.0):
+                return
+        os.write(2, f"error: {said}\n".encode())
+        with contextlib.suppress(Exception):
+            last()
+        os._exit(drain.LOST)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGUSR2, hear)
+    thread = threading.Thread(target=look, name="ray-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException as e:  # from within Ray's compiled code it comes as a SystemError
+        if said:
+            raise drain.RayLost(said) from e
+        raise
+    finally:
+        over.set()
+        thread.join(timeout=5)
+        signal.signal(signal.SIGUSR2, before)
+
+
+def _dead() -> str:
+    """What to say of a process of Ray's own that has died; empty while all live."""
+    node = worker._global_node
+    for name, what in NEEDED.items():
+        for info in node.all_processes.get(name, ()) if node else ():
+            if (code := info.process.poll()) is not None:
+                how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+                return (f"Ray ended: its {what} on this machine died ({how}; out of memory, or somebody ended it). "
+                        "What is done is in the store: the same command goes on from there")  # fmt: skip
+    return ""
 
 
 def _connect(address: str | None, insecure: bool) -> None:

@@ -14,8 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctp import hub, packaged_text
-from ctp.cache import sha256_file
+from ctp import hub, packaged_text, textpins
 from ctp.inputs import Windows
 from ctp.names import shown, unknown
 from ctp.paths import expanded, there
@@ -37,16 +36,19 @@ log = logging.getLogger(__name__)
 def locate(corpus: Corpus, split: str, data_dir: str | Path | None = None) -> tuple[str, str]:
     """Where a worker will read this split, and what pins its text: (location, revision).
 
-    location: `file:/abs/path`, `divide:/abs/path` (a file that holds all splits), `package:name` or `hub:id@commit`.
-    revision: `sha256:<hex>` of the bytes, for divided and packaged text also of the rule, or the hub's commit.
+    location: `file:/abs/path@revision`, `divide:/abs/path@revision` (a file that holds all splits),
+    `package:name@revision` or `hub:id@commit`.
+    revision: `sha256:<hex>` of the file (see `textfiles`), for divided and packaged text also of the rule, or the hub's
+    commit.
     data_dir (default: $CTP_DATA_DIR) holds local copies of hub texts; with one given, the hub is not asked.
 
-    Raises ValueError: a split that does not exist, a missing file or package, a hub that does not answer in seconds.
+    Raises ValueError: a split that does not exist, a missing file or package, a file that is no text, a hub that does
+    not answer in seconds.
     """
     if split not in corpus.splits:
         raise ValueError(f"{corpus.name} has no split {split!r}; it has: {', '.join(corpus.splits)}")
     if corpus.packaged:
-        return f"package:{corpus.name}", packaged_text.fingerprint(corpus.name)
+        return textpins.pinned(f"package:{corpus.name}")
     if corpus.path:
         path = expanded(corpus.path).absolute()
         if not there(path):
@@ -79,8 +81,8 @@ def _locate_file(corpus: Corpus, split: str, folder: Path) -> tuple[str, str]:
     endings = (".jsonl", ".txt") if corpus.path else (".jsonl",)
     for ending in endings:
         if (path := folder / f"{split}{ending}").is_file():
-            check_text(path, _local_column(corpus))
-            return f"file:{path}", f"sha256:{_sha256(path)}"
+            check_text(path, _local_column(corpus), textpins.sha256(path))
+            return textpins.pinned(f"file:{path}")
     there = [s for s in SPLITS for ending in endings if (folder / f"{s}{ending}").is_file()]
     layout = " or ".join(f"{split}{ending}" for ending in endings)
     rows = f'; a .jsonl has one {{"{_local_column(corpus)}": …}} a line'
@@ -92,21 +94,8 @@ def _locate_file(corpus: Corpus, split: str, folder: Path) -> tuple[str, str]:
 def _locate_divided(corpus: Corpus, path: Path) -> tuple[str, str]:
     if path.suffix not in (".jsonl", ".txt"):
         raise ValueError(f"{corpus.name}: {path} is neither .jsonl nor .txt")
-    check_text(path, _local_column(corpus))
-    pinned = f"{_sha256(path)} {packaged_text.VERSION} {_PARTS_OF_FILE}"
-    return f"divide:{path}", f"sha256:{hashlib.sha256(pinned.encode()).hexdigest()}"
-
-
-_PARTS_OF_FILE = 10
-_hashes: dict[tuple[str, int, int], str] = {}  # a grid names one file in many cells
-
-
-def _sha256(path: Path) -> str:
-    stat = path.stat()
-    seen = (str(path), stat.st_size, stat.st_mtime_ns)
-    if seen not in _hashes:
-        _hashes[seen] = sha256_file(path)
-    return _hashes[seen]
+    check_text(path, _local_column(corpus), textpins.sha256(path))
+    return textpins.pinned(f"divide:{path}")
 
 
 # ------------------------------------------------------------------- reading
@@ -115,13 +104,21 @@ def _sha256(path: Path) -> str:
 def documents(location: str, corpus: Corpus, split: str, first: int | None = None) -> list[str]:
     """The documents of a split, in their order, from the place that `locate` gave; `first`: only so many.
 
-    Raises ValueError: a file that is gone or has a row without text, an unknown kind of location.
+    Raises ValueError: a file that is gone or has a row without text, an unknown kind of location; Changed where it
+    is not what was pinned.
     """
-    scheme, _, place = location.partition(":")
+    textpins.check_pinned(location)
+    texts = _documents(location, corpus, split)
+    textpins.check_pinned(location)
+    return texts[:first]
+
+
+def _documents(location: str, corpus: Corpus, split: str) -> list[str]:
+    scheme, _, place = textpins.place(location).partition(":")
     if scheme == "package":
-        return packaged_text.documents(place, split)[:first]
+        return packaged_text.documents(place, split)
     if scheme == "hub":
-        return _hub_documents(place, corpus, split)[:first]
+        return _hub_documents(place, corpus, split)
     if scheme not in ("file", "divide"):
         raise ValueError(f"{corpus.name}: cannot read from {location!r}")
     path = Path(place)
@@ -130,8 +127,8 @@ def documents(location: str, corpus: Corpus, split: str, first: int | None = Non
     texts = rows(path, _local_column(corpus)) if path.suffix == ".jsonl" else [decoded(path, path.read_bytes())]
     if scheme == "divide":
         whole = texts if path.suffix == ".jsonl" else packaged_text.sections(texts[0])
-        texts = packaged_text.part(whole, split, _PARTS_OF_FILE)
-    return texts[:first]
+        texts = packaged_text.part(whole, split, textpins.PARTS_OF_FILE)
+    return texts
 
 
 def _local_column(corpus: Corpus) -> str:
@@ -179,15 +176,20 @@ _MARGIN = 1024
 
 
 def windows(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> "torch.LongTensor":
-    """The token ids of `spec`: int64 (n, seq_len), with the tokenizer's default special tokens; see `Windows`.
+    """The token ids of `spec`: int64 (n, seq_len), with special tokens as `Windows.bos` says.
 
     Sequential windows are those of all documents joined and tokenised in one go. With `count`, only as many documents
     are tokenised as it takes. Crops: a document is drawn, with replacement, from those longer than seq_len, then one
     of its windows, all alike likely; global random state is neither used nor changed.
 
-    Raises ValueError when there are fewer windows than `count`, none at all, or no document longer than a crop.
+    Raises ValueError when there are fewer windows than `count`, none at all, no document longer than a crop, or no BOS
+    to put in front of each.
     """
     import torch
+
+    if spec.bos == "each" and tokenizer.bos_token_id is None:
+        raise ValueError(f"{_title(spec)}: bos = 'each': the tokenizer has no beginning-of-text token")
+    front = [tokenizer.bos_token_id] if spec.bos == "each" else []
 
     documents = documents[spec.skip :]
     if spec.documents is not None:
@@ -195,33 +197,37 @@ def windows(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedToken
             log.warning("%s has %d documents after %d, not %d", _title(spec), len(documents), spec.skip, spec.documents)
         documents = documents[: spec.documents]
     cut = _crops if spec.sampling == "crops" else _sequential
-    return torch.LongTensor(cut(spec, documents, tokenizer))
+    return torch.LongTensor([front + ids for ids in cut(spec, documents, tokenizer, spec.seq_len - len(front))])
 
 
 def _title(spec: Windows) -> str:
     return f"{spec.dataset}/{spec.split}"
 
 
-def _tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+def _tokens(spec: Windows, tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     # verbose=False: a text longer than the model's context is no mistake here
-    return list(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"])
+    special = spec.bos == "first"
+    return list(tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"])
 
 
-def _sequential(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+def _sequential(
+    spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase", size: int
+) -> list[list[int]]:
+    """Pieces of `size` tokens, one after the other."""
     join = spec.join if spec.join is not None else find(spec.dataset).join
-    wanted = None if spec.count is None else spec.count * spec.seq_len + _MARGIN
+    wanted = None if spec.count is None else spec.count * size + _MARGIN
     used = len(documents) if wanted is None else _enough(documents, 5 * wanted)
     while True:
-        ids = _tokens(tokenizer, join.join(documents[:used]))
+        ids = _tokens(spec, tokenizer, join.join(documents[:used]))
         if wanted is None or used >= len(documents) or len(ids) >= wanted:
             break
         used *= 2
-    n = len(ids) // spec.seq_len
+    n = len(ids) // size
     if n < (spec.count or 1):
         asked = "" if spec.count is None else f"; {spec.count} are asked for"
         raise ValueError(f"{_title(spec)} has {len(ids)} tokens, {n} windows of {spec.seq_len}{asked}")
     n = n if spec.count is None else spec.count
-    return [ids[i * spec.seq_len : (i + 1) * spec.seq_len] for i in range(n)]
+    return [ids[i * size : (i + 1) * size] for i in range(n)]
 
 
 def _enough(documents: Sequence[str], characters: int) -> int:
@@ -232,22 +238,23 @@ def _enough(documents: Sequence[str], characters: int) -> int:
     return len(documents)
 
 
-def _crops(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+def _crops(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase", size: int) -> list[list[int]]:
+    """Pieces of `size` tokens out of longer documents."""
     assert spec.count is not None
     draw = random.Random(spec.seed)
     candidates = list(range(len(documents)))  # those not yet known to be short
     crops: list[list[int]] = []
     while len(crops) < spec.count:
         if not candidates:
-            raise ValueError(f"{_title(spec)} has no document of more than {spec.seq_len} tokens to crop")
+            raise ValueError(f"{_title(spec)} has no document of more than {size} tokens to crop")
         at = draw.randrange(len(candidates))
-        ids = _tokens(tokenizer, documents[candidates[at]])
-        if len(ids) <= spec.seq_len:
+        ids = _tokens(spec, tokenizer, documents[candidates[at]])
+        if len(ids) <= size:
             candidates[at] = candidates[-1]
             candidates.pop()
             continue
-        start = draw.randrange(len(ids) - spec.seq_len + 1)
-        crops.append(ids[start : start + spec.seq_len])
+        start = draw.randrange(len(ids) - size + 1)
+        crops.append(ids[start : start + size])
     return crops
 
 

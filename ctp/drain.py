@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+LOST = 4  # exit code where RayLost ended the run
 SECONDS = 20.0  # Slurm and Kubernetes kill 30 seconds after they have asked
+stopping: list[int] = []  # numbers of the signals that asked this driver to stop
 asked = threading.Event()  # in a worker: its driver wants it to stop
 
 
@@ -23,6 +25,10 @@ class Drained(Exception):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM came while nothing was running."""
+
+
+class RayLost(BaseException):
+    """A process that Ray cannot do without died. No Exception: Tune would take it for its own."""
 
 
 def check() -> None:
@@ -57,6 +63,7 @@ def draining(hold: Callable[[], object], tell: Callable[[], object]) -> Iterator
 
     def handle(number: int, frame: FrameType | None) -> None:
         came.append(number)
+        stopping.append(number)
         if len(came) > 1:
             now()
             return
@@ -69,6 +76,7 @@ def draining(hold: Callable[[], object], tell: Callable[[], object]) -> Iterator
         timers.append(timer)
         timer.start()
 
+    stopping.clear()
     timers: list[threading.Timer] = []
     with _handled(signal.SIGUSR1, _interrupt), _handled(signal.SIGINT, handle), _handled(signal.SIGTERM, handle):
         try:

@@ -4,7 +4,6 @@ import difflib
 import json
 import re
 import time
-from pathlib import Path
 from typing import Any
 
 from ctp import cost
@@ -16,7 +15,7 @@ from ctp.names import one_line, shown
 from ctp.plan import Node, Plan, states
 from ctp.progress import duration, how_far
 from ctp.redact import scrub
-from ctp.runinfo import KEY
+from ctp.runinfo import KEY, sqlite_file
 from ctp.store import Store, StoreError
 
 _KEY = re.compile("[0-9a-f]{6,64}")
@@ -80,8 +79,8 @@ def explain(plan: Plan, text: str, store: Store, tracking: str, batch: int = 4) 
 
 def run_of(tracking: str, experiment: str, key: str) -> str:
     """Where MLflow has the cell: run id and status, and a link to a server's page; or why that is not known."""
-    file = Path(tracking.removeprefix("sqlite:///"))
-    if tracking.startswith("sqlite:///") and not file.exists():
+    file = sqlite_file(tracking)
+    if file is not None and not file.exists():
         return "no run yet"  # asking would make a database
     try:
         from ctp.runs import MlflowClient  # MLflow takes a second to import, and reads what ctp.runs sets before

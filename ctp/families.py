@@ -6,7 +6,7 @@ exist yet; it goes by the name of the model type where nothing else tells.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 # compress: GPTQ, SparseGPT. prompt: rows in front of the text, learned or given. lora: learning LoRA layers.
@@ -19,10 +19,6 @@ NOT_LEFT_TO_RIGHT = {"cpmant": "it reads both directions", "xlnet": "it reads bo
                      "reformer": "its attention draws random numbers in every pass"}  # fmt: skip
 # Arguments of `forward` that an attached prompt needs.
 ATTACHED = ("input_ids", "inputs_embeds", "attention_mask", "past_key_values", "logits_to_keep")
-
-# LoRA is learned on these, or on one matrix for them, whose rows are (heads, [query, key, value], head size).
-QUERY, VALUE = "q_proj", "v_proj"
-FUSED = {"bloom": "query_key_value"}
 
 
 def _not_causal(config: Any) -> str:
@@ -106,17 +102,13 @@ def refusals(config: Any) -> dict[str, str]:
     return found
 
 
-def no_projections(config: Any, blocks: Iterable[Any]) -> str:
-    """Why LoRA is refused for a model with these decoder blocks (modules, without weights as well), "" where it is not.
+def needs_bos(config: Any) -> bool:
+    """Does every window that the model reads have to begin with the beginning-of-text token?
 
-    Read off the last block, on which LoRA is learned whatever its `layers` are.
+    All Gemma models were trained so; without it their perplexity is hundreds of times higher. Nothing in a
+    configuration but its name says so.
     """
-    text, names = config.get_text_config(), {n.split(".")[-1] for b in list(blocks)[-1:] for n, _ in b.named_modules()}
-    wanted = {FUSED[text.model_type]} if text.model_type in FUSED else {QUERY, VALUE}
-    if wanted <= names:
-        return ""
-    return (f"model type {text.model_type}: LoRA is learned on {QUERY} and {VALUE}, or BLOOM's {FUSED['bloom']}, and "
-            "its last block has no such projections")  # fmt: skip
+    return "gemma" in config.get_text_config().model_type
 
 
 def check(config: Any, use: Use) -> None:

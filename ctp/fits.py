@@ -1,11 +1,28 @@
 """Whether a cell's settings fit its model, known from the model's configuration before any work starts."""
 
+import json
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ctp.families import Use
-from ctp.methods import Adapter, Checkpoint, Learned, LoRA, Neighbours, NoRecovery, RandomPrompt, Solver, SparseGPT
+from ctp.inputs import Pinned, Spec, Windows
+from ctp.methods import (
+    Adapter,
+    Bos,
+    Checkpoint,
+    Learned,
+    LoRA,
+    Neighbours,
+    NoRecovery,
+    RandomPrompt,
+    Solver,
+    SparseGPT,
+    Task,
+)
 from ctp.models import Facts
+from ctp.pins import location
 from ctp.spec import Cell, Compress, Evaluate, Learn
+from ctp.specials import Specials
 
 
 def misfits(cell: Cell, facts: Facts) -> list[str]:
@@ -25,6 +42,64 @@ def misfits(cell: Cell, facts: Facts) -> list[str]:
     if isinstance(measure, Neighbours) and measure.top > facts.vocab:
         out.append(f"measures.top = {measure.top}: the vocabulary of {name} has {facts.vocab} entries")
     return out
+
+
+def unspoken(cell: Cell, specials: Callable[[], Specials | None]) -> list[str]:
+    """What cannot work because the model's tokenizer lacks a special token. specials: called only where it matters."""
+    model, asked = model_of(cell).name, [place for place, w in windows_of(cell) if w.bos == "each"]
+    places = [f"{place}.bos = 'each'" for place in asked]
+    if isinstance(cell, Learn) and isinstance(cell.recovery, Bos):
+        places.append("recovery.method = 'bos'")
+    task = cell.measure if isinstance(cell, Evaluate) and isinstance(cell.measure, Task) else None
+    if not places and task is None:
+        return []
+    try:
+        found = specials()
+    except ValueError as e:
+        return [str(e)]
+    if found is None:
+        return []
+    out = [f"{p}: the tokenizer of {model} has no beginning-of-text token" for p in places if found.bos is None]
+    if task is not None and found.bos is None and found.eos is None:
+        out.append(f"measures.name = {task.name!r}: the tokenizer of {model} has neither a beginning-of-text nor an "
+                   "end-of-text token, and a task needs one of them")  # fmt: skip
+    return out
+
+
+def namesakes(cells: Iterable[Cell], locations: Mapping[str, str]) -> list[str]:
+    """Models, checkpoints, adapters and tasks from several places that have one short name.
+
+    Tables, MLflow and --where go by these names, and could not tell them apart. locations: as `Runtime` has them.
+    """
+    places: dict[tuple[str, str], set[str]] = {}
+    for cell in cells:
+        for field in type(cell).model_fields:
+            thing = getattr(cell, field)
+            if isinstance(thing, Pinned) and not isinstance(thing, Windows):  # texts are called as the grid calls them
+                called = getattr(thing, "method", "model"), getattr(thing, thing.NAMED_BY)
+                places.setdefault(called, set()).add(location(locations, thing))
+    return [
+        f"{what}: {len(found)} of them are called {name!r} ({', '.join(sorted(map(_place, found)))}), and tables and "
+        "MLflow could not tell them apart: rename one, or make a grid of each"
+        for (what, name), found in places.items()
+        if len(found) > 1
+    ]
+
+
+def _place(where: str) -> str:
+    """A location as a person gave it; that of a task is JSON."""
+    return str(json.loads(where)["task"]) if where.startswith("{") else where
+
+
+def windows_of(cell: Cell) -> list[tuple[str, Windows]]:
+    """(its place in the grid file, the windows) of every text that a cell itself reads."""
+    fields: dict[str, Spec] = {"calibration": cell} if isinstance(cell, Compress) else {}
+    if isinstance(cell, Learn):
+        fields = {"recovery.text": cell.recovery, "recovery.validation": cell.recovery}
+    elif isinstance(cell, Evaluate):
+        fields = {"measures.text": cell.measure}
+    found = [(place, getattr(holder, place.rpartition(".")[2], None)) for place, holder in fields.items()]
+    return [(place, text) for place, text in found if isinstance(text, Windows)]
 
 
 def _refused(use: Use, facts: Facts, name: str) -> list[str]:

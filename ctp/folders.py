@@ -10,20 +10,22 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from fnmatch import fnmatchcase
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from ctp.manifest import MANIFEST, Damaged, files_of, parse
-from ctp.remote import StoreError, connect, no_room, unsupported
+from ctp.cache import flush, flush_entry
+from ctp.manifest import MANIFEST, Damaged, files_of, parse, whole
+from ctp.paths import matches
+from ctp.remote import StoreError, connect, room, unreadable, unsupported
 
 DAMAGED, TEMPORARY = "damaged", ".tmp"
 DAY = 24 * 3600.0
@@ -51,14 +53,14 @@ class Folders:
         base = f"{self.root}/{folder}"
         if self.local:  # by far faster: folders whose files the pattern names are not listed
             return [f"{base}/{p}" for p in glob.glob(pattern, root_dir=base, include_hidden=True)]
-        return [p for p in self.find(base) if _matches(p[len(base) + 1 :], pattern)]
+        return [p for p in self.find(base) if matches(p[len(base) + 1 :], pattern)]
 
     def finished(self, folder: str) -> set[str]:
         """The names of what has a manifest in a folder of the store. An empty one, from a power cut, is none."""
         base = f"{self.root}/{folder}"
         if self.local:
             inside = os.listdir(base) if os.path.isdir(base) else ()
-            return {name for name in inside if _size(f"{base}/{name}/{MANIFEST}")}
+            return {name for name in inside if self.size(f"{base}/{name}/{MANIFEST}")}
         names = ((p[len(base) + 1 :].split("/"), f) for p, f in self.find(base).items())
         return {n[0] for n, f in names if len(n) == 2 and n[1] == MANIFEST and f.get("size")}
 
@@ -73,21 +75,27 @@ class Folders:
         return {p: f for p, f in found.items() if p != path}
 
     def read(self, path: str) -> bytes | None:
-        """The bytes of a small file; None where there is none."""
+        """The bytes of a small file; None where there is none, no bytes where it is a folder. Raises StoreError."""
         try:
             return bytes(self.fs.cat_file(path))
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except IsADirectoryError:
+            return b""
+        except PermissionError as e:
+            raise unreadable(path, e) from e
 
-    def exists(self, path: str) -> bool:
-        """Is there such a file? Unlike fsspec's, an error is no answer."""
-        if self.local:
-            return os.path.exists(path)
+    def size(self, path: str) -> int | None:
+        """Bytes of a file; None where there is none. Raises StoreError."""
         try:
-            self.fs.info(path)
-        except FileNotFoundError:
-            return False
-        return True
+            if not self.local:
+                return int(self.fs.info(path).get("size") or 0)
+            found = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as e:
+            raise unreadable(path, e) from e
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def download(self, source: str, manifest: Mapping[str, Any], target: Path) -> None:
         """Bring the files that the manifest of `source` names. Raises Damaged where one is missing."""
@@ -129,8 +137,9 @@ class Folders:
             gone.set()
             shutil.rmtree(work, ignore_errors=True)
 
-    def commit(self, work: Path, target: str, record: Mapping[str, Any]) -> None:
+    def commit(self, work: Path, target: str, record: Mapping[str, Any]) -> bytes:
         """Make `work` visible as `target`. Where another worker was first, its artifact stands and this is dropped.
+        Returns the manifest.
 
         Raises ValueError where a file in `work` is a link: an artifact holds files of its own.
         """
@@ -139,15 +148,18 @@ class Folders:
         listing = files_of(work)
         # In an object store two racers must not write over each other's files: each has a folder of its own.
         payload = "" if self.local else f"payload-{uuid.uuid4().hex[:12]}/"
-        text = json.dumps({**record, "files": listing, "payload": payload}, indent=1, sort_keys=True)
+        text = json.dumps({**record, "files": listing, "payload": payload}, indent=1, sort_keys=True).encode()
         if self.local:
-            (work / MANIFEST).write_text(text)
+            (work / MANIFEST).write_bytes(text)
+            flush(work)
             self._rename(work, target)
-            return
+            flush_entry(os.path.dirname(target))
+            return text
         for name in listing:
             self.fs.put_file(str(work / name), f"{target}/{payload}{name}")
-        if not self._put_new(target, text.encode()):
+        if not self._put_new(target, text):
             self.remove(f"{target}/{payload.rstrip('/')}")
+        return text
 
     def _rename(self, work: Path, target: str) -> None:
         """Rename `work` to `target`, unless an artifact is there; an unfinished one is moved out of the way."""
@@ -165,7 +177,7 @@ class Folders:
             aside = work.with_name(f"unfinished-{uuid.uuid4().hex[:12]}")
             with suppress(OSError):
                 os.rename(target, aside)
-                if self._stands(str(aside)):  # finished since we looked: back with it
+                if self._stands(str(aside), target):  # finished since we looked: back with it
                     os.rename(aside, target)
         raise StoreError(f"{target} cannot be written: something comes back there again and again")
 
@@ -184,13 +196,19 @@ class Folders:
             self.fs.pipe_file(path, manifest)
         return True
 
-    def _stands(self, target: str) -> bool:
-        """Is there an artifact with a whole manifest? A torn one is set aside."""
+    def _stands(self, target: str, called: str = "") -> bool:
+        """Is there an artifact, whole, and of the key that it is called by? A damaged one is set aside."""
         path = f"{target}/{MANIFEST}"
         if (text := self.read(path)) is None:
             return False
         try:
-            parse(text, path)
+            own = parse(text, path)["key"]
+            whole(
+                text,
+                path,
+                own if own[:12] in (called or target) else "another cell's",
+                lambda n: self.size(f"{target}/{n}"),
+            )
         except Damaged as e:
             self.set_aside(target, text, str(e))
             return False
@@ -266,18 +284,9 @@ class Folders:
 
     # ---------------------------------------------------------------------- within
 
-    @contextmanager
-    def room(self) -> Iterator[None]:
+    def room(self) -> AbstractContextManager[None]:
         """What fails in here because a disk is full becomes one StoreError that says so."""
-        try:
-            yield
-        except Exception as e:
-            if isinstance(e, StoreError) or not no_room(e):
-                raise
-            raise StoreError(
-                f"no room left for the store {self.uri!r} or this machine's temporary files ({type(e).__name__}: {e}); "
-                "nothing half-written was kept: make room and run the same command again, it goes on from here"
-            ) from e
+        return room(self.uri)
 
 
 def _pulse(work: Path, gone: threading.Event) -> None:
@@ -285,16 +294,3 @@ def _pulse(work: Path, gone: threading.Event) -> None:
     while not gone.wait(PULSE):
         with suppress(OSError):
             os.utime(work)
-
-
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except (FileNotFoundError, NotADirectoryError):
-        return 0
-
-
-def _matches(path: str, pattern: str) -> bool:
-    """As a shell does: a * ends at the next slash."""
-    parts, wanted = path.split("/"), pattern.split("/")
-    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))

@@ -1,8 +1,8 @@
 """`python -m ctp.grid NAME`: plan a grid, run what is missing, say what happened.
 
 Exit codes: 0 everything is done; 1 some cells failed or could not run; 2 bad usage or grid file;
-3 store or tracking unreachable; 130 interrupted (Ctrl-C), 143 terminated (SIGTERM): what was being learned is saved,
-and the same command goes on from there. A driver whose own Ray node died is ended by Ray, with 1.
+3 store or tracking unreachable; 4 a process of Ray's died; 130 interrupted (Ctrl-C), 143 terminated (SIGTERM): what was
+being learned is saved, and after 4, 130 and 143 the same command goes on from there.
 """
 
 import argparse
@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -20,12 +19,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ctp import cost, dag, drain, explain, gridfile, heartbeat, preview, status, summary
+from ctp.arguments import number, positive, uri
 from ctp.board import Board
 from ctp.ending import unread
 from ctp.gridtext import GridError
-from ctp.inputs import MOST
 from ctp.mend import complete, past_damage
-from ctp.names import one_line, shown
+from ctp.names import one_line
 from ctp.pins import Pins
 from ctp.plan import BUILD, TRANSFER, Plan, again, keep, make, states, where
 from ctp.progress import telling
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
 
 OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 TFLOPS = 100  # that a GPU is assumed to sustain
+LOST = drain.LOST
 GOES_ON = "running the same command again goes on from here"
 
 
@@ -54,6 +54,10 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(USAGE, *e.problems)
     except (StoreError, TrackError) as e:
         return _fail(UNREACHABLE, str(e))
+    except drain.RayLost as e:
+        if drain.stopping:  # a signal to a whole group of processes ends Ray's as well
+            return _stopped(TERMINATED if drain.stopping[0] == signal.SIGTERM else INTERRUPTED)
+        return _fail(LOST, str(e))
     except KeyboardInterrupt as e:
         return _stopped(TERMINATED if isinstance(e, drain.Terminated) else INTERRUPTED)
 
@@ -74,7 +78,8 @@ def parser() -> argparse.ArgumentParser:
         "the traceback; MLflow has its run as FAILED. The next run tries it again, with whatever else is missing; "
         "--retry-failed tries nothing else. "
         "Exit codes: 0 all done, 1 some cells failed, 2 bad usage or grid file, 3 store or tracking "
-        "unreachable, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM). The first of these signals has prompts saved "
+        "unreachable, 4 a process of Ray's died (the same command goes on), 130 interrupted (Ctrl-C), 143 terminated "
+        "(SIGTERM). The first of these signals has prompts saved "
         "and short cells end, for at most 20 seconds; the second one stops at once.",
     )
     p.add_argument("grid", metavar="NAME", help="grid/NAME.yaml, or the path of a grid file")
@@ -95,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--retry-failed", action="store_true", help="run the cells that failed last time and what they "
                    "held up, and nothing else; without it they run again too, with all that is missing")  # fmt: skip
     p.add_argument("--fail-fast", action="store_true", help="hand out nothing more after the first failure")
-    p.add_argument("--store", type=_uri, default=default_store(), metavar="URI",
+    p.add_argument("--store", type=uri, default=default_store(), metavar="URI",
                    help="where artifacts go: a folder or any fsspec URI (CTP_STORE; default %(default)s)")  # fmt: skip
     p.add_argument("--data", metavar="DIR", help="local copies of c4, wikitext2 and ptb (CTP_DATA_DIR)")
     p.add_argument("--address", default=os.environ.get("RAY_ADDRESS"), metavar="ADDR",
@@ -105,18 +110,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
     )
-    p.add_argument("--batch", type=_positive, default=4, metavar="N", help="windows a forward pass (default 4)")
-    p.add_argument("--cpus", type=_positive, default=1, metavar="N", help="CPU cores a trial (default 1)")
-    p.add_argument("--checkpoint-seconds", type=partial(_number, what="a number of seconds"), default=60.0, metavar="S",
+    p.add_argument("--batch", type=positive, default=4, metavar="N", help="windows a forward pass (default 4)")
+    p.add_argument("--cpus", type=positive, default=1, metavar="N", help="CPU cores a trial (default 1)")
+    p.add_argument("--checkpoint-seconds", type=partial(number, what="a number of seconds"), default=60.0, metavar="S",
                    help="least time between two saved states of a prompt being learned (default 60)")  # fmt: skip
     p.add_argument("--recompute", action="store_true", help="learn with a third of the memory and a quarter more time")
     p.add_argument("--packed", action="store_true", help="learn prompts through weights that stay packed in memory")
-    p.add_argument("--gpu-memory", type=_positive, metavar="GIB",
+    p.add_argument("--gpu-memory", type=positive, metavar="GIB",
                    help="memory of one GPU (default: that of the GPU here, else 24)")  # fmt: skip
-    p.add_argument("--tflops", type=_positive, metavar="N",
+    p.add_argument("--tflops", type=positive, metavar="N",
                    help="10^12 operations a second that a GPU sustains, for the times of --plan (default 100, a third "
                    "of an A100's peak in bfloat16; without a GPU here, the CPU's measured rate)")  # fmt: skip
-    p.add_argument("--gpu-hour-price", type=_number, metavar="P", help="with --plan: say what it costs, at so much for "
+    p.add_argument("--gpu-hour-price", type=number, metavar="P", help="with --plan: say what it costs, at so much for "
                    "an hour of one GPU")  # fmt: skip
     return p
 
@@ -135,10 +140,12 @@ def command(args: argparse.Namespace) -> int:
     if args.explain is not None:
         explain.show(whole, args.explain, store, tracking_uri(store.uri), args.json)
         return OK
+    damaged: set[str] = set()
     if not args.plan:
         store.check_writable()
+        damaged = store.repair(plan.cells())
     state = states(plan, store)
-    todo = again(plan, state) if args.retry_failed else _missing(state)
+    todo = damaged | (again(plan, state) if args.retry_failed else _missing(state))
     if args.stage:
         plan = keep(plan, {k for k, n in plan.nodes.items() if n.stage == args.stage})
         todo = {k for k in todo if whole.nodes[k].stage == args.stage}
@@ -149,6 +156,7 @@ def command(args: argparse.Namespace) -> int:
 
     tracker = Tracker(tracking_uri(store.uri), whole, store)
     past_damage(store, lambda: tracker.sync(whole=not (args.where or args.stage), trust=True))
+    summary.tell_tracking(tracker)
     if store.damaged:
         print("\n".join(store.damaged), flush=True)
         known, state = _missing(state), states(plan, store)
@@ -221,7 +229,7 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
     done = {k for k, why in state.items() if why == "done"}
     try:
         with (telling(board, about) as teller, heartbeat.beating(store, board, about),
-              cluster.join(args.address, args.insecure_ray)):  # fmt: skip
+              cluster.join(args.address, args.insecure_ray, lambda: tracker.close("KILLED"))):  # fmt: skip
             outcome = complete(plan, todo, done, store, lambda todo, done: schedule.run(
                 plan, todo, done, store=store.uri, runtime=runtime, address=args.address, fail_fast=args.fail_fast,
                 resources=Resources(args.cpus, gpu_memory(args.gpu_memory)), on_event=on_event,
@@ -237,12 +245,16 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
     summary.summarise(plan, outcome, time.monotonic() - begun, store)
     print(f"Store: {scrub(store.uri)}  MLflow: {scrub(tracker.uri)}", flush=True)
     how = "KILLED" if interrupted else "FAILED" if outcome.failed or outcome.skipped else "FINISHED"
+    lost = len(store.damaged)
     past_damage(store, lambda: tracker.close(how))
+    summary.tell_tracking(tracker)
+    for line in store.damaged[lost:]:
+        print(line, flush=True)
     if tracker.trouble:
         print(f"MLflow was away for a while ({tracker.trouble}); what it missed has been written now.")
     if interrupted:
         return _stopped(TERMINATED if outcome.stopped_by == signal.SIGTERM else INTERRUPTED)
-    return FAILED if outcome.failed or outcome.skipped or outcome.unfinished else OK
+    return FAILED if outcome.failed or outcome.skipped or outcome.unfinished or store.damaged[lost:] else OK
 
 
 def _check_usage(args: argparse.Namespace, looks: bool) -> None:
@@ -255,28 +267,6 @@ def _check_usage(args: argparse.Namespace, looks: bool) -> None:
         raise GridError(["--dag is for --plan, without --json"])
     if args.watch and not args.status:
         raise GridError(["--watch is for --status"])
-
-
-def _positive(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,10}", text) or not 1 <= int(text) <= MOST:
-        raise argparse.ArgumentTypeError(f"{shown(text)}: must be a whole number from 1 to {MOST:,}")
-    return int(text)
-
-
-def _uri(text: str) -> str:
-    if not text.strip() or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"{shown(text)}: must be a folder or an fsspec URI")
-    return text
-
-
-def _number(text: str, what: str = "a number") -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value <= MOST:
-        raise argparse.ArgumentTypeError(f"{shown(text)}: must be {what}, from 0 to {MOST:,}")
-    return value
 
 
 def _fail(code: int, *lines: str) -> int:
@@ -293,4 +283,4 @@ def _stopped(code: int) -> int:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    os._exit(code) if code in (INTERRUPTED, TERMINATED) else sys.exit(code)
+    os._exit(code) if code in (LOST, INTERRUPTED, TERMINATED) else sys.exit(code)

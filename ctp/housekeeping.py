@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ctp.folders import DAMAGED, DAY, TEMPORARY
 from ctp.heartbeat import RUNNING, is_left, records
-from ctp.manifest import MANIFEST, Damaged, parse
+from ctp.manifest import MANIFEST, Damaged, lacking, parse
 from ctp.spec import KINDS
 from ctp.store import Store
 from ctp.unfinished import FAILED, PARTIAL
@@ -62,6 +62,13 @@ class Artifact:
     def digits(self) -> str:
         """The first digits of its key, which its folder's name ends with."""
         return self.name.rpartition("-")[2]
+
+    @property
+    def done(self) -> bool:
+        """Is it taken for its cell's result? See `ctp.manifest.whole`."""
+        if self.manifest is None or not self.manifest["key"].startswith(self.digits):
+            return False
+        return not lacking(self.manifest, lambda name: self.files[name].size if name in self.files else None)
 
     @property
     def size(self) -> int:
@@ -157,7 +164,7 @@ def litter(store: Store, planned: set[str] | None = None) -> list[Litter]:
     state and failure of no such cell.
     """
     found = artifacts(store)
-    done = {a.name for a in found if a.manifest}
+    done = {a.name for a in found if a.done}
     out = [*_unfinished(store), *_dead(store)]
     for a in found:
         if not a.ours:

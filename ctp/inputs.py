@@ -7,7 +7,15 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    model_serializer,
+    model_validator,
+)
 
 MOST = 10**9  # of whatever is counted: no run comes near
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
@@ -94,6 +102,9 @@ class Windows(Pinned):
     random document longer than the window instead (the calibration protocol of GPTQ and SparseGPT), drawn by `seed`.
 
     count: number of windows, None for all. skip, documents: leave out the first documents, use only so many after them.
+    bos: "first": the text (of crops: each document) is tokenised with the tokenizer's default special tokens, so that
+    the first window begins with BOS if the tokenizer puts it there, and no other does. "each": every window is BOS and
+    seq_len - 1 tokens of the text. "none": the tokens of the text alone.
     """
 
     NAMED_BY: ClassVar[str] = "dataset"
@@ -107,6 +118,14 @@ class Windows(Pinned):
     join: str | None = None
     sampling: Literal["sequential", "crops"] = "sequential"
     seed: Seed = 0
+    bos: Literal["first", "each", "none"] = "first"
+
+    @model_serializer(mode="wrap")
+    def _dumped(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = dump(self)
+        if data.get("bos") == "first":  # keys are older than this field
+            del data["bos"]
+        return data
 
     @model_validator(mode="after")
     def _check(self) -> Self:

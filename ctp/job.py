@@ -15,12 +15,13 @@ from ctp import corpora, models
 from ctp.inputs import Model, Pinned, Windows
 from ctp.machine.arithmetic import widen
 from ctp.memory import AtOnce, smaller
-from ctp.methods import Dense
+from ctp.methods import Dense, HardPrompt
 from ctp.pins import location
 from ctp.recover import adapter
 from ctp.recover.state import TrainState
 from ctp.spec import Compress, Evaluate, Learn, Runtime, key
 from ctp.store import Store
+from ctp.unchanged import Reads
 
 if TYPE_CHECKING:  # transformers takes seconds
     from ctp.recover.prefix import Prefix
@@ -30,7 +31,10 @@ Report = Callable[[dict[str, Any]], None]
 
 @dataclass
 class Job:
-    """One cell being done. folder: its payload, empty at first. record: what its manifest says beside the metrics."""
+    """One cell being done. folder: its payload, empty at first. record: what its manifest says beside the metrics.
+
+    reads: the models and texts outside the store that it reads.
+    """
 
     store: Store
     runtime: Runtime
@@ -38,10 +42,16 @@ class Job:
     folder: Path
     record: dict[str, Any]
     report: Report
+    reads: Reads = field(default=Reads({}), kw_only=True)
 
     def progress(self, done: int, of: int) -> None:
         """Tell how many steps are done."""
         self.report({"step": done, "steps": of})
+
+    def notice(self, text: str) -> None:
+        """Tell people a sentence about this cell; "" is not told."""
+        if text:
+            self.report({"notice": text})
 
     def location(self, thing: Pinned) -> str:
         """Where a pinned thing lies on this machine."""
@@ -112,7 +122,8 @@ class LearnJob(Job):
         return self.store.partial(self.cell)
 
     def keep(self, state: TrainState) -> None:
-        """Save a state to go on from."""
+        """Save a state to go on from. Raises Changed where what it was learned with is not what is pinned any more."""
+        self.reads.check()
         self.store.save_partial(self.cell, state.step, state.save)
 
 
@@ -157,6 +168,23 @@ class EvaluateJob(Job):
         self.record["text"] = corpora.text_stats(ids, self.tokenizer, _sha256(self.tokenizer))
         return ids
 
+    def behind(self, windows: Tensor) -> "list[tuple[Tensor, Prefix | Tensor | None]]":
+        """Windows (n, s) with the prompt that stands in front of them.
+
+        They are of two kinds where the prompt is a text: in those that begin with BOS it stands in front of the prompt.
+        """
+        recovery = self.cell.recovery.recovery if self.cell.recovery else None
+        if not isinstance(recovery, HardPrompt):
+            return [(windows, self.prefix)]
+        from ctp.recover.opening import Opening
+
+        opening = Opening.of_windows(self.model, self.tokenizer, recovery.text)
+        if opening is None:
+            return [(windows, self.prefix)]
+        begins, swapped = opening.split(windows)
+        parts: list[tuple[Tensor, Prefix | Tensor | None]] = [(swapped[begins], opening.rows)] if begins.any() else []
+        return parts if begins.all() else [*parts, (windows[~begins], self.prefix)]
+
     @property
     def prefix(self) -> "Prefix | None":
         """The prompt as the model reads it, None without one; kept for the next cell with this target and prompt."""
@@ -182,11 +210,13 @@ _held: tuple[tuple[str, bool], Any, Any] | None = None
 _in_front: "tuple[tuple[str, ...], Prefix] | None" = None
 
 
-def forget() -> None:
-    """Free the model that stayed loaded, and what came of it."""
+def forget(texts: bool = False) -> None:
+    """Free the model that stayed loaded, and what came of it; texts: and the windows of all texts."""
     global _held, _in_front
     _held = _in_front = None
     _sha256.cache_clear()
+    if texts:
+        _windows.clear()
 
 
 def load_compressed(

@@ -41,7 +41,7 @@ def axes(cell: Cell) -> dict[str, str | int | float | bool]:
         out |= {"measure": measure.pop("method"), "target": base.compression.label}
         text = measure.get("text")
         said = text if isinstance(text, dict) else measure
-        out |= {n: v for n, v in said.items() if n in ("dataset", "split", "seq_len")}
+        out |= {n: v for n, v in said.items() if n in ("dataset", "split", "seq_len", "bos")}
         if out["measure"] == "task":
             out |= {"task": measure["name"], "shots": measure["shots"]}
         out |= {"source": "none", "recovery": "none", "k": 0}

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,12 +25,38 @@ def parse(text: bytes, path: str) -> dict[str, Any]:
     """The manifest that `path` holds. Raises Damaged where it is torn, or names files outside its own folder."""
     try:
         manifest: dict[str, Any] = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise Damaged(f"{path} is not JSON ({e})") from e
     wrong = _wrong(manifest)
     if wrong:
         raise Damaged(f"{path} is no manifest: {wrong}")
     return manifest
+
+
+def whole(text: bytes, path: str, key: str, size: Callable[[str], int | None] | None) -> dict[str, Any]:
+    """The manifest of an artifact that is done: it is one, it is this cell's, and its files are there at their sizes.
+
+    This is what done means wherever it is asked; bytes are compared when an artifact is used. path: of the manifest.
+    key: of the cell. size: of a file in the manifest's folder by its name, None where there is none; itself None where
+    whoever asks is going to read the files. Raises Damaged.
+    """
+    manifest = parse(text, path)
+    if manifest["key"] != key:
+        raise Damaged(f"{path} is of key {manifest['key']}, not {key}")
+    if size and (lack := lacking(manifest, size)):
+        raise Damaged(f"{path.removesuffix(MANIFEST)}{lack}")
+    return manifest
+
+
+def lacking(manifest: Mapping[str, Any], size: Callable[[str], int | None]) -> str:
+    """What the sizes of its files say against an artifact; empty where they say nothing. size: as in `whole`."""
+    for name, said in manifest["files"].items():
+        found = size(f"{manifest.get('payload', '')}{name}")
+        if found is None:
+            return f"{name} is missing, though the manifest names it"
+        if found != said["size"]:
+            return f"{name} has {found} bytes, not the {said['size']} that its manifest says"
+    return ""
 
 
 def _wrong(manifest: Any) -> str:
@@ -46,6 +72,8 @@ def _wrong(manifest: Any) -> str:
     inputs = manifest.get("inputs")
     if not isinstance(inputs, list) or not all(isinstance(i, str) and _KEY.fullmatch(i) for i in inputs):
         return f"inputs = {inputs!r}, not a list of keys"
+    if not isinstance(manifest.get("metrics", {}), dict):
+        return f"metrics = {manifest['metrics']!r}, not numbers by name"
     files = manifest.get("files")
     if not isinstance(files, dict):
         return "it names no files"

@@ -1,5 +1,6 @@
 """Names that may be paths: the file system is asked whatever they hold, a name that no file can have included."""
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 
@@ -23,3 +24,9 @@ def folder_named(text: str) -> Path | None:
     """The folder that a text names, None where there is none."""
     path = expanded(text)
     return path if text and there(path) and path.is_dir() else None
+
+
+def matches(path: str, pattern: str) -> bool:
+    """As a shell does: a * ends at the next slash."""
+    parts, wanted = path.split("/"), pattern.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))

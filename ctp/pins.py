@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ctp import corpora, hub, models
+from ctp import corpora, hub, models, specials, tiny_models
 from ctp.gridtext import GridError, beside
 from ctp.inputs import Model, Pinned
 from ctp.names import shown
@@ -174,6 +174,19 @@ class Pins:
     def facts(self, model: Model) -> models.Facts:
         """Size and limits of a pinned model."""
         return models.facts(location(self.locations, model), model.revision)
+
+    def specials(self, model: Model) -> specials.Specials | None:
+        """The special tokens of a pinned model's tokenizer; None where it is a known model's, which has all, or the
+        hub cannot be reached. Raises ValueError where it cannot be loaded."""
+        place = location(self.locations, model)
+        if place.removeprefix("hub:") in models.known_models() or place.startswith(tiny_models.SCHEME):
+            return None
+        try:
+            return specials.of_model(place, model.revision)
+        except hub.Unreachable:
+            if not self.provisional:
+                raise
+            return None
 
 
 def _check_revision(given: Any) -> None:

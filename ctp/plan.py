@@ -4,9 +4,10 @@ import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from ctp.fits import misfits, model_of
+from ctp.fits import misfits, model_of, namesakes, unspoken, windows_of
 from ctp.gridfile import Grid, Study
 from ctp.gridtext import GridError
 from ctp.labels import axes, slug
@@ -70,13 +71,29 @@ def make(grid: Grid, pins: Pins) -> Plan:
     }
     told: dict[str, list[str]] = {}  # of a cell and what needs it, the first mistake: the others follow from it
     for n in nodes.values():
-        told[n.key] = [p for i in n.inputs for p in told[i]] or misfits(n.cell, n.facts)
-    problems = [f"{grid.path}: {p}" for p in dict.fromkeys(p for found in told.values() for p in found)]
+        found = [p for i in n.inputs for p in told[i]] or misfits(n.cell, n.facts)
+        told[n.key] = found or unspoken(n.cell, partial(pins.specials, model_of(n.cell)))
+    alike = namesakes((n.cell for n in nodes.values()), pins.locations)
+    problems = [f"{grid.path}: {p}" for p in dict.fromkeys([*alike, *(p for found in told.values() for p in found)])]
     if not nodes:
         problems = [f"{grid.path}: no cell comes out of this grid"]
     if problems:
         raise GridError(problems)
     return Plan(grid.name, grid, nodes)
+
+
+def warnings(plan: Plan) -> list[str]:
+    """What a person should know of a plan before it runs: one line each."""
+    without: dict[str, list[str]] = {}
+    for node in plan.nodes.values():
+        for _, text in windows_of(node.cell) if node.facts.needs_bos else ():
+            if text.bos != "each":
+                without.setdefault(model_of(node.cell).name, []).append(text.dataset)
+    return [
+        f"{name} needs the beginning-of-text token in front of every window, and has it not on "
+        f"{', '.join(dict.fromkeys(texts))}: its perplexity is far too high; say bos: each"
+        for name, texts in without.items()
+    ]
 
 
 def study_cells(study: Study) -> list[Cell]:
@@ -185,14 +202,16 @@ def _number(value: Any) -> Any:
 
 
 def states(plan: Plan, store: Store) -> dict[str, str]:
-    """key -> "done", or why the cell is not done: never ran, failed, interrupted, or an input is missing."""
-    done = store.done(plan.cells())
+    """key -> "done", or why the cell is not done: damaged, failed, interrupted, an input is missing, never ran."""
+    done, damaged = store.look(plan.cells())
     failed, started = store.failures(), store.started()
     out: dict[str, str] = {}
     for k, node in plan.nodes.items():
         missing = [i for i in node.inputs if i not in done]
         if k in done:
             out[k] = "done"
+        elif k in damaged:
+            out[k] = f"damaged: {damaged[k]}"
         elif k in failed:
             out[k] = f"{FAILED}: {failed[k]}"
         elif (step := started.get(store.folder(node.cell).rsplit("/", 1)[-1])) is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ctp.contained import MethodEnded, contained
 from ctp.gridtext import beside
 from ctp.names import shown
 from ctp.paths import there
@@ -33,8 +34,9 @@ def read(given: Any, folders: Sequence[Path], problems: list[str]) -> dict[str, 
             continue
         try:
             out[name] = path.read_text("utf-8") if item.endswith(".py") else ""
-            load({name: out[name]})
-        except (Exception, SystemExit) as e:  # whatever the file itself raises
+            with contained():
+                load({name: out[name]})
+        except (Exception, SystemExit, MethodEnded) as e:  # whatever the file itself raises
             problems.append(f"{place}: {type(e).__name__}: {e}")
     return out
 

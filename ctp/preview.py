@@ -10,7 +10,7 @@ from ctp.columns import aligned
 from ctp.cost import Cost, Pace
 from ctp.history import Expected
 from ctp.labels import axes, slug
-from ctp.plan import Plan
+from ctp.plan import Plan, warnings
 from ctp.progress import duration
 from ctp.resources import GIB, Resources
 from ctp.store import Store
@@ -32,9 +32,13 @@ def describe(plan: Plan, state: dict[str, str], todo: set[str]) -> None:
     kinds = Counter(plan.nodes[k].cell.kind for k in plan.nodes)
     listing = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     print(f"{plan.name}: {len(plan.nodes)} cells ({listing}): {done} done, {len(todo)} to run")
-    why = Counter(state[k].split(":")[0] if state[k].startswith("failed") else _short(state[k]) for k in todo)
+    why = Counter(
+        state[k].split(":")[0] if state[k].startswith(("failed", "damaged")) else _short(state[k]) for k in todo
+    )
     for reason, n in why.most_common():
         print(f"  {n:>5}  {reason}")
+    for warning in warnings(plan):
+        print(f"warning: {warning}")
     sys.stdout.flush()
 
 
@@ -149,7 +153,7 @@ def as_json(p: Preview, unpinned: list[str]) -> dict[str, Any]:
     money = {} if p.price is None else {"gpu_hour_price": p.price, "money": p.gpu_hours * p.price}
     total = {"seconds": p.seconds, "gpu_hours": p.gpu_hours, "assumed": p.pace.about, **money}
     return {"grid": p.plan.name, "cells": cells, "to_run": len(p.todo), "total": total, "unpinned": unpinned,
-            "longest_path": {"seconds": seconds, "cells": path}}  # fmt: skip
+            "warnings": warnings(p.plan), "longest_path": {"seconds": seconds, "cells": path}}  # fmt: skip
 
 
 def studies(plan: Plan, costs: dict[str, Cost], todo: set[str], device: int, tflops: float) -> list[str]:

@@ -5,7 +5,8 @@ import errno
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ class StoreError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(scrub(message))
+
+
+def unreadable(path: str, e: OSError) -> StoreError:
+    """It says nothing of what was written: nothing is moved or computed again for it."""
+    why = e.strerror or type(e).__name__
+    return StoreError(f"{path} cannot be read ({why}): make it readable, or remove it to have it computed again")
 
 
 def connect(uri: str) -> tuple[Any, str]:
@@ -120,6 +127,20 @@ def no_room(e: BaseException | None) -> bool:
             return True
         e = e.__cause__ or e.__context__
     return False
+
+
+@contextmanager
+def room(uri: str) -> Iterator[None]:
+    """What fails in here because a disk is full becomes one StoreError that says so."""
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, StoreError) or not no_room(e):
+            raise
+        raise StoreError(
+            f"no room left for the store {uri!r} or this machine's temporary files ({type(e).__name__}: {e}); "
+            "nothing half-written was kept: make room and run the same command again, it goes on from here"
+        ) from e
 
 
 def _status(e: BaseException) -> int | None:

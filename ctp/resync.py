@@ -12,6 +12,7 @@ from ctp.plan import make
 from ctp.redact import scrub
 from ctp.runinfo import TrackError, tracking_uri
 from ctp.store import Store, StoreError, default_store
+from ctp.summary import tell_tracking
 from ctp.track import Tracker
 
 
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(e, GridError) else 3
     for line in store.damaged:
         print(line, file=sys.stderr)
+    tell_tracking(tracker)
     ended = f", {tracker.ended} that dead invocations had left ended" if tracker.ended else ""
     there = len(store.done(plan.cells()))
     print(f"{plan.name}: {written} runs written{ended}, {there} there. MLflow: {scrub(tracker.uri)}")

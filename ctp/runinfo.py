@@ -3,10 +3,12 @@
 import gc
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 from ctp.labels import fingerprints, params, slug
 from ctp.plan import Node
@@ -15,7 +17,7 @@ from ctp.spec import Evaluate, canonical
 from ctp.store import DEFAULT_STORE
 
 KEY, KIND, CURRENT, STUDIES, PARENT = "ctp.key", "ctp.kind", "ctp.current", "ctp.studies", "mlflow.parentRunId"
-ERROR = "ctp.error"
+ERROR, LEFT_OUT = "ctp.error", "ctp.left_out"
 CURVES = {n: f"train/{n}" for n in ("loss", "val_loss", "lr")}  # of a history's points: what they are called here
 TOKENS_PER_S = "train/tokens_per_s"  # told while a prompt is learned, and in no history
 SYNCED = "ctp.synced"  # of the experiment: what it was brought up to date with
@@ -28,29 +30,69 @@ class TrackError(Exception):
         super().__init__(scrub(message))
 
 
+NAME = "letters, digits, spaces and _ - . : / (no / at either end, none doubled), at most 250 in all"
+_NAME = re.compile(r"[\w.\- :]+(/[\w.\- :]+)*")
+OWN = ("seconds", "peak_memory_bytes")  # of every cell
+
+
+def name_problem(name: object) -> str:
+    """Why MLflow does not take this as the name of a metric, param or tag; empty where it does."""
+    if not isinstance(name, str) or len(name) > 250 or not _NAME.fullmatch(name):
+        return f"allowed: {NAME}"
+    return "allowed: no part that is . or .." if {".", ".."} & set(name.split("/")) else ""
+
+
+def safe(name: str) -> str:
+    """The name itself, or one like it that MLflow takes."""
+    if not name_problem(name):
+        return name
+    parts = (re.sub(r"[^\w.\- :]", "_", part) for part in name.split("/"))
+    plain = "/".join("_" if part in (".", "..") else part for part in parts if part) or "_"
+    return plain if len(plain) <= 250 else f"{plain[:237]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
 def tracking_uri(store: str) -> str:
     """MLFLOW_TRACKING_URI, else an SQLite file beside a local store (in ./results for a remote one)."""
     if given := os.environ.get("MLFLOW_TRACKING_URI"):
         return given
     folder = Path(DEFAULT_STORE if "://" in store else store).absolute().parent
-    return f"sqlite:///{folder / 'mlflow.db'}"
+    return sqlite_uri(folder / "mlflow.db")
+
+
+def sqlite_uri(file: Path) -> str:
+    """The address of an SQLite file: in a URL "?" and "%" mean something else than in a path.
+
+    Where they are in it the slashes are quoted too: MLflow makes the folder that it reads out of the address unquoted.
+    """
+    return f"sqlite:///{quote(str(file), safe='') if set('?%') & set(str(file)) else file}"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file that an address of SQLite stands for; None for other addresses."""
+    place = uri.removeprefix("sqlite:///").partition("?")[0]
+    return Path(unquote(place)) if uri.startswith("sqlite:///") else None
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A finished cell. start, end: milliseconds since 1970. metrics: (name, value, step), all as of `end`."""
+    """A finished cell. start, end: milliseconds since 1970. metrics: (name, value, step), all as of `end`.
+
+    left_out: metrics that MLflow takes by no such name or value, which an earlier version of ctp stored.
+    """
 
     start: int
     end: int
     tags: dict[str, str]
     metrics: list[tuple[str, float, int]]
+    left_out: tuple[str, ...] = ()
 
 
 def entry(node: Node, manifest: dict[str, Any], history: Iterable[dict[str, Any]] = ()) -> Entry:
     """What the run of a finished cell says beside `tags` and `settings`. history: of learning, by step."""
     end = int(1000 * manifest["created"])
     numbers = manifest["metrics"] | {n: manifest[n] for n in ("seconds", "peak_memory_bytes")}
-    metrics = [(n, float(v), 0) for n, v in numbers.items()]
+    left_out = tuple(n for n, v in numbers.items() if name_problem(n) or not isinstance(v, int | float))
+    metrics = [(n, float(v), 0) for n, v in numbers.items() if n not in left_out]
     metrics += [
         (called, float(point[name]), int(point["step"]))
         for point in history
@@ -66,13 +108,15 @@ def entry(node: Node, manifest: dict[str, Any], history: Iterable[dict[str, Any]
         own["ctp.at_once"] = str(manifest["at_once"])  # windows at a time, fewer than asked for: memory ran out
     if "machine_detail" in manifest:
         own["ctp.machine"] = _machine(manifest["machine_detail"])
-    own |= {f"ctp.{n}": str(v) for n, v in manifest.get("text", {}).items()}
-    return Entry(end - int(1000 * manifest["seconds"]), end, own | asked(node), metrics)
+    own |= {safe(f"ctp.{n}"): str(v) for n, v in manifest.get("text", {}).items()}
+    if left_out:
+        own[LEFT_OUT] = ", ".join(left_out)[:5000]
+    return Entry(end - int(1000 * manifest["seconds"]), end, own | asked(node), metrics, left_out)
 
 
 def settings(node: Node) -> dict[str, str]:
-    """Params: every axis and setting of a cell. MLflow takes 6,000 characters of each."""
-    return {n: str(v)[:6000] for n, v in params(node.cell).items()}
+    """Params: every axis and setting of a cell, by names that MLflow takes. It takes 6,000 characters of each."""
+    return {safe(n): str(v)[:6000] for n, v in reversed(params(node.cell).items())}
 
 
 def tags(grid: str, node: Node) -> dict[str, str]:

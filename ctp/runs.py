@@ -4,7 +4,6 @@ MLflow cannot find or create in one step, so that two writers may both make a ru
 least id stays: a rule by which any number of writers keep the same one, whatever each of them has seen.
 """
 
-import fcntl
 import logging
 import os
 import sqlite3
@@ -22,9 +21,11 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking import MlflowClient
+from requests import RequestException
 
+from ctp import database
 from ctp.alive import is_alive, last_sign
-from ctp.runinfo import KEY, KIND, PARENT, SYNCED, TrackError, every_run
+from ctp.runinfo import KEY, KIND, PARENT, SYNCED, TrackError, every_run, sqlite_file, sqlite_uri
 
 for _name in ("alembic", "mlflow.store.db.utils"):  # they tell of every table they make
     logging.getLogger(_name).setLevel(logging.WARNING)
@@ -46,15 +47,49 @@ class Runs:
     TrackError."""
 
     def __init__(self, uri: str, name: str) -> None:
+        self.uri, self.name, self.file = uri, name, sqlite_file(uri)
+        self.rebuilt = database.set_aside(self.file) if self.file and self.file.exists() else ""  # what to say of it
         try:
-            self.client, self.experiment, self.synced = _open(uri, name)
+            try:
+                self._connect(anew=bool(self.rebuilt))
+            except TrackError:
+                raise
+            except Exception:
+                if not self.renew():
+                    raise
         except TrackError:
             raise
         except Exception as e:  # whatever the client raises: sqlite, HTTP, its own
             raise TrackError(f"MLflow at {uri} cannot be reached: {type(e).__name__}: {first_line(e)}") from e
+
+    def _connect(self, anew: bool) -> None:
+        """anew: connections that this process still has are to a file that is gone."""
+        if anew and (engine := SqlAlchemyStore._engine_map.get(self.uri)):
+            engine.dispose()
+        self.client, self.experiment, self.synced = _open(self.uri, self.name)
+        self.opened = database.mark(self.file)
         self.checked: set[str] = set()  # keys of finished cells that an earlier invocation found in order
         self.created: set[str] = set()  # keys of cells whose run is made here
         self._known: dict[str, Known] | None = None  # key -> run, but for those in `checked`
+
+    def renew(self) -> str:
+        """What has happened to the SQLite file, if it is lost; then there is a new one. Empty where it is not.
+
+        It is lost where it was removed or replaced since it was opened, or is damaged, which is then moved aside.
+        """
+        if self.file is None:
+            return ""
+        said = database.set_aside(self.file, whole=True)
+        if not said and database.mark(self.file) == self.opened:
+            return ""
+        self._connect(anew=True)
+        self.checked, self.created, self._known = set(), set(), None
+        self.rebuilt = said or f"MLflow's database {self.file} was removed or replaced while it was in use"
+        return self.rebuilt
+
+    def answers(self) -> None:
+        """Raise what the client raises where MLflow is away."""
+        self.client.search_runs([self.experiment], "", max_results=1)
 
     def known(self) -> dict[str, Known]:
         """Every run of a cell by its key, read when it is first needed; only unfinished ones where the others are
@@ -123,7 +158,16 @@ class Runs:
         return found
 
 
-def first_line(e: Exception) -> str:
+def away(e: BaseException | None) -> bool:
+    """Does this say that MLflow cannot be reached, and nothing of what it was given?"""
+    while e is not None:
+        if isinstance(e, ConnectionError | TimeoutError | RequestException):
+            return True
+        e = e.__cause__ or e.__context__
+    return False
+
+
+def first_line(e: BaseException) -> str:
     return (str(e).strip().splitlines() or [""])[0][:300]
 
 
@@ -133,8 +177,7 @@ def first_line(e: Exception) -> str:
 def _open(uri: str, name: str) -> tuple[MlflowClient, str, str]:
     """Client, experiment id, and what the experiment says it was brought up to date with."""
     artifacts = None
-    if uri.startswith("sqlite:///"):
-        file = Path(uri.removeprefix("sqlite:///"))
+    if (file := sqlite_file(uri)) is not None:
         _make_database(file)
         artifacts = (file.parent / "mlartifacts" / name).absolute().as_uri()
     client = MlflowClient(tracking_uri=uri)
@@ -163,17 +206,14 @@ def _make_database(file: Path) -> None:
     if file.exists():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+    with database.locked(file.parent):
         if not file.exists():
             new = file.with_name(f"{file.name}.making")
             for leftover in file.parent.glob(f"{new.name}*"):
                 leftover.unlink()
-            store = SqlAlchemyStore(f"sqlite:///{new}", (file.parent / "mlartifacts").absolute().as_uri())
+            store = SqlAlchemyStore(sqlite_uri(new), (file.parent / "mlartifacts").absolute().as_uri())
             store.engine.dispose()
             with closing(sqlite3.connect(new)) as db:
                 db.execute("PRAGMA journal_mode=WAL")
+            database.clear(file)
             new.rename(file)
-    finally:
-        os.close(folder)

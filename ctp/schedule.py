@@ -6,30 +6,29 @@ retries are for machines that die.
 """
 
 import json
-import logging
 import os
 import queue
 import tempfile
 import threading
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ctp import cost, drain, plugins
+from ctp import cost, drain
 from ctp.graph import Event, Outcome, Walk, ended_for_memory, expected, own_words
 from ctp.labels import slug
-from ctp.machine import arithmetic, device
 from ctp.names import plain
 from ctp.plan import Plan
 from ctp.redact import scrub
 from ctp.resources import Fleet, Resources, alone
 from ctp.resources import bundles as resources_of
-from ctp.spec import Runtime, from_json, key, requested, to_json
+from ctp.spec import Runtime, to_json
 from ctp.store import Store
+from ctp.worker import do as _do
+from ctp.worker import keep_failure
 
 # Tune reads these when it is imported. Its own progress tables, result files and saved states are not for thousands of
 # short trials.
@@ -137,7 +136,7 @@ def run(plan: Plan, todo: set[str], done: set[str], *, store: str, runtime: Runt
 
         def heard(event: Event) -> None:
             if event.get("died"):  # every other failure is kept by the worker that it happened to
-                _keep_failure(place, plan.nodes[event["key"]].cell, event["error"], event["traceback"])
+                keep_failure(place, plan.nodes[event["key"]].cell, event["error"], event["traceback"])
             on_event(event)
 
         search = GraphSearch(
@@ -236,56 +235,11 @@ class _Task(tune.Trainable):
             for data in cells:
                 if drain.asked.is_set():
                     break
-                _do(data, self.place, self.how, self.told.put)
+                _do(data, self.place, self.how, self.told.put, self.word)
         except BaseException as e:  # not a cell's error: those are told
             self.told.put(e)
         else:
             self.told.put(None)
-
-
-def _do(data: dict[str, Any], place: Store, how: Runtime, tell: Callable[[Event], None]) -> None:
-    """One cell, told as it starts, goes on, and ends."""
-    k, cell = data["key"], None
-    try:
-        plugins.load(how.plugins)
-        from ctp.work import execute  # torch and transformers: in workers only
-
-        cell = from_json(data)
-        k = key(cell)
-        tell({"event": "start", "key": k})
-        if text := arithmetic.notice(requested(cell), device.pick(how.device)):
-            tell({"event": "notice", "key": k, "text": text})
-        begun = time.monotonic()
-        execute(cell, place, how, _throttled(k, tell))
-    except drain.Drained:
-        tell({"event": "drained", "key": k})
-    except Exception as e:  # whatever went wrong is this cell's failure, and only this cell's
-        error, trace = plain(scrub(f"{type(e).__name__}: {e}".strip())), plain(scrub(traceback.format_exc()))
-        if cell is not None:
-            _keep_failure(place, cell, error, trace)
-        tell({"event": "failed", "key": k, "error": error, "traceback": trace})
-    else:
-        tell({"event": "done", "key": k, "seconds": time.monotonic() - begun})
-
-
-def _keep_failure(place: Any, cell: Any, error: str, trace: str) -> None:
-    try:
-        place.record_failure(cell, error, trace)
-    except Exception:  # a store that is gone is no reason to lose the error itself
-        logging.getLogger(__name__).warning("the failure of %s could not be stored", slug(cell))
-
-
-def _throttled(k: str, tell: Callable[[Event], None], seconds: float = 1.0) -> Callable[[dict[str, Any]], None]:
-    """Reports of a cell, at most one a second but for those with a validation loss."""
-    last = 0.0
-
-    def report(numbers: dict[str, Any]) -> None:
-        nonlocal last
-        if time.monotonic() - last >= seconds or "val_loss" in numbers:
-            last = time.monotonic()
-            tell({**numbers, "event": "progress", "key": k})
-
-    return report
 
 
 def _check(plan: Plan, todo: set[str], bundles: dict[str, dict[str, float]], machines: Fleet) -> None:

@@ -15,7 +15,8 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 from ctp.cache import cache_dir, fill
 from ctp.folders import DAY, TEMPORARY
 from ctp.labels import slug
-from ctp.manifest import MANIFEST, Damaged, content, files_of, parse, verify
+from ctp.manifest import MANIFEST, Damaged, content, files_of, lacking, verify, whole
 from ctp.remote import StoreError
 from ctp.spec import KINDS, Cell, Learn, key
 from ctp.unfinished import Unfinished, folder_name, identity
@@ -32,6 +33,7 @@ from ctp.unfinished import Unfinished, folder_name, identity
 __all__ = ["DEFAULT_STORE", "MANIFEST", "Damaged", "Draft", "Store", "StoreError", "default_store"]
 
 DEFAULT_STORE = "results/store"
+READERS = 16  # manifests of an object store that are read at a time
 
 
 def default_store() -> str:
@@ -57,6 +59,7 @@ class Store(Unfinished):
         super().__init__(uri)
         self.damaged: list[str] = []
         self._verified: dict[str, Path] = {}
+        self._seen: dict[str, tuple[Any, dict[str, Any]]] = {}  # a manifest's path -> when it was read; its files
 
     def check_writable(self) -> None:
         """Write and remove a small file. Raises StoreError where that fails."""
@@ -87,12 +90,69 @@ class Store(Unfinished):
 
     def has(self, cell: Cell) -> bool:
         """Is the cell done? What this machine made but could not send to an object store is sent now."""
-        return self.exists(f"{self.folder(cell)}/{MANIFEST}") or self._send(cell)
+        return self._state(cell, None) == "" or self._send(cell)
 
     def done(self, cells: Iterable[Cell]) -> set[str]:
-        """The keys of those cells that are done: one listing per kind, not one request per cell."""
-        found = set().union(*(self.finished(kind) for kind in KINDS))
-        return {key(c) for c in cells if folder_name(c) in found}
+        """The keys of those cells that are done: see `look`."""
+        return self.look(cells)[0]
+
+    def look(self, cells: Iterable[Cell]) -> tuple[set[str], dict[str, str]]:
+        """(keys of those cells that are done, key -> what is wrong of those whose artifact is damaged).
+
+        One listing per kind, and each manifest is read once per Store. Raises StoreError.
+        """
+        listed = {kind: self._listed(kind) for kind in KINDS}
+        there = [c for c in cells if folder_name(c) in listed[c.kind]]
+        with ThreadPoolExecutor(1 if self.local else READERS) as pool:
+            state = map if self.local else pool.map
+            found = list(state(lambda c: (key(c), self._state(c, listed[c.kind][folder_name(c)])), there))
+        return {k for k, why in found if why == ""}, {k: why for k, why in found if why}
+
+    def repair(self, cells: Iterable[Cell]) -> set[str]:
+        """Move damaged artifacts of these cells out of the way; returns the keys of those that are not done for it."""
+        known = {key(c): c for c in cells}
+        damaged = self.look(known.values())[1]
+        for k, why in damaged.items():
+            self._give_up(known[k], self.read(f"{self.folder(known[k])}/{MANIFEST}"), Damaged(why))
+        return set(damaged)
+
+    def _listed(self, kind: str) -> dict[str, dict[str, int] | None]:
+        """Folders of a kind; in an object store with the files of each, by name, and their sizes."""
+        base = f"{self.root}/{kind}"
+        if self.local:
+            return dict.fromkeys(os.listdir(base) if os.path.isdir(base) else ())
+        found: dict[str, dict[str, int]] = {}
+        for path, said in self.find(base).items():
+            name, _, inner = path[len(base) + 1 :].partition("/")
+            found.setdefault(name, {})[inner] = int(said.get("size") or 0)
+        return dict(found)
+
+    def _state(self, cell: Cell, files: Mapping[str, int] | None) -> str | None:
+        """Empty where the cell is done, None where it has no artifact, else what is wrong with that.
+
+        files: sizes of what is in the folder, where that is known.
+        """
+        folder = self.folder(cell)
+        size = self._sizes(cell) if files is None else files.get
+        path = f"{folder}/{MANIFEST}"
+        stamp = _stamp(path) if self.local else size(MANIFEST)
+        if stamp is None:
+            return None
+        if (seen := self._seen.get(path)) and seen[0] == stamp:
+            lack = lacking(seen[1], size)
+            return lack and f"{folder}/{lack}"
+        if (text := self.read(path)) is None:
+            return None
+        try:
+            manifest = whole(text, path, key(cell), size)
+        except Damaged as e:
+            return str(e)
+        self._seen[path] = stamp, {n: manifest[n] for n in ("files", "payload") if n in manifest}
+        return ""
+
+    def _sizes(self, cell: Cell) -> Callable[[str], int | None]:
+        folder = self.folder(cell)
+        return lambda name: self.size(f"{folder}/{name}")
 
     def manifest(self, cell: Cell) -> dict[str, Any]:
         """The record of a finished cell. Raises StoreError where it is missing, Damaged where it cannot be believed."""
@@ -103,10 +163,8 @@ class Store(Unfinished):
         path = f"{self.folder(cell)}/{MANIFEST}"
         if (text := self.read(path)) is None:
             raise StoreError(f"{path} does not exist: {slug(cell)} is not done")
-        try:
-            manifest = parse(text, path)
-            if manifest["key"] != key(cell):
-                raise Damaged(f"{path} is of key {manifest['key']}, not {key(cell)}")
+        try:  # of an object store one request for each file: who needs them finds out
+            manifest = whole(text, path, key(cell), self._sizes(cell) if self.local else None)
         except Damaged as e:
             raise self._give_up(cell, text, e) from e
         return manifest, text
@@ -122,11 +180,13 @@ class Store(Unfinished):
         with self.room(), self.workspace() as work:
             draft = Draft(work)
             yield draft
-            record = {**identity(cell), **draft.record}
+            record = {**draft.record, **identity(cell)}
             try:
-                self.commit(work, self.folder(cell), record)
+                text = self.commit(work, self.folder(cell), record)
             except (StoreError, FileNotFoundError) as e:
                 raise self._keep(cell, work, record, e) from e
+        if not self.local:  # where a listing says that it has another size, another's stands
+            self._seen[f"{self.folder(cell)}/{MANIFEST}"] = len(text), json.loads(text)
         self._tidy(cell)
 
     def _tidy(self, cell: Cell) -> None:
@@ -156,10 +216,10 @@ class Store(Unfinished):
         kept = self._kept(cell)
         if self.local or not kept.is_dir():
             return False
-        said = json.loads((kept / "record.json").read_text())
         try:
+            said = json.loads((kept / "record.json").read_text())
             verify(kept / "files", said["files"])
-        except Damaged:
+        except (Damaged, OSError, ValueError, KeyError, TypeError):  # torn as this machine died: it is computed again
             return False
         self.commit(kept / "files", self.folder(cell), said["record"])
         shutil.rmtree(kept, ignore_errors=True)
@@ -212,6 +272,15 @@ class Store(Unfinished):
         said = f"{e}; moved to {to}: the next run that needs {slug(cell)} computes it again"
         self.damaged.append(said)
         return Damaged(said)
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    """By which it is known whether a local file is the one that was read; None where there is none."""
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from ctp.store import Store
 
 if TYPE_CHECKING:
     from ctp.graph import Outcome
+    from ctp.writer import Writer
 
 
 def summarise(plan: Plan, outcome: "Outcome", seconds: float, store: Store) -> None:
@@ -32,6 +33,14 @@ def summarise(plan: Plan, outcome: "Outcome", seconds: float, store: Store) -> N
     if outcome.failed and not outcome.stopped_by:
         again = [*sys.argv[1:], *(() if "--retry-failed" in sys.argv else ("--retry-failed",))]
         print(scrub(f"Try what failed again, and what it held up: {shlex.join(['python', '-m', 'ctp.grid', *again])}"))
+
+
+def tell_tracking(tracker: "Writer") -> None:
+    """What became of MLflow's database, and what MLflow does not take: each in a line, once."""
+    for line in (*tracker.notes, *tracker.refused.values()):
+        print(one_line(scrub(line)), file=sys.stderr, flush=True)
+    tracker.notes.clear()
+    tracker.refused.clear()
 
 
 def _news(plan: Plan, outcome: "Outcome", store: Store) -> None:

@@ -4,6 +4,7 @@
 harness itself is not imported here: it takes seconds, and planning needs only its files.
 """
 
+import glob
 import hashlib
 import json
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ctp import hub
-from ctp.cache import cache_dir, digest
+from ctp.cache import cache_dir, changed, digest
 from ctp.taskfiles import harness_file, harness_version, merged, own_file
 from ctp.texts import local_root
 
@@ -99,18 +100,28 @@ def read(location: str, revision: str) -> Task:
     """The task that `locate` pinned. Raises ValueError where it has changed since then, or lies no longer there."""
     source = Source(**json.loads(location))
     task = _define(source)
-    if _revision(source, task) != revision:
-        raise ValueError(
-            f"the task {task.name} ({source.title}) has changed since it was pinned: its definition, its data or the "
-            f"harness, which is {harness_version()} here"
+    if _revision(source, task, anew=True) != revision:
+        raise changed(
+            f"the task {task.name} ({source.title})",
+            f"its definition, its data or the harness, which is {harness_version()} here",
         )
+    kwargs = task.changes.get("dataset_kwargs") or {}
+    if "cache_dir" in kwargs:  # `datasets` tells files apart by path and time: a copy for each revision
+        kwargs = {**kwargs, "cache_dir": f"{kwargs['cache_dir']}/{revision.removeprefix('sha256:')[:16]}"}
+        task = replace(task, changes={**task.changes, "dataset_kwargs": kwargs})
     return task
 
 
-def _revision(source: Source, task: Task) -> str:
+def pinned_files(location: str) -> list[Path]:
+    """The files that the definition of a task is made of, and its local data. Raises ValueError as `locate` does."""
+    task = _define(Source(**json.loads(location)))
+    return [*task.files, *(path for _, path in task.data)]
+
+
+def _revision(source: Source, task: Task, anew: bool = False) -> str:
     parts = [f"lm-eval {harness_version()}", source.commit]
-    parts += [digest([path]) for path in task.files]
-    parts += [f"{label} {digest([path])}" for label, path in task.data]
+    parts += [digest([path], anew) for path in task.files]
+    parts += [f"{label} {digest([path], anew)}" for label, path in task.data]
     return "sha256:" + hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -157,7 +168,7 @@ def _from_folder(task: Task, folder: Path) -> Task:
         if split in (evaluated, given):
             raise ValueError(f"the task {task.name} needs {split}.jsonl, and {folder} has none")
     found = {split: path for split, path in sorted(there.items()) if split not in missing}
-    changes = _files("json", {split: str(path) for split, path in found.items()})
+    changes = _files("json", {split: _pattern(path) for split, path in found.items()})
     changes |= {field: None for field, split in named.items() if split in missing}
     examples = given or named.get("training_split") or named.get("validation_split") or ""  # the harness's order
     lacking = examples if examples in missing else ""
@@ -179,7 +190,7 @@ def _own_data(task: Task, commit: str) -> Task:
         parts = given if isinstance(given, dict) else {"train": given}  # datasets' name for files without one
         files = {n: [_data_file(task, f) for f in (v if isinstance(v, list) else [v])] for n, v in parts.items()}
         data = [(f"{split} {i}", file) for split, listed in files.items() for i, file in enumerate(listed)]
-        local = {split: [str(f) for f in listed] for split, listed in files.items()}
+        local = {split: [_pattern(f) for f in listed] for split, listed in files.items()}
         return replace(
             task, changes=_files(path, local, kwargs, name=task.config.get("dataset_name")), data=tuple(data)
         )
@@ -197,6 +208,13 @@ def _data_file(task: Task, name: Any) -> Path:
     if not file.is_file():
         raise ValueError(f"the task {task.name}: dataset_kwargs.data_files: there is no file {file}")
     return file.resolve()
+
+
+def _pattern(path: Path) -> str:
+    """What `datasets` reads as this very file: * ? [ are its wildcards. Raises ValueError for "::", a chain to it."""
+    if "::" in str(path):
+        raise ValueError(f"a task's data cannot be in a folder with '::' in its name: {path}")
+    return glob.escape(str(path))
 
 
 def _files(builder: str, files: Any, kwargs: dict[str, Any] | None = None, name: str | None = None) -> dict[str, Any]:

@@ -1,47 +1,108 @@
-"""Texts in files: .jsonl with one document a line, and .txt. What is wrong with one is told with its place."""
+"""Texts in files: .jsonl with one document a line, and .txt. What is wrong with one is told with its place.
 
-import codecs
+Both are UTF-8, read as Python's text mode reads them with the encoding `utf-8-sig`: a byte order mark at the beginning
+is no text, and every line ends in "\\n", whether the file has LF, CRLF or CR.
+"""
+
+import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+from ctp.cache import cache_dir, sha256_file, write_json
 
-def check_text(path: Path, column: str, most: int = 2**20) -> None:
-    """Raise ValueError where a file's first `most` bytes are no text, or its first line is no row."""
-    with path.open("rb") as file:
-        data = file.read(most)
-    start = decoded(path, data, whole=len(data) < most)
-    if not start.strip():
+BOM = "\ufeff"
+
+
+def text_sha256(path: Path) -> str:
+    """Hex digest of what is read from a file: of a .txt its text, so that line ends and a byte order mark do not count;
+    of a .jsonl its bytes. It is the digest of the bytes where neither is there.
+    """
+    if path.suffix == ".txt" and _marked(path):
+        return hashlib.sha256(decoded(path, path.read_bytes()).encode()).hexdigest()
+    return sha256_file(path)
+
+
+def check_text(path: Path, column: str, sha256: str) -> None:
+    """Raise ValueError, naming the line, unless a file is text and each of its lines a row (.jsonl) with text.
+
+    sha256: of the file, by which this machine remembers that it was looked at.
+    """
+    named = hashlib.sha256(f"{path.suffix} {column} {sha256}".encode()).hexdigest()
+    memo = cache_dir() / "texts" / f"{named}.json"
+    if memo.exists():
+        return
+    if path.suffix == ".jsonl":
+        documents = sum(1 for _ in _rows(path, column))
+    else:
+        documents = int(bool(decoded(path, path.read_bytes()).strip()))
+    if not documents:
         raise ValueError(f"{path} is empty: there is no text in it")
-    if path.suffix == ".jsonl" and (len(data) < most or "\n" in start):
-        number, line = next((i, x) for i, x in enumerate(start.split("\n"), 1) if x.strip())
-        _row(path, number, line, column)
+    write_json(memo, {"sha256": sha256})
 
 
-def decoded(path: Path, data: bytes, whole: bool = True) -> str:
-    """The bytes of a file as text. whole: nothing follows them. Raises ValueError where they are not UTF-8."""
+def decoded(path: Path, data: bytes) -> str:
+    """The bytes of a file as text. Raises ValueError where they are not UTF-8, or binary."""
     try:
-        return codecs.getincrementaldecoder("utf-8")().decode(data, final=whole)
+        text = data.decode()
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: byte {e.start:,} is {data[e.start]:#04x}: not UTF-8 text") from e
+    text = text.removeprefix(BOM).replace("\r\n", "\n").replace("\r", "\n")
+    if (at := text.find("\0")) >= 0:
+        raise ValueError(_binary(path, text.count("\n", 0, at) + 1))
+    return text
 
 
 def rows(path: Path, column: str) -> list[str]:
     """The documents of a .jsonl, which are in the field `column`. Raises ValueError naming the line that has none."""
-    texts = []
-    with path.open("rb") as lines:
+    return list(_rows(path, column))
+
+
+def _rows(path: Path, column: str) -> Iterator[str]:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:  # bad bytes come as lone surrogates
         for number, line in enumerate(lines, 1):
             if line.strip():
-                texts.append(_row(path, number, line, column))
-    return texts
+                yield _row(f"{path}, line {number}", line, column)
 
 
-def _row(path: Path, number: int, line: str | bytes, column: str) -> str:
+def _row(place: str, line: str, column: str) -> str:
+    if not encodable(line):
+        raise ValueError(f"{place}: not UTF-8 text")
+    if "\0" in line:
+        raise ValueError(_binary(*place.rsplit(", line ", 1)))
     try:
         text = json.loads(line)[column]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not UTF-8 text") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f'{path}, line {number}: no row {{"{column}": …}}') from error
+        raise ValueError(f'{place}: no row {{"{column}": …}}') from error
     if not isinstance(text, str):
-        raise ValueError(f"{path}, line {number}: {column!r} is no text")
+        raise ValueError(f"{place}: {column!r} is no text")
+    if not encodable(text):
+        lone = next(c for c in text if 0xD800 <= ord(c) < 0xE000)
+        raise ValueError(f"{place}: {column!r} has half a character, the lone surrogate \\u{ord(lone):04x}")
     return text
+
+
+def encodable(text: str) -> bool:
+    """Is it without lone surrogates, which are no characters?"""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _binary(path: Path | str, line: int | str) -> str:
+    return f"{path}, line {line}: a NUL character: not UTF-8 text, but UTF-16 or no text at all"
+
+
+def _marked(path: Path) -> bool:
+    """Has a file a byte order mark, or line ends with CR?"""
+    with path.open("rb") as file:
+        start = file.read(3)
+        return (
+            start == BOM.encode()
+            or b"\r" in start
+            or any(b"\r" in part for part in iter(lambda: file.read(2**20), b""))
+        )

@@ -10,14 +10,19 @@ from typing import Any
 
 import torch
 
-from ctp.job import CompressJob, LearnJob, evaluating
+from ctp import payload
+from ctp.cache import Changed
+from ctp.job import CompressJob, LearnJob, evaluating, forget
 from ctp.machine.arithmetic import computed_in
 from ctp.machine.device import pick
 from ctp.machine.record import process_peak
 from ctp.memory import explained, free, ran_out
 from ctp.methods import Dense, Learned
+from ctp.names import shown
+from ctp.runinfo import OWN, name_problem
 from ctp.spec import Cell, Compress, Evaluate, Learn, Runtime, requested
 from ctp.store import Store
+from ctp.unchanged import reading
 from ctp.versions import git_commit, versions
 
 Report = Callable[[dict[str, Any]], None]
@@ -27,13 +32,17 @@ def execute(cell: Cell, store: Store, runtime: Runtime, report: Report) -> None:
     """Do one cell, unless it is done; its inputs must be. Progress goes to `report` as flat dicts of numbers.
 
     Raises what the cell's method raises; OutOfMemory, which says what was tried and what could help, where memory ran
-    out; FloatingPointError where a metric is no finite number. Nothing is published then.
+    out; FloatingPointError where a metric is no finite number; Changed where a model, text, adapter or task outside the
+    store is not what was pinned, or does not stay it. Nothing is published then.
     """
     if store.has(cell):
         return
     device = pick(runtime.device)
     try:
         _publish(cell, store, runtime, device, report)
+    except Changed:
+        forget(texts=True)  # whatever was read of it
+        raise
     except Exception as e:
         if not ran_out(e):
             raise
@@ -50,8 +59,9 @@ def _publish(cell: Cell, store: Store, runtime: Runtime, device: str, report: Re
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     begun = time.monotonic()
-    with store.publish(cell) as draft:
+    with store.publish(cell) as draft, reading(cell, runtime.locations) as reads:
         base: dict[str, Any] = {"store": store, "runtime": runtime, "device": device, "report": report}
+        base["reads"] = reads
         base |= {"folder": draft.path, "record": draft.record}
         if isinstance(cell, Compress):
             metrics = cell.compression.compress(CompressJob(**base, cell=cell))
@@ -65,6 +75,7 @@ def _publish(cell: Cell, store: Store, runtime: Runtime, device: str, report: Re
         else:
             raise TypeError(f"nothing here does a {type(cell).__name__}")
         check_finite(metrics)
+        payload.check(cell, draft.path)
         draft.record["metrics"] = metrics
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else process_peak()
         draft.record |= {"seconds": time.monotonic() - begun, "device": device, "peak_memory_bytes": peak}
@@ -74,14 +85,25 @@ def _publish(cell: Cell, store: Store, runtime: Runtime, device: str, report: Re
 
 def check_finite(metrics: Any, least: int = 0) -> None:
     """A missing number is an error. Raises FloatingPointError naming the metric that is NaN or infinite, TypeError
-    where one is no number, ValueError where there are fewer than `least`."""
+    where one is no number, ValueError where there are fewer than `least`, or MLflow does not take a name."""
     if not isinstance(metrics, dict) or len(metrics) < least:
         raise ValueError(f"metrics = {metrics!r}: numbers by name are needed" + ", at least one" * (least > 0))
     for name, value in metrics.items():
+        if why := name_problem(name):
+            raise ValueError(f"the metric {shown(name)} has a name that MLflow does not take; {why}")
+        if name in OWN:
+            raise ValueError(f"the metric {name!r} has the name of a number that ctp itself keeps of every cell")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"the metric {name!r} is {value!r}, a {type(value).__name__} and no number")
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the metric {name!r} is {value}")
+        if not _finite(value):
+            raise FloatingPointError(f"the metric {name!r} is {shown(value)}")
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        return False
 
 
 def _advice(cell: Cell, runtime: Runtime, device: str) -> str:

@@ -41,6 +41,19 @@ def finished(tmp_path_factory, llama_folder):
     return bench
 
 
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The finished grid's plan, with a copy of its store."""
+    from test_work import Bench
+
+    from ctp.store import Store
+
+    shutil.copytree(finished.store.root, tmp_path / "store")
+    bench = Bench.__new__(Bench)
+    bench.__dict__.update({**finished.__dict__, "store": Store(str(tmp_path / "store"))})
+    return bench
+
+
 @pytest.fixture(scope="session")
 def database(tmp_path_factory):
     """A database without a run: making its tables takes a second or two."""

@@ -123,7 +123,25 @@ def test_pieces_cover_a_block_and_split_no_group_or_pattern(piece) -> None:
         assert a // m == (b - 1) // m if size % m else (a - start) % m == 0
 
 
-def test_the_gpu_kernel_does_what_the_loop_does_in_tritons_interpreter() -> None:
+def assert_unpacked(bits: int, groups: int, zero: bool, act: bool) -> None:
+    """One launch gives the bits that the layer itself does. The interpreter rounds to bfloat16 otherwise than a GPU."""
+    from ctp.compression.layer import Layer
+    from ctp.compression.pack import group_bits, pack
+    from ctp.kernels.unpack import dense
+
+    layer = Layer(
+        (7, 96), bits=bits, codes=torch.randint(2**bits, (7, 96)).to(torch.uint8), scale=torch.rand(7, groups).half(),
+        zero=torch.randint(2**bits, (7, groups)).to(torch.uint8) if zero else None,
+        g_idx=torch.randint(groups, (96,)).int() if act else None,
+    )  # fmt: skip
+    fields = {name.removeprefix("w."): tensor for name, tensor in pack({"w": layer}).items()}
+    kind, index_bits = fields.pop("shape").tolist()[4], group_bits(groups, act)
+    for dtype in (torch.float32, torch.float16):
+        made = dense((7, 96), bits, groups, kind, dtype, **fields, index_bits=index_bits)
+        assert torch.equal(made, layer.dense(dtype)), (bits, groups, zero, act)
+
+
+def test_the_gpu_kernels_do_what_plain_code_does_in_tritons_interpreter() -> None:
     """In a process of its own: triton reads TRITON_INTERPRET when it is imported."""
     pytest.importorskip("triton", reason="triton is not installed: it comes with torch's CUDA builds")
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
@@ -137,6 +155,8 @@ if __name__ == "__main__":
 
     for bits, pruned in itertools.product(QUANTIZED, PRUNED):
         assert_alike(settle_cuda, bits, pruned)
+    for bits, groups, zero, act in itertools.product((1, 3, 4, 8), (1, 3), (False, True), (False, True)):
+        assert_unpacked(bits, groups, zero, act)
 
 
 def test_numba_comes_when_columns_are_settled_and_not_before():

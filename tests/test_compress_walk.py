@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import STORIES, STORIES_TEXT, random_windows, tiny_bloom, tiny_llama, tiny_mixtral, tiny_opt
+from tiny import STORIES, STORIES_TEXT, random_windows, tiny_bloom, tiny_llama, tiny_opt
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from ctp.compression import compress_model, decoder_blocks, pack, stats, unpack
-from ctp.compression.blocks import Batch, capture, check_chain, packed_linears, shared_inputs
+from ctp.compression.blocks import packed_linears, shared_inputs
+from ctp.compression.calls import Batch, Call
+from ctp.compression.chain import capture, check_chain
 from ctp.compression.walk import compress_block, hessians
 from ctp.evaluate.perplexity import perplexity
 from ctp.methods import GPTQ, Solver, SparseGPT
@@ -155,9 +156,10 @@ def test_a_hessian_of_many_stripes_is_whole_and_symmetric(columns):
     """Stripes end within these widths; a third of the tokens comes in a batch of its own."""
     torch.manual_seed(0)
     x, linear = torch.randn(9, 7, columns), nn.Linear(columns, 2)
-    batches = [Batch(part, None, (), {}) for part in x.split([3, 6])]
+    block = nn.Sequential(linear)
+    batches = [Batch(part, {block: Call()}) for part in x.split([3, 6])]
     with torch.no_grad():
-        got = hessians(nn.Sequential(linear), [["0"]], batches)[0]
+        got = hessians(block, [["0"]], batches)[0]
     exact = x.flatten(0, 1).double()
     assert torch.equal(got, got.T)
     torch.testing.assert_close(got.double(), exact.T @ exact / 63, rtol=0, atol=1e-5)  # sums of 63 terms around 1
@@ -220,7 +222,7 @@ def test_errors_name_the_linear_before_anything_changes():
         compress_model(model, torch.zeros(0, 16, dtype=torch.long), GPTQ(bits=4))
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
     model.model.layers[0].input_layernorm.weight.data.fill_(torch.nan)
-    with pytest.raises((ValueError, RuntimeError), match=r"not finite|differ from the whole model"):
+    with pytest.raises((ValueError, RuntimeError), match=r"holds numbers that are not finite"):
         compress_model(model, random_windows(2, 16), GPTQ(bits=4))
 
 
@@ -237,28 +239,23 @@ def test_a_model_that_is_no_chain_of_blocks_is_refused():
         return forward(hidden * len(calls), **kwargs)
 
     inner.forward = changing
-    with pytest.raises(RuntimeError, match="one by one differ"):
+    with pytest.raises(ValueError, match="block 1 on its own differs"):
         compress_model(model, random_windows(1, 16), GPTQ(bits=4))
 
 
-def test_a_linear_that_is_never_run_is_named():
+def test_linears_that_are_never_run_are_named():
     model = tiny_llama()
-    model.model.layers[0].spare = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match="no input in calibration: spare"):
+    model.model.layers[0].spare = nn.Linear(128, 128)
+    with pytest.raises(ValueError, match=r"does not run these linears .*: model\.layers\.0\.spare"):
         compress_model(model, random_windows(1, 16), GPTQ(bits=4))
 
 
 def test_matrices_that_are_no_linears_are_refused():
     """Else a model would be compressed in part, and reported as compressed."""
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.gate\.weight is not the weight of an nn\.Linear"):
-        compress_model(tiny_mixtral(), random_windows(1, 16), GPTQ(bits=4))
     model = tiny_llama()
-    model.model.layers[1].mlp.experts = nn.Parameter(torch.zeros(2, 4, 4))
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts is not .* mixtures of experts"):
+    model.model.layers[1].mlp.experts = nn.Parameter(torch.zeros(8, 64, 32))
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts is not the weight of a linear"):
         compress_model(model, random_windows(1, 16), GPTQ(bits=4))
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_head=4, n_layer=2, bos_token_id=1, eos_token_id=2))
-    with pytest.raises(ValueError, match=r"transformer\.h\.0: GPT2Block has no nn\.Linear to compress"):
-        compress_model(gpt2, random_windows(1, 16), GPTQ(bits=4))
 
 
 @pytest.fixture(scope="module")

@@ -8,18 +8,22 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import torch
 import yaml
 from adapters import save_lora
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from pages import Block, Reader, blocks, one_after_the_other
-from tinygrid import grid, model_folder, write_grid
+from tiny import tiny_llama, tiny_opt
+from tinygrid import VOCAB, byte_tokenizer, grid, model_folder, write_grid
+from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 import ctp
 from ctp import cli, gridfile, models, plan, plugins
 from ctp.methods import Compression, Measure, Recovery
 from ctp.packaged_text import documents
 from ctp.pins import Pins
+from ctp.recover.state import load_prompt, save_prompt
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "grid" / "tasks" / "README.md"]
@@ -107,6 +111,41 @@ def test_the_page_on_production(page):
     own_model(page)
     reader = read_page("production.md")
     assert (reader.names["with_prompt"] != reader.names["without"]).any()
+    embeds = reader.names["prompt_embeds"]
+    check_embeds(embeds, tiny_llama(vocab=VOCAB), page / "one")
+    check_embeds(embeds, tiny_opt(vocab=VOCAB, embed=16), page / "several", max_shard_size="20KB")
+    for kind in (Gemma2, Gemma3Text):
+        check_embeds(embeds, gemma(*kind), page / kind[0].__name__, max_shard_size="20KB")
+
+
+GEMMA = {
+    "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+Gemma2, Gemma3Text = (Gemma2Config, Gemma2ForCausalLM), (Gemma3TextConfig, Gemma3ForCausalLM)
+
+
+def gemma(config, kind):
+    torch.manual_seed(0)
+    return kind(config(**GEMMA)).eval()
+
+
+def check_embeds(prompt_embeds, model, folder, **options):
+    """The page's embeddings are what the model reads behind the prompt: the same logits."""
+    model.save_pretrained(folder, **options)
+    byte_tokenizer().save_pretrained(folder)
+    assert (folder / "model.safetensors.index.json").exists() == bool(options)
+    width = model.get_input_embeddings().embedding_dim
+    save_prompt(folder / "prompt", torch.randn(3, width, generator=torch.Generator().manual_seed(1)), "m")
+    embeds = prompt_embeds(folder, folder / "prompt", "The capital")
+    if model.config.model_type == "gemma2":  # as vLLM does
+        embeds = embeds * width**0.5
+    ids = byte_tokenizer()("The capital", return_tensors="pt").input_ids
+    with torch.no_grad():
+        found = model(inputs_embeds=embeds[None]).logits[0, 3:]
+        handle = ctp.attach_prompt(model, load_prompt(folder / "prompt"))
+        assert torch.allclose(found, model(ids).logits[0], atol=1e-5, rtol=1e-5)  # fp32, rows multiplied and divided
+        handle.remove()
 
 
 def test_the_page_on_one_table(page):

@@ -1,7 +1,7 @@
 """The graph: what depends on what, what a slice keeps, why something does not run."""
 
 import pytest
-from tinygrid import grid, write_grid
+from tinygrid import VOCAB, byte_tokenizer, grid, write_grid
 
 from ctp import gridfile, plan
 from ctp.gridtext import GridError
@@ -58,11 +58,27 @@ def test_dense_needs_no_calibration_and_no_key_from_it(tmp_path, llama_folder):
     assert len(set(one.nodes) & set(two.nodes)) == 2  # dense and its evaluation without a prompt
 
 
-def test_a_mixture_of_experts_is_refused_before_any_work(tmp_path):
+def test_a_mixture_of_experts_is_planned_with_its_experts(tmp_path):
     from tinygrid import model_folder
 
-    folder = model_folder(tmp_path / "tiny-mixtral", "mixtral")
-    with pytest.raises(GridError, match=r"tiny-mixtral: model type mixtral: model\.layers\.0\.mlp\.gate\.weight") as e:
+    folder = model_folder(tmp_path / "tiny-mixtral", "mixtral", intermediate=48)
+    alone = grid(folder, compression={"method": "gptq", "bits": 4, "group_size": 16}, sources="all")
+    assert kinds(make(tmp_path / "g.yaml", **alone))["compress"] == 1
+    alone["compression"]["group_size"] = 32
+    with pytest.raises(GridError, match=r"group_size = 32 .* must divide the input sizes .*, not so for 48"):
+        make(tmp_path / "g.yaml", **alone)
+
+
+def test_experts_that_are_called_in_another_way_are_refused_before_any_work(tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "jetmoe", vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_key_value_heads=2,
+        kv_channels=8, num_local_experts=4, num_experts_per_tok=2, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder := tmp_path / "jet")
+    byte_tokenizer().save_pretrained(folder)
+    with pytest.raises(GridError, match=r"jet: model type jetmoe: model\.layers\.0\.mlp\.input_linear\.weight") as e:
         make(tmp_path / "g.yaml", **grid(folder))
     assert len(e.value.problems) == 1
     dense = grid(folder, compression="dense", sources=["dense"])
@@ -134,9 +150,9 @@ def test_none_is_measured_whether_said_or_not(tmp_path, llama_folder):
 def test_prompts_only_measures_skip_what_has_no_rows(tmp_path, llama_folder):
     whole = grid(llama_folder)
     lora = {**{n: v for n, v in whole["recovery"].items() if n != "k"}, "method": "lora"}
-    graph = make(tmp_path / "g.yaml", **{**whole, "recovery": [lora, "bos"], "measures": "neighbours"})
+    graph = make(tmp_path / "g.yaml", **{**whole, "recovery": [lora, "hard_prompt"], "measures": "neighbours"})
     measured = [n.cell for n in graph.nodes.values() if isinstance(n.cell, Evaluate)]
-    assert {c.recovery.recovery.method for c in measured} == {"bos"}
+    assert {c.recovery.recovery.method for c in measured} == {"hard_prompt"}
 
 
 def test_lora_on_more_blocks_than_there_are_is_told_before_anything_starts(tmp_path, llama_folder):
@@ -151,7 +167,7 @@ def test_lora_on_more_blocks_than_there_are_is_told_before_anything_starts(tmp_p
     [
         ({"recovery": {"method": "random_prompt", "k": 300}}, "recovery.k = 300: the vocabulary of tiny-llama has 257"),
         (
-            {"recovery": "bos", "measures": {"method": "neighbours", "top": 300}},
+            {"recovery": "hard_prompt", "measures": {"method": "neighbours", "top": 300}},
             "measures.top = 300: the vocabulary of",
         ),
         ({"measures": {"method": "generation", "new_tokens": 70}}, "measures.new_tokens = 70: beyond the context of"),

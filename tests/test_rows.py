@@ -61,7 +61,7 @@ def test_a_hard_prompt_has_the_tokenizers_special_tokens():
     model = tiny_llama(vocab=257)
     table = model.get_input_embeddings().weight
     assert torch.equal(untrained_rows(HardPrompt(text="ab"), model, Tokenizer()), table[[1, 97, 98]])
-    empty = lambda text: {"input_ids": []}  # noqa: E731
+    empty = lambda text, add_special_tokens=True: {"input_ids": []}  # noqa: E731
     with pytest.raises(ValueError, match="text = 'ab' has no tokens"):
         untrained_rows(HardPrompt(text="ab"), model, empty)
     with pytest.raises(ValueError, match=r"token 97 is not in the model's vocabulary of 61"):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -202,3 +203,47 @@ def test_what_make_installs_by_name_is_pinned():
 
 def test_an_audit_that_could_not_ask_does_not_pass():
     assert "pip-audit --strict" in (ROOT / "Makefile").read_text()
+
+
+# ------------------------------------------------------------------------ long texts
+
+REPEATED = ["x", "@", ":", "/", "=", "-", "0", ".", "a:", "://", "a://", "://@", "?token", "--", "--a",
+            "--token-", "-eyJaaaaaaaaaaa", "eyJaaaaaaaaaa.", "password", "_token", "0_", "key?", "token "]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", REPEATED)
+def test_the_time_grows_with_the_text_and_not_faster(part):
+    """Seconds where a rule looks at every part again from every other; the limit is for a busy machine."""
+    for before in ("", "?", "--", "://"):
+        begun = time.process_time()
+        scrub(before + part * (20_000 // len(part)))
+        assert time.process_time() - begun < 1
+
+
+def test_of_a_very_long_text_both_ends_stay_and_no_part_of_a_secret(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", secret := "abcdefghijklmnopqrstuvwxyz" * 4)
+    begun = time.process_time()
+    found = scrub(
+        f"ValueError: first {secret} {(secret + 'some 26 other characters. ' * 3) * 10_000} password=hunter2! last"
+    )
+    assert time.process_time() - begun < 10
+    assert len(found) < 2**19
+    assert found.startswith("ValueError: first ***")
+    assert found.endswith("password=*** last")
+    assert "characters left out" in found
+    assert "abcdefgh" not in found.replace("***", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("x?a=1?token=abc;sig=def", "x?a=1?token=***"),
+        ("my-service.db_password: 'abcdef'", "my-service.db_password: '***'"),
+        ("--a-b-api-key=abcdef --n 1", "--a-b-api-key=*** --n 1"),
+        ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abc-def_ghi", "***"),
+        ("git+ssh://me:pw@host:22/x", "git+ssh://***@host:22/x"),
+        ("mytokenizer=abcdef a-token abcdef", None),
+    ],
+)
+def test_forms_that_hold_a_secret(text, clean):
+    assert scrub(text) == (text if clean is None else clean)

@@ -41,7 +41,7 @@ class Bench:
         return [c for c in self.cells if isinstance(c, kind)]
 
 
-@pytest.fixture(params=["llama", "opt", "bloom"])
+@pytest.fixture(params=["llama", "opt", "bloom", "mixtral"])
 def bench(request, tmp_path):
     return Bench(tmp_path, model_folder(tmp_path / request.param, request.param))
 
@@ -78,13 +78,28 @@ def test_a_stored_model_is_bit_for_bit_the_one_that_was_compressed(bench):
         assert torch.equal(stored(ids[:1]).logits, model(ids[:1]).logits)  # buffers outside the state dict too
 
 
+def test_experts_short_of_calibration_tokens_are_told_and_recorded(tmp_path):
+    bench, told = Bench(tmp_path, model_folder(tmp_path / "moe", "mixtral")), []
+    cell = next(c for c in bench.all(Compress) if c.compression.label == "gptq-3bit")
+    bench.execute(cell, told.append)
+    manifest = bench.store.manifest(cell)
+    short = manifest["experts_short_of_tokens"]
+    assert manifest["metrics"]["experts"] == 8
+    assert manifest["metrics"]["experts_short_of_tokens"] == len(short) > 0
+    assert manifest["metrics"]["expert_tokens_least"] == min(short.values())
+    (text,) = [event["notice"] for event in told if "notice" in event]
+    assert text.startswith(f"moe gptq-3bit: {len(short)} of 8 experts were routed fewer calibration tokens than")
+    assert "\n" not in text
+
+
 def test_what_does_not_unpack_to_the_weights_is_not_stored(tmp_path, llama_folder, monkeypatch):
     bench = Bench(tmp_path, llama_folder)
     cell = next(c for c in bench.all(Compress) if c.compression.label == "gptq-3bit")
 
     def careless(layers):
         packed = pack(layers)
-        packed["model.layers.0.mlp.up_proj.codes"][0] ^= 1
+        if (codes := packed.get("model.layers.0.mlp.up_proj.codes")) is not None:
+            codes[0] ^= 1
         return packed
 
     monkeypatch.setattr(artifact, "pack", careless)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     BloomConfig,
     BloomForCausalLM,
@@ -87,11 +89,42 @@ def tiny_qwen2(vocab: int = 61, hidden: int = 32, layers: int = 2, seed: int = 0
     return model
 
 
-def tiny_mixtral(vocab: int = 61, hidden: int = 32, layers: int = 2, seed: int = 0) -> MixtralForCausalLM:
+def tiny_mixtral(
+    vocab: int = 61, hidden: int = 32, layers: int = 2, seed: int = 0, intermediate: int = 64
+) -> MixtralForCausalLM:
     """A mixture of four experts, held as 3-D parameters."""
     torch.manual_seed(seed)
-    config = MixtralConfig(**_grouped(vocab, hidden, layers, 64), num_local_experts=4)
+    shape = _grouped(vocab, hidden, layers, 64) | {"intermediate_size": intermediate}
+    config = MixtralConfig(**shape, num_local_experts=4)
     return _spread(MixtralForCausalLM(config))
+
+
+_MOE: dict[str, dict] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    "gpt_oss": {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "deepseek_v3": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+        "n_shared_experts": 1, "moe_intermediate_size": 16, "q_lora_rank": None, "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "num_key_value_heads": 4,
+    },
+}  # fmt: skip
+
+
+def tiny_moe(kind: str, vocab: int = 61, hidden: int = 32, layers: int = 2, seed: int = 0, **changes):
+    """A mixture of four experts, two a token, whose biases are not 0: one of _MOE."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, **_grouped(vocab, hidden, layers, 64) | _MOE[kind] | changes)
+    model = _spread(AutoModelForCausalLM.from_config(config))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 3 or (name.endswith("bias") and "router" not in name):
+                p.normal_(std=0.2)
+    return model
 
 
 def _spread(model):

@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from ctp.compression.experts import fused, matrices
 from ctp.compression.layer import Layer
-from ctp.compression.pack import pack, stats, unpack_each
+from ctp.compression.linears import as_stored, matrix
+from ctp.compression.pack import pack, stats, unpack, unpack_each
 from ctp.compression.packed import put_packed
-from ctp.models import LOCAL, place, quiet
+from ctp.compression.routing import Routing
+from ctp.models import LOCAL, place, quiet, skeleton
 
 PACKED, REST, GENERATION = "compressed.safetensors", "rest.safetensors", "generation_config.json"
 _MISLOADED = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -27,7 +31,8 @@ class Compressed:
 
     packed: tensors of its compressed linears (see `pack`). rest: every other weight by name, tied ones once. config:
     of the architecture, with no quantization of its own; `config.dtype` is what the model computes in. generation:
-    its defaults for `generate`, None where there are none.
+    its defaults for `generate`, None where there are none. routing: how many calibration tokens each expert was given,
+    known where the model has just been compressed.
     """
 
     packed: dict[str, Tensor]
@@ -35,6 +40,7 @@ class Compressed:
     config: Any
     tokenizer: Any
     generation: Any = None
+    routing: Routing = field(default_factory=Routing)
 
     @classmethod
     def of(cls, model: Any, layers: Mapping[str, Layer], tokenizer: Any) -> "Compressed":
@@ -42,12 +48,19 @@ class Compressed:
 
         Raises ArithmeticError naming the linear where unpacking does not give the very weight that lies in the model.
         """
-        packed = {name: t.cpu() for name, t in pack(layers).items()}
-        for name, layer in unpack_each(packed):
-            weight = model.get_parameter(f"{name}.weight").detach().cpu()
-            if not torch.equal(layer.dense(weight.dtype), weight):
+        packed: dict[str, Tensor] = {}
+        experts = {m.name: m for m in matrices(model).values()}
+        held: set[str] = set()
+        for name, layer in layers.items():  # one after the other, where the model is: a GPU does it many times as fast
+            m = experts.get(name)
+            parameter = f"{name}.weight" if m is None else m.parameter
+            weight = matrix(model.get_submodule(name)) if m is None else m.of(model.get_parameter(parameter))
+            made = pack({name: layer.to(weight.device)})
+            if not torch.equal(unpack(made)[name].dense(weight.dtype), weight.detach()):
                 raise ArithmeticError(f"{name}: unpacking does not give the model's weight")
-        rest = _rest(model, {f"{name}.weight" for name in layers})
+            packed |= {field: t.cpu() for field, t in made.items()}
+            held.add(parameter)
+        rest = _rest(model, held)
         config = copy.deepcopy(model.config)
         config.dtype = model.dtype  # a model that was made and not loaded has none in its config
         return cls(packed, rest, config, tokenizer, model.generation_config)
@@ -86,8 +99,8 @@ class Compressed:
         return unpack_each({n: t.to(device) for n, t in self.packed.items()})
 
     def stats(self) -> dict[str, float]:
-        """What it takes on disk, and what that saves; see `ctp.compression.stats`."""
-        return stats(self.packed, self.rest, self.config.dtype)
+        """What it takes on disk, and what that saves, see `ctp.compression.stats`; and the counts of `routing`."""
+        return stats(self.packed, self.rest, self.config.dtype) | self.routing.metrics()
 
     def model(self, device: str = "cpu", packed: bool = False) -> Any:
         """An ordinary Hugging Face model in eval mode, its weights unpacked bit for bit.
@@ -98,12 +111,21 @@ class Compressed:
         dtype = self.config.dtype
         state = {n: t.to(dtype if t.is_floating_point() else t.dtype, copy=True) for n, t in self.rest.items()}
         where = device if torch.cuda.device_count() < 2 else "cpu"  # several GPUs: one may not hold it all
+        if where != "cpu":  # loaded where it stays: a copy of the model would not fit beside it
+            state = {n: t.to(where) for n, t in state.items()}
+        bare = skeleton(self.config)
+        inside = dict(bare.named_modules())  # a name that it lacks is told by `build`
         if packed:
+            nothing, experts = torch.zeros((), dtype=dtype), {m.name: m.parameter for m in matrices(bare).values()}
             shapes = {n.removesuffix(".shape"): t.tolist()[:2] for n, t in self.packed.items() if n.endswith(".shape")}
-            state |= {f"{name}.weight": torch.zeros((), dtype=dtype).expand(shape) for name, shape in shapes.items()}
+            weights = ((name, nothing.expand(shape)) for name, shape in shapes.items() if name not in experts)
+            state |= {
+                n: nothing.expand(bare.get_parameter(n).shape) for n in {experts[n] for n in shapes.keys() & experts}
+            }
         else:
-            state |= {f"{name}.weight": layer.dense(dtype) for name, layer in self.layers(where)}
-        model = build(self.config, state)
+            weights = ((name, layer.dense(dtype)) for name, layer in self.layers(where))
+        linears = ((f"{name}.weight", as_stored(inside.get(name), weight)) for name, weight in weights)
+        model = build(self.config, fused(bare, chain(state.items(), linears)), where)
         if packed:
             put_packed(model, self.packed, dtype)
         if self.generation is not None:
@@ -111,13 +133,16 @@ class Compressed:
         return place(model, device).eval()
 
 
-def build(config: Any, state: dict[str, Tensor]) -> Any:
-    """A model with these weights. Raises ValueError naming a weight that is missing, unknown or of another shape."""
+def build(config: Any, state: dict[str, Tensor], device: str = "cpu") -> Any:
+    """A model of these weights on `device`, where they are. Raises ValueError naming a weight that is missing, unknown
+    or of another shape.
+    """
     kind = AutoModelForCausalLM._model_mapping[type(config)]
     with quiet():
         model, info = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=config.dtype,
             ignore_mismatched_sizes=True, output_loading_info=True,
+            device_map=None if device == "cpu" else {"": device},
         )  # fmt: skip
     wrong = [f"{what.removesuffix('_keys')} {sorted(info[what])[:3]}" for what in _MISLOADED if info[what]]
     if wrong:

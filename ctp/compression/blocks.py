@@ -1,79 +1,77 @@
-"""A causal language model as a chain of decoder blocks, each run on its own."""
+"""The decoder blocks of a causal language model, and how the linears inside one hang together."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ctp import families
+from ctp.compression.calls import Batch
+from ctp.compression.experts import split
+from ctp.compression.linears import linears, not_linear, shared_weight
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The module name of the list of decoder blocks, and the list: e.g. ("model.layers", ...).
 
-    It is the one ModuleList with as many members as the config has layers. Raises ValueError if there is none or more.
+    Of the outermost lists of composed modules in the text model (towers for images and sound have a configuration of
+    another kind) it is the one with as many members as the config has layers, or else the only one. Raises ValueError
+    if there is none or more.
     """
     config: Any = model.config
-    count = config.num_hidden_layers
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    text = config.get_text_config(decoder=True)
+    found = [(n, m) for n, m in _in_text(model, type(text)) if len(m) and all(list(b.children()) for b in m)]
     found = [(n, m) for n, m in found if not any(n.startswith(f"{other}.") for other, _ in found)]
-    if len(found) != 1:
-        names = [n for n, _ in found]
-        raise ValueError(f"{type(model).__name__}: no single list of {count} decoder blocks; candidates: {names}")
-    return found[0]
+    counts = {getattr(text, n, None) for n in ("num_hidden_layers", "decoder_layers")}
+    fitting = [f for f in found if len(f[1]) in counts] or found
+    if len(fitting) != 1:
+        names = [n for n, _ in fitting]
+        raise ValueError(f"{type(model).__name__}: no single list of decoder blocks; candidates: {names}")
+    return fitting[0]
 
 
-def not_linear(modules: Iterable[tuple[str, nn.Module]]) -> str:
-    """The name of the first parameter of 2 or more dimensions that is not the weight of an nn.Linear; "" if none.
+def unfit(model: nn.Module) -> str:
+    """Why the weights in a model's decoder blocks cannot be compressed as they lie, "" where they can.
 
-    Experts of a mixture are such: 3-D parameters, which no walk over linears sees.
+    Decided by modules and shapes alone: the model may be one without weights.
     """
-    for name, module in modules:
-        for own, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim >= 2 and not (isinstance(module, nn.Linear) and own == "weight"):
-                return f"{name}.{own}"
+    config: Any = model.config
+    why = families.refusals(config).get("compress") or _unfit(model)
+    return why if not why or why.startswith("model type ") else f"model type {config.model_type}: {why}"
+
+
+def _unfit(model: nn.Module) -> str:
+    try:
+        prefix, blocks = decoder_blocks(model)
+    except ValueError as e:
+        return str(e)
+    with split(blocks):
+        found = linears(blocks, prefix)
+        others = [other for i, block in enumerate(blocks) if (other := not_linear(block, f"{prefix}.{i}"))]
+    if not found:
+        return f"{prefix}: the decoder blocks have no linear to compress"
+    if others:
+        return f"{others[0]} is not the weight of a linear: its like are not supported"
+    if same := shared_weight(model, found):
+        return f"{same[0]} and {same[1]} are one weight, which cannot be compressed for the inputs of both"
     return ""
 
 
+def _in_text(model: nn.Module, kind: type, name: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    """The lists of modules by name that lie in no model inside this one with a configuration of another kind."""
+    for own, child in model.named_children():
+        path = f"{name}.{own}" if name else own
+        other = isinstance(child, PreTrainedModel) and type(child.config) is not kind
+        if isinstance(child, nn.ModuleList):
+            yield path, child
+        if not other or any(isinstance(m, PreTrainedModel) and type(m.config) is kind for m in child.modules()):
+            yield from _in_text(child, kind, path)
+
+
 _LINEAR = "_linear_pointwise"
-
-
-class _Stop(Exception):
-    """Ends a forward pass early, once what it was run for has been seen."""
-
-
-@contextmanager
-def stopping() -> Iterator[None]:
-    """Runs a forward pass that `stop` may end."""
-    with suppress(_Stop):
-        yield
-
-
-def stop() -> None:
-    """Ends the pass inside `stopping()`."""
-    raise _Stop
-
-
-@dataclass
-class Batch:
-    """What a block is called with: hidden states (windows, tokens, width) and all other arguments.
-
-    keyword: the name under which the hidden states are handed over, None where they come first by position.
-    """
-
-    hidden: Tensor
-    keyword: str | None
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def run(self, block: nn.Module) -> Tensor:
-        """The hidden states after `block`."""
-        if self.keyword is None:
-            out = block(self.hidden, *self.args, **self.kwargs)
-        else:
-            out = block(*self.args, **{self.keyword: self.hidden}, **self.kwargs)
-        return out[0] if isinstance(out, tuple) else out
 
 
 @contextmanager
@@ -101,105 +99,32 @@ def _packed(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     return lambda x: run(x, weight, bias, "none", [], "")
 
 
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return a is b
+def shared_inputs(block: nn.Module, batch: Batch, idle: Collection[str] = ()) -> list[list[str]]:
+    """The block's linears by name, in execution order, those that are handed the same tensors together.
 
-
-def capture(model: nn.Module, windows: Tensor, size: int) -> list[Batch]:
-    """What the first block is called with, for `windows` (n, tokens) in batches of `size`.
-
-    Arguments that are alike in all batches (masks, positions) are kept once.
+    Raises ValueError where a linear that is not in `idle` is not run: it would have no Hessian.
     """
-    batches: list[Batch] = []
-
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)
-        keyword = None if args else "hidden_states"
-        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
-        if batches:
-            last = batches[-1]
-            args = last.args if _same(args, last.args) else args
-            kwargs |= {n: last.kwargs[n] for n, v in kwargs.items() if n in last.kwargs and _same(v, last.kwargs[n])}
-        batches.append(Batch(hidden.detach(), keyword, args, kwargs))
-        stop()
-
-    first = decoder_blocks(model)[1][0]
-    device = next(model.parameters()).device
-    handle = first.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        for some in windows.split(size):
-            with stopping():
-                model(input_ids=some.to(device), use_cache=False)
-    finally:
-        handle.remove()
-    return batches
-
-
-def check_chain(model: nn.Module, window: Tensor, tolerance: float = 1e-3) -> None:
-    """Raises RuntimeError unless running the blocks one after the other gives what the whole model's forward gives,
-    ValueError where that is not finite.
-
-    window: (1, tokens). Catches a model, or a release of transformers, that hands blocks other arguments than the
-    first one's, or works between blocks. tolerance: largest difference relative to the largest value.
-    """
-    blocks = decoder_blocks(model)[1]
-    seen: list[Tensor] = []
-
-    def keep(_: nn.Module, args: Any, out: Any) -> None:
-        seen.append((out[0] if isinstance(out, tuple) else out).detach())
-        stop()
-
-    handle = blocks[-1].register_forward_hook(keep)
-    try:
-        with stopping():
-            model(input_ids=window.to(next(model.parameters()).device), use_cache=False)
-    finally:
-        handle.remove()
-    if not bool(torch.isfinite(seen[0]).all()):
-        bad = next((n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None)
-        why = "an activation overflows" if bad is None else f"{bad} holds numbers that are not finite"
-        raise ValueError(f"{type(model).__name__} computes no finite numbers: {why}")
-    batch = capture(model, window, 1)[0]
-    for block in blocks:
-        batch.hidden = batch.run(block)
-    difference = float((batch.hidden.detach() - seen[0]).abs().max() / seen[0].abs().max().clamp(min=1e-30))
-    if not difference <= tolerance:
-        raise RuntimeError(
-            f"{type(model).__name__}: the blocks one by one differ from the whole model by {difference:.1e} of the "
-            f"largest value: this model does not run as a plain chain of blocks, or transformers changed"
-        )
-
-
-def shared_inputs(block: nn.Module, batch: Batch) -> list[list[str]]:
-    """The block's linears by name, in execution order, those that are handed the same tensor together.
-
-    Raises ValueError where a linear is not run: it would have no Hessian.
-    """
-    linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-    calls: list[tuple[Tensor, list[str]]] = []
+    found = {n: m for n, m in linears(block).items() if n not in idle}
+    inputs: list[Tensor] = []
+    handed: dict[str, list[int]] = {}  # by linear: the numbers of its inputs
 
     def record(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            for tensor, names in calls:
-                if tensor is args[0]:
-                    names.append(name)
-                    return
-            calls.append((args[0], [name]))
+            at = next((i for i, tensor in enumerate(inputs) if tensor is args[0]), len(inputs))
+            inputs.extend([args[0]] * (at == len(inputs)))
+            handed.setdefault(name, []).append(at)
 
         return hook
 
-    handles = [m.register_forward_pre_hook(record(n)) for n, m in linears.items()]
+    handles = [m.register_forward_pre_hook(record(n)) for n, m in found.items()]
     try:
         batch.run(block)
     finally:
         for handle in handles:
             handle.remove()
-    groups = [list(dict.fromkeys(names)) for _, names in calls]
-    idle = set(linears) - {n for names in groups for n in names}
-    if idle:
-        raise ValueError(f"these linears saw no input in calibration: {', '.join(sorted(idle))}")
-    return groups
+    if unseen := set(found) - set(handed):
+        raise ValueError(f"these linears saw no input in calibration: {', '.join(sorted(unseen))}")
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, numbers in handed.items():
+        groups.setdefault(tuple(numbers), []).append(name)
+    return list(groups.values())

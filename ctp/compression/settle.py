@@ -12,6 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ctp.machine import triton
+
 MAX_COLUMNS = 128  # that a kernel settles at once: what comes behind them is a matrix product
 
 
@@ -49,7 +51,7 @@ def _pick(device: str, dtype: torch.dtype) -> Callable[[Block], None]:
             from ctp.compression.settle_cpu import settle_cpu
 
             return settle_cpu
-        if device == "cuda" and dtype == torch.float32:
+        if device == "cuda" and dtype == torch.float32 and triton.works():
             from ctp.compression.settle_cuda import settle_cuda
 
             return settle_cuda

@@ -4,6 +4,8 @@ A program holds all columns of BLOCK_OUTPUTS outputs in registers and goes throu
 column j is taken out of the tile, and its error spread over the rows below, by masked sums.
 """
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,13 @@ from torch import Tensor
 from ctp.compression.settle import Block
 
 BLOCK_OUTPUTS = 32
+
+
+@triton.jit
+def _clamp(x, low, high):  # type: ignore[no-untyped-def]
+    """NaN stays NaN: the hardware's own minimum and maximum would make a valid code of it."""
+    above = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(above, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -51,9 +60,9 @@ def _settle(  # type: ignore[no-untyped-def]
             z = tl.load(zero + g + at, mask=inside, other=0.0)
             x = tl.div_rn(w, s)
             # To the nearest, ties to even, as torch rounds: below 2^22 this addition leaves no digits behind the point.
-            x = tl.minimum(tl.maximum(x, -z - 1.0), top - z + 1.0)
+            x = _clamp(x, -z - 1.0, top - z + 1.0)
             x = (x + 12582912.0) - 12582912.0
-            q = tl.minimum(tl.maximum(x, -z), top - z) * s
+            q = _clamp(x, -z, top - z) * s
         if PRUNES:
             q = tl.where(tl.sum(tl.where(here, gone, 0), axis=0) > 0, 0.0, q)
         error = tl.div_rn(w - q, tl.zeros_like(w) + tl.load(upper + j * (columns + 1)))
@@ -74,9 +83,12 @@ def settle_cuda(block: Block) -> None:
     def or_work(tensor: Tensor | None) -> Tensor:
         return block.work if tensor is None else tensor
 
-    _settle[(triton.cdiv(outputs, BLOCK_OUTPUTS),)](
-        block.work, block.upper.contiguous(), block.errors, or_work(block.group), or_work(block.scale),
-        or_work(block.zero), or_work(None if block.drop is None else block.drop.view(torch.int8)),
-        float(block.top), columns, outputs, N=n, M=m, QUANTIZES=block.scale is not None, PRUNES=block.drop is not None,
-        ROWS=max(16, triton.next_power_of_2(columns)), WIDTH=BLOCK_OUTPUTS,
-    )  # fmt: skip
+    # Triton launches on the current GPU, which need not be the tensors'.
+    with torch.cuda.device(block.work.device) if block.work.is_cuda else nullcontext():
+        _settle[(triton.cdiv(outputs, BLOCK_OUTPUTS),)](
+            block.work, block.upper.contiguous(), block.errors, or_work(block.group), or_work(block.scale),
+            or_work(block.zero), or_work(None if block.drop is None else block.drop.view(torch.int8)),
+            float(block.top), columns, outputs, N=n, M=m,
+            QUANTIZES=block.scale is not None, PRUNES=block.drop is not None,
+            ROWS=max(16, triton.next_power_of_2(columns)), WIDTH=BLOCK_OUTPUTS,
+        )  # fmt: skip

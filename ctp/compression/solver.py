@@ -177,9 +177,12 @@ def _block(compression: Solver, columns: int) -> int:
 def solve(weight: Tensor, inverse: Inverse, compression: Solver) -> tuple[Tensor, Layer]:
     """Compresses one weight (outputs, inputs); returns it in its own dtype and device, and its compressed form.
 
-    Computed in the dtype of `inverse`. Raises ValueError where group size or pattern does not fit the shape.
+    Computed in the dtype of `inverse`. Raises ValueError where group size or pattern does not fit the shape,
+    or a weight is not finite.
     """
     check_shape(weight.shape[1], compression)
+    if not all_finite(weight.detach()):
+        raise ValueError("the weight holds numbers that are not finite")
     # Columns as contiguous rows: every step of the loop works on one of them.
     original = weight.detach().to(inverse.upper.dtype).T.contiguous()
     original[inverse.dead] = 0
@@ -246,23 +249,23 @@ def _finish(
     work.add_(0)  # -0 becomes 0, the only zero that codes and masks give back
     final = work.index_select(0, back).T.contiguous().to(weight.dtype)
     shape = (weight.shape[0], weight.shape[1])
-    mask = None if pruning is None else ~pruning.drop.index_select(0, back).T.contiguous().cpu()
+    mask = None if pruning is None else ~pruning.drop.index_select(0, back).T.contiguous()
     if grids is None:
         assert mask is not None
-        return final, Layer(shape, mask=mask, values=final.cpu()[mask])
+        return final, Layer(shape, mask=mask, values=final[mask])
     group = grids.group
     codes = work.div_(grids.scale.index_select(0, group)).round_().add_(grids.zero.index_select(0, group))
-    codes = codes.to(torch.uint8).index_select(0, back).T.contiguous().cpu()
+    codes = codes.to(torch.uint8).index_select(0, back).T.contiguous()
     if mask is not None:
         codes.masked_fill_(~mask, 0)
-    g_idx = group[back].to(torch.int32).cpu()
-    regular = torch.equal(g_idx, torch.arange(shape[1], dtype=torch.int32) // grids.size)
+    g_idx = group[back].to(torch.int32)
+    regular = torch.equal(g_idx, torch.arange(shape[1], dtype=torch.int32, device=g_idx.device) // grids.size)
     layer = Layer(
         shape,
         bits=grids.bits,
         codes=codes,
-        scale=grids.scale.T.to(torch.float16).contiguous().cpu(),
-        zero=None if grids.sym else grids.zero.T.to(torch.uint8).contiguous().cpu(),
+        scale=grids.scale.T.to(torch.float16).contiguous(),
+        zero=None if grids.sym else grids.zero.T.to(torch.uint8).contiguous(),
         g_idx=None if regular else g_idx,
         mask=mask,
     )

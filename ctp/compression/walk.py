@@ -1,6 +1,6 @@
 """The walk through a model: block by block, compress the linears, hand the compressed block's outputs to the next."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -8,19 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctp.compression.blocks import (
-    Batch,
-    capture,
-    check_chain,
-    decoder_blocks,
-    not_linear,
-    packed_linears,
-    shared_inputs,
-    stop,
-    stopping,
-)
+from ctp.compression.blocks import decoder_blocks, packed_linears, shared_inputs, unfit
+from ctp.compression.calls import Batch, stop, stopping
+from ctp.compression.chain import capture, check_chain, check_experts
+from ctp.compression.experts import matrices, split
 from ctp.compression.layer import Layer, check
+from ctp.compression.linears import linears, matrix
 from ctp.compression.refit import stripes
+from ctp.compression.routing import Routing, filled_up, pieces, stages
 from ctp.compression.solver import Inverse, check_shape, factorise, solve
 from ctp.machine.arithmetic import widened
 from ctp.machine.threads import keep_heap, side_by_side
@@ -29,7 +24,6 @@ from ctp.methods import Solver
 Progress = Callable[[int, int], None]
 CPU_TOKENS = 1024
 PROBE = 8  # tokens that show how a block is put together
-CHAIN = 64  # tokens that show that the blocks are a chain
 
 
 def compress_model(
@@ -39,31 +33,41 @@ def compress_model(
     *,
     batch: int | None = None,
     progress: Progress | None = None,
+    routing: Routing | None = None,
 ) -> dict[str, Layer]:
-    """Compresses the linears of all decoder blocks in place; head, embeddings and norms stay.
+    """Compresses the linears of all decoder blocks in place, experts' among them; head, embeddings, norms and routers
+    stay.
 
     model: a causal language model of transformers on any device. windows: token ids (n, tokens). batch: windows per
     forward pass, by default 4, on a CPU as many as make CPU_TOKENS tokens. progress is told (blocks done, blocks).
-    Returns the compressed form of every weight by module name. A model in half precision that its device has no fast
+    routing: where the tokens of every expert are counted. Returns the compressed form of every weight by module name,
+    of experts by the names of `ctp.compression.experts.matrices`. A model in half precision that its device has no fast
     arithmetic for runs in float32; its weights come out rounded to their own type as ever.
 
     Raises ValueError naming the linear where a group size does not fit or a Hessian cannot be factorised, or the
-    matrix in a block that is not a linear's; RuntimeError where the model is no plain chain of blocks; ArithmeticError
-    where the result is not what the spec promises.
+    matrix in a block that is not a linear's, or where the model is no chain of blocks: all but the Hessian's before
+    anything is changed; ArithmeticError where the result is not what the spec promises.
     """
     if windows.ndim != 2 or not windows.numel():
         raise ValueError(f"windows must be token ids (n, tokens), at least one; got shape {tuple(windows.shape)}")
     prefix, blocks = decoder_blocks(model)
-    _check_shapes(prefix, blocks, compression)
+    if why := unfit(model):
+        raise ValueError(why)
     layers: dict[str, Layer] = {}
-    dtypes = {n: m.weight.dtype for n, m in blocks.named_modules(prefix=prefix) if isinstance(m, nn.Linear)}
+    experts = matrices(model)
+    dtypes = {n: matrix(m).dtype for n, m in linears(blocks, prefix).items()}
+    dtypes |= {n: model.get_parameter(m.parameter).dtype for n, m in experts.items()}
     with torch.no_grad(), _evaluating(model), _full_precision(), widened(model):
         keep_heap()
-        check_chain(model, windows[:1, :CHAIN])
-        batches = capture(model, windows, batch or _batch(model, windows.shape[1]))
-        probe = capture(model, windows[:1, :PROBE], 1)[0]
+        chain = check_chain(model, windows[:1])
+        with split(blocks):
+            _check_shapes({n: m for n, m in linears(blocks, prefix).items() if n not in chain.idle}, compression)
+        check_experts(model, windows[:1, :PROBE], chain)
+        batches = capture(model, windows, batch or _batch(model, windows.shape[1]), chain)
+        probe = capture(model, windows[:1, :PROBE], 1, chain)[0]
         for i, block in enumerate(blocks):
-            layers |= compress_block(block, batches, compression, f"{prefix}.{i}", probe, dtypes)
+            done = compress_block(block, batches, compression, f"{prefix}.{i}", probe, dtypes, chain.idle, routing)
+            layers |= {experts[n].name if n in experts else n: layer for n, layer in done.items()}
             if i + 1 < len(blocks):
                 with packed_linears(block):
                     for b in batches:
@@ -86,19 +90,25 @@ def compress_block(
     prefix: str,
     probe: Batch,
     dtypes: Mapping[str, torch.dtype] | None = None,
+    idle: Collection[str] = (),
+    routing: Routing | None = None,
 ) -> dict[str, Layer]:
     """Compresses one block's linears in place on the inputs in `batches`; names get `prefix` in front.
 
     probe: anything that the block can be run with, to see which linears share an input. dtypes: by name, what a weight
-    is rounded to and stored in, where that is not the type in which it is held.
-    With true_sequential, each group of linears sees the inputs that the compressed ones before it produce.
+    is rounded to and stored in, where that is not the type in which it is held. idle: names of linears to leave.
+    routing: see `compress_model`. With true_sequential, each group of linears sees the inputs that the compressed ones
+    before it produce.
     """
-    groups = shared_inputs(block, probe)
     layers: dict[str, Layer] = {}
-    for stage in [[g] for g in groups] if compression.true_sequential else [groups]:
-        jobs = _jobs(block, stage, hessians(block, stage, batches), compression, prefix, dtypes or {})
-        names = [f"{prefix}.{name}" for group in stage for name in group]
-        layers |= zip(names, side_by_side(jobs, batches[0].hidden.device), strict=True)
+    with split(block):
+        groups = shared_inputs(block, probe, [n.removeprefix(f"{prefix}.") for n in idle])
+        for stage in stages(block, groups) if compression.true_sequential else [groups] * bool(groups):
+            for part in pieces(block, stage):
+                sums = filled_up(block, part, partial(_measured, block, batches), prefix, routing or Routing())
+                jobs = _jobs(block, part, sums, compression, prefix, dtypes or {})
+                names = [f"{prefix}.{name}" for group in part for name in group]
+                layers |= zip(names, side_by_side(jobs, batches[0].hidden.device), strict=True)
     return layers
 
 
@@ -115,8 +125,7 @@ def _jobs(
         with _naming(f"{prefix}.{names[0]}"):
             inverse = factorise(hessian, compression.damping, compression.act_order)
         for name in names:
-            weight = block.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
+            weight = matrix(block.get_submodule(name))
             dtype = dtypes.get(f"{prefix}.{name}", weight.dtype)
             yield partial(_compress_weight, f"{prefix}.{name}", weight, inverse, compression, dtype)
 
@@ -128,7 +137,7 @@ def _compress_weight(name: str, weight: Tensor, inverse: Inverse, compression: S
         new, layer = solve(weight.to(dtype), inverse, compression)
         weight.copy_(new)
         check(layer, weight.to(dtype), compression)
-    return layer
+    return layer.to("cpu")  # a GPU may not hold the compressed form of the whole model beside it
 
 
 def hessians(block: nn.Module, groups: Sequence[Sequence[str]], batches: Sequence[Batch]) -> list[Tensor]:
@@ -136,34 +145,40 @@ def hessians(block: nn.Module, groups: Sequence[Sequence[str]], batches: Sequenc
 
     The pass ends at the last group's input: what comes after it in the block is not computed.
     """
-    sums: list[Tensor] = []
-    counts = [0] * len(groups)
-    handles = []
+    return _measured(block, batches, groups)[0]
+
+
+def _measured(
+    block: nn.Module, batches: Sequence[Batch], groups: Sequence[Sequence[str]]
+) -> tuple[list[Tensor], list[int]]:
+    """The Hessians, and how many tokens each is of; 0 where an expert was given none."""
+    weights = [matrix(block.get_submodule(names[0])) for names in groups]
+    sums = [torch.zeros(w.shape[1], w.shape[1], device=w.device) for w in weights]
+    counts, calls = [0] * len(groups), [0] * len(groups)
+    ends = False  # known after the first batch: only where no linear is run twice does the last group's run come last
 
     def collect(i: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].reshape(-1, args[0].shape[-1]).float()  # 2-D in OPT's fc1 and fc2, 3-D elsewhere
             _add_gram(sums[i], x)
             counts[i] += len(x)
-            if i == len(groups) - 1:
+            calls[i] += 1
+            if ends and i == len(groups) - 1:
                 stop()
 
         return hook
 
-    for i, names in enumerate(groups):
-        linear = block.get_submodule(names[0])
-        assert isinstance(linear, nn.Linear)
-        sums.append(torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device))
-        handles.append(linear.register_forward_pre_hook(collect(i)))
+    handles = [block.get_submodule(g[0]).register_forward_pre_hook(collect(i)) for i, g in enumerate(groups)]
     try:
         with packed_linears(block):
             for batch in batches:
                 with stopping():
                     batch.run(block)
+                ends = max(calls) == 1 or ends
     finally:
         for handle in handles:
             handle.remove()
-    return [_mirrored(s).div_(n) for s, n in zip(sums, counts, strict=True)]
+    return [_mirrored(s).div_(max(n, 1)) for s, n in zip(sums, counts, strict=True)], counts
 
 
 def _add_gram(total: Tensor, x: Tensor) -> None:
@@ -180,18 +195,11 @@ def _mirrored(total: Tensor) -> Tensor:
     return total
 
 
-def _check_shapes(prefix: str, blocks: nn.ModuleList, compression: Solver) -> None:
-    """Before hours of work: every block has linears and no other matrices, and group size and pattern fit them."""
-    for i, block in enumerate(blocks):
-        linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
-        if not linears:
-            raise ValueError(f"{prefix}.{i}: {type(block).__name__} has no nn.Linear to compress")
-        if other := not_linear(block.named_modules(prefix=f"{prefix}.{i}")):
-            raise ValueError(f"{other} is not the weight of an nn.Linear: mixtures of experts and their like are not "
-                             f"supported")  # fmt: skip
-        for name, linear in linears.items():
-            with _naming(f"{prefix}.{i}.{name}"):
-                check_shape(linear.in_features, compression)
+def _check_shapes(found: Mapping[str, nn.Module], compression: Solver) -> None:
+    """Before hours of work: group size and pattern fit every linear."""
+    for name, linear in found.items():
+        with _naming(name):
+            check_shape(matrix(linear).shape[1], compression)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ctp.methods import Generation, HardPrompt
 from ctp.recover.attach import context_of, frozen
 from ctp.recover.prompted import attach_prompt, reads_padded
+from ctp.specials import opening_ids, plain_ids
 
 if TYPE_CHECKING:
     from ctp.job import EvaluateJob
@@ -114,10 +115,8 @@ def measure(spec: Generation, job: "EvaluateJob") -> dict[str, float]:
 def _read(tokenizer: PreTrainedTokenizerBase, question: str, before: str) -> list[int]:
     if not before:
         return list(tokenizer(question, verbose=False)["input_ids"])
-    front, whole = (list(tokenizer(t, verbose=False)["input_ids"]) for t in (before, f"{before} {question}"))
-    if whole[: len(front)] == front:
-        return whole[len(front) :]
-    return list(tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"])
+    front, whole = (opening_ids(tokenizer, t) for t in (before, f"{before} {question}"))
+    return whole[len(front) :] if whole[: len(front)] == front else plain_ids(tokenizer, question)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

@@ -6,7 +6,7 @@ see `PerplexityResult.ppl_paper`. Conclusions rest on `ppl`.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -83,9 +83,18 @@ def perplexity(
     return PerplexityResult(total.item(), n * (s - 1), n * (s - 1 + k))
 
 
+def _after(done: int, of: int, progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    return lambda more, _: progress(done + more, of)
+
+
 def measure(spec: Perplexity, job: "EvaluateJob") -> dict[str, float]:
     """Perplexity of the job's model over the windows of `spec.text`."""
     ids = job.windows(spec.text)
-    result = perplexity(job.model, ids, job.prefix, batch=job.runtime.batch, progress=job.progress)
+    done, results = 0, []
+    for windows, front in job.behind(ids):
+        tell = _after(done, len(ids), job.progress)
+        results.append(perplexity(job.model, windows, front, batch=job.runtime.batch, progress=tell))
+        done += len(windows)
+    result = PerplexityResult(*(sum(column) for column in zip(*map(astuple, results), strict=True)))
     sums = {n: getattr(result, n) for n in ("nll_sum", "scored_tokens", "positions")}
     return {"ppl": result.ppl, "ppl_paper": result.ppl_paper, **sums}

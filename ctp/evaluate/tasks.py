@@ -9,25 +9,21 @@ import math
 import os
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctp import tasks
-from ctp.methods import Task
-from ctp.recover.attach import check_readable, frozen, token_logits
-from ctp.recover.prefix import Prefix, prefix
-from ctp.recover.prompted import attach_prompt
+from ctp.evaluate.harness import SoftPromptLM
+from ctp.methods import HardPrompt, Task
+from ctp.recover.attach import frozen
 from ctp.taskfiles import INSTALL, harness_version
 
 try:
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks._yaml_loader import load_yaml
 except ImportError as e:
     raise ImportError(INSTALL) from e
@@ -38,75 +34,6 @@ if TYPE_CHECKING:
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "examples": 1234}  # the harness's own
 BOOTSTRAP = 1000  # draws for the standard error of metrics that have no formula for it
 OURS = ("score", "score_stderr", "documents")
-
-
-class SoftPromptLM(HFLM):
-    """The harness's Hugging Face model, with the k rows of `prompt` (k, d) in front of whatever it reads.
-
-    They stand where a text begins: behind the padding of a batch, before the beginning-of-text token of tokenizers that
-    write one. The context is k tokens shorter: what is too long loses its beginning, as in the harness; the prompt
-    never does. Without a prompt it is HFLM. rows: called with the number of sequences read so far; `cut` counts the
-    log-likelihood requests that lost their beginning. The tokenizer is copied: the harness sets its padding.
-
-    Raises ValueError where the model cannot read rows, or the prompt leaves no room for two tokens.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        prompt: Tensor | None = None,
-        *,
-        batch: int = 1,
-        rows: Callable[[int], None] | None = None,
-    ) -> None:
-        self._prompt, self._report, self._rows, self.cut = prompt, rows, 0, 0
-        self._prefix: Prefix | None = None
-        if prompt is not None:
-            check_readable(model)
-        super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch)
-        if self.max_length < 2:
-            raise ValueError(f"{self._k} prompt rows leave no room in a context of {super().max_length} tokens")
-
-    @property
-    def _k(self) -> int:
-        return 0 if self._prompt is None else len(self._prompt)
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that fit behind the prompt."""
-        return int(super().max_length) - self._k
-
-    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """Logits (b, t, V) of the tokens `inps` (b, t), padded on the right."""
-        if self._prompt is None:
-            logits = super()._model_call(inps, attn_mask, labels)
-        else:
-            with torch.no_grad():
-                self._prefix = self._prefix or prefix(self.model, self._prompt)
-                logits = token_logits(self.model, inps, self._prefix)
-        self._count(len(inps))
-        return logits
-
-    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-        """Tokens (b, at most max_length) that begin with `context` (b, t), padded on the left."""
-        prompted = None if self._prompt is None else attach_prompt(self.model, self._prompt)
-        try:
-            tokens = super()._model_generate(context, max_length, stop, **options)
-        finally:
-            if prompted is not None:
-                prompted.remove()
-        self._count(len(context))
-        return tokens
-
-    def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
-        self.cut += sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
-        return super()._loglikelihood_tokens(requests, **options)
-
-    def _count(self, rows: int) -> None:
-        self._rows += rows
-        if self._report is not None:
-            self._report(self._rows)
 
 
 def measure(spec: Task, job: "EvaluateJob") -> dict[str, float]:
@@ -120,6 +47,7 @@ def measure(spec: Task, job: "EvaluateJob") -> dict[str, float]:
     """
     task = build(job.location(spec), spec.revision, spec.shots)
     name = task.config.task
+    recovery = job.cell.recovery.recovery if job.cell is not None and job.cell.recovery else None
     with quiet(), frozen(job.model), _seeded():
         lm = SoftPromptLM(
             job.model,
@@ -127,6 +55,7 @@ def measure(spec: Task, job: "EvaluateJob") -> dict[str, float]:
             job.prompt,
             batch=job.runtime.batch,
             rows=lambda n: job.progress(min(n, len(task.instances)), len(task.instances)),
+            text=recovery.text if isinstance(recovery, HardPrompt) else "",
         )
         task.set_fewshot_seed(SEEDS["examples"])
         try:
@@ -205,10 +134,12 @@ def build(location: str, revision: str, shots: int) -> Any:
             config.pop(key, None)
         try:
             with quiet():
-                _built[memo] = ConfigurableTask(config=copy.deepcopy(config))
+                built = ConfigurableTask(config=copy.deepcopy(config))
         except Exception as e:  # a template, a field, a split, a function: whatever is wrong in it
             why = " ".join(f"{type(e).__name__}: {e}".split())
             raise ValueError(f"the harness cannot make the task {defined.name}: {why}") from e
+        tasks.read(location, revision)  # still what was pinned
+        _built[memo] = built
     return _built[memo]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from torch import nn
 from ctp.cache import new_folder
 from ctp.compression.artifact import Compressed, save_generation, save_model
 from ctp.compression.blocks import decoder_blocks
+from ctp.compression.experts import Matrix, experts_in, matrices, routers
 from ctp.compression.layer import Layer
+from ctp.compression.names import as_original, original_names
 from ctp.formats import FORMATS, compressed_tensors, gptq
 from ctp.formats.checkpoint import open_checkpoint
+from ctp.formats.loaders import refusal, unopened
 from ctp.models import quiet, skeleton
 from ctp.names import unknown
 
@@ -36,7 +40,10 @@ def export(model: Compressed | str | Path, folder: str | Path, format: str) -> l
         raise ValueError(f"a {type(model).__name__} is neither what ctp.compress gave nor a folder with such a model")
     with quiet(), new_folder(Path(folder)) as work:
         if format == "hf":
-            save_model(model.model(), work)
+            whole = model.model()
+            if experts_in(whole):  # under the names of the original checkpoints, not of `Compressed`
+                vars(whole).pop("_weight_conversions", None)
+            save_model(whole, work)
             notes = ["The weights are ordinary ones, of the size of the uncompressed model."]
         else:
             notes = _quantized(model, work, format)
@@ -49,25 +56,32 @@ def _quantized(model: Compressed, folder: Path, format: str) -> list[str]:
     """Write weights and config in one of the quantized formats."""
     config = copy.deepcopy(model.config)
     bare = skeleton(config)
-    grids, sparsity = _survey(model, format, bare)
+    experts = {m.name: m for m in matrices(bare).values()}
+    grids, sparsity = _survey(model, format, experts)
     bits, group_size = _common(format, grids)
     sym = not any(n.endswith(".zero") for n in model.packed)
     act_order = any(n.endswith(".g_idx") for n in model.packed)
     notes = _notes(format, bits, sym, act_order, sparsity)
     state = {n: t.to(model.config.dtype) if t.is_floating_point() else t for n, t in model.rest.items()}
+    written: dict[str, str] = {}  # linears that lie under other names than in transformers
+    if experts:
+        notes += _notes_of_experts(format, bits, sym, act_order)
+        state, written = as_original(bare, state), original_names(bare, grids.keys() - experts)
     if format == "gptq":
         split = _split(grids) if bits == 4 and not sym and group_size is None else None
         if split:
             notes.append(f"Each channel's scale is written for {split} inputs at a time: {_MISREAD}.")
         for name, layer in model.layers():
-            state |= gptq.write(name, _regrouped(layer, split) if split else layer, sym)
+            state |= gptq.write(written.get(name, name), _regrouped(layer, split) if split else layer, sym)
         said = gptq.settings(bits, split or group_size, sym, act_order)
+        said["block_name_to_quantize"] = decoder_blocks(bare)[0]  # transformers' loader knows some models' names only
         (folder / "quantize_config.json").write_text(json.dumps(said, indent=2) + "\n")  # where AutoGPTQ looks
     else:
         for name, layer in model.layers():
-            state |= compressed_tensors.write(name, layer, sym)
-        linears = [n for n, m in bare.named_modules() if isinstance(m, nn.Linear)]
-        said = compressed_tensors.settings(bits, group_size, sym, [n for n in linears if n not in grids])
+            if name in experts and layer.scale is not None:  # transformers unpacks them in the type of their scales
+                layer = replace(layer, scale=layer.scale.to(config.dtype))
+            state |= compressed_tensors.write(written.get(name, name), layer, sym)
+        said = compressed_tensors.settings(bits, group_size, sym, _ignored(bare, grids))
     config.quantization_config = said
     config.architectures = [type(bare).__name__]
     config.save_pretrained(folder)
@@ -79,19 +93,35 @@ def _quantized(model: Compressed, folder: Path, format: str) -> list[str]:
 _MISREAD = "GPTQModel's default kernel for CPUs misreads 4 bit asymmetric channels"
 
 
-def _survey(model: Compressed, format: str, bare: Any) -> tuple[dict[str, tuple[int, int, int]], float]:
+def _survey(
+    model: Compressed, format: str, experts: Mapping[str, Matrix]
+) -> tuple[dict[str, tuple[int, int, int]], float]:
     """(bits, inputs, groups) of every linear, and the share pruned. Raises ValueError where the format has no form."""
-    inside = decoder_blocks(bare)[0]
     grids: dict[str, tuple[int, int, int]] = {}
     kept = weights = 0
     for name, layer in model.layers():
+        if layer.bits not in (*gptq.BITS, None):
+            raise ValueError(f"{format} has no form for {layer.bits} bits ({name}): export hf")
         if layer.bits is None:
             raise ValueError(f"{format} has no form for pruned weights that are not quantized ({name}): export hf")
-        if not name.startswith(f"{inside}.") or type(bare.get_submodule(name)) is not nn.Linear:
-            raise ValueError(f"{format}: {name} is no nn.Linear of a decoder block, which loaders expect: export hf")
+        if layer.table is not None or layer.shift is not None:
+            raise ValueError(f"{format} has no form for codes that are not evenly spaced around a zero point ({name}): "
+                             "export hf")  # fmt: skip
         grids[name] = layer.bits, layer.shape[1], layer.zero_points().shape[1]
         kept, weights = kept + layer.kept, weights + layer.shape[0] * layer.shape[1]
+    why = unopened(format, skeleton(model.config), grids, experts)
+    if format == "gptq" and not why:
+        why = gptq.unaligned({n: layer.shape for n, layer in model.layers()}, max(g[0] for g in grids.values()))
+    if why:
+        raise ValueError(refusal(format, model.config, why))
     return grids, 1 - kept / weights
+
+
+def _ignored(bare: Any, grids: Mapping[str, Any]) -> list[str]:
+    """Linears that stay as they are, those of routers among them, by their names here and in the checkpoint."""
+    left = routers(bare)
+    kept = [n for n, m in bare.named_modules() if n not in grids and (isinstance(m, nn.Linear) or n in left)]
+    return list(dict.fromkeys([*kept, *original_names(bare, kept).values()])) if left else kept
 
 
 def _common(format: str, grids: dict[str, tuple[int, int, int]]) -> tuple[int, int | None]:
@@ -120,6 +150,17 @@ def _regrouped(layer: Layer, size: int) -> Layer:
     assert layer.scale is not None
     times = layer.shape[1] // size
     return replace(layer, scale=layer.scale.repeat(1, times), zero=layer.zero_points().repeat(1, times))
+
+
+def _notes_of_experts(format: str, bits: int, sym: bool, act_order: bool) -> list[str]:
+    """Likewise for experts. Raises ValueError where no loader of the format would take them for what they are."""
+    if not sym:
+        raise ValueError(
+            f"{format}: loaders read experts on symmetric grids only: compress with sym: true, or export hf"
+        )
+    if format == "gptq" and (bits not in (4, 8) or act_order):
+        raise ValueError("gptq: loaders read experts of 4 or 8 bits without act-order only: export hf")
+    return ["transformers opens no experts of this format; vLLM and ctp.load do."] if format == "gptq" else []
 
 
 def _notes(format: str, bits: int, sym: bool, act_order: bool, sparsity: float) -> list[str]:

@@ -1,5 +1,6 @@
 """Methods of compression: how a model is made smaller."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
@@ -36,10 +37,11 @@ class Dense(Compression):
 
 
 class Checkpoint(Pinned, Compression):
-    """The model as somebody else compressed it: AutoGPTQ's format, compressed-tensors, or a pruned folder.
+    """The model as somebody else compressed it: a format that `ctp.formats` reads, or a pruned folder.
 
-    `path` is a folder or hub id. `parameters` (of the model, uncompressed) and `width` (of its embedding) are read
-    from its configuration when a grid is planned, and must be those of the grid's model; `path` becomes its short name.
+    `path` is a folder, a hub id or a GGUF file, and becomes its short name. `parameters` (of the model, uncompressed)
+    and `width` (of its embedding) are read from its configuration when a grid is planned, and must be those of the
+    grid's model.
     """
 
     NAMED_BY: ClassVar[str] = "path"
@@ -93,13 +95,18 @@ class Solver(Compression):
     def compress(self, job: "CompressJob") -> dict[str, float]:
         from ctp.compression import compress_model
         from ctp.compression.artifact import Compressed
+        from ctp.compression.routing import Routing
 
         model, tokenizer = job.load_base()
         ids = job.calibration(tokenizer)
         # Not Runtime.batch: sums in another order round a weight to another code here and there.
-        layers = compress_model(model, ids, self, progress=job.progress)
-        small = Compressed.of(model, layers, tokenizer)
+        routing = Routing()
+        layers = compress_model(model, ids, self, progress=job.progress, routing=routing)
+        small = replace(Compressed.of(model, layers, tokenizer), routing=routing)
         small.save(job.folder)
+        if text := routing.notice():
+            job.notice(f"{job.base.name} {self.label}: {text}")
+            job.record["experts_short_of_tokens"] = routing.short
         return small.stats()
 
     def _suffix(self, known: set[str]) -> str:

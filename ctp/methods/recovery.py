@@ -80,7 +80,7 @@ class Learned(Recovery):
         if isinstance(data, Mapping) and isinstance(data.get("text"), Mapping):
             text, own = data["text"], data.get("validation") or {}
             if isinstance(own, Mapping):
-                base = {n: text[n] for n in ("dataset", "seq_len") if n in text}
+                base = {n: text[n] for n in ("dataset", "seq_len", "bos") if n in text}
                 data = {**data, "validation": {**base, "split": "validation", "count": 32, **own}}
         return data
 
@@ -180,13 +180,15 @@ class Untrained(Recovery):
 
 
 class HardPrompt(Untrained):
-    """A text in front of every input: the embeddings of its tokens, with the tokenizer's own beginning of text.
+    """A text really in front of every input: [BOS] + its tokens + the input's tokens.
 
-    Questions are attached to it by a space, as one text; windows and tasks stand behind it as behind a learned prompt.
+    The beginning of text stands once, at the very front, if the tokenizer puts it there or the input begins with it;
+    nothing that a tokenizer puts behind a text stands between. Questions are attached by a space, as one text.
     """
 
     method: Literal["hard_prompt"] = "hard_prompt"
     text: Annotated[str, Field(min_length=1)] = PAPER_HARD_PROMPT
+    bos: Literal["once"] = "once"  # in the key: inputs kept a second one before
 
     @property
     def label(self) -> str:
@@ -208,7 +210,7 @@ class RandomPrompt(Untrained):
 
 
 class Bos(Untrained):
-    """The tokenizer's beginning-of-text token alone."""
+    """The tokenizer's beginning-of-text token alone, as one more row before whatever an input begins with."""
 
     method: Literal["bos"] = "bos"
 

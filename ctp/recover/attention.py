@@ -84,7 +84,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, keep: bool, 
     if q.device.type == "cpu":
         return _Attention.apply(q, k, v, scale, keep, scratch)
     groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2]), scale=scale)
 
 

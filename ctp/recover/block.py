@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.autograd.graph import get_gradient_edge
 
 from ctp.compression.packed import PackedLinear
+from ctp.kernels import llama
 from ctp.recover.attention import Layout, packed_attention
 from ctp.recover.scratch import Scratch
 
@@ -87,6 +88,8 @@ def _forward(
     """As transformers calls a block: hidden states (1, n, d). Raises NotImplementedError where there is a mask."""
     if attention_mask is not None:
         raise NotImplementedError(f"{type(module).__name__}: attention with a mask")
+    if hidden_states.is_cuda and llama.available():
+        return llama.forward(module, norms, hidden_states, position_embeddings, layout)
     h, device = hidden_states[0], hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
     cos, sin = (x[0, :, None].to(dtype) for x in position_embeddings)

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from ctp.compression.blocks import decoder_blocks
-from ctp.compression.packed import PackedLinear
+from ctp.compression.packed import PackedExperts, PackedLinear
+from ctp.kernels import llama
 from ctp.recover.block import LINEARS, forward_of, inverse_rms, is_norm, is_silu
 
 
@@ -52,11 +53,15 @@ class _SwiGLU(Function):
         return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
 
 
-def _norm(module: nn.Module, x: Tensor) -> Tensor:
+def _norm(module: Any, x: Tensor) -> Tensor:
+    if x.is_cuda and llama.available():
+        return llama.rms_norm(x, module.weight, module.variance_epsilon)
     return _RMSNorm.apply(x, module.weight, module.variance_epsilon)
 
 
 def _mlp(module: Any, x: Tensor) -> Tensor:
+    if x.is_cuda and llama.available():
+        return module.down_proj(llama.silu_mul(module.gate_proj(x), module.up_proj(x)))
     return module.down_proj(_SwiGLU.apply(module.gate_proj(x), module.up_proj(x)))
 
 
@@ -114,7 +119,8 @@ def rounded_weights(model: nn.Module, dtype: torch.dtype, held: torch.dtype) -> 
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
     others = [(m, n, p) for m in model.modules() for n, p in m.named_parameters(recurse=False)
               if held != dtype and not p.requires_grad and (p.ndim == 3 or isinstance(m, Conv1D))]  # fmt: skip
-    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    left = {x for m in model.modules() if isinstance(m, PackedExperts) and held == dtype for x in m.linears}
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear) and m not in left]
     before = [(m, m.weight, m.bias) for m in linears]
     try:
         for p in packed:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ctp import families
 from ctp.compression.blocks import decoder_blocks
-from ctp.families import FUSED, QUERY, VALUE
+from ctp.compression.linears import linears
 from ctp.methods import LoRA
 from ctp.recover.adapter import ADAPTER, restored
 from ctp.recover.attach import frozen
@@ -34,6 +34,8 @@ from ctp.spec import Runtime
 if TYPE_CHECKING:
     from ctp.job import LearnJob
 
+QUERY, VALUE = "q_proj", "v_proj"
+FUSED = {"bloom": "query_key_value"}  # model_type: a matrix whose rows are (heads, [query, key, value], head size)
 NAME = "learned"  # of the adapter, while it is inside the model
 
 
@@ -137,12 +139,12 @@ def _projections(model: PreTrainedModel, layers: int | None) -> list[str]:
     for i in range(len(blocks) - (layers or len(blocks)), len(blocks)):
         if fused:
             _split(blocks[i], fused, model.config.num_attention_heads)
-        linears = [n for n, m in blocks[i].named_modules() if isinstance(m, nn.Linear)]
-        found = [n for n in linears if n.split(".")[-1] in (QUERY, VALUE)]
+        names_here = list(linears(blocks[i]))
+        found = [n for n in names_here if n.split(".")[-1] in (QUERY, VALUE)]
         if {n.split(".")[-1] for n in found} != {QUERY, VALUE}:
             raise ValueError(
                 f"LoRA is learned on {QUERY} and {VALUE}, or BLOOM's {FUSED['bloom']}; the linears of {place}.{i} in "
-                f"{type(model).__name__} are {', '.join(linears) or 'none'}"
+                f"{type(model).__name__} are {', '.join(names_here) or 'none'}"
             )
         names += [f"{place}.{i}.{n}" for n in found]
     return names

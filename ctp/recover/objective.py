@@ -25,7 +25,7 @@ from ctp.recover.scratch import Scratch
 from ctp.recover.trial import TOLERANCE, alike, computed, other_tokens, unmoved
 
 # Logits that exist at a time. A GPU needs many to be busy; on a CPU more only take memory.
-CHUNK = {"cpu": 2**22, "cuda": 2**24}
+CHUNK = {"cpu": 2**22, "cuda": 2**26}
 SHORT = 16  # tokens of a window whose gradient is tried
 CACHED = 2**20  # logits that are exponentiated together on a CPU: in fp32 they stay in its cache
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ctp.methods import Bos, HardPrompt, RandomPrompt, Untrained
 from ctp.recover.state import save_prompt
 from ctp.recover.steps import generator
+from ctp.specials import opening_ids, plain_ids
 
 if TYPE_CHECKING:  # torch itself is needed above
     from transformers import PreTrainedModel
@@ -57,10 +58,9 @@ def untrained_rows(spec: Untrained, model: "PreTrainedModel", tokenizer: Any) ->
     if isinstance(spec, RandomPrompt):
         return distinct_rows(model, spec.k, spec.seed, tokenizer)
     if isinstance(spec, HardPrompt):
-        ids = tokenizer(spec.text)["input_ids"]
-        if not ids:
+        if not plain_ids(tokenizer, spec.text):
             raise ValueError(f"text = {spec.text!r} has no tokens")
-        return embedding_rows(model, ids)
+        return embedding_rows(model, opening_ids(tokenizer, spec.text))
     if isinstance(spec, Bos):
         if tokenizer.bos_token_id is None:
             raise ValueError("method = 'bos': the model's tokenizer has no beginning-of-text token")

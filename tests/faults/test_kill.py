@@ -35,7 +35,7 @@ def test_killed_anywhere(tmp_path, llama_folder, undisturbed, capsys):
             while (code := killer.watch(place, place.start())) != 0:
                 drivers += 1
                 assert drivers < 30, place.said()
-                assert code in (-9, 1), place.said()  # 1: a cell whose worker died again and again
+                assert code in (-9, 1, 4), place.said()  # 1: a cell whose worker died again and again; 4: the raylet
             check_equal(place, undisturbed)
         finally:
             place.end()
@@ -73,3 +73,19 @@ def test_a_prompt_that_was_80_percent_trained_goes_on(tmp_path, llama_folder, un
         assert any(n.startswith("learn/") for n in place.artifacts())
     finally:
         place.end()
+
+
+@pytest.mark.parametrize("victim", [b"raylet/raylet", b"gcs/gcs_server"], ids=["raylet", "gcs"])
+def test_a_dead_process_of_rays_is_said_and_closes_every_run(place, undisturbed, victim):
+    driver = place.start()
+    place.wait_for("worker", "learn")
+    assert kill(place.processes(victim)[-1])
+    assert driver.wait(timeout=120) == 4, place.said()
+    [line] = [x for x in place.said().splitlines() if x.startswith("error: ")]
+    assert "Ray ended: its " in line
+    assert "killed by SIGKILL" in line
+    cells, invocations = place.tracked()
+    assert invocations == ["KILLED"]
+    assert "RUNNING" not in {c[1] for c in cells}
+    assert place.run() == 0, place.said()
+    check_equal(place, undisturbed)

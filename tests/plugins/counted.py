@@ -1,6 +1,7 @@
 """A measure that says which process took it, and whether that process had just loaded its model."""
 
 import os
+import signal
 import time
 from typing import TYPE_CHECKING, Literal
 
@@ -25,7 +26,7 @@ class Counted(Measure):
         if self.mishap == "error":
             raise ValueError("as asked")
         if self.mishap == "death":
-            os._exit(1)
+            os.kill(os.getpid(), signal.SIGKILL)
         loaded = not hasattr(job.model, "counted")
         job.model.counted = True
         time.sleep(0.02)

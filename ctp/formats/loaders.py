@@ -1,0 +1,64 @@
+"""What keeps other tools from opening a compressed model of some architecture, known from its modules alone."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ctp.compression.blocks import decoder_blocks
+from ctp.compression.chain import foreseen
+from ctp.compression.experts import Matrix, matrices
+from ctp.compression.linears import linears, matrix
+from ctp.formats import gptq
+from ctp.models import skeleton
+
+
+def refusals(config: Any, bits: int = 4) -> dict[str, str]:
+    """format -> the sentence with which `export` refuses a model of this transformers configuration in `bits` bits."""
+    return {f: refusal(f, config, why) for f in ("compressed-tensors", "gptq") if (why := _reason(f, config, bits))}
+
+
+def _reason(format: str, config: Any, bits: int) -> str:
+    bare = skeleton(config).eval()
+    prefix, blocks = decoder_blocks(bare)
+    idle = foreseen(bare)[1]
+    experts = {m.name: m for m in matrices(bare).values()}
+    shapes = {n: matrix(m).shape for n, m in linears(blocks, prefix).items() if n not in idle}
+    shapes |= {n: m.of(bare.get_parameter(m.parameter)).shape for n, m in experts.items()}
+    why = unopened(format, bare, shapes, experts)
+    return why or (gptq.unaligned(shapes, bits) if format == "gptq" else "")
+
+
+def refusal(format: str, config: Any, why: str) -> str:
+    """One sentence for a format that a model type does not fit."""
+    return f"{format}: model type {config.get_text_config().model_type}: {why}: export hf"
+
+
+def unopened(format: str, bare: Any, names: Collection[str], experts: Mapping[str, Matrix]) -> str:
+    """Why transformers would not open packed forms of these weights in the place of those of `bare`; "" if it would.
+
+    names: of linears, and of the matrices in `experts`. `bare` loses the linears' weights.
+    """
+    inside, blocks = decoder_blocks(bare)
+    plain = sorted(linears(blocks, inside).keys() - set(names))
+    if plain and format == "gptq":
+        return f"{plain[0]} is not quantized, which loaders expect of all linears of a decoder block"
+    # GPTQModel makes its own linears of GPT-2's Conv1D too; compressed-tensors knows nn.Linear alone.
+    kinds = (nn.Linear, Conv1D) if format == "gptq" else (nn.Linear,)
+    for name in sorted(names):
+        if name in experts:
+            if not experts[name].original:
+                return f"its checkpoints hold no linear for each expert, which loaders look for ({name})"
+            continue
+        if not name.startswith(f"{inside}.") or type(bare.get_submodule(name)) not in kinds:
+            return f"{name} is no nn.Linear of a decoder block, which loaders expect"
+        if type(bare.get_submodule(name)) is nn.Linear:
+            del bare.get_submodule(name).weight
+    for module in bare.modules():
+        module._is_hf_initialized = False
+    try:
+        bare.initialize_weights()
+    except AttributeError:  # transformers does this whenever it opens a checkpoint
+        return f"{type(bare).__name__} initialises linears by a weight, which packed ones do not have"
+    return ""

@@ -1,0 +1,1 @@
+"""What training and unpacking compute faster than the model's own modules."""
