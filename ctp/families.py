@@ -20,6 +20,10 @@ NOT_LEFT_TO_RIGHT = {"cpmant": "it reads both directions", "xlnet": "it reads bo
 # Arguments of `forward` that an attached prompt needs.
 ATTACHED = ("input_ids", "inputs_embeds", "attention_mask", "past_key_values", "logits_to_keep")
 
+# LoRA is learned on these, or on one matrix for them, whose rows are (heads, [query, key, value], head size).
+QUERY, VALUE = "q_proj", "v_proj"
+FUSED = {"bloom": "query_key_value"}
+
 
 def _not_causal(config: Any) -> str:
     """Halves of an encoder and decoder, and encoders, are causal only where their configuration says decoder."""
@@ -109,6 +113,20 @@ def needs_bos(config: Any) -> bool:
     configuration but its name says so.
     """
     return "gemma" in config.get_text_config().model_type
+
+
+def no_projections(config: Any, blocks: Any, layers: int | None = None) -> str:
+    """Why LoRA is refused for a model with this list of decoder blocks (without weights as well), "" where it is not.
+
+    layers: how many of the last blocks it is learned on, None for all.
+    """
+    text = config.get_text_config()
+    wanted = {FUSED[text.model_type]} if text.model_type in FUSED else {QUERY, VALUE}
+    for i in range(len(blocks) - (layers or len(blocks)), len(blocks)):
+        if not wanted <= {n.split(".")[-1] for n, _ in blocks[i].named_modules()}:
+            return (f"model type {text.model_type}: LoRA is learned on {QUERY} and {VALUE}, or BLOOM's "
+                    f"{FUSED['bloom']}, and block {i} has no such projections")  # fmt: skip
+    return ""
 
 
 def check(config: Any, use: Use) -> None:

@@ -6,11 +6,13 @@ which tensors alone are read); code from the hub is never run.
 """
 
 import errno
+import hashlib
 import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +224,7 @@ def facts(location: str, revision: str) -> Facts:
     commit, known = known_models().get(location.removeprefix("hub:"), ("", None))
     if known is not None and location.startswith(("hub:", "package:")) and revision in (commit, UNPINNED):
         return known
-    memo = cache_dir() / "facts" / f"{revision.replace(':', '-')}.json"
+    memo = cache_dir() / "facts" / _rules() / f"{revision.replace(':', '-')}.json"
     if memo.exists() and (remembered := Facts.read(json.loads(memo.read_text()))):
         return remembered
     from transformers import AutoConfig
@@ -244,6 +246,14 @@ def facts(location: str, revision: str) -> Facts:
     check_pinned(location, revision)
     write_json(memo, asdict(found))
     return found
+
+
+@lru_cache
+def _rules() -> str:
+    """Twelve digits that change with what Facts are read by: this code and transformers."""
+    code = [f for at in (".", "compression") for f in sorted((Path(__file__).parent / at).glob("*.py"))]
+    read = b"".join(f.read_bytes() for f in code) + version("transformers").encode()
+    return hashlib.sha256(read).hexdigest()[:12]
 
 
 def config_facts(config: Any) -> Facts:
@@ -268,6 +278,8 @@ def config_facts(config: Any) -> Facts:
     with split(blocks):
         weights = [matrix(m) for n, m in linears(blocks, prefix).items() if n not in idle]
     embedding = model.get_input_embeddings()
+    if why := families.no_projections(config, blocks):
+        refused.setdefault("lora", why)
     return Facts(
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),
         context=context_length(config),

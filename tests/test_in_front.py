@@ -207,4 +207,6 @@ def test_the_longest_input_is_known_by_its_many_names(kind, settings, context):
 def test_blocks_of_any_name_are_planned_with():
     facts = config_facts(AutoConfig.for_model("mpt", vocab_size=61, **MPT))
     assert (facts.context, facts.layers, facts.in_features) == (48, 2, (32, 128))
-    assert not {"compress", "prompt", "generate"} & facts.refused.keys()
+    assert list(facts.refused) == ["lora"]
+    assert "block 0 has no such projections" in facts.refused["lora"]
+    assert not config_facts(AutoConfig.for_model("llama", vocab_size=61, **LLAMA)).refused

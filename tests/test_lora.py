@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from transformers import (
 from ctp import job
 from ctp.evaluate.perplexity import perplexity
 from ctp.methods import LoRA
-from ctp.models import skeleton
+from ctp.models import config_facts, skeleton
 from ctp.recover.adapter import ADAPTER, adapter_facts, applied, parameters
 from ctp.recover.attach import scored_logits
 from ctp.recover.lora import SplitProjection, injected, learn_lora
@@ -122,18 +123,19 @@ def test_layers_are_the_last_blocks(make, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    "config",
     [
-        (GPT2Config(n_embd=32, n_layer=2, n_head=2), "BLOOM's query_key_value; .* GPT2LMHeadModel are none"),
-        (GPTNeoXConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64),
-         r"q_proj and v_proj, .* gpt_neox\.layers\.0 in GPTNeoXForCausalLM are attention\.query_key_value"),
-        (Phi3Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-                    intermediate_size=64, pad_token_id=0), r"are self_attn\.o_proj, self_attn\.qkv_proj"),
+        GPT2Config(n_embd=32, n_layer=2, n_head=2),
+        GPTNeoXConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64),
+        Phi3Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+                   intermediate_size=64, pad_token_id=0),
     ],
     ids=["gpt2", "gpt-neox", "phi3"],
 )  # fmt: skip
-def test_projections_that_it_does_not_know_are_refused(config, message):
-    with pytest.raises(ValueError, match=message), injected(skeleton(config), spec()):
+def test_projections_that_it_does_not_know_are_refused(config):
+    why = config_facts(config).refused["lora"]
+    assert "LoRA is learned on q_proj and v_proj, or BLOOM's query_key_value, and block 0 has no such" in why
+    with pytest.raises(ValueError, match=re.escape(why)), injected(skeleton(config), spec()):
         pass
 
 
@@ -142,12 +144,17 @@ def test_more_layers_than_there_are_is_refused(make):
         run(make(), layers=3)
 
 
-def test_a_projection_outside_the_blocks_is_refused():
-    """The adapter's configuration names projections by how their names end."""
+@pytest.mark.parametrize("layers", [None, 1])
+def test_a_projection_outside_the_blocks_is_left_alone(layers, tmp_path):
+    """As in a tower for images: the adapter's configuration then names projections by a pattern."""
     model = tiny_llama()
     model.model.extra = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(32, 32)})
-    with pytest.raises(ValueError, match=r"model\.extra\.q_proj is a projection outside the decoder blocks"):
-        run(model)
+    found = run(model, layers=layers)
+    assert len(found.weights) == 4 * (layers or 2)
+    found.save(tmp_path, "base")
+    theirs = PeftModel.from_pretrained(model, tmp_path).state_dict()
+    assert sum("lora_A" in n for n in theirs) == 2 * (layers or 2)
+    assert not any("extra" in n and "lora" in n for n in theirs)
 
 
 # -------------------------------------------------------------------- the loop

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ctp.methods import Generation, HardPrompt
 from ctp.recover.attach import context_of, frozen
+from ctp.recover.prefix import stretched
 from ctp.recover.prompted import attach_prompt, reads_padded
 from ctp.specials import opening_ids, plain_ids
 
@@ -55,7 +56,9 @@ def answer_tokens(
     """
     read = [_read(tokenizer, question, before) for question in questions]
     _check_questions(model, questions, read, 0 if prompt is None else len(prompt), new_tokens, batch)
-    batch = batch if len({len(ids) for ids in read}) == 1 or reads_padded(model) else 1
+    longest = max(map(len, read)) + new_tokens + (0 if prompt is None else len(prompt))
+    padded = reads_padded(model) and not stretched(model.config, longest)  # the longest of a batch would stretch all
+    batch = batch if len({len(ids) for ids in read}) == 1 or padded else 1
     ends = _ends(model, tokenizer)
     out: list[list[int]] = []
     with frozen(model), _plainly(model), _behind(model, prompt):

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctp.names import shown
-from ctp.recover.attach import check_readable, token_logits
+from ctp.recover.attach import check_readable, context_of, token_logits
 from ctp.recover.opening import Opening
-from ctp.recover.prefix import Prefix, prefix
+from ctp.recover.prefix import Prefix, prefix, stretched
 from ctp.recover.prompted import attach_prompt
 from ctp.specials import Specials
 from ctp.taskfiles import INSTALL
@@ -55,6 +55,8 @@ class SoftPromptLM(HFLM):
         self._after = list(Specials.of(tokenizer).after)
         if prompt is not None:
             check_readable(model)
+        if stretched(model.config, context_of(model) or 0):  # positions would depend on the longest text of a batch
+            batch = 1
         super().__init__(pretrained=model, tokenizer=padding(copy.deepcopy(tokenizer)), batch_size=batch)
         self._opening = Opening.of_requests(model, tokenizer, text, self.prefix_token_id) if text else None
         if self.max_length < 2:

@@ -6,6 +6,7 @@ are then written as one of rank 2r that fits the fused matrix.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 from ctp import families
 from ctp.compression.blocks import decoder_blocks
 from ctp.compression.linears import linears
+from ctp.families import FUSED, QUERY, VALUE
 from ctp.methods import LoRA
 from ctp.recover.adapter import ADAPTER, restored
 from ctp.recover.attach import frozen
@@ -34,8 +36,6 @@ from ctp.spec import Runtime
 if TYPE_CHECKING:
     from ctp.job import LearnJob
 
-QUERY, VALUE = "q_proj", "v_proj"
-FUSED = {"bloom": "query_key_value"}  # model_type: a matrix whose rows are (heads, [query, key, value], head size)
 NAME = "learned"  # of the adapter, while it is inside the model
 
 
@@ -135,19 +135,20 @@ def _projections(model: PreTrainedModel, layers: int | None) -> list[str]:
     place, blocks = decoder_blocks(model)
     if layers is not None and layers > len(blocks):
         raise ValueError(f"layers = {layers}: the model has {len(blocks)} decoder blocks")
+    if why := families.no_projections(model.config, blocks, layers):
+        raise ValueError(why)
     fused, names = FUSED.get(model.config.model_type), []
     for i in range(len(blocks) - (layers or len(blocks)), len(blocks)):
         if fused:
             _split(blocks[i], fused, model.config.num_attention_heads)
-        names_here = list(linears(blocks[i]))
-        found = [n for n in names_here if n.split(".")[-1] in (QUERY, VALUE)]
-        if {n.split(".")[-1] for n in found} != {QUERY, VALUE}:
-            raise ValueError(
-                f"LoRA is learned on {QUERY} and {VALUE}, or BLOOM's {FUSED['bloom']}; the linears of {place}.{i} in "
-                f"{type(model).__name__} are {', '.join(names_here) or 'none'}"
-            )
-        names += [f"{place}.{i}.{n}" for n in found]
+        names += [f"{place}.{i}.{n}" for n in linears(blocks[i]) if n.split(".")[-1] in (QUERY, VALUE)]
     return names
+
+
+def _outside(model: PreTrainedModel) -> bool:
+    """Are there linears of these names outside the decoder blocks, as in a tower for images?"""
+    inside = decoder_blocks(model)[0]
+    return any(n.split(".")[-1] in (QUERY, VALUE) for n in linears(model) if not n.startswith(f"{inside}."))
 
 
 # ----------------------------------------------------------------- a fused projection
@@ -204,14 +205,19 @@ def _fuse(learned: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
 
 def _settings(model: PreTrainedModel, spec: LoRA) -> dict[str, Any]:
     """PEFT's settings of what is learned, before a fused projection is put together."""
-    count = len(decoder_blocks(model)[1])
+    place, blocks = decoder_blocks(model)
+    count = len(blocks)
     last = None if spec.layers is None else list(range(count - spec.layers, count))
+    target: list[str] | str = [QUERY, VALUE]
+    if _outside(model):  # PEFT takes names for ends of names, anywhere; a pattern is for whole names
+        numbers = "|".join(map(str, last or range(count)))
+        target, last = rf"{re.escape(place)}\.({numbers})\..*\b({QUERY}|{VALUE})", None
     return {
         "task_type": TaskType.CAUSAL_LM,
         "r": spec.r,
         "lora_alpha": spec.alpha,
         "lora_dropout": spec.dropout,
-        "target_modules": [QUERY, VALUE],
+        "target_modules": target,
         "layers_to_transform": last,
     }
 

@@ -20,7 +20,7 @@ from ctp.memory import ran_out
 from ctp.recover.attach import check_readable, context_of, frozen
 from ctp.recover.prefix import stretched, with_prompt
 from ctp.recover.state import LearnedPrompt
-from ctp.recover.trial import body_states, mostly, spread_tokens
+from ctp.recover.trial import body_states, mostly, read, spread_tokens
 
 IGNORED = -100  # the label that transformers' losses leave out
 HANDLE = "_attached_prompt"  # a model's attribute, its handle
@@ -61,7 +61,7 @@ def _tried_padded(model: PreTrainedModel) -> bool:
     wanted = body_states(model, input_ids=ids, use_cache=False)
     if not mostly(model, body_states(model, **padded, use_cache=False)[:, PADDING:], wanted):
         return False
-    cache = model.base_model(**{n: t[:, :-1] for n, t in padded.items()}, use_cache=True).get("past_key_values")
+    cache = read(model, **{n: t[:, :-1] for n, t in padded.items()}, use_cache=True).get("past_key_values")
     if not isinstance(cache, DynamicCache):
         return True
     step = {n: t if n == "attention_mask" else t[:, -1:] for n, t in padded.items()}

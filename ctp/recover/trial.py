@@ -53,5 +53,13 @@ def spread_tokens(model: PreTrainedModel) -> Tensor:
 
 def body_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
     """What the model makes of its inputs before its head: hidden states (b, n, d), logits where it has no body."""
-    states: Tensor = model.base_model(**inputs)[0]
+    states: Tensor = read(model, **inputs)[0]
     return states
+
+
+def read(model: PreTrainedModel, **inputs: Any) -> Any:
+    """The output of the body, of the whole model where it has none: as its class computes it, without a prompt that is
+    attached to the model itself.
+    """
+    body = model.base_model
+    return type(model).forward(model, **inputs) if body is model else body(**inputs)

@@ -1,8 +1,14 @@
-"""Each model of the zoo: generating behind a prompt is generating behind the tokens that it stands for."""
+"""Each model of the zoo: generating behind a prompt is generating behind the tokens that it stands for, in a batch with
+padding on the left, with a cache and without; and the same as by a forward pass of each text alone.
+
+A model whose positions depend on the longest text of a batch (longrope) reads shorter ones otherwise than alone, with a
+prompt or without: of these the longest is compared.
+"""
 
 import torch
 from support.zoo import CLOSE, EVERY, FRONT, far, hard_prompt, logits, refuses, shared, windows
 
+from ctp.recover.prefix import stretched
 from ctp.recover.prompted import attach_prompt
 from tools.zoo import WINDOW
 
@@ -34,10 +40,23 @@ def test_generation(name):
 
     if refuses(name, "generate", lambda: behind_prompt(True)):
         return
+    text = torch.stack([with_front(ids[0], 0), with_front(ids[1], PADDING)])
+    longer = torch.cat([mask, mask.new_ones(2, len(FRONT))], 1)
     for cached in (True, False):
         tokens, scores = behind_prompt(cached)
-        for row, start in enumerate((0, PADDING)):
-            whole = torch.cat([torch.tensor(FRONT), ids[row, start:], tokens[row]])[None]
-            wanted = logits(model, whole[:, :-1])[0, -NEW:]
-            assert far(scores[row], wanted) < CLOSE, f"cached = {cached}, row {row}"
-            assert torch.equal(wanted.argmax(-1), tokens[row])
+        same, wanted = generated(model, text, longer, cached)
+        assert far(scores, wanted) < CLOSE, f"cached = {cached}"
+        assert torch.equal(tokens, same)
+    if stretched(model.config, 1000):
+        whole = torch.cat([text, tokens], 1)[:1]
+        alone = [logits(model, whole[:, : i - NEW])[0, -1] for i in range(NEW)]
+        assert far(scores[0], torch.stack(alone)) < CLOSE
+        return
+    for row, start in enumerate((0, PADDING)):
+        whole = torch.cat([text[row, start:], tokens[row, :-1]])[None]
+        assert far(scores[row], logits(model, whole)[0, -NEW:]) < CLOSE, f"row {row} alone"
+
+
+def with_front(ids, padding):
+    """The tokens with FRONT behind their padding."""
+    return torch.cat([ids[:padding], torch.tensor(FRONT), ids[padding:]])
