@@ -41,7 +41,7 @@ test-cluster: .cluster/.installed ## `ray up` on three machines made of namespac
 test-gpu: ## what needs a GPU, with $(PYTHON)'s own torch, which must be a build for CUDA; skips where there is no GPU
 	$(PYTHON) -m pytest -m gpu -rs tests/gpu
 
-foreign: .foreign/gptqmodel/.installed .foreign/llmcompressor/.installed ## their environments; they do not fit into ctp's
+foreign: $(patsubst %,.foreign/%/.installed,gptqmodel llmcompressor autoawq bitsandbytes) ## their environments; they do not fit into ctp's
 
 .foreign/%/.installed: tests/foreign/%.txt requirements.lock
 	$(PYTHON) -m venv .foreign/$*

@@ -142,9 +142,9 @@ def load(
 ) -> tuple[Any, Any]:
     """A ready model in eval mode, and its tokenizer, from a folder or the key of a stored artifact.
 
-    what: a folder with a model that ctp compressed or exported, a checkpoint of AutoGPTQ, GPTQModel or llm-compressor,
-    a plain model, or a PEFT adapter whose base model is a folder; a hub id or packaged model; or a key (its first 6
-    digits or more) in `store` (default: CTP_STORE, else results/store). prompt: what `learn_prompt` gave, rows (k, d)
+    what: a folder with a model that ctp compressed or exported, a checkpoint of another tool (docs/formats.md), a GGUF
+    file, a plain model, or a PEFT adapter whose base model is a folder; a hub id or packaged model; or a key (its first
+    6 digits or more) in `store` (default: CTP_STORE, else results/store). prompt: what `learn_prompt` gave, rows (k, d)
     or an adapter's folder, to put in front; a Learn key and an adapter's folder bring their own. `generate` and the
     forward pass of the model then work as without prompt; with LoRA it is a PeftModel.
 

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,14 +92,67 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def digest(files: list[Path]) -> str:
-    """One digest of several files' names and bytes, remembered by path, size and time of change."""
-    stats = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
-    memo = cache_dir() / "digests" / (hashlib.sha256(repr(stats).encode()).hexdigest() + ".json")
-    if memo.exists():
+Stamp = tuple[str, int, int, int, int, int]
+SETTLED = (
+    2e9  # nanoseconds: file systems tell times in steps of up to two seconds, and a write within one shows no change
+)
+_digests: dict[tuple[Stamp, ...], str] = {}  # of this process
+
+
+def stamps(files: Iterable[Path]) -> tuple[Stamp, ...]:
+    """What the file system says of each file: resolved path, device, inode, size, times of writing and of change.
+
+    The time of change (ctime) cannot be set, so that a file unpacked over another with the same size and times differs.
+    Raises OSError where a file is missing.
+    """
+    return tuple(
+        (str(f.resolve()), (s := f.stat()).st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f in files
+    )
+
+
+def settled(seen: tuple[Stamp, ...], now: int) -> bool:
+    """Would a write after `now` (nanoseconds since 1970) show in the stamps?"""
+    return all(stamp[-1] < now - SETTLED for stamp in seen)
+
+
+def digest(files: Sequence[Path], anew: bool = False) -> str:
+    """One digest of several files' names and bytes, remembered by `stamps`, on this machine and in this process.
+
+    anew: believe only what this process has hashed itself. Raises ValueError where a file changes meanwhile.
+    """
+    before, begun = stamps(files), time.time_ns()
+    if before in _digests:
+        return _digests[before]
+    memo = cache_dir() / "digests" / (hashlib.sha256(repr(before).encode()).hexdigest() + ".json")
+    if memo.exists() and not anew:
         return str(json.loads(memo.read_text())["sha256"])
     whole = hashlib.sha256()
     for f in sorted(files, key=lambda f: f.name):
         whole.update(f"{f.name}\0{sha256_file(f)}\n".encode())
-    write_json(memo, {"sha256": whole.hexdigest()})
+    if stamps(files) != before:
+        raise ValueError(f"{files[0].parent} changes while it is read: wait until it is whole, and run again")
+    if settled(before, begun):
+        _digests[before] = whole.hexdigest()
+        write_json(memo, {"sha256": whole.hexdigest()})
     return whole.hexdigest()
+
+
+class Changed(ValueError):
+    """What is read is not what was pinned."""
+
+
+def check_same(what: str, revision: str, files: Callable[[], Sequence[Path]]) -> None:
+    """Raises Changed, naming `what`, unless the digest of the files that `files` finds is `revision`."""
+    found: Sequence[Path] = ()
+    try:
+        found = files()
+        if not found or "sha256:" + digest(found, anew=True) == revision:
+            return
+    except OSError as e:
+        raise changed(what, f"{e.filename or ''}: {e.strerror or e}") from e
+    raise changed(what, f"last written: {max(found, key=lambda f: f.stat().st_ctime_ns).name}")
+
+
+def changed(what: str, why: str) -> Changed:
+    """The error for what has changed since it was pinned, in one sentence."""
+    return Changed(f"{what} has changed since it was pinned ({why}): run again, which computes what depends on it anew")

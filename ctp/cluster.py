@@ -28,7 +28,7 @@ from ctp.resources import Fleet, fleet
 
 TOKEN = Path("~/.ray/auth_token")
 CONFIG = Path("~/ray_bootstrap_config.yaml")  # where `ray up` puts the cluster's configuration on the head
-HEARD_SECONDS = 30
+HEARD_SECONDS = 10.0  # until it is said again that Ray died
 NEEDED = {"raylet": "raylet", "gcs_server": "GCS"}  # of Ray's processes: what they are called
 WORKERS_SECONDS = 600.0  # machines of one's own premises are all started by `ray up`, one ssh session each
 
@@ -94,16 +94,17 @@ def watched(every: float = 0.5, last: Callable[[], object] = lambda: None) -> It
     over, said = threading.Event(), ""
 
     def hear(number: int, frame: FrameType | None) -> None:
-        raise drain.RayLost(said)
+        if not over.is_set():
+            raise drain.RayLost(said)
 
     def look() -> None:
         nonlocal said
         while not (said := _dead()):
             if over.wait(every):
                 return
-        for _ in range(HEARD_SECONDS):
+        for _ in range(3):  # somebody may have caught it; not at once again, while the main thread cleans up
             os.kill(os.getpid(), signal.SIGUSR2)
-            if over.wait(1.0):
+            if over.wait(HEARD_SECONDS):
                 return
         os.write(2, f"error: {said}\n".encode())
         with contextlib.suppress(Exception):
@@ -118,6 +119,10 @@ def watched(every: float = 0.5, last: Callable[[], object] = lambda: None) -> It
     thread.start()
     try:
         yield
+    except BaseException as e:  # from within Ray's compiled code it comes as a SystemError
+        if said:
+            raise drain.RayLost(said) from e
+        raise
     finally:
         over.set()
         thread.join(timeout=5)

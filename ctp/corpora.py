@@ -14,11 +14,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctp import hub, packaged_text
+from ctp import hub, packaged_text, textpins
 from ctp.inputs import Windows
 from ctp.names import shown, unknown
 from ctp.paths import expanded, there
-from ctp.textfiles import check_text, decoded, rows, text_sha256
+from ctp.textfiles import check_text, decoded, rows
 from ctp.texts import CORPORA, SPLITS, Corpus, find, local_root, parse_corpus
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 def locate(corpus: Corpus, split: str, data_dir: str | Path | None = None) -> tuple[str, str]:
     """Where a worker will read this split, and what pins its text: (location, revision).
 
-    location: `file:/abs/path`, `divide:/abs/path` (a file that holds all splits), `package:name` or `hub:id@commit`.
+    location: `file:/abs/path@revision`, `divide:/abs/path@revision` (a file that holds all splits),
+    `package:name@revision` or `hub:id@commit`.
     revision: `sha256:<hex>` of the file (see `textfiles`), for divided and packaged text also of the rule, or the hub's
     commit.
     data_dir (default: $CTP_DATA_DIR) holds local copies of hub texts; with one given, the hub is not asked.
@@ -47,7 +48,7 @@ def locate(corpus: Corpus, split: str, data_dir: str | Path | None = None) -> tu
     if split not in corpus.splits:
         raise ValueError(f"{corpus.name} has no split {split!r}; it has: {', '.join(corpus.splits)}")
     if corpus.packaged:
-        return f"package:{corpus.name}", packaged_text.fingerprint(corpus.name)
+        return textpins.pinned(f"package:{corpus.name}")
     if corpus.path:
         path = expanded(corpus.path).absolute()
         if not there(path):
@@ -80,8 +81,8 @@ def _locate_file(corpus: Corpus, split: str, folder: Path) -> tuple[str, str]:
     endings = (".jsonl", ".txt") if corpus.path else (".jsonl",)
     for ending in endings:
         if (path := folder / f"{split}{ending}").is_file():
-            check_text(path, _local_column(corpus), sha256 := _sha256(path))
-            return f"file:{path}", f"sha256:{sha256}"
+            check_text(path, _local_column(corpus), textpins.sha256(path))
+            return textpins.pinned(f"file:{path}")
     there = [s for s in SPLITS for ending in endings if (folder / f"{s}{ending}").is_file()]
     layout = " or ".join(f"{split}{ending}" for ending in endings)
     rows = f'; a .jsonl has one {{"{_local_column(corpus)}": …}} a line'
@@ -93,21 +94,8 @@ def _locate_file(corpus: Corpus, split: str, folder: Path) -> tuple[str, str]:
 def _locate_divided(corpus: Corpus, path: Path) -> tuple[str, str]:
     if path.suffix not in (".jsonl", ".txt"):
         raise ValueError(f"{corpus.name}: {path} is neither .jsonl nor .txt")
-    check_text(path, _local_column(corpus), sha256 := _sha256(path))
-    pinned = f"{sha256} {packaged_text.VERSION} {_PARTS_OF_FILE}"
-    return f"divide:{path}", f"sha256:{hashlib.sha256(pinned.encode()).hexdigest()}"
-
-
-_PARTS_OF_FILE = 10
-_hashes: dict[tuple[str, int, int], str] = {}  # a grid names one file in many cells
-
-
-def _sha256(path: Path) -> str:
-    stat = path.stat()
-    seen = (str(path), stat.st_size, stat.st_mtime_ns)
-    if seen not in _hashes:
-        _hashes[seen] = text_sha256(path)
-    return _hashes[seen]
+    check_text(path, _local_column(corpus), textpins.sha256(path))
+    return textpins.pinned(f"divide:{path}")
 
 
 # ------------------------------------------------------------------- reading
@@ -116,13 +104,21 @@ def _sha256(path: Path) -> str:
 def documents(location: str, corpus: Corpus, split: str, first: int | None = None) -> list[str]:
     """The documents of a split, in their order, from the place that `locate` gave; `first`: only so many.
 
-    Raises ValueError: a file that is gone or has a row without text, an unknown kind of location.
+    Raises ValueError: a file that is gone or has a row without text, an unknown kind of location; Changed where it
+    is not what was pinned.
     """
-    scheme, _, place = location.partition(":")
+    textpins.check_pinned(location)
+    texts = _documents(location, corpus, split)
+    textpins.check_pinned(location)
+    return texts[:first]
+
+
+def _documents(location: str, corpus: Corpus, split: str) -> list[str]:
+    scheme, _, place = textpins.place(location).partition(":")
     if scheme == "package":
-        return packaged_text.documents(place, split)[:first]
+        return packaged_text.documents(place, split)
     if scheme == "hub":
-        return _hub_documents(place, corpus, split)[:first]
+        return _hub_documents(place, corpus, split)
     if scheme not in ("file", "divide"):
         raise ValueError(f"{corpus.name}: cannot read from {location!r}")
     path = Path(place)
@@ -131,8 +127,8 @@ def documents(location: str, corpus: Corpus, split: str, first: int | None = Non
     texts = rows(path, _local_column(corpus)) if path.suffix == ".jsonl" else [decoded(path, path.read_bytes())]
     if scheme == "divide":
         whole = texts if path.suffix == ".jsonl" else packaged_text.sections(texts[0])
-        texts = packaged_text.part(whole, split, _PARTS_OF_FILE)
-    return texts[:first]
+        texts = packaged_text.part(whole, split, textpins.PARTS_OF_FILE)
+    return texts
 
 
 def _local_column(corpus: Corpus) -> str:

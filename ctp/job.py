@@ -21,6 +21,7 @@ from ctp.recover import adapter
 from ctp.recover.state import TrainState
 from ctp.spec import Compress, Evaluate, Learn, Runtime, key
 from ctp.store import Store
+from ctp.unchanged import Reads
 
 if TYPE_CHECKING:  # transformers takes seconds
     from ctp.recover.prefix import Prefix
@@ -30,7 +31,10 @@ Report = Callable[[dict[str, Any]], None]
 
 @dataclass
 class Job:
-    """One cell being done. folder: its payload, empty at first. record: what its manifest says beside the metrics."""
+    """One cell being done. folder: its payload, empty at first. record: what its manifest says beside the metrics.
+
+    reads: the models and texts outside the store that it reads.
+    """
 
     store: Store
     runtime: Runtime
@@ -38,6 +42,7 @@ class Job:
     folder: Path
     record: dict[str, Any]
     report: Report
+    reads: Reads = field(default=Reads({}), kw_only=True)
 
     def progress(self, done: int, of: int) -> None:
         """Tell how many steps are done."""
@@ -117,7 +122,8 @@ class LearnJob(Job):
         return self.store.partial(self.cell)
 
     def keep(self, state: TrainState) -> None:
-        """Save a state to go on from."""
+        """Save a state to go on from. Raises Changed where what it was learned with is not what is pinned any more."""
+        self.reads.check()
         self.store.save_partial(self.cell, state.step, state.save)
 
 
@@ -204,11 +210,13 @@ _held: tuple[tuple[str, bool], Any, Any] | None = None
 _in_front: "tuple[tuple[str, ...], Prefix] | None" = None
 
 
-def forget() -> None:
-    """Free the model that stayed loaded, and what came of it."""
+def forget(texts: bool = False) -> None:
+    """Free the model that stayed loaded, and what came of it; texts: and the windows of all texts."""
     global _held, _in_front
     _held = _in_front = None
     _sha256.cache_clear()
+    if texts:
+        _windows.clear()
 
 
 def load_compressed(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,25 +50,58 @@ def needs_code(folder: Path) -> str:
     return ""
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that the folder's model is loaded from: those that an index names, or the only one.
+def weight_files(folder: Path, named: bool = True) -> list[Path]:
+    """The safetensors files that the folder's model is loaded from, as transformers chooses: `model.safetensors` alone
+    where it is there, else those that an index names.
 
-    Raises ValueError where there are none, or one is missing or lies elsewhere.
+    named: False for files of other names too, as quantizing tools give them: those of the one other index, or all.
+    Warns of weights that are passed over. Raises ValueError where there are none, or one is missing or lies elsewhere.
     """
-    if not (folder / INDEX).is_file():
-        if (folder / WHOLE).is_file():
-            return [folder / WHOLE]
-        pickled = "; ctp loads no pickled weights" if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) else ""
-        raise ValueError(f"{folder} holds neither {WHOLE} nor {INDEX}{pickled}")
-    named = read_object(folder / INDEX).get("weight_map")
-    if not isinstance(named, dict) or not named:
-        raise ValueError(f"{INDEX}: weight_map = {shown(named)}: should map tensors to files")
-    for name in named.values():
+    indices = sorted(f.name for f in folder.glob("*.safetensors.index.json"))
+    if (folder / WHOLE).is_file():
+        if other := [n for i in indices for n in _shards(folder, i) if n != WHOLE]:
+            warnings.warn(
+                f"{folder}: {WHOLE} is read, as transformers does, and not {other[0]}, which {indices[0]} names: "
+                "remove what is not the model",
+                stacklevel=1,
+            )
+        return [folder / WHOLE]
+    if INDEX in indices or (not named and len(indices) == 1):
+        return _indexed(folder, INDEX if INDEX in indices else indices[0])
+    loose = sorted(f for f in folder.glob("*.safetensors") if f.name != "adapter_model.safetensors")
+    if not named and loose and not indices:
+        return loose
+    pickled = "; ctp loads no pickled weights" if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) else ""
+    several = f"; there are several indices: {', '.join(indices)}" if len(indices) > 1 else ""
+    raise ValueError(f"{folder} holds neither {WHOLE} nor {INDEX}{pickled}{several}")
+
+
+def _shards(folder: Path, index: str) -> list[str]:
+    """The files that an index names."""
+    mapped = read_object(folder / index).get("weight_map")
+    if not isinstance(mapped, dict) or not mapped:
+        raise ValueError(f"{index}: weight_map = {shown(mapped)}: should map tensors to files")
+    for name in mapped.values():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{INDEX} names {shown(name)}: should be a .safetensors file of {folder}")
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} lacks {name}, which {INDEX} names")
-    return [folder / name for name in sorted(set(named.values()))]
+            raise ValueError(f"{index} names {shown(name)}: should be a .safetensors file of {folder}")
+    return sorted(set(mapped.values()))
+
+
+def _indexed(folder: Path, index: str) -> list[Path]:
+    """The files that an index names, all there and holding no tensor but where the index says."""
+    files = [folder / name for name in _shards(folder, index)]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{folder} lacks {file.name}, which {index} names")
+    mapped = read_object(folder / index)["weight_map"]
+    for file in files:
+        for name in shapes(file):
+            if mapped.get(name) != file.name:
+                said = f"is in {mapped[name]}" if name in mapped else "is nowhere"
+                raise ValueError(
+                    f"{file} holds {name}, which {said} as {index} says: one of the two is of another model"
+                )
+    return files
 
 
 def shapes(file: Path) -> dict[str, Shape]:

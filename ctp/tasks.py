@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ctp import hub
-from ctp.cache import cache_dir, digest
+from ctp.cache import cache_dir, changed, digest
 from ctp.taskfiles import harness_file, harness_version, merged, own_file
 from ctp.texts import local_root
 
@@ -100,18 +100,28 @@ def read(location: str, revision: str) -> Task:
     """The task that `locate` pinned. Raises ValueError where it has changed since then, or lies no longer there."""
     source = Source(**json.loads(location))
     task = _define(source)
-    if _revision(source, task) != revision:
-        raise ValueError(
-            f"the task {task.name} ({source.title}) has changed since it was pinned: its definition, its data or the "
-            f"harness, which is {harness_version()} here"
+    if _revision(source, task, anew=True) != revision:
+        raise changed(
+            f"the task {task.name} ({source.title})",
+            f"its definition, its data or the harness, which is {harness_version()} here",
         )
+    kwargs = task.changes.get("dataset_kwargs") or {}
+    if "cache_dir" in kwargs:  # `datasets` tells files apart by path and time: a copy for each revision
+        kwargs = {**kwargs, "cache_dir": f"{kwargs['cache_dir']}/{revision.removeprefix('sha256:')[:16]}"}
+        task = replace(task, changes={**task.changes, "dataset_kwargs": kwargs})
     return task
 
 
-def _revision(source: Source, task: Task) -> str:
+def pinned_files(location: str) -> list[Path]:
+    """The files that the definition of a task is made of, and its local data. Raises ValueError as `locate` does."""
+    task = _define(Source(**json.loads(location)))
+    return [*task.files, *(path for _, path in task.data)]
+
+
+def _revision(source: Source, task: Task, anew: bool = False) -> str:
     parts = [f"lm-eval {harness_version()}", source.commit]
-    parts += [digest([path]) for path in task.files]
-    parts += [f"{label} {digest([path])}" for label, path in task.data]
+    parts += [digest([path], anew) for path in task.files]
+    parts += [f"{label} {digest([path], anew)}" for label, path in task.data]
     return "sha256:" + hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

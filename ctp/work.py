@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ctp import payload
-from ctp.job import CompressJob, LearnJob, evaluating
+from ctp.cache import Changed
+from ctp.job import CompressJob, LearnJob, evaluating, forget
 from ctp.machine.arithmetic import computed_in
 from ctp.machine.device import pick
 from ctp.machine.record import process_peak
@@ -21,6 +22,7 @@ from ctp.names import shown
 from ctp.runinfo import OWN, name_problem
 from ctp.spec import Cell, Compress, Evaluate, Learn, Runtime, requested
 from ctp.store import Store
+from ctp.unchanged import reading
 from ctp.versions import git_commit, versions
 
 Report = Callable[[dict[str, Any]], None]
@@ -30,13 +32,17 @@ def execute(cell: Cell, store: Store, runtime: Runtime, report: Report) -> None:
     """Do one cell, unless it is done; its inputs must be. Progress goes to `report` as flat dicts of numbers.
 
     Raises what the cell's method raises; OutOfMemory, which says what was tried and what could help, where memory ran
-    out; FloatingPointError where a metric is no finite number. Nothing is published then.
+    out; FloatingPointError where a metric is no finite number; Changed where a model, text, adapter or task outside the
+    store is not what was pinned, or does not stay it. Nothing is published then.
     """
     if store.has(cell):
         return
     device = pick(runtime.device)
     try:
         _publish(cell, store, runtime, device, report)
+    except Changed:
+        forget(texts=True)  # whatever was read of it
+        raise
     except Exception as e:
         if not ran_out(e):
             raise
@@ -53,8 +59,9 @@ def _publish(cell: Cell, store: Store, runtime: Runtime, device: str, report: Re
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     begun = time.monotonic()
-    with store.publish(cell) as draft:
+    with store.publish(cell) as draft, reading(cell, runtime.locations) as reads:
         base: dict[str, Any] = {"store": store, "runtime": runtime, "device": device, "report": report}
+        base["reads"] = reads
         base |= {"folder": draft.path, "record": draft.record}
         if isinstance(cell, Compress):
             metrics = cell.compression.compress(CompressJob(**base, cell=cell))

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from adapters import save_prompt
+from safetensors.torch import load_file, save_file
 from test_bad_input import refused  # noqa: F401  (a fixture)
 from tiny import tiny_llama
 from tinygrid import VOCAB, grid, model_folder
@@ -67,6 +68,24 @@ def index(folder, name):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
 
 
+def without(folder, name):
+    """All weights but one."""
+    tensors = {n: t.clone() for n, t in load_file(folder / "model.safetensors").items() if n != name}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def shards(folder, change):
+    """Two shards and their index; change: what is then done to what it maps."""
+    tensors = {n: t.clone() for n, t in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    mapped = {n: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, n in enumerate(names)}
+    for file in set(mapped.values()):
+        save_file({n: tensors[n] for n in names if mapped[n] == file}, folder / file, metadata={"format": "pt"})
+    change(mapped)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": mapped}))
+
+
 def auto_map(folder, file, **changes):
     said = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps(said | changes))
@@ -121,6 +140,17 @@ BROKEN = {
      "names '../llama.safetensors': should be"),
     "index of a pickle": (lambda f, o: index(f, "weights.bin"), "names 'weights.bin': should be a .safetensors file"),
     "index of what is not there": (lambda f, o: index(f, "b.safetensors"), "lacks b.safetensors, which"),
+    "a head that lacks": (lambda f, o: without(f, "lm_head.weight"),
+                          "are not all there: lm_head.weight and 0 more lack"),
+    "a norm that lacks": (lambda f, o: without(f, "model.norm.weight"),
+                          "are not all there: model.norm.weight and 0 more lack"),
+    "index without a tensor": (lambda f, o: shards(f, lambda m: m.pop("lm_head.weight")),
+                               "holds lm_head.weight, which is nowhere as model.safetensors.index.json says"),
+    "index of another shard": (lambda f, o: shards(f, lambda m: m.update({"lm_head.weight": min(m.values())
+                                                   if m["lm_head.weight"] == max(m.values()) else max(m.values())})),
+                               "holds lm_head.weight, which is in model-0000"),
+    "a shard that lacks": (lambda f, o: [shards(f, lambda m: None), (f / "model-00002-of-00002.safetensors").unlink()],
+                           "lacks model-00002-of-00002.safetensors, which model.safetensors.index.json names"),
     "code for its configuration": (lambda f, o: auto_map(f, "config.json",
                                                   model_type="own", auto_map={"AutoConfig": "code.X"}),
                                    "it needs Python code that comes with it (auto_map in config.json)"),
@@ -147,9 +177,18 @@ def test_a_broken_model_is_told_before_anything_runs(refused, broken, originals,
     assert said in line
 
 
-def test_a_weight_that_lacks_is_never_made_up(broken):
-    from safetensors.torch import load_file, save_file
+@pytest.mark.parametrize("architecture", ["llama", "opt", "bloom", "mixtral"])
+def test_whole_models_are_whole(tmp_path, architecture):
+    """Tied heads are in no file, and experts have other names there."""
+    for name in ("one", "shards"):
+        model = model_folder(tmp_path / name, architecture)
+        if name == "shards":
+            shards(model, lambda mapped: None)
+        _, revision, location = models.locate(str(model))
+        models.check_usable(location, revision, VOCAB)
 
+
+def test_a_weight_that_lacks_is_never_made_up(broken):
     tensors = load_file(broken / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})

@@ -157,7 +157,7 @@ def test_packaged_texts_have_disjoint_splits_of_useful_size(name, least):
     splits = {}
     for split in corpora.SPLITS:
         location, revision = locate(CORPORA[name], split, "/nowhere")
-        assert location == f"package:{name}"
+        assert location == f"package:{name}@{revision}"
         assert revision.startswith("sha256:")
         splits[split] = documents(location, CORPORA[name], split)
     assert sum(len(d) for texts in splits.values() for d in texts) > least
@@ -219,7 +219,7 @@ def write_rows(path, texts, column="text"):
 def test_a_local_copy_stands_for_the_hub(tmp_path, monkeypatch):
     path = write_rows(tmp_path / "ptb" / "test.jsonl", ["no it was n't", "", "ünï"])
     location, revision = locate(CORPORA["ptb"], "test", tmp_path)
-    assert location == f"file:{path}"
+    assert location == f"file:{path}@{revision}"
     assert documents(location, CORPORA["ptb"], "test") == ["no it was n't", "", "ünï"]
     assert documents(location, CORPORA["ptb"], "test", first=1) == ["no it was n't"]
     monkeypatch.setenv("CTP_DATA_DIR", str(tmp_path))

@@ -149,6 +149,21 @@ def test_ray_processes_that_die_end_the_run_with_a_line(monkeypatch, name):
     assert signal.getsignal(signal.SIGUSR2) is before
 
 
+def test_whatever_is_raised_then_is_raylost(monkeypatch):
+    """Compiled code turns what a signal's handler raises into a SystemError."""
+    monkeypatch.setattr(cluster, "_dead", lambda: "Ray ended")
+    with pytest.raises(drain.RayLost, match="Ray ended"):
+        _wrapped()
+
+
+def _wrapped():
+    with cluster.watched(0.02):
+        try:
+            time.sleep(30)
+        except drain.RayLost as e:
+            raise SystemError("returned a result with an exception set") from e
+
+
 def _outlive(process):
     with cluster.watched(0.02):
         process.kill()

@@ -1,6 +1,7 @@
 """Other tools' checkpoints: what ctp writes, the real libraries open; what they write, ctp opens."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from tiny import random_windows
 from tinygrid import ARCHITECTURES, VOCAB, byte_tokenizer, model_folder
 from transformers import AutoModelForCausalLM
 
-from ctp import job
+import ctp
+from ctp import job, modelfiles, models
 from ctp.compression import Layer, compress_model, pack
 from ctp.compression.artifact import Compressed
 from ctp.evaluate.perplexity import perplexity
@@ -240,8 +242,8 @@ def test_checkpoints_of_the_real_libraries_give_their_weights_and_logits(folder)
     assert_opens(folder)
 
 
-def test_there_are_checkpoints_of_both_libraries() -> None:
-    assert {p.name.split("-")[0] for p in CHECKPOINTS} == {"gptqmodel", "llmcompressor"}
+def test_there_are_checkpoints_of_every_library() -> None:
+    assert {p.name.split("-")[0] for p in CHECKPOINTS} == {"autoawq", "bitsandbytes", "gptqmodel", "llmcompressor"}
 
 
 def test_a_pruned_folder_is_a_checkpoint(tmp_path) -> None:
@@ -277,7 +279,7 @@ def test_names_without_the_heads_prefix_and_idle_biases(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quant_method": "awq"}, "quant_method = 'awq': allowed: gptq, compressed-tensors"),
+        ({"quant_method": "hqq"}, "quant_method = 'hqq': allowed: gptq, awq, bitsandbytes, compressed-tensors"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin': allowed: gptq, gptq_v2"),
         ({"checkpoint_format": None, "format": "marlin"}, "checkpoint_format = 'marlin'"),
         ({"bits": 5}, "bits = 5: allowed: 2, 3, 4, 8"),
@@ -333,8 +335,56 @@ def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path) -> None:
     dense.save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="holds no quantized and no pruned weights"):
         open_checkpoint(tmp_path / "dense", tokenizer=byte_tokenizer())
+    path.rename(tmp_path / "x" / "model-00001-of-00001.safetensors")
     (tmp_path / "x" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
-    with pytest.raises(ValueError, match="which is no file of x"):
+    with pytest.raises(ValueError, match=r"names '../../etc/passwd': should be a .safetensors file"):
+        open_checkpoint(tmp_path / "x")
+
+
+def sharded(folder, seed):
+    """A pruned Llama in many shards, with their index."""
+    model = pruned(seed)
+    model.save_pretrained(folder, max_shard_size="40KB")
+    byte_tokenizer().save_pretrained(folder)
+    return model
+
+
+def pruned(seed):
+    model = ARCHITECTURES["llama"](vocab=VOCAB, seed=seed)
+    for module in model.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data[:, ::2] = 0
+    return model
+
+
+def test_a_file_beside_shards_is_read_alike_by_everything(tmp_path) -> None:
+    """`model.safetensors` counts, as for transformers; what is passed over is named."""
+    folder = tmp_path / "both"
+    sharded(folder, seed=2)
+    new = pruned(seed=1)
+    new.save_pretrained(tmp_path / "new")
+    shutil.copy(tmp_path / "new" / "model.safetensors", folder)
+    assert same_weights(AutoModelForCausalLM.from_pretrained(folder), new)
+    with pytest.warns(UserWarning, match=r"model.safetensors is read.*not model-00001-of-0.*remove what is not"):
+        assert same_weights(open_checkpoint(folder).model(), new)
+    with pytest.warns(UserWarning, match="model-00001"):
+        assert same_weights(ctp.load(folder)[0], new)
+    assert modelfiles.weight_files(folder) == [folder / "model.safetensors"]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    tall = ARCHITECTURES["llama"](vocab=VOCAB, layers=3)
+    tall.save_pretrained(tmp_path / "tall")
+    shutil.copy(tmp_path / "tall" / "model.safetensors", folder)  # the shards have two layers
+    _, revision, location = models.locate(str(folder))
+    assert models.facts(location, revision).layers == 3
+
+
+def test_two_files_of_one_tensor_are_refused(tmp_path) -> None:
+    export(compressed(SPECS["4bit"]), tmp_path / "x", "gptq")
+    path = tmp_path / "x" / "model.safetensors"
+    shutil.copy(path, tmp_path / "x" / "gptq_model-4bit.safetensors")
+    path.rename(tmp_path / "x" / "old.safetensors")
+    with pytest.raises(ValueError, match=r"old.safetensors holds .*, and another .safetensors file too"):
         open_checkpoint(tmp_path / "x")
 
 
@@ -399,7 +449,7 @@ def test_mistakes_about_checkpoints_are_told_while_planning(tmp_path) -> None:
     assert "not a compressed base, which has" in problem(other)
     config = json.loads((base / "config.json").read_text())
     awq = model_folder(tmp_path / "awq", hidden=64)
-    (awq / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
-    assert "quant_method = 'awq': allowed: gptq, compressed-tensors" in problem(awq)
+    (awq / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "hqq"}}))
+    assert "quant_method = 'hqq': allowed: gptq, awq, bitsandbytes, compressed-tensors" in problem(awq)
     assert "packaged model" in problem("smollm2-135m")
     assert "revision = 'sha256:0': other is sha256:" in problem(other, revision="sha256:0")

@@ -110,7 +110,7 @@ def test_facts_remembered_by_an_older_ctp_are_read_anew(llama_folder):
     _, revision, location = models.locate(str(llama_folder))
     models.facts.cache_clear()
     known = models.facts(location, revision)
-    memo = models.cache_dir() / "facts" / f"{revision.replace(':', '-')}.json"
+    memo = models.cache_dir() / "facts" / models._rules() / f"{revision.replace(':', '-')}.json"
     memo.write_text(json.dumps({n: v for n, v in json.loads(memo.read_text()).items() if n != "width"}))
     models.facts.cache_clear()
     assert models.facts(location, revision) == known

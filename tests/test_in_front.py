@@ -103,6 +103,17 @@ def test_learning_and_perplexity_are_those_of_plain_passes(kind):
             assert (found - wanted).norm() <= 1e-3 * wanted.norm()
 
 
+def test_padding_is_tried_on_the_model_without_its_prompt():
+    chunked = {**LLAMA, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 32}
+    model, text = make("llama4_text", **chunked), random_windows(1, 5, 50)  # its base model is the model itself
+    rows = front(model)[1]
+    attached = attach_prompt(model, rows)
+    alone = model(input_ids=text).logits
+    padded = model(input_ids=F.pad(text, (3, 0), value=2), attention_mask=F.pad(torch.ones_like(text), (3, 0))).logits
+    assert torch.allclose(padded[:, 3:], alone, atol=1e-4)
+    attached.remove()
+
+
 def test_a_window_that_sees_the_one_before_is_not_read_in_one_row():
     model, windows = make("falcon_h1", **KINDS["falcon_h1"]), random_windows(1, S, 50)
     with frozen(model):

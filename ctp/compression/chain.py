@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ctp.compression.blocks import decoder_blocks
 from ctp.compression.calls import Batch, Call, alike, hidden_of, holds_state, merged, same, stop, stopping
-from ctp.compression.experts import experts_in, split
+from ctp.compression.experts import experts_in, silent, split
 from ctp.compression.layer import all_finite
 from ctp.compression.linears import large, linears
 from ctp.names import brief
@@ -82,7 +82,7 @@ def foreseen(model: nn.Module) -> tuple[str, frozenset[str]]:
     blocks = list(decoder_blocks(model)[1])
     for kwargs in {}, {"attention_mask": torch.zeros(1, 1, 2, 2, device="meta")}:  # most look into masks of their own
         try:
-            with split(model):  # experts know what to do with tokens that have no numbers
+            with silent(model):
                 steps, idle = _observed(model, blocks, torch.zeros(1, 2, dtype=torch.long), **kwargs)
                 return _broken(model, steps, idle), frozenset(idle)
         except Exception:

@@ -1,7 +1,7 @@
 """Experts of a mixture: matrices side by side in a few parameters, as linears that are compressed one by one."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,6 +59,8 @@ def experts_in(root: nn.Module) -> list[tuple[str, nn.Module, Layout]]:
     """The modules that hold experts, split or not, by name."""
     found = []
     for name, module in root.named_modules():
+        if isinstance(module, nn.Linear):  # most of the modules where experts are split
+            continue
         layout = module.layout if isinstance(module, SplitExperts) else layout_of(module)
         if layout is not None:
             found.append((name, module, layout))
@@ -134,7 +136,7 @@ class SplitExperts(nn.Module):
 
     Every expert's linears are called in every pass, on no token where none is routed to it: all that come first, then
     all `down_proj`. all_tokens: experts that are called on all tokens instead, and no other, for what they would see
-    then; what the layer gives is of no use in such a pass. So it is where tokens have no numbers, on the meta device.
+    then; what the layer gives is of no use in such a pass.
     """
 
     experts: Any
@@ -157,9 +159,8 @@ class SplitExperts(nn.Module):
         given, index, weight = inspect.signature(self.experts.forward).bind(*args, **kwargs).args
         hidden: Tensor = given.flatten(0, -2)
         experts: list[Any] = list(self._modules.values())
-        if self.all_tokens is not None or hidden.is_meta:
-            some = [e for n, e in enumerate(experts) if self.all_tokens is None or n in self.all_tokens]
-            for expert, x in [(e, self._inner(e, hidden)) for e in some]:
+        if self.all_tokens is not None:
+            for expert, x in [(e, self._inner(e, hidden)) for n, e in enumerate(experts) if n in self.all_tokens]:
                 expert.down_proj(x)
             return torch.zeros_like(given)
         places = [(index == e).nonzero(as_tuple=True) for e in range(len(experts))]
@@ -176,19 +177,39 @@ class SplitExperts(nn.Module):
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear = nn.Linear.__new__(nn.Linear)  # made by hand: its own way would initialise thousands of weights first
+    nn.Module.__init__(linear)
+    linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)  # oneDNN reads no strides of it
+    flat = None if bias is None else bias.detach().contiguous()  # oneDNN reads no strides of it
+    linear.register_parameter("bias", None if flat is None else nn.Parameter(flat, requires_grad=False))
     return linear
 
 
 @contextmanager
 def split(root: nn.Module) -> Iterator[None]:
     """The experts in `root` are linears meanwhile; what is written into them is written into the experts."""
+    with _replaced(root, SplitExperts):
+        yield
+
+
+@contextmanager
+def silent(root: nn.Module) -> Iterator[None]:
+    """The experts in `root` give zeros meanwhile, whatever tokens they are given: even some without numbers."""
+    with _replaced(root, lambda *_: _Silent()):
+        yield
+
+
+class _Silent(nn.Module):
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.zeros_like(hidden)
+
+
+@contextmanager
+def _replaced(root: nn.Module, by: Callable[[nn.Module, Layout], nn.Module]) -> Iterator[None]:
     found = [(n, m, layout) for n, m, layout in experts_in(root) if not isinstance(m, SplitExperts)]
     for name, module, layout in found:
-        put(root, name, SplitExperts(module, layout))
+        put(root, name, by(module, layout))
     try:
         yield
     finally:

@@ -19,6 +19,8 @@ class Layer:
     Quantized to 1 to 8 bits: codes uint8 (outputs, inputs), 0 where pruned; scale float16, bfloat16 or float32
     (outputs, groups), of any sign; zero uint8 (outputs, groups), None on a symmetric grid (zero point 2^(bits - 1));
     g_idx int32 (inputs,) is the group of each input, None where groups are runs of inputs / groups inputs.
+    Formats of others, whose codes have no zero point: table float32 (2^bits,), the numbers that codes stand for; shift
+    float32 (outputs, groups), what is added in the end.
     """
 
     shape: tuple[int, int]
@@ -29,6 +31,8 @@ class Layer:
     g_idx: Tensor | None = None
     mask: Tensor | None = None
     values: Tensor | None = None
+    table: Tensor | None = None
+    shift: Tensor | None = None
 
     @property
     def kept(self) -> int:
@@ -43,7 +47,7 @@ class Layer:
 
         return replace(
             self, codes=moved(self.codes), scale=moved(self.scale), zero=moved(self.zero), g_idx=moved(self.g_idx),
-            mask=moved(self.mask), values=moved(self.values),
+            mask=moved(self.mask), values=moved(self.values), table=moved(self.table), shift=moved(self.shift),
         )  # fmt: skip
 
     def groups(self) -> Tensor:
@@ -62,8 +66,8 @@ class Layer:
         return torch.full_like(self.scale, 2 ** (self.bits - 1), dtype=torch.uint8)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight as the model computes with it, (outputs, inputs), bit for bit: (code - zero) * scale in float32,
-        0 where pruned, rounded once to dtype.
+        """The weight as the model computes with it, (outputs, inputs), bit for bit: (code - zero) * scale in float32
+        (table[code] * scale, code * scale + shift), 0 where pruned, rounded once to dtype.
         """
         if self.codes is None:
             assert self.values is not None
@@ -76,12 +80,24 @@ class Layer:
         for at in range(0, self.shape[0], rows):
             part = slice(at, at + rows)
             scale = self.spread(self.scale[part])
-            zero = 2 ** (self.bits - 1) if self.zero is None else self.spread(self.zero[part])
-            steps = self.codes[part].float().unflatten(1, (scale.shape[1], -1)).sub_(zero)
-            weight[part] = steps.mul_(scale).flatten(1)
+            steps = self._steps(part, scale.shape[1]).mul_(scale)
+            if self.shift is not None:
+                steps.add_(self.spread(self.shift[part]))
+            weight[part] = steps.flatten(1)
             if self.mask is not None:  # times 0 or 1 as integers: masked_fill_ takes ten times as long on a CPU
                 weight[part].view(INTEGERS[dtype.itemsize]).mul_(self.mask[part])
         return weight
+
+    def _steps(self, part: slice, runs: int) -> Tensor:
+        """code - zero, or what the table has for it, of some rows: float32 (rows, runs, inputs / runs)."""
+        assert self.codes is not None
+        assert self.bits is not None
+        if self.table is not None:
+            return self.table[self.codes[part].int()].unflatten(1, (runs, -1))
+        if self.shift is not None:
+            return self.codes[part].float().unflatten(1, (runs, -1))
+        zero = 2 ** (self.bits - 1) if self.zero is None else self.spread(self.zero[part])
+        return self.codes[part].float().unflatten(1, (runs, -1)).sub_(zero)
 
     def spread(self, per_group: Tensor) -> Tensor:
         """Scales or zero points (n, groups) as float32 (n, runs, 1), one for each run of inputs / runs inputs."""

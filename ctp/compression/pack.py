@@ -2,7 +2,7 @@
 
 A layer `name` becomes `name.shape` (int32: outputs, inputs, bits; 0 bits: not quantized) and what it has of
 `name.codes` (kept weights only), `name.scale`, `name.zero`, `name.g_idx`, `name.mask` (1 bit per weight) and
-`name.values`; all but shape and values are streams of `bits.py`.
+`name.values`, `name.table`, `name.shift`; all but shape and the last three are streams of `bits.py`.
 
 The shape of a quantized layer goes on with the number of groups and the type of the scales: 1 (float16), 2 (bfloat16)
 take 15 bits, without the sign, which is 0; 0 stands for any other scales, stored as they are. g_idx takes the bits
@@ -17,7 +17,7 @@ from torch import Tensor
 from ctp.compression.bits import pack_bits, unpack_bits
 from ctp.compression.layer import Layer, gather_kept, scatter_kept
 
-FIELDS = ("shape", "codes", "scale", "zero", "g_idx", "mask", "values")
+FIELDS = ("shape", "codes", "scale", "zero", "g_idx", "mask", "values", "table", "shift")
 UNSIGNED = (None, torch.float16, torch.bfloat16)  # the types in `shape`
 
 
@@ -30,8 +30,9 @@ def _pack(layer: Layer) -> dict[str, Tensor]:
     out = {"shape": torch.tensor([*layer.shape, layer.bits or 0], dtype=torch.int32)}
     if layer.mask is not None:
         out["mask"] = pack_bits(layer.mask, 1)
-    if layer.values is not None:
-        out["values"] = _copy(layer.values)
+    for field in ("values", "table", "shift"):
+        if (tensor := getattr(layer, field)) is not None:
+            out[field] = _copy(tensor)
     if layer.codes is not None:
         assert layer.bits is not None
         assert layer.scale is not None
@@ -112,6 +113,8 @@ def _unpack(part: Mapping[str, Tensor]) -> Layer:
         zero=unpack_bits(part["zero"], bits, scale.numel()).view(scale.shape) if "zero" in part else None,
         g_idx=g_idx,
         mask=mask,
+        table=part.get("table"),
+        shift=part.get("shift"),
     )
 
 

@@ -77,8 +77,11 @@ class PackedLinear(nn.Module):
 
 
 def _by_kernel(shape: list[int], parts: dict[str, Tensor], dtype: torch.dtype) -> Tensor | None:
-    """The weight by one launch on a GPU; None where no kernel fits: pruned weights, older scales, no Triton."""
-    if len(shape) < 5 or "mask" in parts or "codes" not in parts or not parts["codes"].is_cuda or not triton.works():
+    """The weight by one launch on a GPU; None without Triton and for what the kernel does not know: pruned weights,
+    scales of older artifacts, codes of other tools' formats.
+    """
+    plain = len(shape) == 5 and "codes" in parts and not {"mask", "table", "shift"} & parts.keys()
+    if not (plain and parts["codes"].is_cuda and triton.works()):
         return None
     from ctp.kernels.unpack import dense
 

@@ -134,10 +134,12 @@ def build(location: str, revision: str, shots: int) -> Any:
             config.pop(key, None)
         try:
             with quiet():
-                _built[memo] = ConfigurableTask(config=copy.deepcopy(config))
+                built = ConfigurableTask(config=copy.deepcopy(config))
         except Exception as e:  # a template, a field, a split, a function: whatever is wrong in it
             why = " ".join(f"{type(e).__name__}: {e}".split())
             raise ValueError(f"the harness cannot make the task {defined.name}: {why}") from e
+        tasks.read(location, revision)  # still what was pinned
+        _built[memo] = built
     return _built[memo]
 
 

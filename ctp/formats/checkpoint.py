@@ -1,4 +1,5 @@
-"""Compressed models made elsewhere: a folder of AutoGPTQ, GPTQModel, llm-compressor, or a pruned one, as `Compressed`.
+"""Compressed models made elsewhere: a folder of AutoGPTQ, GPTQModel, AutoAWQ, bitsandbytes or llm-compressor, or a
+pruned one, as `Compressed`.
 
 Their weights are unpacked by ctp's own code: no foreign kernel ever computes with them or carries a gradient.
 """
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
-from ctp import hub, tiny_models
+from ctp import ggufs, hub, tiny_models
 from ctp.compression.artifact import PACKED, Compressed, read_generation, read_tensors
 from ctp.compression.blocks import decoder_blocks
 from ctp.compression.experts import matrices
@@ -21,14 +22,18 @@ from ctp.compression.layer import Layer
 from ctp.compression.linears import as_stored, is_linear, linears
 from ctp.compression.names import names_here
 from ctp.compression.pack import pack
-from ctp.formats import compressed_tensors, gptq
-from ctp.models import LOCAL, locate, skeleton
+from ctp.formats import awq, bitsandbytes, compressed_tensors, gguf, gptq
+from ctp.formats.checks import FLOATS, part
+from ctp.modelfiles import weight_files
+from ctp.models import LOCAL, check_pinned, skeleton
 
-READERS = {"gptq": gptq, "compressed-tensors": compressed_tensors}
+READERS: dict[str, Any] = {
+    "gptq": gptq, "awq": awq, "bitsandbytes": bitsandbytes, "compressed-tensors": compressed_tensors
+}  # fmt: skip
 
 
 def fetch(location: str, revision: str, weights: bool = True) -> Path:
-    """The folder of a checkpoint that `ctp.models.locate` found. weights: False for its configuration alone.
+    """The folder, or GGUF file, of a checkpoint that `ctp.models.locate` found. weights: False for the configuration.
 
     Raises ValueError where it has changed since it was pinned, or is no folder of its own.
     """
@@ -37,9 +42,8 @@ def fetch(location: str, revision: str, weights: bool = True) -> Path:
         return hub.fetch(location.removeprefix("hub:"), revision, files, "checkpoint")
     if location.startswith(("package:", tiny_models.SCHEME)):
         raise ValueError("a checkpoint is a folder or a hub id, not a tiny or packaged model")
-    if locate(location)[1] != revision:
-        raise ValueError(f"the checkpoint in {location} has changed since it was pinned")
-    return Path(location)
+    check_pinned(location, revision)
+    return Path(location.removeprefix(ggufs.SCHEME))
 
 
 def quantization(folder: Path) -> dict[str, Any] | None:
@@ -47,13 +51,17 @@ def quantization(folder: Path) -> dict[str, Any] | None:
 
     Raises ValueError, naming the file and field, where ctp cannot read what it says.
     """
+    if folder.suffix == ggufs.SUFFIX:
+        return None  # the file itself says it
     config = _json(folder / "config.json")
-    found: dict[str, Any] | None = config.get("quantization_config") or config.get("compression_config")
+    found = next((config[n] for n in ("quantization_config", "compression_config") if config.get(n) is not None), None)
     beside = folder / "quantize_config.json"
     if found is None and beside.is_file():
         found = {"quant_method": "gptq", **_json(beside)}
     if found is None:
         return None
+    if not isinstance(found, dict):
+        raise ValueError(f"quantization_config = {found!r}: should be an object")
     if found.get("quant_method") not in READERS:
         raise ValueError(f"quant_method = {found.get('quant_method')!r}: allowed: {', '.join(READERS)}")
     READERS[found["quant_method"]].check(found)
@@ -69,15 +77,19 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(folder: Path, dtype: str = "auto", tokenizer: Any = None) -> Compressed:
-    """The compressed model in `folder`, ctp's own included. dtype: what it computes in, "auto" as its config says.
+    """The compressed model in `folder`, or in a GGUF file; ctp's own included.
 
-    tokenizer: the base model's; without one, the folder's own. Raises ValueError, in one sentence, where it is no
-    compressed model, in a format that ctp does not read, or not whole.
+    dtype: what it computes in, "auto" as its config says. tokenizer: the base model's; without one, the folder's own.
+    Raises ValueError, in one sentence, where it is no compressed model, in a format that ctp does not read, or not
+    whole, or where a tensor does not fit the configuration.
     """
     if (folder / PACKED).is_file():  # ctp's own
         opened = Compressed.open(folder)
         opened.config.dtype = opened.config.dtype if dtype == "auto" else getattr(torch, dtype)
         return replace(opened, tokenizer=tokenizer or opened.tokenizer)
+    file = folder if folder.suffix == ggufs.SUFFIX and folder.is_file() else None
+    if file is not None:
+        folder = ggufs.folder(file)
     said = quantization(folder)
     config = AutoConfig.from_pretrained(folder, **LOCAL)
     if hasattr(config, "quantization_config"):
@@ -85,33 +97,34 @@ def open_checkpoint(folder: Path, dtype: str = "auto", tokenizer: Any = None) ->
     config.dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     bare = skeleton(config)
     tensors = _renamed(_tensors(folder), bare)
-    found = _pruned(tensors, bare) if said is None else READERS[said["quant_method"]].layers(tensors, said)
+    if file is not None:
+        found = gguf.layers(tensors, file, bare)
+    else:
+        found = _pruned(tensors, bare) if said is None else READERS[said["quant_method"]].layers(tensors, said)
     packed: dict[str, Tensor] = {}
     used: set[str] = set()
     for name, layer, parts in found:
+        _check_linear(name, layer.shape, bare)
         packed |= pack({name: layer})
         used |= parts
     if not packed:
-        raise ValueError(f"{folder.name} holds no quantized and no pruned weights: it is a model, not a compressed one")
+        raise ValueError(
+            f"{(file or folder).name} holds no quantized and no pruned weights: it is a model, not a compressed one"
+        )
     rest = {n: t for n, t in tensors.items() if n not in used and not _leftover(n, t, bare)}
+    _check_rest(rest, bare)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder, **LOCAL)
     return Compressed(packed, rest, config, tokenizer, read_generation(folder))
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors: those of the index, else of model.safetensors, else of every .safetensors file."""
-    index = sorted(folder.glob("*.safetensors.index.json"))
-    if index:
-        names = sorted(set(_json(index[0]).get("weight_map", {}).values()))
-    elif (folder / "model.safetensors").is_file():
-        names = ["model.safetensors"]
-    else:
-        names = sorted(f.name for f in folder.glob("*.safetensors"))
+    """All tensors of the folder's weight files. Raises ValueError where two files hold one of the same name."""
     out: dict[str, Tensor] = {}
-    for name in names:
-        if Path(name).name != name:
-            raise ValueError(f"{index[0].name} names {name!r}, which is no file of {folder.name}")
-        out |= read_tensors(folder / name)
+    for file in weight_files(folder, named=False):
+        found = read_tensors(file)
+        if twice := sorted(out.keys() & found.keys()):
+            raise ValueError(f"{file} holds {twice[0]}, and another .safetensors file too: which of them is the model?")
+        out |= found
     return out
 
 
@@ -150,6 +163,29 @@ def _pruned(tensors: Mapping[str, Tensor], bare: nn.Module) -> Iterator[tuple[st
         mask = weight != 0
         if int(mask.sum()) + weight.numel() / (8 * weight.element_size()) < weight.numel():
             yield name, Layer((weight.shape[0], weight.shape[1]), mask=mask, values=weight[mask]), {f"{name}.weight"}
+
+
+def _check_linear(name: str, shape: tuple[int, int], bare: nn.Module) -> None:
+    """Raises ValueError where a compressed weight is of another shape than the model's."""
+    try:
+        own = tuple(bare.get_parameter(f"{name}.weight").shape)
+    except AttributeError:
+        return  # told when the model is built
+    if own != shape:
+        raise ValueError(f"{name}: its tensors make a weight {shape}, and config.json says {own}")
+
+
+def _check_rest(rest: Mapping[str, Tensor], bare: nn.Module) -> None:
+    """Raises ValueError naming a weight that is stored as it is and is no weight of the model's: shape, dtype, NaN."""
+    wanted = bare.state_dict()
+    for name, tensor in rest.items():
+        if name not in wanted:
+            continue  # told when the model is built: a name that is unknown, or that transformers knows as another
+        dtypes = (*FLOATS, torch.float64) if wanted[name].is_floating_point() else (wanted[name].dtype,)
+        try:
+            part({"it": tensor}, "it", dtypes, tuple(wanted[name].shape))
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from e
 
 
 def _leftover(name: str, tensor: Tensor, bare: nn.Module) -> bool:

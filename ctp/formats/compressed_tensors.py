@@ -9,13 +9,14 @@ A linear of n inputs and m outputs is stored in pack-quantized as
 and in int-quantized as `weight` (int8, code - 2^(bits - 1)), weight_scale and an int8 weight_zero_point.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ctp.compression.layer import Layer
+from ctp.formats.checks import FLOATS, INTS, below, group_numbers, part
 from ctp.formats.words import from_words, stored_codes, to_words
 
 PACK, INT = "pack-quantized", "int-quantized"
@@ -30,13 +31,23 @@ def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator
     config: the checkpoint's quantization config. Raises ValueError naming what is not supported, or the linear whose
     tensors do not fit.
     """
-    widths = sorted({int(g["weights"]["num_bits"]) for g in config["config_groups"].values()})
+    grids = {_grid(g["weights"]) for g in config["config_groups"].values()}
     for name in [n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")]:
         own = {n: tensors[f"{name}.{n}"] for n in PARTS if f"{name}.{n}" in tensors}
         try:
-            yield name, _read(own, widths), {f"{name}.{n}" for n in own}
-        except (ValueError, KeyError, RuntimeError) as e:
+            yield name, _read(own, grids), {f"{name}.{n}" for n in own}
+        except (ValueError, RuntimeError) as e:
             raise ValueError(f"{name}: no layer of compressed-tensors: {e}") from e
+
+
+def _grid(weights: Mapping[str, Any]) -> tuple[int, int | None]:
+    """(bits, group size) of a group of linears; None for one scale per output channel or tensor."""
+    size = weights.get("group_size")
+    if weights["strategy"] != "group":
+        return int(weights["num_bits"]), None
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"group_size = {size!r} of compressed-tensors: should be a whole number above 0")
+    return int(weights["num_bits"]), size
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -57,32 +68,54 @@ def check(config: Mapping[str, Any]) -> None:
                 raise ValueError(f"{field} = {weights.get(field)!r} of compressed-tensors: allowed: {choice}")
 
 
-def _read(own: Mapping[str, Tensor], widths: Sequence[int]) -> Layer:
-    scale, zero = own["weight_scale"], own.get("weight_zero_point")
-    packed = own.get("weight_packed")
-    rows, columns = map(int, own["weight"].shape if packed is None else own["weight_shape"])
-    if packed is None:
-        (bits,) = [b for b in widths if b >= 8] or widths[-1:]
-        codes = (own["weight"].to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
-    else:
+def _read(own: Mapping[str, Tensor], grids: Collection[tuple[int, int | None]]) -> Layer:
+    widths = sorted({bits for bits, _ in grids})
+    if "weight_packed" in own:
+        rows, columns = below("weight_shape", part(own, "weight_shape", INTS, (2,)), 2**31).tolist()
+        packed = part(own, "weight_packed", (torch.int32,), (rows, None))
         (bits,) = [b for b in widths if -(-columns * b // 32) == packed.shape[1]][:1] or [0]
-        if bits not in BITS:
-            raise ValueError(f"{packed.shape[1]} words a row are none of {widths} bits; allowed: {BITS}")
+        if not bits or not rows or not columns:
+            raise ValueError(f"weight_packed has {packed.shape[1]} words a row for weight_shape {rows} x {columns}: "
+                             f"none of {widths} bits")  # fmt: skip
         codes = from_words(packed, bits, columns)
-    if zero is not None:
-        words = zero.dtype == torch.int32
-        zero = from_words(zero.T.contiguous(), bits, rows).T if words else (zero.short() + 2 ** (bits - 1)).byte()
-        zero = None if bool((zero == 2 ** (bits - 1)).all()) else zero.contiguous()
+    else:
+        rows, columns = part(own, "weight", (torch.int8,), (None, None)).shape
+        (bits,) = [b for b in widths if b >= 8] or widths[-1:]
+        codes = below("weight", own["weight"].to(torch.int16) + 2 ** (bits - 1), 2**bits).to(torch.uint8)
+    if own["weight_scale"].numel() == 1:
+        scale = part(own, "weight_scale", FLOATS, (1,) * own["weight_scale"].dim()).reshape(1, 1).expand(rows, 1)
+    else:
+        scale = own["weight_scale"].unsqueeze(1) if own["weight_scale"].dim() == 1 else own["weight_scale"]
+        scale = part({"weight_scale": scale}, "weight_scale", FLOATS, (rows, None))
+    sizes = [columns if size is None else size for b, size in grids if b == bits]
+    if (size := next((s for s in sizes if -(-columns // s) == scale.shape[1]), None)) is None:
+        raise ValueError(f"weight_scale has {scale.shape[1]} groups of {columns} inputs: group_size is {sizes}")
     g_idx = own.get("weight_g_idx")
-    scale = scale.reshape(-1, 1).expand(rows, 1) if scale.numel() == 1 else scale.reshape(rows, -1)
+    if g_idx is not None and g_idx.numel() == columns and bool((g_idx == -1).all()):  # how "none" is written
+        own = {n: t for n, t in own.items() if n != "weight_g_idx"}
     return Layer(
         (rows, columns),
         bits=bits,
         codes=codes,
         scale=scale.contiguous(),
-        zero=zero,
-        g_idx=None if g_idx is None or bool((g_idx < 0).all()) else g_idx.to(torch.int32),
+        zero=_zero(own, bits, rows, scale.shape[1]),
+        g_idx=group_numbers("weight_g_idx", own, columns, size),
     )
+
+
+def _zero(own: Mapping[str, Tensor], bits: int, rows: int, groups: int) -> Tensor | None:
+    """Zero points (rows, groups); None where all are the middle of the grid."""
+    field = "weight_zero_point"
+    if field not in own:
+        return None
+    if own[field].dtype == torch.int32:
+        words = part(own, field, (torch.int32,), (-(-rows * bits // 32), groups))
+        zero = from_words(words.T.contiguous(), bits, rows).T
+    else:
+        given = own[field].reshape(1, 1).expand(rows, groups) if own[field].numel() == 1 else own[field]
+        given = part({field: given.unsqueeze(1) if given.dim() == 1 else given}, field, (torch.int8,), (rows, groups))
+        zero = below(field, given.short() + 2 ** (bits - 1), 2**bits).byte()
+    return None if bool((zero == 2 ** (bits - 1)).all()) else zero.contiguous()
 
 
 def write(name: str, layer: Layer, sym: bool) -> dict[str, Tensor]:

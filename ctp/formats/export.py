@@ -100,8 +100,13 @@ def _survey(
     grids: dict[str, tuple[int, int, int]] = {}
     kept = weights = 0
     for name, layer in model.layers():
+        if layer.bits not in (*gptq.BITS, None):
+            raise ValueError(f"{format} has no form for {layer.bits} bits ({name}): export hf")
         if layer.bits is None:
             raise ValueError(f"{format} has no form for pruned weights that are not quantized ({name}): export hf")
+        if layer.table is not None or layer.shift is not None:
+            raise ValueError(f"{format} has no form for codes that are not evenly spaced around a zero point ({name}): "
+                             "export hf")  # fmt: skip
         grids[name] = layer.bits, layer.shape[1], layer.zero_points().shape[1]
         kept, weights = kept + layer.kept, weights + layer.shape[0] * layer.shape[1]
     why = unopened(format, skeleton(model.config), grids, experts)

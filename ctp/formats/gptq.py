@@ -9,6 +9,7 @@ In version 1 ("gptq") the stored zero point is one less than the real one, versi
 Weight = scale * (code - zero). Version 1 has no room for a zero point of 0 and is written for symmetric grids only.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ctp.compression.layer import Layer
+from ctp.formats.checks import FLOATS, group_numbers, part
 from ctp.formats.words import from_words, stored_codes, to_words
 
 BITS = (2, 3, 4, 8)
@@ -37,41 +39,54 @@ def _version(config: Mapping[str, Any]) -> str:
 def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Layer, set[str]]]:
     """Every quantized linear of a checkpoint: its name, its compressed form, and the names of its tensors.
 
-    config: the checkpoint's quantization config. Raises ValueError naming the linear whose tensors do not fit.
+    config: the checkpoint's quantization config. Raises ValueError naming the linear and the tensor that does not fit.
     """
     version = _version(config)
     for name in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
         own = {n: tensors[f"{name}.{n}"] for n in ("qweight", "qzeros", "scales", "g_idx") if f"{name}.{n}" in tensors}
         try:
-            yield name, _read(own, int(config["bits"]), version), {f"{name}.{n}" for n in own}
-        except (ValueError, KeyError, RuntimeError) as e:
+            yield name, _read(own, *_settings(name, config), version), {f"{name}.{n}" for n in own}
+        except (ValueError, RuntimeError) as e:
             raise ValueError(f"{name}: no GPTQ layer: {e}") from e
 
 
-def _read(own: Mapping[str, Tensor], bits: int, version: str) -> Layer:
-    qweight, qzeros, scales, g_idx = own["qweight"], own["qzeros"], own["scales"], own.get("g_idx")
-    if g_idx is not None:  # widths may differ from linear to linear: the shape tells
-        bits = qweight.shape[0] * 32 // len(g_idx)
+def _settings(name: str, config: Mapping[str, Any]) -> tuple[int, int | None]:
+    """(bits, group size) of a linear; None for one group. GPTQModel's `dynamic` has others for names that match."""
+    bits, size = config["bits"], config.get("group_size", -1)
+    for pattern, fields in (config.get("dynamic") or {}).items():
+        if re.match(pattern.removeprefix("+:"), name) and isinstance(fields, dict):
+            bits, size = fields.get("bits", bits), fields.get("group_size", size)
+            break
     if bits not in BITS:
-        raise ValueError(f"bits = {bits}: allowed: {', '.join(map(str, BITS))}")
-    (groups, rows), columns = scales.shape, qweight.shape[0] * 32 // bits
+        raise ValueError(f"bits = {bits!r}: allowed: {', '.join(map(str, BITS))}")
+    if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
+        raise ValueError(f"group_size = {size!r}: should be a whole number above 0, or -1")
+    return int(bits), None if size == -1 else size
+
+
+def _read(own: Mapping[str, Tensor], bits: int, size: int | None, version: str) -> Layer:
+    qweight = part(own, "qweight", (torch.int32,), (None, None))
+    columns, rows = qweight.shape[0] * 32 // bits, qweight.shape[1]
+    if qweight.shape[0] * 32 % bits or ("g_idx" in own and len(own["g_idx"].flatten()) != columns):
+        inputs = f" of {len(own['g_idx'].flatten())} inputs" if "g_idx" in own else ""
+        raise ValueError(f"qweight has {qweight.shape[0]} words a column{inputs}: they are not of {bits} bits")
+    size = size or columns
+    groups = -(-columns // size)
+    scales = part(own, "scales", FLOATS, (groups, rows))
+    qzeros = part(own, "qzeros", (torch.int32,), (groups, -(-rows * bits // 32)))
     if version == V1 and bits != 3:
         # By words, as GPTQModel: undoes the borrows of files whose zero points of 0 were lowered by words.
         qzeros = qzeros + to_words(torch.ones(1, rows), bits)
     zero = from_words(qzeros, bits, rows).T.contiguous()
     if version == V1 and bits == 3:  # its lanes straddle words: lowered and raised one by one
         zero = (zero + 1) % 8
-    regular = torch.arange(columns) // -(-columns // groups)
-    group = regular if g_idx is None else g_idx.long()
-    if int(group.max()) >= groups:
-        raise ValueError(f"g_idx names group {int(group.max())} of {groups}")
     return Layer(
         (rows, columns),
         bits=bits,
         codes=from_words(qweight.T.contiguous(), bits, columns),
         scale=scales.T.contiguous(),
         zero=None if bool((zero == 2 ** (bits - 1)).all()) else zero,
-        g_idx=None if columns % groups == 0 and torch.equal(group, regular) else group.to(torch.int32),
+        g_idx=group_numbers("g_idx", own, columns, size),
     )
 
 

@@ -37,10 +37,11 @@ class Dense(Compression):
 
 
 class Checkpoint(Pinned, Compression):
-    """The model as somebody else compressed it: AutoGPTQ's format, compressed-tensors, or a pruned folder.
+    """The model as somebody else compressed it: a format that `ctp.formats` reads, or a pruned folder.
 
-    `path` is a folder or hub id. `parameters` (of the model, uncompressed) and `width` (of its embedding) are read
-    from its configuration when a grid is planned, and must be those of the grid's model; `path` becomes its short name.
+    `path` is a folder, a hub id or a GGUF file, and becomes its short name. `parameters` (of the model, uncompressed)
+    and `width` (of its embedding) are read from its configuration when a grid is planned, and must be those of the
+    grid's model.
     """
 
     NAMED_BY: ClassVar[str] = "path"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ctp import hub
-from ctp.cache import digest
+from ctp.cache import check_same, digest
 from ctp.modelfiles import shapes
 from ctp.names import shown
 from ctp.paths import folder_named
@@ -58,13 +58,22 @@ def fetch(location: str, revision: str) -> Path:
     """The folder with the adapter's files. Raises ValueError if it is not what was pinned, or not to be had."""
     if not location.startswith("hub:"):
         folder = Path(location)
+        check_pinned(location, revision)
         _check_files(folder)
-        if _revision(folder) != revision:
-            raise ValueError(f"the adapter in {location} has changed since it was pinned")
         return folder
     folder = hub.fetch(location.removeprefix("hub:"), revision, FILES, "adapter")
     _check_files(folder)
     return folder
+
+
+def pinned_files(location: str) -> list[Path]:
+    """The files whose hash is the revision of a location that `locate` gave; none of one on the hub."""
+    return [] if location.startswith("hub:") else [Path(location) / name for name in FILES]
+
+
+def check_pinned(location: str, revision: str) -> None:
+    """Raises Changed, in one sentence, where what lies at a location is not (or no more) of this revision."""
+    check_same(f"the adapter {location}", revision, lambda: pinned_files(location))
 
 
 def adapter_facts(folder: str | Path) -> AdapterFacts:

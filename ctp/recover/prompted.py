@@ -48,7 +48,7 @@ def reads_padded(model: PreTrainedModel) -> bool:
             except Exception as e:  # no mask, or other arguments than these
                 if ran_out(e):
                     raise
-                return False
+                _padded[model] = False
     return _padded[model]
 
 
@@ -108,6 +108,7 @@ class AttachedPrompt:
 
     def __init__(self, model: PreTrainedModel, prompt: Tensor) -> None:
         self._model, self._prompt, self._k, self._number = model, prompt, len(prompt), next(_numbers)
+        self._padded = reads_padded(model)  # tried while the model is still called as its class says
         self._plain, self._plain_cache, _ = (getattr(model, name) for name in REPLACED)
         self._before = {name: vars(model).get(name) for name in REPLACED}
         self._parameters = tuple(inspect.signature(self._plain).parameters)
@@ -179,7 +180,7 @@ class AttachedPrompt:
             first = getattr(given["past_key_values"], MARK)[1] if filled else mask.shape[1]
             # No further than the first call reached: a long padding may have been read in several (chunked prefill).
             padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True).clamp(max=first)
-            if not filled and bool(padding.any()) and not reads_padded(self._model):
+            if not filled and bool(padding.any()) and not self._padded:
                 raise ValueError(f"{type(self._model).__name__} does not read padded text as it reads the text alone: "
                                  "give it rows of one length behind a soft prompt")  # fmt: skip
             mask = given["attention_mask"] = _insert(mask.new_ones(len(mask), self._k), mask, padding)

@@ -1,0 +1,75 @@
+"""AutoAWQ's checkpoint format, read: 4 bits in the layout that its config calls `gemm`, of AutoAWQ and GPTQModel.
+
+A linear of n inputs and m outputs is stored, inputs first, as
+    qweight  int32 (n, m / 8)       codes: eight outputs a word, of which the lowest 4 bits are output 0, then 2, 4, 6,
+                                    1, 3, 5, 7
+    qzeros   int32 (groups, m / 8)  zero points, likewise
+    scales   float16 (groups, m)
+Weight = scale * (code - zero).
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctp.compression.layer import Layer
+from ctp.formats.checks import FLOATS, group_numbers, part
+from ctp.formats.words import from_words
+
+BITS, VERSION = 4, "gemm"
+PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # of outputs 0 to 7 within a word
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raises ValueError naming what in a quantization config ctp does not read."""
+    version = str(config.get("version") or config.get("checkpoint_format") or config.get("format") or VERSION)
+    if version.lower() != VERSION:
+        raise ValueError(f"version = {version!r} of awq: allowed: {VERSION}")
+    bits = config.get("bits", config.get("w_bit", BITS))
+    if isinstance(bits, bool) or bits != BITS:
+        raise ValueError(f"bits = {bits!r} of awq: allowed: {BITS}")
+    if config.get("zero_point", True) is not True:
+        raise ValueError(f"zero_point = {config['zero_point']!r} of awq: allowed: True")
+    size = _group_size(config)
+    if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
+        raise ValueError(f"group_size = {size!r} of awq: should be a whole number above 0, or -1")
+
+
+def _group_size(config: Mapping[str, Any]) -> Any:
+    return config.get("group_size", config.get("q_group_size", 128))
+
+
+def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Layer, set[str]]]:
+    """Every quantized linear of a checkpoint: its name, its compressed form, and the names of its tensors.
+
+    config: the checkpoint's quantization config. Raises ValueError naming the linear and the tensor that does not fit.
+    """
+    for name in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
+        own = {n: tensors[f"{name}.{n}"] for n in ("qweight", "qzeros", "scales") if f"{name}.{n}" in tensors}
+        try:
+            yield name, _read(own, _group_size(config)), {f"{name}.{n}" for n in own}
+        except (ValueError, RuntimeError) as e:
+            raise ValueError(f"{name}: no AWQ layer: {e}") from e
+
+
+def _read(own: Mapping[str, Tensor], size: int) -> Layer:
+    columns, words = part(own, "qweight", (torch.int32,), (None, None)).shape
+    size = columns if size == -1 else size
+    groups, rows = -(-columns // size), words * 8
+    zero = _outputs(part(own, "qzeros", (torch.int32,), (groups, words)))
+    return Layer(
+        (rows, columns),
+        bits=BITS,
+        codes=_outputs(own["qweight"]),
+        scale=part(own, "scales", FLOATS, (groups, rows)).T.contiguous(),
+        zero=None if bool((zero == 2 ** (BITS - 1)).all()) else zero,
+        g_idx=group_numbers("group_size", {}, columns, size),
+    )
+
+
+def _outputs(words: Tensor) -> Tensor:
+    """int32 (k, m / 8) -> uint8 (m, k), in the outputs' order."""
+    stored = from_words(words, BITS, words.shape[1] * 8)
+    return stored.view(len(words), -1, 8)[:, :, PLACES].flatten(1).T.contiguous()

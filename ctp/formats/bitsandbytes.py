@@ -1,0 +1,104 @@
+"""Checkpoints that transformers saves with bitsandbytes, read: nf4 and fp4, with double quantization or without, int8.
+
+A linear of n inputs and m outputs is stored in 4 bits as
+    weight              uint8 (m * n / 2, 1)  codes row by row, two a byte, the first in the upper half
+    weight.quant_map    float32 (16,)         the number that each code stands for
+    weight.absmax       float32 (m * n / blocksize,)  what the numbers of each run of `blocksize` weights are times
+    weight.quant_state.bitsandbytes__nf4      uint8, JSON: blocksize, shape, nested_blocksize, nested_offset
+and with double quantization absmax is uint8, codes of weight.nested_quant_map (256,) times weight.nested_absmax plus
+nested_offset. In 8 bits: weight int8 (m, n) and SCB float32 (m,), the weight is weight * SCB / 127. bitsandbytes rounds
+the inputs of 8-bit products to 8 bits too; ctp reads the weights alone.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctp.compression.layer import Layer
+from ctp.formats.checks import part
+
+STATE = ".weight.quant_state.bitsandbytes__"
+KINDS = ("nf4", "fp4")
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raises ValueError naming what in a quantization config ctp does not read."""
+    four, eight = (config.get(n, config.get(f"_{n}", False)) for n in ("load_in_4bit", "load_in_8bit"))
+    if (four is True) == (eight is True):
+        raise ValueError(f"load_in_4bit = {four!r} and load_in_8bit = {eight!r} of bitsandbytes: one of them is true")
+    kind, storage = config.get("bnb_4bit_quant_type", "fp4"), config.get("bnb_4bit_quant_storage", "uint8")
+    if four and kind not in KINDS:
+        raise ValueError(f"bnb_4bit_quant_type = {kind!r} of bitsandbytes: allowed: {', '.join(KINDS)}")
+    if four and storage != "uint8":
+        raise ValueError(f"bnb_4bit_quant_storage = {storage!r} of bitsandbytes: allowed: uint8")
+
+
+def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Layer, set[str]]]:
+    """Every quantized linear of a checkpoint: its name, its compressed form, and the names of its tensors.
+
+    Raises ValueError naming the linear and the tensor that does not fit.
+    """
+    for key in tensors:
+        name, state, kind = key.partition(STATE)
+        if not state and not key.endswith(".SCB"):
+            continue
+        name = name if state else key.removesuffix(".SCB")
+        own = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")}
+        own.pop("bias", None)
+        try:
+            yield name, _four(own, kind) if state else _eight(own), {f"{name}.{n}" for n in own}
+        except (ValueError, RuntimeError) as e:
+            raise ValueError(f"{name}: no bitsandbytes layer: {e}") from e
+
+
+def _eight(own: Mapping[str, Tensor]) -> Layer:
+    rows, columns = part(own, "weight", (torch.int8,), (None, None)).shape
+    if "weight_format" in own and int(own["weight_format"].sum()):
+        raise ValueError(f"weight_format is {own['weight_format'].tolist()}: should be 0, row by row")
+    scale = part(own, "SCB", (torch.float32,), (rows,)) * (1 / 127)
+    return Layer((rows, columns), bits=8, codes=(own["weight"].short() + 128).byte(), scale=scale.unsqueeze(1))
+
+
+def _four(own: Mapping[str, Tensor], kind: str) -> Layer:
+    said = _state(part(own, f"weight.quant_state.bitsandbytes__{kind}", (torch.uint8,), (None,)))
+    rows, columns = said["shape"]
+    size, count = said["blocksize"], rows * columns
+    octets = part(own, "weight", (torch.uint8,), (-(-count // 2), 1)).flatten()
+    codes = torch.stack((octets >> 4, octets & 15), 1).flatten()[:count].view(rows, columns)
+    table = part(own, "weight.quant_map", (torch.float32,), (16,))
+    absmax = _absmax(own, said, -(-count // size))
+    run = math.gcd(columns, size)  # inputs in a row that lie in one block, whatever the row
+    scale = absmax[torch.arange(0, count, run) // size].view(rows, -1)
+    return Layer((rows, columns), bits=4, codes=codes.contiguous(), scale=scale, table=table)
+
+
+def _absmax(own: Mapping[str, Tensor], said: Mapping[str, Any], blocks: int) -> Tensor:
+    """float32 (blocks,)."""
+    if "nested_blocksize" not in said:
+        return part(own, "weight.absmax", (torch.float32,), (blocks,))
+    size = said["nested_blocksize"]
+    codes = part(own, "weight.absmax", (torch.uint8,), (blocks,)).long()
+    numbers = part(own, "weight.nested_quant_map", (torch.float32,), (256,))
+    nested = part(own, "weight.nested_absmax", (torch.float32,), (-(-blocks // size),))
+    return numbers[codes] * nested[torch.arange(blocks) // size] + said["nested_offset"]
+
+
+def _state(octets: Tensor) -> dict[str, Any]:
+    """The JSON in a tensor. Raises ValueError where it does not say what is needed."""
+    said = json.loads(bytes(octets.tolist()))
+    if not isinstance(said, dict):
+        raise ValueError(f"quant_state is {said!r}: should be an object")
+    shape = said.get("shape")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"quant_state.shape = {shape!r}: should be outputs, inputs")
+    for field in ("blocksize", "nested_blocksize") if "nested_blocksize" in said else ("blocksize",):
+        if not isinstance(said.get(field), int) or said[field] < 1:
+            raise ValueError(f"quant_state.{field} = {said.get(field)!r}: should be a whole number above 0")
+    offset = said.get("nested_offset", 0.0)
+    if not isinstance(offset, float | int) or not math.isfinite(offset):
+        raise ValueError(f"quant_state.nested_offset = {offset!r}: should be a number")
+    return said

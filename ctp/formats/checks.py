@@ -1,0 +1,61 @@
+"""What the tensors of somebody else's checkpoint must be before anything is made of them."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ctp.compression.layer import all_finite
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+INTS = (torch.int32, torch.int64)
+
+
+def part(own: Mapping[str, Tensor], field: str, dtypes: Sequence[torch.dtype], shape: Sequence[int | None]) -> Tensor:
+    """The tensor `field` of a layer. Raises ValueError naming it where it lacks, or is of another dtype or shape (None:
+    any length above 0), or holds numbers that are not finite.
+    """
+    if field not in own:
+        raise ValueError(f"{field} is missing")
+    found = own[field]
+    if found.dtype not in dtypes:
+        raise ValueError(f"{field} is {plain(found.dtype)}: should be {' or '.join(map(plain, dtypes))}")
+    fits = found.dim() == len(shape) and all(
+        have > 0 if want is None else have == want for have, want in zip(found.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{field} has the shape {tuple(found.shape)}: should be ({wanted})")
+    if found.is_floating_point() and not all_finite(found):
+        raise ValueError(f"{field} holds numbers that are not finite")
+    return found
+
+
+def plain(dtype: torch.dtype) -> str:
+    """float16 and not torch.float16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def below(field: str, values: Tensor, top: int) -> Tensor:
+    """Whole numbers from 0 to top - 1, as they are. Raises ValueError naming the first that is none of them."""
+    if bool((odd := (values < 0) | (values >= top)).any()):
+        raise ValueError(f"{field} holds {int(values[odd][0])}: should be 0 to {top - 1}")
+    return values
+
+
+def group_numbers(field: str, own: Mapping[str, Tensor], columns: int, size: int) -> Tensor | None:
+    """The group of every input, int32 (columns,); None where groups are runs of equal length in the inputs' order.
+
+    size: inputs per group, of which the last may have fewer. Raises ValueError unless every group has so many.
+    """
+    regular = torch.arange(columns) // size
+    groups = int(regular[-1]) + 1
+    found = below(field, part(own, field, INTS, (columns,)), groups) if field in own else regular
+    counts = torch.bincount(found.long(), minlength=groups)
+    if bool((odd := counts != torch.bincount(regular, minlength=groups)).any()):
+        at = int(odd.nonzero()[0])
+        raise ValueError(
+            f"{field} puts {int(counts[at])} inputs into group {at} of {groups}: should be groups of {size}"
+        )
+    even = columns % groups == 0 and torch.equal(found.long(), torch.arange(columns) // (columns // groups))
+    return None if even else found.to(torch.int32)
