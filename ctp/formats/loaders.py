@@ -4,7 +4,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ctp.compression.blocks import decoder_blocks
 from ctp.compression.chain import foreseen
@@ -41,15 +40,13 @@ def unopened(format: str, bare: Any, names: Collection[str], experts: Mapping[st
     plain = sorted(linears(blocks, inside).keys() - set(names))
     if plain and format == "gptq":
         return f"{plain[0]} is not quantized, which loaders expect of all linears of a decoder block"
-    # GPTQModel makes its own linears of GPT-2's Conv1D too; compressed-tensors knows nn.Linear alone.
-    kinds = (nn.Linear, Conv1D) if format == "gptq" else (nn.Linear,)
     packed = []
     for name in sorted(names):
         if name in experts:
             if not experts[name].original:
                 return f"its checkpoints hold no linear for each expert, which loaders look for ({name})"
             continue
-        if not name.startswith(f"{inside}.") or type(bare.get_submodule(name)) not in kinds:
+        if not name.startswith(f"{inside}.") or type(bare.get_submodule(name)) is not nn.Linear:
             return f"{name} is no nn.Linear of a decoder block, which loaders expect"
         packed += [m for m in [bare.get_submodule(name)] if type(m) is nn.Linear]
     return (
