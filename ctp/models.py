@@ -20,7 +20,7 @@ from ctp import families, ggufs, hub, modelfiles, tiny_models
 from ctp.cache import cache_dir, check_same, digest, write_json
 from ctp.context import context_length
 from ctp.ggufs import LOCAL, PACKAGED, quiet
-from ctp.names import brief, shown
+from ctp.names import brief, brief_list, shown
 from ctp.paths import expanded, folder_named, there
 
 UNPINNED = "unpinned"  # the revision of what is only planned with, while the hub cannot be reached
@@ -212,7 +212,7 @@ def _check_whole(folder: Path) -> None:
 
 def _check_lacking(where: str, info: Mapping[str, Any]) -> None:
     if lacking := sorted(info["missing_keys"]):  # transformers fills in random numbers
-        raise ValueError(f"the weights of {where} are not all there: {lacking[0]} and {len(lacking) - 1} more lack")
+        raise ValueError(f"the weights of {where} are incomplete: {brief_list(lacking)} missing")
 
 
 @lru_cache

@@ -1,7 +1,7 @@
 """Saying what name or value is wrong, and which one was probably meant."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 LONGEST = 120  # characters of a value that an error shows
 LINE = 1500  # characters of an error
@@ -35,6 +35,11 @@ def brief(error: BaseException) -> str:
     text = text if len(text) <= 300 else f"{text[:300]} …"
     kind = type(error).__name__
     return text if text and kind == "ValueError" else f"{kind}: {text}" if text else kind
+
+
+def brief_list(names: Sequence[str]) -> str:
+    """The first of the names, and how many there are besides."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def unknown(what: str, name: object, allowed: Iterable[str]) -> str:

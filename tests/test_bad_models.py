@@ -141,9 +141,9 @@ BROKEN = {
     "index of a pickle": (lambda f, o: index(f, "weights.bin"), "names 'weights.bin': should be a .safetensors file"),
     "index of what is not there": (lambda f, o: index(f, "b.safetensors"), "lacks b.safetensors, which"),
     "a head that lacks": (lambda f, o: without(f, "lm_head.weight"),
-                          "are not all there: lm_head.weight and 0 more lack"),
+                          "are incomplete: lm_head.weight missing"),
     "a norm that lacks": (lambda f, o: without(f, "model.norm.weight"),
-                          "are not all there: model.norm.weight and 0 more lack"),
+                          "are incomplete: model.norm.weight missing"),
     "index without a tensor": (lambda f, o: shards(f, lambda m: m.pop("lm_head.weight")),
                                "holds lm_head.weight, which is nowhere as model.safetensors.index.json says"),
     "index of another shard": (lambda f, o: shards(f, lambda m: m.update({"lm_head.weight": min(m.values())
@@ -193,7 +193,7 @@ def test_a_weight_that_lacks_is_never_made_up(broken):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     _, revision, location = models.locate(str(broken))
-    with pytest.raises(ValueError, match=r"are not all there: model\.layers\.1\.mlp\.up_proj\.weight and 0 more lack"):
+    with pytest.raises(ValueError, match=r"are incomplete: model\.layers\.1\.mlp\.up_proj\.weight missing"):
         models.load(location, revision)
 
 

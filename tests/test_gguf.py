@@ -95,6 +95,6 @@ def test_half_a_file_is_refused(tmp_path, file):
         ctp.load(broken)
     lacking = write_gguf(tmp_path / "lacking.gguf", without="model.layers.1.mlp.up_proj.weight")
     with pytest.raises(
-        ValueError, match=r"lacking.gguf are not all there: model.layers.1.mlp.up_proj.weight and 0 more"
+        ValueError, match=r"lacking.gguf are incomplete: model.layers.1.mlp.up_proj.weight missing"
     ):
         open_checkpoint(lacking)
