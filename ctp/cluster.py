@@ -117,8 +117,8 @@ def watched(every: float = 0.5, last: Callable[[], object] = lambda: None) -> It
         return
     before = signal.signal(signal.SIGUSR2, hear)
     thread = threading.Thread(target=look, name="ray-watch", daemon=True)
-    thread.start()
     try:
+        thread.start()  # in here: it may signal before it is seen to have started
         yield
     except BaseException as e:  # from within Ray's compiled code it comes as a SystemError
         if said:
