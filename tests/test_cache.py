@@ -52,7 +52,8 @@ def test_a_file_written_just_now_is_hashed_at_every_call(file, monkeypatch):
     )
 
 
-def test_a_worker_believes_its_own_hashes_only(file, settled, monkeypatch):
+def test_a_worker_believes_its_own_hashes_only(file, settled, monkeypatch, tmp_path):
+    monkeypatch.setenv("CTP_CACHE", str(tmp_path / "cache"))  # what is remembered of other tests' files stays right
     first = cache.digest([file])
     for memo in (cache.cache_dir() / "digests").glob("*.json"):
         memo.write_text('{"sha256": "0"}')
