@@ -118,7 +118,7 @@ def watched(every: float = 0.5, last: Callable[[], object] = lambda: None) -> It
     before = signal.signal(signal.SIGUSR2, hear)
     thread = threading.Thread(target=look, name="ray-watch", daemon=True)
     try:
-        thread.start()  # in here: it may signal before it is seen to have started
+        thread.start()  # in here: the first signal may come before this returns
         yield
     except BaseException as e:  # from within Ray's compiled code it comes as a SystemError
         if said:

@@ -79,7 +79,7 @@ def namesakes(cells: Iterable[Cell], locations: Mapping[str, str]) -> list[str]:
                 called = getattr(thing, "method", "model"), getattr(thing, thing.NAMED_BY)
                 places.setdefault(called, set()).add(location(locations, thing))
     return [
-        f"{what}: {len(found)} of them are called {name!r} ({', '.join(sorted(map(_place, found)))}), and tables and "
+        f"{len(found)} {what}s are called {name!r} ({', '.join(sorted(map(_place, found)))}), and tables and "
         "MLflow could not tell them apart: rename one, or make a grid of each"
         for (what, name), found in places.items()
         if len(found) > 1

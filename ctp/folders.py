@@ -23,7 +23,7 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from ctp.cache import flush, flush_entry
-from ctp.manifest import MANIFEST, Damaged, files_of, parse, whole
+from ctp.manifest import MANIFEST, Damaged, check_files, files_of, parse, whole
 from ctp.paths import matches
 from ctp.remote import StoreError, connect, room, unreadable, unsupported
 
@@ -141,10 +141,9 @@ class Folders:
         """Make `work` visible as `target`. Where another worker was first, its artifact stands and this is dropped.
         Returns the manifest.
 
-        Raises ValueError where a file in `work` is a link: an artifact holds files of its own.
+        Raises ValueError where something in `work` is no file that an artifact can hold.
         """
-        if links := [p for p in work.rglob("*") if p.is_symlink()]:
-            raise ValueError(f"{links[0].relative_to(work)} is a link: an artifact holds files of its own")
+        check_files(work)
         listing = files_of(work)
         # In an object store two racers must not write over each other's files: each has a folder of its own.
         payload = "" if self.local else f"payload-{uuid.uuid4().hex[:12]}/"

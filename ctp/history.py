@@ -29,6 +29,7 @@ SAMPLES = 8  # finished cells of one sort that are looked at
 ALIKE = 10.0  # sizes of cells, by the cost model, within which one's seconds say something of another's
 NEIGHBOURS = 3
 FOLLOWS = "stale: an input is"
+SAID = ("damaged", FAILED, "interrupted")  # how states begin that say why a cell is to run
 Manifest = dict[str, Any]
 
 
@@ -65,7 +66,7 @@ def stale(plan: Plan, state: Mapping[str, str], store: Store) -> tuple[dict[str,
     were read for it. Raises StoreError."""
     folders = {k: folder_name(n.cell) for k, n in plan.nodes.items()}
     others = _others(set(folders.values()), store)
-    missing = [k for k in plan.nodes if state[k] != "done" and not state[k].startswith((FAILED, "interrupted"))]
+    missing = [k for k in plan.nodes if state[k] != "done" and not state[k].startswith(SAID)]
     named = {k: others.get((plan.nodes[k].cell.kind, folders[k][:-DIGITS]), []) for k in missing}
     found = [k for k in missing if named[k]]
     first = [k for k in found if not any(named.get(i) for i in plan.nodes[k].inputs)]

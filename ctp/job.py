@@ -113,6 +113,14 @@ class LearnJob(Job):
     def model_name(self) -> str:
         return self.cell.source.model.name
 
+    @property
+    def width(self) -> int:
+        """Numbers in a row of the model's embedding, and so in a row of a prompt. Loads nothing."""
+        if "loaded" in vars(self):
+            return int(self.model.get_input_embeddings().embedding_dim)
+        model = self.cell.source.model
+        return models.facts(self.location(model), model.revision).width
+
     def windows(self, spec: Windows) -> Tensor:
         """Token windows (n, seq_len) on the CPU."""
         return token_windows(spec, self.tokenizer, self.runtime)

@@ -95,6 +95,21 @@ def plain(name: str) -> bool:
     return bool(parts) and str(PurePosixPath(name)) == name and not {"/", "..", "."} & set(parts) and "\0" not in name
 
 
+def check_files(folder: Path) -> None:
+    """Raises ValueError where a folder that is to become an artifact has a link, something that is no file, a file that
+    has the manifest's name, or one whose name is not UTF-8."""
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            raise ValueError(f"{name!r} is a link: an artifact holds files of its own")
+        if not path.is_file() and not path.is_dir():
+            raise ValueError(f"{name!r} is neither a file nor a folder: an artifact holds files")
+        if name == MANIFEST:
+            raise ValueError(f"{name!r} is the name of ctp's own file in an artifact: give yours another one")
+        if name.encode(errors="replace").decode() != name:
+            raise ValueError(f"the file name {name!r} is not UTF-8")
+
+
 def files_of(folder: Path) -> dict[str, dict[str, Any]]:
     """What a manifest says of the files in a folder: name -> sha256 and size."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())

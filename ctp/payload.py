@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from ctp.compression.artifact import PACKED, REST
 from ctp.methods import Dense
 from ctp.modelfiles import shapes
@@ -13,9 +15,11 @@ MODEL = (PACKED, REST, "config.json")  # what `Compressed.save` writes
 PROMPT = (CONFIG, ADAPTER)
 
 
-def check(cell: Cell, folder: Path) -> None:
+def check(cell: Cell, folder: Path, width: int) -> None:
     """Raises ValueError where `folder` lacks the compressed model or the adapter that the cell is to make, or holds
-    one that cannot be used. Of weights the headers are read, and of a prompt its numbers."""
+    one that cannot be used. Of a model the headers are read, and of an adapter the numbers.
+
+    width: of the model's embedding, for an adapter."""
     if isinstance(cell, Compress) and not isinstance(cell.compression, Dense):
         _there(folder, MODEL, f"the compression {cell.compression.method!r} wrote no model",
                "Compressed.save(job.folder) writes one")  # fmt: skip
@@ -26,7 +30,7 @@ def check(cell: Cell, folder: Path) -> None:
         _there(folder, PROMPT, f"{who} wrote no adapter",
                "ctp.recover.state.save_prompt(job.folder, …) writes one, or PEFT's save_pretrained")  # fmt: skip
         try:
-            _adapter(folder)
+            _adapter(folder, width)
         except (ValueError, KeyError) as e:
             raise ValueError(f"{who} wrote an adapter that cannot be used: {e}") from e
 
@@ -36,11 +40,14 @@ def _there(folder: Path, names: tuple[str, ...], problem: str, remedy: str) -> N
         raise ValueError(f"{problem}: {' and '.join(lacking)} missing from job.folder; {remedy}")
 
 
-def _adapter(folder: Path) -> None:
+def _adapter(folder: Path, width: int) -> None:
     facts = adapter_facts(folder)
     if facts.kind == "prompt":
         prompt = load_prompt(folder)
         if tuple(prompt.shape) != (facts.k, facts.width):
             raise ValueError(f"{ADAPTER} holds a prompt {tuple(prompt.shape)}; {CONFIG} says {facts.k} x {facts.width}")
-        if not bool(prompt.isfinite().all()):
-            raise ValueError(f"{ADAPTER} holds numbers that are not finite")
+        if facts.width != width:
+            raise ValueError(f"its rows have {facts.width} numbers, but the model's embedding has {width}")
+    for name, tensor in load_file(folder / ADAPTER).items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} in {ADAPTER} holds numbers that are not finite")

@@ -90,8 +90,8 @@ def warnings(plan: Plan) -> list[str]:
             if text.bos != "each":
                 without.setdefault(model_of(node.cell).name, []).append(text.dataset)
     return [
-        f"{name} needs the beginning-of-text token in front of every window, and has it not on "
-        f"{', '.join(dict.fromkeys(texts))}: its perplexity is far too high; say bos: each"
+        f"{name} needs the beginning-of-text token in front of every window, and the windows of "
+        f"{', '.join(dict.fromkeys(texts))} lack it: its perplexity will be far too high; set bos: each there"
         for name, texts in without.items()
     ]
 

@@ -63,10 +63,12 @@ def _publish(cell: Cell, store: Store, runtime: Runtime, device: str, report: Re
         base: dict[str, Any] = {"store": store, "runtime": runtime, "device": device, "report": report}
         base["reads"] = reads
         base |= {"folder": draft.path, "record": draft.record}
+        width = 0
         if isinstance(cell, Compress):
             metrics = cell.compression.compress(CompressJob(**base, cell=cell))
         elif isinstance(cell, Learn):
-            metrics = cell.recovery.recover(LearnJob(**base, cell=cell))
+            learning = LearnJob(**base, cell=cell)
+            metrics, width = cell.recovery.recover(learning), learning.width
         elif isinstance(cell, Evaluate):
             with evaluating(cell, **base) as job:
                 metrics = job.measured()
@@ -75,7 +77,7 @@ def _publish(cell: Cell, store: Store, runtime: Runtime, device: str, report: Re
         else:
             raise TypeError(f"nothing here does a {type(cell).__name__}")
         check_finite(metrics)
-        payload.check(cell, draft.path)
+        payload.check(cell, draft.path, width)
         draft.record["metrics"] = metrics
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else process_peak()
         draft.record |= {"seconds": time.monotonic() - begun, "device": device, "peak_memory_bytes": peak}
@@ -94,7 +96,7 @@ def check_finite(metrics: Any, least: int = 0) -> None:
         if name in OWN:
             raise ValueError(f"the metric {name!r} has the name of a number that ctp itself keeps of every cell")
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"the metric {name!r} is {value!r}, a {type(value).__name__} and no number")
+            raise TypeError(f"the metric {name!r} is {value!r}, a {type(value).__name__}, not an int or a float")
         if not _finite(value):
             raise FloatingPointError(f"the metric {name!r} is {shown(value)}")
 

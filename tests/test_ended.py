@@ -6,16 +6,20 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 from typing import ClassVar, Literal
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from test_work import Bench
 
 from ctp import cluster, drain, methods, plugins
 from ctp.contained import MethodEnded, contained, crash
 from ctp.methods import Compression, Measure, Recovery
+from ctp.recover.state import save_prompt
 from ctp.spec import Compress, Evaluate, Learn, to_json
 from ctp.worker import do
 
@@ -131,6 +135,35 @@ def test_a_method_that_writes_nothing_is_not_stored(tmp_path, llama_folder):
         assert not bench.store.has(cell)
 
 
+def test_an_adapter_that_no_cell_could_use_is_not_stored(tmp_path, llama_folder):
+    class Odd(Recovery):
+        learned: ClassVar[bool] = False
+        method: Literal["odd"] = "odd"
+        width: int = 0  # of its rows, of a model that stays unread; 0 for LoRA of numbers that are none
+
+        def recover(self, job):
+            if self.width:
+                save_prompt(job.folder, torch.zeros(2, self.width), job.model_name)
+                return {}
+            lora = get_peft_model(job.model, LoraConfig(task_type="CAUSAL_LM", r=1, target_modules=["q_proj"]))
+            torch.nn.init.constant_(next(p for n, p in lora.named_parameters() if "lora_B" in n), float("nan"))
+            lora.save_pretrained(job.folder)
+            lora.unload()
+            return {}
+
+    recovery = [{"method": "odd"}, {"method": "odd", "width": 24}]
+    bench = Bench(tmp_path, llama_folder, compression=["dense"], sources=[], recovery=recovery)
+    bench.execute(bench.all(Compress)[0])
+    lora, prompt = bench.all(Learn)
+    for cell, line in (
+        (lora, "wrote an adapter that cannot be used: .*lora_B.* holds numbers that are not finite"),
+        (prompt, r"wrote an adapter that cannot be used: its rows have 24 numbers, but the model's embedding has \d+"),
+    ):
+        event = told(bench, cell)
+        assert re.search(line, event["error"]), event
+        assert not bench.store.has(cell)
+
+
 # ------------------------------------------------------------------------ Ray's processes
 
 
@@ -154,6 +187,23 @@ def test_whatever_is_raised_then_is_raylost(monkeypatch):
     monkeypatch.setattr(cluster, "_dead", lambda: "Ray ended")
     with pytest.raises(drain.RayLost, match="Ray ended"):
         _wrapped()
+
+
+def test_a_death_is_heard_while_the_watch_begins(monkeypatch):
+    """Nothing is left behind that would signal again, and end the process."""
+    start = threading.Thread.start
+
+    def slowly(thread):
+        start(thread)
+        time.sleep(1)
+
+    monkeypatch.setattr(cluster, "_dead", lambda: "Ray ended")
+    monkeypatch.setattr(threading.Thread, "start", slowly)
+    before = signal.getsignal(signal.SIGUSR2)
+    with pytest.raises(drain.RayLost, match="Ray ended"), cluster.watched(0.02):
+        raise AssertionError
+    assert signal.getsignal(signal.SIGUSR2) is before
+    assert not any(thread.name == "ray-watch" for thread in threading.enumerate())
 
 
 def _wrapped():

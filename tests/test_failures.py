@@ -489,8 +489,8 @@ def test_weights_that_are_not_numbers(grid_run, llama_folder, tmp_path):
     [
         ({"ppl": float("nan")}, FloatingPointError, "the metric 'ppl' is nan"),
         ({"x": 1, "ppl": float("inf")}, FloatingPointError, "the metric 'ppl' is inf"),
-        ({"ppl": None}, TypeError, "the metric 'ppl' is None, a NoneType and no number"),
-        ({"ppl": "12"}, TypeError, "the metric 'ppl' is '12', a str and no number"),
+        ({"ppl": None}, TypeError, "the metric 'ppl' is None, a NoneType, not an int or a float"),
+        ({"ppl": "12"}, TypeError, "the metric 'ppl' is '12', a str, not an int or a float"),
         ({"ppl": True}, TypeError, "the metric 'ppl' is True"),
         ({}, ValueError, "numbers by name are needed, at least one"),
         (None, ValueError, "metrics = None: numbers by name are needed"),

@@ -94,7 +94,5 @@ def test_half_a_file_is_refused(tmp_path, file):
     with pytest.raises(ValueError, match=r"broken.gguf cannot be read as a GGUF model"):
         ctp.load(broken)
     lacking = write_gguf(tmp_path / "lacking.gguf", without="model.layers.1.mlp.up_proj.weight")
-    with pytest.raises(
-        ValueError, match=r"lacking.gguf are incomplete: model.layers.1.mlp.up_proj.weight missing"
-    ):
+    with pytest.raises(ValueError, match=r"lacking.gguf are incomplete: model.layers.1.mlp.up_proj.weight missing"):
         open_checkpoint(lacking)

@@ -53,6 +53,15 @@ def test_another_version_is_named(finished, monkeypatch):
     assert history.differences(cells[Learn], other) == "its source was made by another VERSION"
 
 
+def test_a_damaged_cell_is_damaged_whatever_else_has_its_name(finished, tmp_path, llama_folder):
+    graph = changed(finished, tmp_path, llama_folder, lambda c: c["calibration"].update(seed=7))
+    state = plan.states(graph, finished.store)
+    k = next(k for k, n in graph.nodes.items() if isinstance(n.cell, Compress) and state[k] != "done")
+    why, _ = history.stale(graph, state | {k: "damaged: manifest.json is not JSON"}, finished.store)
+    assert k not in why
+    assert why
+
+
 def test_nothing_is_stale_in_a_store_that_has_it_all_or_nothing(finished, tmp_path):
     for store in (finished.store, Store(str(tmp_path / "empty"))):
         assert history.stale(finished.plan, plan.states(finished.plan, store), store) == ({}, {})

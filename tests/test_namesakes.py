@@ -31,10 +31,10 @@ def refused(path, content):
 def test_two_models_of_one_name(tmp_path, model):
     other = model_folder(tmp_path / "m", seed=1)
     said = refused(tmp_path, grid(model, models=[str(model), str(other)]))
-    assert f"model: 2 of them are called 'm' ({min(str(model), str(other))}, " in said
+    assert f"2 models are called 'm' ({min(str(model), str(other))}, " in said
     studies = {"a": {"models": str(model)}, "b": {"models": str(other)}}
     shared = {n: v for n, v in grid(model).items() if n != "models"}
-    assert "model: 2 of them are called 'm'" in refused(tmp_path, {"studies": studies, **shared})
+    assert "2 models are called 'm'" in refused(tmp_path, {"studies": studies, **shared})
 
 
 def test_the_same_model_twice_is_one(tmp_path, model):
@@ -48,7 +48,7 @@ def test_the_same_model_twice_is_one(tmp_path, model):
 def test_two_adapters_of_one_name(tmp_path, model):
     paths = [str(save_lora(tiny_llama(vocab=VOCAB), tmp_path / n / "a", r=r)) for n, r in (("x", 2), ("y", 3))]
     said = refused(tmp_path, grid(model, recovery={"method": "adapter", "path": paths}))
-    assert f"adapter: 2 of them are called 'a' ({paths[0]}, {paths[1]})" in said
+    assert f"2 adapters are called 'a' ({paths[0]}, {paths[1]})" in said
 
 
 def test_two_checkpoints_of_one_name(tmp_path, model):
@@ -56,10 +56,10 @@ def test_two_checkpoints_of_one_name(tmp_path, model):
     alone = [{"compression": {"method": "checkpoint", "path": p}, "sources": "all"} for p in paths]
     shared = {n: v for n, v in grid(model).items() if n not in ("compression", "sources")}
     said = refused(tmp_path, {"studies": dict(zip("ab", alone, strict=True)), **shared})
-    assert f"checkpoint: 2 of them are called 'c' ({paths[0]}, {paths[1]})" in said
+    assert f"2 checkpoints are called 'c' ({paths[0]}, {paths[1]})" in said
 
 
 def test_two_tasks_of_one_name(tmp_path, model):
     paths = [own_task(tmp_path / n, rows=i) for i, n in ((3, "x"), (4, "y"))]
     said = refused(tmp_path, grid(model, measures={"method": "task", "name": paths}))
-    assert f"task: 2 of them are called 'sums' ({paths[0]}, {paths[1]})" in said
+    assert f"2 tasks are called 'sums' ({paths[0]}, {paths[1]})" in said

@@ -276,8 +276,26 @@ def test_a_method_cannot_publish_links(store, tmp_path):
         with store.publish(compress()) as draft:
             (draft.path / "a.txt").symlink_to(tmp_path / "secret")
 
-    with pytest.raises(ValueError, match=r"a\.txt is a link"):
+    with pytest.raises(ValueError, match=r"'a\.txt' is a link"):
         linking()
+    assert not store.has(compress())
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda folder: os.mkfifo(folder / "pipe"), "'pipe' is neither a file nor a folder"),
+        (lambda folder: (folder / "manifest.json").write_text("{}"), "'manifest.json' is the name of ctp's own file"),
+        (lambda folder: (folder / "odd\udce4").write_text(""), "is not UTF-8"),
+    ],
+)
+def test_a_method_cannot_publish_what_is_no_file_of_its_own(store, make, said):
+    def publishing():
+        with store.publish(compress()) as draft:
+            make(draft.path)
+
+    with pytest.raises(ValueError, match=said):
+        publishing()
     assert not store.has(compress())
 
 

@@ -16,15 +16,15 @@ HEAD = """# Model types
 
 What works on which architecture, for transformers' model types. "yes" is tested on a tiny random model of the type
 (`tests/zoo`): the calibration inputs of every block are the model's own, and the stored model reloads to the same
-logits; a hard prompt equals its text really in front in perplexity, tasks and generation, with and without a cache and
-with left padding; gradients of prompts and LoRA are those of the model's own forward pass. "no" is refused while
-planning, with the reason in the last column. Exports are opened by transformers; of `gptq` by ctp's reader, and by
-GPTQModel for the models of `make test-all`.
+logits; a hard prompt gives what its text in front of the input gives, in perplexity, tasks and generation, with and
+without a cache and with left padding; gradients of prompts and LoRA are those of the model's own forward pass. "no" is
+refused while planning, with the reason in the last column. Exports are opened by transformers; those to `gptq` by
+ctp's reader, and for the models of `make test-all` by GPTQModel.
 
-Other model types follow the same rules, which read the configuration and the modules and not the name: try
+Other model types follow the same rules, which look at the configuration and the modules, not at the name: try
 `python -m ctp.grid NAME --plan`.
 
-`make models` writes this page from `tools/zoo.py`, to which a new architecture is a line.
+`make models` writes this page from `tools/zoo.py`, where a new architecture is one more line.
 
 | model | compress | prompt | LoRA | generate | exports | why not |
 |---|---|---|---|---|---|---|
