@@ -9,6 +9,7 @@ from support.zoo import CLOSE, FRONT, far, hard_prompt, tokenizer, windows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ctp
+from ctp.compression.names import as_original
 from ctp.evaluate.perplexity import perplexity
 from ctp.evaluate.tasks import SoftPromptLM
 from ctp.methods import LoRA
@@ -110,6 +111,28 @@ def test_what_planning_refuses_the_call_refuses_in_the_same_words(kind):
     for use in wanted:
         with pytest.raises(ValueError, match=re.escape(refused[use])):
             calls[use]()
+
+
+def test_planning_refuses_blocks_that_hand_each_other_more_than_hidden_states():
+    sizes = {"num_experts": 4, "num_experts_per_tok": 1, "head_dim": 8, "num_key_value_heads": 2, "pad_token_id": None}
+    config = AutoConfig.for_model("zaya", **{**SIZES, "num_hidden_layers": 3, **sizes})
+    why = config_facts(config).refused["compress"]
+    assert "depends on the blocks before it" in why
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match=re.escape(why)):
+        ctp.compress(model, tokenizer(), {"method": "gptq", "bits": 4}, ids_of(2, 12))
+
+
+def test_parts_of_one_tensor_have_memory_of_their_own():
+    """A convolution over queries, keys and values that are three in the original checkpoints."""
+    layers = {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4, "moe_intermediate_size": 32}
+    latent = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    config = AutoConfig.for_model("bailing_hybrid", **{**SIZES, **layers, **latent, "num_key_value_heads": 4})
+    model = AutoModelForCausalLM.from_config(config)
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    found = as_original(model, state)
+    assert found.keys() != state.keys()
+    assert len({t.untyped_storage().data_ptr() for t in found.values()}) == len(found)
 
 
 def test_a_cache_without_attention_is_refused_for_decoding():
