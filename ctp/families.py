@@ -30,6 +30,8 @@ def _not_causal(config: Any) -> str:
     halves = "encoder_hidden_states" in _arguments(config) and getattr(config, "is_decoder", None) is False
     if halves or getattr(config, "causal", True) is False:
         return "it is no decoder that reads text from left to right: is_decoder, or causal, is false"
+    if (both := getattr(config, "use_bidirectional_attention", None)) in (True, "all"):  # "vision": images alone
+        return f"it is no decoder that reads text from left to right: use_bidirectional_attention is {both!r}"
     return NOT_LEFT_TO_RIGHT.get(config.model_type, "")
 
 
@@ -51,7 +53,12 @@ def _no_decoding(config: Any) -> str:
     if lacking := [n for n in ATTACHED if arguments and n not in arguments]:
         return f"its forward lacks {', '.join(lacking)}, which decoding behind a prompt needs"
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+    from transformers.cache_utils import (
+        CacheLayerMixin,
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        LinearAttentionCacheLayerMixin,
+    )
 
     try:
         layers = DynamicCache(config=config).layers
@@ -60,6 +67,8 @@ def _no_decoding(config: Any) -> str:
     states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
     if getattr(_class(config), "_is_stateful", False) and not states:
         return "its decoding state lies outside the cache, where an attached prompt cannot see it"
+    if layers and not any(isinstance(layer, CacheLayerMixin) for layer in layers):
+        return "no layer of its cache counts tokens, which decoding behind a prompt needs"
     kinds = {type(layer) for layer in layers if not isinstance(layer, LinearAttentionCacheLayerMixin)}
     if odd := kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
         names = ", ".join(sorted(kind.__name__ for kind in odd))
@@ -123,7 +132,8 @@ def no_projections(config: Any, blocks: Any, layers: int | None = None) -> str:
     text = config.get_text_config()
     wanted = {FUSED[text.model_type]} if text.model_type in FUSED else {QUERY, VALUE}
     for i in range(len(blocks) - (layers or len(blocks)), len(blocks)):
-        if not wanted <= {n.split(".")[-1] for n, _ in blocks[i].named_modules()}:
+        # A module made of others is no linear, whatever its name.
+        if not wanted <= {n.split(".")[-1] for n, m in blocks[i].named_modules() if not list(m.children())}:
             return (f"model type {text.model_type}: LoRA is learned on {QUERY} and {VALUE}, or BLOOM's "
                     f"{FUSED['bloom']}, and block {i} has no such projections")  # fmt: skip
     return ""

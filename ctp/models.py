@@ -265,14 +265,15 @@ def config_facts(config: Any) -> Facts:
     from ctp.compression.experts import split
     from ctp.compression.linears import linears, matrix
 
-    model, refused, idle = skeleton(config).eval(), families.refusals(config), frozenset[str]()
-    why = unfit(model)
+    model, idle = skeleton(config).eval(), frozenset[str]()
+    refused, why = families.refusals(model.config), unfit(model)  # a class may make a decoder of its configuration
     try:
         prefix, blocks = decoder_blocks(model)
         if not why:
             why, idle = foreseen(model)
-    except ValueError:  # `why` says so
+    except ValueError as e:  # `why` says so
         prefix, blocks = "", torch.nn.ModuleList()
+        refused.setdefault("lora", str(e))
     if why:
         refused["compress"] = why
     with split(blocks):

@@ -29,7 +29,8 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     fitting = [f for f in found if len(f[1]) in counts] or found
     if len(fitting) != 1:
         names = [n for n, _ in fitting]
-        raise ValueError(f"{type(model).__name__}: no single list of decoder blocks; candidates: {names}")
+        raise ValueError(f"model type {config.model_type}: {type(model).__name__}: no single list of decoder blocks; "
+                         f"candidates: {names}")  # fmt: skip
     return fitting[0]
 
 

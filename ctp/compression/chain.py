@@ -98,6 +98,10 @@ def _no_chain(model: nn.Module, reason: str) -> str:
     return f"{_name(model)} is no chain of blocks that can be compressed one by one: {reason}"
 
 
+def _depends(i: int) -> str:
+    return f"block {i} is called with what depends on the blocks before it"
+
+
 def _observed(
     model: nn.Module, blocks: Sequence[nn.Module], window: Tensor, **kwargs: Any
 ) -> tuple[list[_Step], list[str]]:
@@ -152,6 +156,11 @@ def _broken(model: nn.Module, steps: Sequence[_Step], idle: Sequence[str]) -> st
         out = hidden_of(one.out)
         if not same(two.hidden.to(out.device), out):
             return _no_chain(model, f"it changes what block {i} gives before block {i + 1} gets it")
+    made: set[int] = set()  # what blocks give beside the hidden states; the steps keep it alive
+    for i, step in enumerate(steps):
+        if any(id(p) in made for p in step.call.parts() if isinstance(p, Tensor)):
+            return _no_chain(model, _depends(i))
+        made |= {id(o) for o in step.out[1:]} if isinstance(step.out, tuple | list) else set()
     if large(idle, linears(blocks, prefix)):
         return f"{_name(model)} does not run these linears on text, so they see no input: {', '.join(idle[:3])}"
     return ""
@@ -165,7 +174,7 @@ def _differing(steps: Sequence[_Step], batch: Batch, tolerance: float = 1e-3) ->
     for i, step in enumerate(steps):
         call = batch.calls[step.block]
         if not alike(step.call.parts(), call.parts()):
-            return f"block {i} is called with what depends on the blocks before it"
+            return _depends(i)
         tensors = [batch.hidden, *(p for p in call.parts() if isinstance(p, Tensor))]
         versions = [t._version for t in tensors]
         try:

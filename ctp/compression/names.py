@@ -13,7 +13,8 @@ from transformers.core_model_loading import PrefixChange, WeightRenaming, revert
 def as_original(model: Any, state: dict[str, Tensor], only_names: bool = False) -> dict[str, Tensor]:
     """Tensors by their names in a model of transformers as its original checkpoints hold them.
 
-    only_names: where such checkpoints hold parts of one tensor, or several as one, they stay as they are.
+    only_names: where such checkpoints hold parts of one tensor, or several as one, they stay as they are. Parts have
+    memory of their own: files cannot hold tensors that share theirs.
     """
     known = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
     known = [c for c in known if isinstance(c, WeightRenaming) or not only_names]
@@ -21,7 +22,7 @@ def as_original(model: Any, state: dict[str, Tensor], only_names: bool = False) 
         return state
     about = SimpleNamespace(_weight_conversions=known, config=model.config)
     changed: dict[str, Tensor] = revert_weight_conversion(about, state)
-    return changed
+    return {n: t if t.nbytes == t.untyped_storage().nbytes() else t.clone() for n, t in changed.items()}
 
 
 def original_names(model: Any, linears: Iterable[str]) -> dict[str, str]:

@@ -57,7 +57,10 @@ class SoftPromptLM(HFLM):
             check_readable(model)
         if stretched(model.config, context_of(model) or 0):  # positions would depend on the longest text of a batch
             batch = 1
-        super().__init__(pretrained=model, tokenizer=padding(copy.deepcopy(tokenizer)), batch_size=batch)
+        # Told by the model type, a decoder that is half of such a model would read the answer without its context.
+        super().__init__(
+            pretrained=model, backend="causal", tokenizer=padding(copy.deepcopy(tokenizer)), batch_size=batch
+        )
         self._opening = Opening.of_requests(model, tokenizer, text, self.prefix_token_id) if text else None
         if self.max_length < 2:
             raise ValueError(f"{self._k} prompt rows leave no room in a context of {super().max_length} tokens")

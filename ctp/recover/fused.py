@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from ctp.compression.blocks import decoder_blocks
@@ -75,6 +76,14 @@ def text_model(model: Any) -> Any:
     return model.get_decoder() if hasattr(model.config, "text_config") else model
 
 
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The decoder blocks; where they are in no single list, what transformers itself would compute again."""
+    try:
+        return list(decoder_blocks(text_model(model))[1])
+    except ValueError:
+        return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+
 def replacements(model: nn.Module, fused: bool, recompute: bool) -> dict[nn.Module, Callable[..., Any]]:
     """The forward that each module is to have instead of its own.
 
@@ -86,7 +95,7 @@ def replacements(model: nn.Module, fused: bool, recompute: bool) -> dict[nn.Modu
     if fused:
         found |= {m: partial(_norm, m) for m in model.modules() if is_norm(m)}
         found |= {m: partial(_mlp, m) for m in model.modules() if _is_gated(m)}
-    for block in decoder_blocks(text_model(model))[1] if fused or recompute else ():
+    for block in _blocks(model) if fused or recompute else ():
         whole = forward_of(block) if fused else None
         if whole is not None:
             found[block] = whole

@@ -53,7 +53,12 @@ def prefix(model: PreTrainedModel, prompt: Tensor, tokens: int = 0) -> Prefix:
     rows = prompt.to(embedding.device, embedding.dtype, copy=True)  # some models scale what they are given in place
     if not set(CACHE) <= inspect.signature(model.forward).parameters.keys():
         return Prefix(prompt, None)
-    past = model(inputs_embeds=rows[None], use_cache=True, **kept(model, 1)).get("past_key_values")
+    try:
+        past = model(inputs_embeds=rows[None], use_cache=True, **kept(model, 1)).get("past_key_values")
+    except Exception as e:  # the cache that the model is given, or makes, is none that it can use
+        if ran_out(e):
+            raise
+        past = None
     layers = [_fixed(layer) for layer in past.layers] if isinstance(past, DynamicCache) else []
     if not layers or any(layer is None or layer.get_seq_length() != len(rows) for layer in layers):
         _tried.setdefault(model, {})[len(rows)] = FAILED

@@ -188,7 +188,8 @@ class AttachedPrompt:
             positions = positions.expand(len(given["input_ids"]), -1) + self._k
             front = torch.arange(self._k, device=positions.device).expand(len(positions), -1)
             given["position_ids"] = positions if filled else _insert(front, positions, padding)
-        elif mask is not None and "position_ids" in self._parameters:  # BLOOM's positions come from the mask
+        elif mask is not None and padding is not None and bool(padding.any()) and "position_ids" in self._parameters:
+            # BLOOM's positions come from the mask. Without padding a model's own are right, wherever they begin.
             given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, filled:]
         return given if filled else given | self._beginning(given, padding)
 
