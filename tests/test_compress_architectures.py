@@ -148,7 +148,6 @@ REFUSED = {
                 "adapter_rank": 4}, "are one weight"),
     "xlnet": ({"n_layer": 2, "d_model": 32, "n_head": 4, "d_inner": 64}, r"rel_attn\.q is not the weight of a linear"),
     "xlm": ({"emb_dim": 32, "n_layers": 2, "n_heads": 4}, "no single list of decoder blocks"),
-    "mixtral": ({"num_local_experts": 4}, "experts"),
 }  # fmt: skip
 
 

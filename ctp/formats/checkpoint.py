@@ -19,7 +19,7 @@ from ctp.compression.artifact import PACKED, Compressed, read_generation, read_t
 from ctp.compression.blocks import decoder_blocks
 from ctp.compression.experts import matrices
 from ctp.compression.layer import Layer
-from ctp.compression.linears import as_stored, is_linear, linears
+from ctp.compression.linears import as_stored, is_linear, linears, matrix
 from ctp.compression.names import names_here
 from ctp.compression.pack import pack
 from ctp.formats import awq, bitsandbytes, compressed_tensors, gguf, gptq
@@ -168,9 +168,10 @@ def _pruned(tensors: Mapping[str, Tensor], bare: nn.Module) -> Iterator[tuple[st
 def _check_linear(name: str, shape: tuple[int, int], bare: nn.Module) -> None:
     """Raises ValueError where a compressed weight is of another shape than the model's."""
     try:
-        own = tuple(bare.get_parameter(f"{name}.weight").shape)
+        linear = bare.get_submodule(name)
     except AttributeError:
-        return  # told when the model is built
+        return  # an expert's, or told when the model is built
+    own = tuple(matrix(linear).shape)
     if own != shape:
         raise ValueError(f"{name}: its tensors make a weight {shape}, and config.json says {own}")
 

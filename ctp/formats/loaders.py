@@ -9,6 +9,7 @@ from ctp.compression.blocks import decoder_blocks
 from ctp.compression.chain import foreseen
 from ctp.compression.experts import Matrix, matrices
 from ctp.compression.linears import linears, matrix
+from ctp.compression.names import as_original
 from ctp.formats import gptq
 from ctp.models import skeleton
 
@@ -49,11 +50,19 @@ def unopened(format: str, bare: Any, names: Collection[str], experts: Mapping[st
         if not name.startswith(f"{inside}.") or type(bare.get_submodule(name)) is not nn.Linear:
             return f"{name} is no nn.Linear of a decoder block, which loaders expect"
         packed += [m for m in [bare.get_submodule(name)] if type(m) is nn.Linear]
-    return (
-        ""
-        if _opens(bare, packed)
-        else (f"{type(bare).__name__} initialises linears by a weight, which packed ones do not have")
-    )
+    if experts and (odd := _merged(bare, {f"{n}.weight" for n in names})):
+        return f"its checkpoints hold {odd} in another form, which loaders of quantized models do not convert"
+    if _opens(bare, packed):
+        return ""
+    return f"{type(bare).__name__} initialises linears by a weight, which packed ones do not have"
+
+
+def _merged(bare: Any, packed: Collection[str]) -> str:
+    """A parameter beside experts and packed linears that original checkpoints hold in parts, or with others as one."""
+    inside = {m.parameter for m in matrices(bare).values()}
+    rest = {n: p.detach() for n, p in bare.named_parameters() if n not in inside and n not in packed}
+    differing = as_original(bare, rest).keys() - as_original(bare, rest, only_names=True).keys()
+    return min(differing, default="")
 
 
 def _opens(bare: Any, packed: Sequence[nn.Linear]) -> bool:
