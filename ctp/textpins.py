@@ -64,6 +64,8 @@ def check_pinned(location: str) -> None:
     what = f"the text {found[1].partition(':')[2]}"
     try:
         now = _revision(found[1])
+    except FileNotFoundError:
+        return  # its reader says so
     except OSError as e:
         raise changed(what, e.strerror or str(e)) from e
     if now != found[2]:

@@ -32,6 +32,8 @@ class Reads:
             try:
                 now = stamps(files())
             except OSError as e:
+                if not before:
+                    continue  # it was never there, which its reader says
                 raise changed(what, f"{e.filename}: {e.strerror}") from e
             if odd := sorted(set(now) ^ set(before)):
                 raise changed(what, f"{odd[0][0]} was written to while it was in use")

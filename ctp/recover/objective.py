@@ -200,7 +200,8 @@ def _learns_alike(packed: Objective, window: Tensor, prompt: Tensor | None) -> b
     front = None if prompt is None else prompt.detach().clone().requires_grad_()
     learned = inside if front is None else [front, *inside]
     with torch.enable_grad():
-        wanted = _gradient(summed_nll(scored_logits(model, windows, front), windows), learned)
+        alone = [summed_nll(scored_logits(model, w, front), w) for w in windows.split(1)]  # a batch may be too large
+        wanted = _gradient(torch.stack(alone).sum(), learned)
         with packed.active():
             found = _gradient(packed.nll(windows, front), learned)
     return float((found - wanted).norm()) <= TOLERANCE[torch.float32] * float(wanted.norm())

@@ -86,7 +86,8 @@ def _reads_alike(model: PreTrainedModel, made: Prefix, ids: Tensor) -> bool:
     try:
         with torch.no_grad():
             found = body_states(model, input_ids=ids, past_key_values=made.cache, use_cache=True)
-            wanted = body_states(model, inputs_embeds=with_prompt(model, ids, made.rows), use_cache=False)
+            rows = [with_prompt(model, w, made.rows) for w in ids.split(1)]  # both at once might take too much memory
+            wanted = torch.cat([body_states(model, inputs_embeds=r, use_cache=False) for r in rows])
     except Exception as e:  # a cache that the model does not go on from
         if ran_out(e):
             raise
