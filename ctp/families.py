@@ -6,6 +6,7 @@ exist yet; it goes by the name of the model type where nothing else tells.
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -122,6 +123,13 @@ def needs_bos(config: Any) -> bool:
     configuration but its name says so.
     """
     return "gemma" in config.get_text_config().model_type
+
+
+def counts_padding(config: Any) -> bool:
+    """Does the model make positions of its token ids, leaving padding out, as RoBERTa's kind does? Rows have no ids."""
+    found = _class(config)
+    module = vars(sys.modules[found.__module__]) if found is not None else {}
+    return any(isinstance(m, type) and hasattr(m, "create_position_ids_from_input_ids") for m in module.values())
 
 
 def no_projections(config: Any, blocks: Any, layers: int | None = None) -> str:

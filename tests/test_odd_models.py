@@ -83,6 +83,13 @@ def test_positions_that_do_not_begin_at_0_are_the_models_own():
     assert far(rest, wanted[:, 5:]) < CLOSE
 
 
+def test_padding_inside_a_text_is_refused_where_it_shifts_positions():
+    model, ids = made("roberta"), ids_of(2, 9)
+    ids[0, 4] = model.config.pad_token_id
+    with pytest.raises(ValueError, match="padding token 1, by which model type roberta counts positions"):
+        perplexity(model, ids, torch.randn(4, model.get_input_embeddings().embedding_dim))
+
+
 def test_blocks_that_are_in_no_single_list_are_computed_again_too():
     model, text = made("hrm_text"), ids_of(2, 8)
     prompt, found = torch.nn.Parameter(hard_prompt(model)), []

@@ -36,8 +36,8 @@ def test_a_name_that_it_takes_stays(name, uri):
     [
         ({1: 1.0}, ValueError, "the metric 1"),
         ({"a": None}, TypeError, "'a' is None"),
-        ({"a": "1"}, TypeError, "no number"),
-        ({"a": True}, TypeError, "no number"),
+        ({"a": "1"}, TypeError, "not an int or a float"),
+        ({"a": True}, TypeError, "not an int or a float"),
         ({"a": math.inf}, FloatingPointError, "'a' is inf"),
         ({"a": math.nan}, FloatingPointError, "'a' is nan"),
         ({"a": 10**400}, FloatingPointError, "'a' is 1"),

@@ -111,6 +111,12 @@ def check_fit(model: PreTrainedModel, windows: Tensor, k: int, width: int | None
         raise ValueError(f"prompt rows of {width} numbers do not fit embeddings of {embedding.embedding_dim}")
     if k:
         families.check(model.config, "prompt")
+        pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+        if pad is not None and bool((windows == pad).any()) and families.counts_padding(model.config):
+            raise ValueError(
+                f"windows hold the padding token {pad}, by which model type {model.config.model_type} counts "
+                "positions: behind a prompt it cannot"
+            )
     context = context_of(model)
     s = windows.shape[1]
     if context is not None and k + s > context:
