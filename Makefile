@@ -18,7 +18,7 @@ demo: $(STAMP) ## the whole path on a small real model, then its report and the 
 	$(BIN)/python -m analysis.transfer_matrix demo
 
 test: lint ## all tests but the slow ones, in two processes: most of them use one core
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: lint foreign ## and the slow ones, against the real GPTQModel and llm-compressor too
 	$(BIN)/python -m pytest -m "not faults and not cluster and not gpu"

@@ -7,18 +7,6 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 
 
-# Files that take longest, the longest first: begun last, one would keep one process busy when the other has no work.
-LONGEST = (
-    "zoo_compress", "grid", "docs", "failures", "bad_input", "zoo_prompts", "track", "work", "other_cpus", "workers",
-    "zoo_gradients", "secrets", "formats", "experts", "done", "database", "writers", "tasks", "compress_kernels",
-)  # fmt: skip
-
-
-def pytest_collection_modifyitems(items):
-    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def nothing_old_is_garbage():
     """Latency collects garbage before every round: half a second, if all that earlier files left is looked through."""
