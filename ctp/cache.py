@@ -93,9 +93,8 @@ def sha256_file(path: Path) -> str:
 
 
 Stamp = tuple[str, int, int, int, int, int]
-SETTLED = (
-    2e9  # nanoseconds: file systems tell times in steps of up to two seconds, and a write within one shows no change
-)
+# Nanoseconds: file systems keep times in steps of up to two seconds, and a second write within one shows no change.
+SETTLED = 2e9
 _digests: dict[tuple[Stamp, ...], str] = {}  # of this process
 
 

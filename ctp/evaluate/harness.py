@@ -128,7 +128,7 @@ class SoftPromptLM(HFLM):
             logits = super()._model_call(inps, attn_mask, labels)
         else:
             with torch.no_grad():
-                logits = self._joined([self._logits(ids, rows) for _, ids, rows in self._parts(inps)], inps)
+                logits = _joined([(chosen, self._logits(ids, rows)) for chosen, ids, rows in self._parts(inps)])
         self._count(len(inps))
         return logits
 
@@ -139,13 +139,13 @@ class SoftPromptLM(HFLM):
             prompted = None if rows is None else attach_prompt(self.model, rows)
             own = {} if mask is None else {"attention_mask": mask[chosen]}
             try:
-                made.append(super()._model_generate(ids, max_length, stop, **own, **options))
+                made.append((chosen, super()._model_generate(ids, max_length, stop, **own, **options)))
             finally:
                 if prompted is not None:
                     prompted.remove()
-        longest = max(tokens.shape[1] for tokens in made)
+        longest = max(tokens.shape[1] for _, tokens in made)
         pad = self.tokenizer.pad_token_id
-        tokens = self._joined([F.pad(t, (0, longest - t.shape[1]), value=pad) for t in made], context, mask)
+        tokens = _joined([(chosen, F.pad(t, (0, longest - t.shape[1]), value=pad)) for chosen, t in made])
         self._count(len(context))
         return tokens
 
@@ -157,15 +157,6 @@ class SoftPromptLM(HFLM):
         begins, swapped = self._opening.split(ids, mask)
         parts = [(begins, swapped[begins], self._opening.rows), (~begins, ids[~begins], self._prompt)]
         return [part for part in parts if len(part[1])]
-
-    def _joined(self, parts: list[Tensor], ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What was made of each of the `_parts`, as rows of one batch."""
-        if len(parts) == 1:
-            return parts[0]
-        whole = parts[0].new_empty((len(ids), *parts[0].shape[1:]))
-        for (chosen, _, _), part in zip(self._parts(ids, mask), parts, strict=True):
-            whole[chosen.to(whole.device)] = part
-        return whole
 
     def _logits(self, ids: Tensor, rows: Tensor | None) -> Tensor:
         if rows is None:
@@ -183,6 +174,17 @@ class SoftPromptLM(HFLM):
         self._rows += rows
         if self._report is not None:
             self._report(self._rows)
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """What was made of parts of a batch, (which of its rows, their results) each, as one batch."""
+    chosen, first = parts[0]
+    if len(parts) == 1:
+        return first
+    whole = first.new_empty((len(chosen), *first.shape[1:]))
+    for chosen, part in parts:
+        whole[chosen.to(whole.device)] = part
+    return whole
 
 
 def padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
