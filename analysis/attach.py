@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import mlflow
 
 from analysis.runs import AnalysisError
-from ctp.runinfo import KIND
+from ctp.tracking.entries import KIND
 
 
 def add_option(p: argparse.ArgumentParser) -> None:

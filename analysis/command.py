@@ -7,8 +7,8 @@ import mlflow
 
 from analysis.results import Results
 from analysis.runs import existing
-from ctp.runinfo import tracking_uri
-from ctp.store import Store, default_store
+from ctp.storage.store import Store, default_store
+from ctp.tracking.entries import tracking_uri
 
 
 def parser(module: str, doc: str | None, default: str | None = None) -> argparse.ArgumentParser:

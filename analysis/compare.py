@@ -19,9 +19,8 @@ from analysis.comparable import incomparable
 from analysis.paper import HIGHER_IS_BETTER, PaperNumber
 from analysis.results import Measured, Results
 from analysis.runs import AnalysisError
-from ctp.columns import aligned
-from ctp.ending import unread
-from ctp.store import StoreError
+from ctp.common.terminal import aligned, unread
+from ctp.storage.remote import StoreError
 
 OK, BETTER, WORSE, OTHER, MISSING = "ok", "better", "worse", "not comparable", "not run"
 STANDARD_ERRORS = 2  # accuracies this many combined standard errors apart, or less, agree

@@ -10,11 +10,12 @@ from analysis.paper import PaperNumber
 from analysis.results import Results
 from analysis.roles import of_grid
 from analysis.runs import AnalysisError, typed
-from ctp import gridfile
-from ctp.gridtext import GridError
-from ctp.labels import params
-from ctp.pins import Pins
-from ctp.plan import Plan, make
+from ctp.cells.labels import params
+from ctp.planning import gridfile
+from ctp.planning.graph import Plan
+from ctp.planning.gridtext import GridError
+from ctp.planning.pins import Pins
+from ctp.planning.plan import make
 
 
 def planned(plan: Plan) -> Results:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from analysis import attach, command
 from analysis.runs import AnalysisError
-from ctp.ending import unread
-from ctp.store import StoreError
+from ctp.common.terminal import unread
+from ctp.storage.remote import StoreError
 
 FIGURES = ("figure2", "figure3", "figure4", "figure5", "figure6", "figure9")
 

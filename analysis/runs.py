@@ -12,8 +12,8 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 import mlflow
 
 from analysis.paper import level
-from ctp.redact import scrub
-from ctp.runinfo import every_run, sqlite_file
+from ctp.common.redact import scrub
+from ctp.tracking.entries import every_run, sqlite_file
 
 AXES = ["model", "dataset", "split", "seq_len"]  # one matrix each
 SOURCE = ["source", "recovery", "adapter", "k", "learned_on"]  # one row each

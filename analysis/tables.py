@@ -15,8 +15,8 @@ from analysis.paper import PaperNumber
 from analysis.render import FORMATS, Table, markdown
 from analysis.results import Measured, Results, stand_ins
 from analysis.runs import AnalysisError, artifact
-from ctp.ending import unread
-from ctp.store import StoreError
+from ctp.common.terminal import unread
+from ctp.storage.remote import StoreError
 
 TABLES = ("table1", "table2", "table3", "table5", "table6", "table7", "table8", "figure5")
 CASES = ("figure1", "figure7", "figure8")

@@ -13,10 +13,11 @@ import mlflow
 import pandas as pd
 
 from analysis.runs import AXES, NUMBERS, SOURCE, AnalysisError, check_alike, evaluations, existing
-from ctp.ending import unread
-from ctp.names import plain
-from ctp.runinfo import tracking_uri
-from ctp.store import Store, StoreError, default_store
+from ctp.common.messages import plain
+from ctp.common.terminal import unread
+from ctp.storage.remote import StoreError
+from ctp.storage.store import Store, default_store
+from ctp.tracking.entries import tracking_uri
 
 NO_PROMPT, REFERENCE = "no prompt", "dense, no prompt"
 

@@ -15,13 +15,14 @@ from pathlib import Path
 
 from benchmarks.celltimes import facts_of, kind, matmul_speed, measured, model_of, number_format
 from benchmarks.simulate import Machines, simulate
-from ctp import cost
-from ctp.artifacts import entries
-from ctp.gridfile import Grid
-from ctp.plan import Node, Plan
-from ctp.resources import alone
-from ctp.spec import from_json
-from ctp.store import Store, StoreError
+from ctp.cells.cell import from_json
+from ctp.planning import cost
+from ctp.planning.graph import Node, Plan
+from ctp.planning.gridfile import Grid
+from ctp.planning.resources import alone
+from ctp.storage.catalog import entries
+from ctp.storage.remote import StoreError
+from ctp.storage.store import Store
 
 
 def plan_of(store: Store) -> tuple[Plan, dict[str, float], float]:

@@ -21,9 +21,10 @@ import torch
 
 from benchmarks.compression import HERE, python_of
 from benchmarks.peers.synthetic import block, error, wait
+from ctp.cells import GPTQ, Solver, SparseGPT
 from ctp.compression import solver
-from ctp.compression.settle import settle, settle_loop
-from ctp.methods import GPTQ, Solver, SparseGPT
+from ctp.compression.settle import settle_loop
+from ctp.compression.solver import settle
 
 GRID: dict[str, Any] = {"bits": 4, "group_size": 128, "sym": True, "static_groups": True}
 SPECS: dict[str, Solver] = {

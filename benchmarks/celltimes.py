@@ -14,12 +14,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from ctp import cost, models
-from ctp.artifacts import Entry, entries
-from ctp.methods import Dense, Learned
-from ctp.models import Facts
-from ctp.spec import Cell, Compress, Evaluate, Learn, from_json
-from ctp.store import Store
+from ctp.cells import Dense, Learned
+from ctp.cells.cell import Cell, Compress, Evaluate, Learn, from_json
+from ctp.models import sources
+from ctp.models.config import model_facts
+from ctp.models.sources import Facts
+from ctp.planning import cost
+from ctp.storage.catalog import Entry, entries
+from ctp.storage.store import Store
 
 SIZE, TIMES = 2048, 5  # of the matrices that are multiplied to measure the speed, and how often
 LEAST = 1.0
@@ -136,8 +138,8 @@ def facts_of(found: list[Entry]) -> dict[tuple[str, str], Facts]:
     cells = [(from_json(e.manifest), e.manifest) for e in found]
     at = {model_of(c): m["location"] for c, m in cells if isinstance(c, Compress) and isinstance(c.compression, Dense)}
     for model in {model_of(c) for c, _ in cells}:
-        location = at.get(model) or models.locate(*model)[2]
-        out[model] = models.facts(location, model[1])
+        location = at.get(model) or sources.locate(*model)[2]
+        out[model] = model_facts(location, model[1])
     return out
 
 

@@ -30,11 +30,14 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ctp.compression import compress_model, pack, stats
-from ctp.evaluate.perplexity import perplexity
+from ctp.cells import Compression, Solver
+from ctp.compression.walk import compress_model
+from ctp.evaluation.perplexity import perplexity
 from ctp.formats.checkpoint import open_checkpoint
-from ctp.methods import Compression, Solver
-from ctp.models import load, locate, quiet
+from ctp.formats.pack import pack, stats
+from ctp.models.hf import quiet
+from ctp.models.load import load_model
+from ctp.models.sources import locate
 
 HERE = Path(__file__).parent
 TOKENS = HERE / "smollm2_wikitext2_256.safetensors"
@@ -157,7 +160,8 @@ def head(authors: bool) -> str:
 
 def warm_up(model: nn.Module, tokens: dict[str, Tensor]) -> float:
     """Seconds until the kernels are compiled, or read from numba's cache: paid once a machine, once a process."""
-    from ctp.compression.settle import Block, settle
+    from ctp.compression.settle import Block
+    from ctp.compression.solver import settle
 
     begun = time.perf_counter()
     settle(Block(torch.ones(4, 4), torch.eye(4), torch.ones(4, 4)))
@@ -188,7 +192,7 @@ def main() -> int:
     args = arguments(reference)
     torch.set_num_threads(args.threads)
     _, revision, location = locate("smollm2-135m")
-    model, tokenizer = load(location, revision, "float32", "cpu")
+    model, tokenizer = load_model(location, revision, "float32", "cpu")
     tokens = load_file(TOKENS)
     tokens["evaluation"] = tokens["evaluation"][: args.windows]
     rows = [row for row in reference["rows"] if row["name"] in args.rows]

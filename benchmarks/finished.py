@@ -16,13 +16,16 @@ from typing import Any
 
 import yaml
 
-from ctp import gridfile, runinfo
-from ctp.pins import Pins
-from ctp.plan import Plan, make
-from ctp.spec import Evaluate
-from ctp.store import MANIFEST, Store
-from ctp.track import Tracker
-from ctp.unfinished import identity
+from ctp.cells.cell import Evaluate
+from ctp.planning import gridfile
+from ctp.planning.graph import Plan
+from ctp.planning.pins import Pins
+from ctp.planning.plan import make
+from ctp.storage.manifest import MANIFEST
+from ctp.storage.partial import identity
+from ctp.storage.store import Store
+from ctp.tracking import entries
+from ctp.tracking.tracker import Tracker
 
 TEXT = {"dataset": "newswire", "split": "train", "seq_len": 24}
 SIX = ["dense", {"method": "gptq", "bits": [2, 3, 4]}, {"method": "sparsegpt", "sparsity": [0.5, 0.75]}]
@@ -107,12 +110,12 @@ def _rows(plan: Plan, manifests: dict[str, dict[str, Any]], file: Path, experime
     """The rows that MLflow's own client would write of these cells."""
     runs, tags, params, metrics = [], [], [], []
     for k, node in plan.nodes.items():
-        run, found = uuid.uuid4().hex, runinfo.entry(node, manifests[k])
-        own = runinfo.tags(plan.name, node) | found.tags
+        run, found = uuid.uuid4().hex, entries.entry(node, manifests[k])
+        own = entries.tags(plan.name, node) | found.tags
         runs.append((run, own["mlflow.runName"], "UNKNOWN", "", "", "unknown", "FINISHED", found.start, found.end, "",
                      "active", f"{file.parent}/mlartifacts/{plan.name}/{run}/artifacts", experiment))  # fmt: skip
         tags += [(n, v, run) for n, v in own.items()]
-        params += [(n, v, run) for n, v in runinfo.settings(node).items()]
+        params += [(n, v, run) for n, v in entries.settings(node).items()]
         metrics += [(n, v, found.end, run, step, 0) for n, v, step in found.metrics]
     with sqlite3.connect(file) as db:
         db.executemany(f"INSERT INTO runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})", runs)

@@ -24,11 +24,11 @@ from pathlib import Path
 import yaml
 
 from benchmarks import finished
-from ctp.pins import Pins
-from ctp.plan import make
-from ctp.resources import Resources
-from ctp.spec import Runtime
-from ctp.store import Store
+from ctp.cells.runtime import Runtime
+from ctp.planning.pins import Pins
+from ctp.planning.plan import make
+from ctp.planning.resources import Resources
+from ctp.storage.store import Store
 
 PARTS = ("throughput", "plan", "again", "matrix", "start")
 SLOTS, NAP = 2, 0.1
@@ -89,7 +89,7 @@ def command(folder: Path, *args: str) -> str:
 
 def throughput(bench: Bench) -> None:
     """Cells that sleep, on two slots: what part of the time do the slots sleep?"""
-    from ctp import gridfile
+    from ctp.planning import gridfile
 
     count = bench.args.cells
     folder = bench.folder / "naps"
@@ -104,8 +104,8 @@ def throughput(bench: Bench) -> None:
     begun = time.perf_counter()
     import ray
 
-    from ctp import schedule
-    from ctp.track import Tracker
+    from ctp.scheduling import tune
+    from ctp.tracking.tracker import Tracker
 
     tracker = None if bench.args.no_mlflow else Tracker(f"sqlite:///{folder}/results/mlflow.db", plan, store)
     if tracker:
@@ -120,7 +120,7 @@ def throughput(bench: Bench) -> None:
     start = ray.init
     ray.init = lambda **how: start(num_cpus=SLOTS, **how)
     begun = time.perf_counter()
-    outcome = schedule.run(
+    outcome = tune.run(
         plan, set(plan.nodes), set(), store=store.uri, address=None, fail_fast=False, on_event=on_event,
         runtime=Runtime(device="cpu", locations=pins.locations, plugins=dict(plan.grid.plugins)), resources=Resources(),
     )  # fmt: skip
@@ -145,7 +145,7 @@ def throughput(bench: Bench) -> None:
 
 def plan(bench: Bench) -> None:
     """A grid file to a plan with all keys; and the command."""
-    from ctp import gridfile
+    from ctp.planning import gridfile
 
     def once() -> None:
         pins = Pins()

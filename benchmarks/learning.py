@@ -73,11 +73,11 @@ def forget_peak() -> int:
 
 def ours(model: Any, windows: Tensor, steps: int, precision: str, recompute: bool) -> tuple[list[float], float]:
     """Seconds of each step and the first step's loss, through `learn`, the function that cells call."""
-    from ctp.inputs import Windows
-    from ctp.methods import SoftPrompt
-    from ctp.recover import train
-    from ctp.recover.soft_prompt import learn
-    from ctp.spec import Runtime
+    from ctp.cells import SoftPrompt
+    from ctp.cells.inputs import Windows
+    from ctp.cells.runtime import Runtime
+    from ctp.learning import train
+    from ctp.learning.soft_prompt import learn
 
     text = Windows(dataset="wikitext2", split="train", seq_len=windows.shape[1], count=len(windows))
     held_out = text.model_copy(update={"split": "validation"})
@@ -164,7 +164,7 @@ def one(way: str, folder: str, precision: str, steps: int) -> dict[str, Any]:
     for p in model.parameters():  # out of the mapped file, into memory
         p.data = p.data.clone()
     windows = load_file(TOKENS)["calibration"][:BATCH, :WINDOW].long()
-    for name in ("accelerate", "peft", "ctp.methods", "ctp.recover.soft_prompt"):  # their memory is no step's
+    for name in ("accelerate", "peft", "ctp.cells", "ctp.learning.soft_prompt"):  # their memory is no step's
         importlib.import_module(name)
     before = forget_peak()
     if way == "peft":
@@ -248,10 +248,12 @@ def table(precision: str, folder: str, config: Any, rounds: int, steps: int) -> 
 
 
 def on_cpu(rounds: int, steps: int, precisions: list[str]) -> list[str]:
-    from ctp.models import load, locate, quiet
+    from ctp.models.hf import quiet
+    from ctp.models.load import load_model
+    from ctp.models.sources import locate
 
     _, revision, location = locate("smollm2-135m")
-    model, _ = load(location, revision, "float32", "cpu")
+    model, _ = load_model(location, revision, "float32", "cpu")
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads;", end=" ")
     print(", ".join(f"{n} {version(n)}" for n in ("torch", "transformers", "peft")), end="; ")
     print(f"SmolLM2-135M, {BATCH} x {WINDOW} tokens behind {K} rows; {rounds} rounds of {steps - 1} steps")
@@ -309,9 +311,9 @@ def llama_7b() -> Any:
 
 def pack_linears(model: Any) -> None:
     """Replaces the linears of the blocks by packed ones of 4 random bits, groups of 128."""
-    from ctp.compression.layer import Layer
-    from ctp.compression.pack import pack
-    from ctp.compression.packed import put_packed
+    from ctp.formats.layer import Layer
+    from ctp.formats.pack import pack
+    from ctp.formats.packed import put_packed
 
     for name, linear in [
         (n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n

@@ -8,18 +8,23 @@ import torch
 import yaml
 from torch import Tensor
 
-from ctp import corpora, gridfile, job, plan
-from ctp.compression import Layer
-from ctp.compression.artifact import Compressed
+from ctp.cells import Compression, Dense, Perplexity
+from ctp.cells.cell import Compress, Evaluate
+from ctp.cells.inputs import Windows
+from ctp.cells.runtime import Runtime, location
 from ctp.compression.quantize import fit
-from ctp.inputs import Windows
-from ctp.job import CompressJob
-from ctp.methods import Compression, Dense, Perplexity
-from ctp.pins import Pins, location
-from ctp.schedule import GraphSearch
-from ctp.spec import Compress, Evaluate, Runtime
-from ctp.store import Store
-from ctp.work import execute
+from ctp.data import texts as data_texts
+from ctp.data.documents import read_documents
+from ctp.data.texts import find
+from ctp.execution import loading
+from ctp.execution.execute import execute
+from ctp.execution.jobs import CompressJob
+from ctp.formats.artifact import Compressed
+from ctp.formats.layer import Layer
+from ctp.planning import gridfile, plan
+from ctp.planning.pins import Pins
+from ctp.scheduling.tune import GraphSearch
+from ctp.storage.store import Store
 
 MODEL, K, GROUP, BATCH = "smollm2-135m", 100, 64, 4
 TARGETS: list[Any] = ["dense", *({"method": "rounded", "bits": b} for b in (4, 3, 2))]
@@ -76,7 +81,7 @@ class Bench:
     """The grid of the matrix, its store with targets and prompts, and where everything lies."""
 
     def __init__(self, folder: Path, data: str | None, seq_len: int, windows: int) -> None:
-        texts = LOCAL if corpora.local_root(data) else PACKAGED
+        texts = LOCAL if data_texts.local_root(data) else PACKAGED
         text = {"seq_len": seq_len, "count": windows}
         grid = {
             "models": MODEL,
@@ -100,12 +105,12 @@ class Bench:
                 execute(cell, self.store, self.runtime, lambda numbers: None)
             elif isinstance(cell.measure, Perplexity):
                 self.documents(cell.measure.text)
-        job.forget()
+        loading.forget()
 
     def documents(self, text: Windows) -> list[str]:
         """The documents of a text, read from where they lie."""
-        corpus = corpora.find(text.dataset)
-        return corpora.documents(location(self.runtime.locations, text), corpus, text.split, text.documents)
+        corpus = find(text.dataset)
+        return read_documents(location(self.runtime.locations, text), corpus, text.split, text.documents)
 
     def tasks(self) -> Iterator[list[Evaluate]]:
         """The cells with a prompt, one target after the other, as a grid with one worker hands them out."""

@@ -3,10 +3,10 @@
 import time
 from typing import TYPE_CHECKING, Literal
 
-from ctp.methods import Compression
+from ctp.cells import Compression
 
 if TYPE_CHECKING:
-    from ctp.job import CompressJob
+    from ctp.execution.jobs import CompressJob
 
 
 class Nap(Compression):

@@ -22,7 +22,8 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
-from ctp.compression import Layer, pack, stats, unpack
+from ctp.formats.layer import Layer
+from ctp.formats.pack import pack, stats, unpack
 
 SHAPE, GROUP = (11008, 4096), 128
 HELPERS = "compressed_tensors.compressors.pack_quantized.helpers"

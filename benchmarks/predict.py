@@ -24,17 +24,19 @@ from functools import lru_cache
 
 from benchmarks.celltimes import Kind, Pace, assumed, kind, matmul_speed, measured
 from benchmarks.simulate import Machines, Run, longest_path, simulate
-from ctp import cost, gridfile
-from ctp.cost import BYTES
-from ctp.gridtext import GridError
-from ctp.labels import slug
-from ctp.methods import Dense
-from ctp.pins import Pins
-from ctp.plan import Node, Plan, make
-from ctp.progress import duration
-from ctp.resources import GIB, Resources, bundles
-from ctp.spec import Compress, Evaluate, Learn, key
-from ctp.store import Store, StoreError
+from ctp.cells import Dense
+from ctp.cells.cell import Compress, Evaluate, Learn, key
+from ctp.cells.labels import slug
+from ctp.common.terminal import duration
+from ctp.planning import cost, gridfile
+from ctp.planning.cost import BYTES
+from ctp.planning.graph import Node, Plan
+from ctp.planning.gridtext import GridError
+from ctp.planning.pins import Pins
+from ctp.planning.plan import make
+from ctp.planning.resources import GIB, Resources, bundles
+from ctp.storage.remote import StoreError
+from ctp.storage.store import Store
 
 CLOSE = 1.1  # within 10 % of a bound, that bound is what limits
 FORMATS = ("float32", "bfloat16")

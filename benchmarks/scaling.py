@@ -3,7 +3,7 @@
     python -m benchmarks.scaling [--nodes 1 2 4 8] [--slots N] [--compressions N] [--seconds COMPRESS LEARN MEASURE]
 
 The nodes are Ray's own (`ray.cluster_utils.Cluster`: a head that runs no trials, and n nodes of `slots` cores), all on
-this machine; the grid runs through `ctp.schedule.run(address=...)` with a store in a local folder. A cell sleeps and
+this machine; the grid runs through `ctp.scheduling.tune.run` with a store in a local folder. A cell sleeps and
 publishes a small artifact. `seconds` begins when every slot has a process that waits for its first cell, and ends
 with the last cell. Not in it: starting the nodes (`nodes up`), and from the call of `run` until that moment (`workers
 up`: Ray's processes, each of which imports ctp and Ray), since all of them start on this machine's cores and not on
@@ -25,11 +25,11 @@ import ray
 from ray.cluster_utils import Cluster
 
 from benchmarks.sleeping import WORKER, seconds, transfer_grid
-from ctp import schedule
-from ctp.plan import Plan
-from ctp.resources import Resources
-from ctp.spec import Runtime
-from ctp.store import Store
+from ctp.cells.runtime import Runtime
+from ctp.planning.graph import Plan
+from ctp.planning.resources import Resources
+from ctp.scheduling import tune
+from ctp.storage.store import Store
 
 OBJECTS = 80 * 2**20  # bytes of each node's object store: nothing goes through it
 HEAD = ("nodes", "slots", "cells", "nodes up", "workers up", "seconds", "ideal", "bound", "speed-up", "efficiency",
@@ -90,7 +90,7 @@ def _timed(plan: Plan, store: Store, address: str) -> tuple[float, float]:
         if event["event"] == "done":
             done.append(time.monotonic())
 
-    outcome = schedule.run(plan, set(plan.nodes), set(), store=store.uri, runtime=Runtime(device="cpu", plugins=WORKER),
+    outcome = tune.run(plan, set(plan.nodes), set(), store=store.uri, runtime=Runtime(device="cpu", plugins=WORKER),
                            resources=Resources(1), address=address, fail_fast=True, on_event=on_event,
                            insecure=True)  # fmt: skip
     if outcome.done != set(plan.nodes):

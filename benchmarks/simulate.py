@@ -1,4 +1,4 @@
-"""A grid's run on GPUs, simulated: the real `ctp.schedule.GraphSearch` hands out the tasks, only the clock is made up.
+"""A grid's run on GPUs, simulated: the real `GraphSearch` of ctp hands out the tasks, only the clock is made up.
 
 Stated assumptions, in place of Ray and CUDA:
 
@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 
 from ray.tune.search import Searcher
 
-from ctp import cost
-from ctp.graph import expected
-from ctp.plan import Plan
-from ctp.schedule import GraphSearch
+from ctp.planning import cost
+from ctp.planning.graph import Plan
+from ctp.scheduling.tune import GraphSearch
+from ctp.scheduling.walk import expected
 
 Bundle = Mapping[str, float]
 Segments = Sequence[tuple[float, float]]
@@ -94,7 +94,7 @@ def simulate(plan: Plan, bundles: Mapping[str, Bundle], machines: Machines, slot
 
 
 class _Hand:
-    """Tasks that the search has given and no machine has: one more than `slots`, as `ctp.schedule.run` sets Tune."""
+    """Tasks that the search has given and no machine has: one more than `slots`, as `tune.run` sets Tune."""
 
     def __init__(self, search: GraphSearch, slots: int) -> None:
         self.search, self.slots = search, slots

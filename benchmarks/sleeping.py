@@ -1,7 +1,7 @@
 """Cells that sleep a stated time and compute nothing: what is left of a run's time is the scheduler's own.
 
-A worker that runs `WORKER` as a plugin takes `execute` of this module for `ctp.work.execute`: the artifact is published
-by the real store, and torch is never imported. Without it nothing here replaces anything.
+A worker that runs `WORKER` as a plugin takes `execute` of this module for ctp's: the artifact is published by
+the real store, and torch is never imported. Without it nothing here replaces anything.
 """
 
 import os
@@ -12,16 +12,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ctp.gridfile import Grid
-from ctp.inputs import Finite, Model
-from ctp.methods import Compression, Measure, Recovery
-from ctp.models import Facts
-from ctp.plan import Node, Plan
-from ctp.spec import Cell, Compress, Evaluate, Learn, Runtime, key
-from ctp.store import Store
+from ctp.cells import Compression, Measure, Recovery
+from ctp.cells.cell import Cell, Compress, Evaluate, Learn, key
+from ctp.cells.inputs import Finite, Model
+from ctp.cells.runtime import Runtime
+from ctp.models.sources import Facts
+from ctp.planning.graph import Node, Plan
+from ctp.planning.gridfile import Grid
+from ctp.storage.store import Store
 
 Seconds = Annotated[float, Finite, Field(ge=0)]
-WORKER = {"sleeping": "import sys\nimport benchmarks.sleeping\nsys.modules['ctp.work'] = benchmarks.sleeping\n"}
+WORKER = {
+    "sleeping": "import sys\nimport benchmarks.sleeping\nsys.modules['ctp.execution.execute'] = benchmarks.sleeping\n"
+}
 PATIENCE = 120.0  # seconds that a gate waits for the others
 FACTS = Facts(dtype="float32", context=None, parameters=1, layers=1, linear_parameters=1, in_features=(1,), vocab=1,
               width=1, refused={})  # fmt: skip
@@ -62,7 +65,7 @@ def seconds(cell: Cell) -> float:
 
 
 def execute(cell: Cell, store: Store, runtime: Runtime, report: Callable[[dict[str, Any]], None]) -> None:
-    """Sleep and publish, as `ctp.work.execute` computes and publishes. Raises TimeoutError where a gate stays shut."""
+    """Sleep and publish, as ctp's own computes and publishes. Raises TimeoutError where a gate stays shut."""
     with store.publish(cell) as draft:
         if isinstance(cell, Compress) and isinstance(cell.compression, SleepingCompression) and cell.compression.gate:
             _wait(Path(cell.compression.gate), key(cell), cell.compression.number)

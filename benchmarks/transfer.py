@@ -37,15 +37,15 @@ from torch import Tensor
 
 import ctp
 from benchmarks.matrix import BATCH, MODEL, Bench, K
-from ctp import job
-from ctp.evaluate import perplexity as measuring
-from ctp.evaluate.perplexity import perplexity
+from ctp.cells import Perplexity
+from ctp.cells.cell import Evaluate
+from ctp.evaluation import perplexity as measuring
+from ctp.evaluation.perplexity import perplexity
+from ctp.execution import jobs, loading
+from ctp.execution.execute import execute
 from ctp.machine.record import machine
-from ctp.methods import Perplexity
-from ctp.recover.prefix import prefix
-from ctp.recover.state import load_prompt
-from ctp.spec import Evaluate
-from ctp.work import execute
+from ctp.prompts.files import load_prompt
+from ctp.prompts.prefix import prefix
 
 LARGEST_RATIO, LARGEST_DIFFERENCE = 0.35, 1e-4
 STEPS = ("load", "tokenise", "prefix", "windows")
@@ -100,9 +100,9 @@ def name_of(cell: Evaluate) -> tuple[str, str, str]:
 def watched(side: Side) -> Iterator[None]:
     """Take the time of ctp's steps while its cells run as they always do."""
     places: list[tuple[Any, str, str]] = [
-        (job, "open_model", "load"),
-        (job, "token_windows", "tokenise"),
-        (job, "_prefix", "prefix"),
+        (jobs, "open_model", "load"),
+        (jobs, "token_windows", "tokenise"),
+        (jobs, "_prefix", "prefix"),
         (measuring, "perplexity", "windows"),
     ]
     before = [getattr(place, name) for place, name, _ in places]
@@ -214,7 +214,7 @@ def run(bench: Bench, lengths: list[int]) -> int:
             (plain, ours)[turn](bench, cells, sides[turn])
         print(f"{cells[0].target.compression.label}: " + ", ".join(f"{s.targets[-1]:.1f} s" for s in sides), flush=True)
         last = cells[0]
-    job.forget()
+    loading.forget()
     first, second = sides
     print()
     table(first, second)

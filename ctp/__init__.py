@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ctp.api import compress, learn_prompt, load
     from ctp.formats.export import export
-    from ctp.recover.prompted import attach_prompt
+    from ctp.prompts.attached import attach_prompt
 
 __all__ = ["attach_prompt", "compress", "export", "learn_prompt", "load"]
 
-_WHERE = {"attach_prompt": "ctp.recover.prompted", "export": "ctp.formats.export"}
+_WHERE = {"attach_prompt": "ctp.prompts.attached", "export": "ctp.formats.export"}
 
 
 def __getattr__(name: str) -> Any:

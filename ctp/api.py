@@ -13,25 +13,28 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctp import corpora, models
-from ctp.artifacts import KEY, load_key
-from ctp.compression import compress_model
-from ctp.compression.artifact import PACKED, Compressed
-from ctp.compression.plain import not_plain
-from ctp.compression.routing import Routing
+from ctp.cells import AnyCompression, AnyRecovery, SoftPrompt, Solver
+from ctp.cells.inputs import Windows
+from ctp.cells.runtime import Runtime
+from ctp.compression.walk import compress_model
+from ctp.data.textfiles import encodable
+from ctp.data.windows import cut_windows
+from ctp.execution.open import load_key
+from ctp.formats.artifact import PACKED, Compressed, Routing
 from ctp.formats.checkpoint import fetch, open_checkpoint, quantization
-from ctp.gridfile import explain
-from ctp.inputs import Windows
+from ctp.learning.soft_prompt import learn
 from ctp.machine.arithmetic import AUTOCAST, as_stored, dtype_name, notice, widen
 from ctp.machine.device import pick
-from ctp.methods import AnyCompression, AnyRecovery, SoftPrompt, Solver
-from ctp.recover.adapter import attach_adapter
-from ctp.recover.attach import check_fit, context_of
-from ctp.recover.prompted import HANDLE, attach_prompt
-from ctp.recover.soft_prompt import learn
-from ctp.recover.state import LearnedPrompt
-from ctp.spec import Runtime
-from ctp.textfiles import encodable
+from ctp.models import sources
+from ctp.models.config import config_facts
+from ctp.models.load import load_model
+from ctp.models.plain import not_plain
+from ctp.planning.gridfile import explain
+from ctp.prompts.adapter import attach_adapter
+from ctp.prompts.attach import check_fit, context_of
+from ctp.prompts.attached import HANDLE, attach_prompt
+from ctp.prompts.files import LearnedPrompt
+from ctp.storage.garbage import KEY
 
 Texts = Iterable[str] | Tensor
 Progress = Callable[[dict[str, Any]], None]
@@ -64,7 +67,7 @@ def compress(
     solver = _parsed(AnyCompression, spec, "spec")
     if not isinstance(solver, Solver):
         raise ValueError(f"spec = {solver.label}: calibrated methods only: gptq, sparsegpt")
-    if why := not_plain(model) or models.config_facts(model.config).refused.get("compress"):
+    if why := not_plain(model) or config_facts(model.config).refused.get("compress"):
         raise ValueError(why)
     windows = _windows(model, tokenizer, texts, seq_len, count)
     with as_stored(model):
@@ -91,7 +94,7 @@ def learn_prompt(
 
     texts: documents, cut into windows of `seq_len` tokens (default: 1,024, or what the context leaves beside k), or
     token ids (windows, tokens). validation: likewise, to choose the best step by; without it the last tenth of the
-    windows is kept apart for that (at most 32). settings: fields of ctp.methods.SoftPrompt: steps, lr, batch,
+    windows is kept apart for that (at most 32). settings: fields of `ctp.cells.SoftPrompt`: steps, lr, batch,
     schedule, precision, ... progress is told step, loss and rate about once a second.
 
     Where memory runs out, fewer windows go through the model at once; the batch stays what it is, up to rounding.
@@ -160,12 +163,12 @@ def load(
     elif KEY.fullmatch(str(what)):
         model, tokenizer = load_key(str(what), store, device)
     else:
-        _, revision, location = models.locate(str(what))
+        _, revision, location = sources.locate(str(what))
         there = fetch(location, revision) if location.startswith("hub:") else None
         if there is not None and (any(there.glob("*.safetensors")) or not (there / "config.json").is_file()):
             model, tokenizer = _load_folder(there, device)
         else:
-            model, tokenizer = models.load(location, revision, "auto", device)
+            model, tokenizer = load_model(location, revision, "auto", device)
     _announce(widen(model))
     if isinstance(prompt, str | Path):
         model = attach_adapter(model, Path(prompt))
@@ -190,7 +193,7 @@ def _load_folder(folder: Path, device: str) -> tuple[Any, Any]:
         opened = open_checkpoint(folder)
         model, tokenizer = opened.model(device), opened.tokenizer
     else:
-        model, tokenizer = models.load(models.locate(str(folder))[2], "", "auto", device)
+        model, tokenizer = load_model(sources.locate(str(folder))[2], "", "auto", device)
     return (attach_adapter(model, folder) if adapter.is_file() else model), tokenizer
 
 
@@ -224,7 +227,7 @@ def _windows(model: Any, tokenizer: Any, texts: Texts, seq_len: int | None, coun
             raise ValueError(f"texts[{half[0]}] has half a character, a lone surrogate: a tokenizer cannot read it")
         length = min(2048, context_of(model) or 2048) if seq_len is None else seq_len
         spec = _parsed(Windows, {"dataset": "given", "split": "train", "seq_len": length, "join": "\n\n"}, "texts")
-        windows = corpora.windows(spec, documents, tokenizer)[:count]
+        windows = cut_windows(spec, documents, tokenizer)[:count]
     check_fit(model, windows, k)
     return windows
 

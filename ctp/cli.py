@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from ctp.ending import unread
+from ctp.common.terminal import unread
 
 USAGE, LOST, INTERRUPTED, TERMINATED = 2, 4, 130, 143
 
@@ -33,16 +33,16 @@ class Command:
 COMMANDS: dict[str, dict[str, Command]] = {
     "run": {
         "grid": Command("ctp.grid", "ctp.grid", "plan a grid and run what is missing of it"),
-        "store": Command("ctp.artifacts", "ctp.store", "what lies in a store, and how to get it out"),
-        "track": Command("ctp.resync", "ctp.track", "write into MLflow what it lacks of the store"),
-        "corpora": Command("ctp.prepare", "ctp.corpora", "local copies of texts and tasks, for machines off the net"),
+        "store": Command("ctp.store", "ctp.store", "what lies in a store, and how to get it out"),
+        "track": Command("ctp.track", "ctp.track", "write into MLflow what it lacks of the store"),
+        "corpora": Command("ctp.corpora", "ctp.corpora", "local copies of texts and tasks, for machines off the net"),
     },
     "read what has run, from MLflow": {
         "matrix": Command("analysis.transfer_matrix", "analysis.transfer_matrix", "perplexities, source x target"),
         "tables": Command("analysis.tables", "analysis.tables", "the paper's tables, ours beside theirs"),
         "figures": Command("analysis.figures", "analysis.figures", "the paper's figures, PNG and PDF"),
         "compare": Command("analysis.compare", "analysis.compare", "a verdict on every number of the paper"),
-        "report": Command("analysis.report", "analysis.report", "all of it as one HTML file"),
+        "report": Command("analysis.report.page", "analysis.report", "all of it as one HTML file"),
     },
     "set up": {
         "completion": Command("ctp.completion", "ctp.completion", "what a shell needs to complete these by Tab"),

@@ -9,8 +9,8 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from ctp.ending import unread
-from ctp.gridtext import grid_folders
+from ctp.common.terminal import unread
+from ctp.planning.gridtext import grid_folders
 
 SHELLS = ("bash", "zsh", "fish")
 FILES = ("FILE", "DIR")  # metavars

@@ -6,41 +6,36 @@ being learned is saved, and after 4, 130 and 143 the same command goes on from t
 """
 
 import argparse
-import contextlib
 import json
-import math
 import os
-import shlex
 import signal
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import NoReturn
 
-from ctp import cost, dag, drain, explain, gridfile, heartbeat, preview, status, summary
-from ctp.arguments import number, positive, uri
-from ctp.board import Board
-from ctp.ending import unread
-from ctp.gridtext import GridError
-from ctp.mend import complete, past_damage
-from ctp.names import one_line
-from ctp.pins import Pins
-from ctp.plan import BUILD, TRANSFER, Plan, again, keep, make, states, where
-from ctp.progress import telling
-from ctp.redact import scrub
-from ctp.resources import Resources, cores, gpu_memory, has_gpu
-from ctp.runinfo import TrackError, tracking_uri
-from ctp.spec import Runtime
-from ctp.store import Store, StoreError, default_store
+from ctp.cells.runtime import Runtime
+from ctp.common.messages import one_line
+from ctp.common.redact import scrub
+from ctp.common.terminal import unread
+from ctp.console import dag, explain, preview, status, summary
+from ctp.console.arguments import number, positive, uri
+from ctp.machine import signals
+from ctp.planning import cost, gridfile
+from ctp.planning.graph import BUILD, TRANSFER, Plan
+from ctp.planning.gridtext import GridError
+from ctp.planning.pins import Pins
+from ctp.planning.plan import make
+from ctp.planning.resources import cores, gpu_memory, has_gpu
+from ctp.planning.select import keep, where
+from ctp.planning.states import again, states
+from ctp.scheduling.repair import past_damage
+from ctp.scheduling.run import INTERRUPTED, LOST, OK, TERMINATED, UNREACHABLE, USAGE, _fail, _stopped, run
+from ctp.storage.remote import StoreError
+from ctp.storage.store import Store, default_store
+from ctp.tracking.entries import TrackError, tracking_uri
 
-if TYPE_CHECKING:
-    from ctp.track import Tracker
-
-OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 TFLOPS = 100  # that a GPU is assumed to sustain
-LOST = drain.LOST
-GOES_ON = "running the same command again goes on from here"
 
 
 @unread
@@ -48,18 +43,18 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parser().parse_args(argv)
     try:
-        with drain.terminable():
+        with signals.terminable():
             return command(args)
     except GridError as e:
         return _fail(USAGE, *e.problems)
     except (StoreError, TrackError) as e:
         return _fail(UNREACHABLE, str(e))
-    except drain.RayLost as e:
-        if drain.stopping:  # a signal to a whole group of processes ends Ray's as well
-            return _stopped(TERMINATED if drain.stopping[0] == signal.SIGTERM else INTERRUPTED)
+    except signals.RayLost as e:
+        if signals.stopping:  # a signal to a whole group of processes ends Ray's as well
+            return _stopped(TERMINATED if signals.stopping[0] == signal.SIGTERM else INTERRUPTED)
         return _fail(LOST, str(e))
     except KeyboardInterrupt as e:
-        return _stopped(TERMINATED if isinstance(e, drain.Terminated) else INTERRUPTED)
+        return _stopped(TERMINATED if isinstance(e, signals.Terminated) else INTERRUPTED)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -152,7 +147,7 @@ def command(args: argparse.Namespace) -> int:
     if args.plan:
         return foresee(plan, state, todo, store, pins.unpinned, args)
     preview.describe(plan, state, todo)
-    from ctp.track import Tracker  # MLflow takes a second to import: a plan needs none
+    from ctp.tracking.tracker import Tracker  # MLflow takes a second to import: a plan needs none
 
     tracker = Tracker(tracking_uri(store.uri), whole, store)
     past_damage(store, lambda: tracker.sync(whole=not (args.where or args.stage), trust=True))
@@ -204,59 +199,6 @@ def _on_cpu(args: argparse.Namespace) -> bool:
     return bool(args.device == "cpu" or not (spoken or args.device == "cuda" or has_gpu()))
 
 
-def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker: "Tracker", runtime: Runtime,
-        args: argparse.Namespace) -> int:  # fmt: skip
-    """Run the missing cells, follow them, sum up."""
-    from ctp import cluster, schedule  # Ray takes seconds to import: only where there is something to run
-
-    tracker.begin(shlex.join(["python", "-m", "ctp.grid", *sys.argv[1:]]), len(todo))
-    board = Board(plan, len(todo))
-    about: dict[str, Any] = {"mlflow": tracker.uri, "command": shlex.join(sys.argv[1:])}
-    begun, looked = time.monotonic(), -math.inf
-
-    def on_event(event: dict[str, Any]) -> None:
-        nonlocal looked
-        if time.monotonic() - looked >= heartbeat.SECONDS:
-            looked = time.monotonic()
-            with contextlib.suppress(Exception):  # it is for people to look at: no reason to stop
-                about.update(cluster.overview())
-        if event["event"] == "notice":  # about the machine, and not about how far a cell is
-            teller.announce(event["text"])
-            return
-        teller.tell(event)
-        tracker.tell(event)
-
-    done = {k for k, why in state.items() if why == "done"}
-    try:
-        with (telling(board, about) as teller, heartbeat.beating(store, board, about),
-              cluster.join(args.address, args.insecure_ray, lambda: tracker.close("KILLED"))):  # fmt: skip
-            outcome = complete(plan, todo, done, store, lambda todo, done: schedule.run(
-                plan, todo, done, store=store.uri, runtime=runtime, address=args.address, fail_fast=args.fail_fast,
-                resources=Resources(args.cpus, gpu_memory(args.gpu_memory)), on_event=on_event,
-                insecure=args.insecure_ray,
-            ), board.expect)  # fmt: skip
-    except BaseException as e:
-        with contextlib.suppress(StoreError, TrackError):
-            tracker.close("FAILED" if isinstance(e, schedule.ResourceError) else "KILLED")
-        if isinstance(e, schedule.ResourceError):
-            return _fail(USAGE, str(e))
-        raise
-    interrupted = bool(outcome.unfinished) and bool(outcome.stopped_by or not (args.fail_fast and outcome.failed))
-    summary.summarise(plan, outcome, time.monotonic() - begun, store)
-    print(f"Store: {scrub(store.uri)}  MLflow: {scrub(tracker.uri)}", flush=True)
-    how = "KILLED" if interrupted else "FAILED" if outcome.failed or outcome.skipped else "FINISHED"
-    lost = len(store.damaged)
-    past_damage(store, lambda: tracker.close(how))
-    summary.tell_tracking(tracker)
-    for line in store.damaged[lost:]:
-        print(line, flush=True)
-    if tracker.trouble:
-        print(f"MLflow was away for a while ({tracker.trouble}); what it missed has been written now.")
-    if interrupted:
-        return _stopped(TERMINATED if outcome.stopped_by == signal.SIGTERM else INTERRUPTED)
-    return FAILED if outcome.failed or outcome.skipped or outcome.unfinished or store.damaged[lost:] else OK
-
-
 def _check_usage(args: argparse.Namespace, looks: bool) -> None:
     """Raises GridError where one option asks for what another forbids."""
     if sum((args.plan, args.status, args.explain is not None)) > 1:
@@ -267,17 +209,6 @@ def _check_usage(args: argparse.Namespace, looks: bool) -> None:
         raise GridError(["--dag is for --plan, without --json"])
     if args.watch and not args.status:
         raise GridError(["--watch is for --status"])
-
-
-def _fail(code: int, *lines: str) -> int:
-    for line in lines:
-        print(f"error: {one_line(scrub(line))}", file=sys.stderr)
-    return code
-
-
-def _stopped(code: int) -> int:
-    print(f"{'interrupted' if code == INTERRUPTED else 'terminated'}; {GOES_ON}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

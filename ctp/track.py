@@ -1,163 +1,52 @@
-"""MLflow, written from the store: one experiment per grid, one run per cell, found again by its key.
+"""`python -m ctp.track sync NAME`: MLflow rebuilt from the store."""
 
-Only the driver writes, from one thread that replays finished artifacts and reported progress: a slow or dead server
-never stalls the grid. What it missed is written when it answers again, at the end, or by `python -m ctp.track sync
-NAME`, which writes from the store whatever MLflow lacks.
-"""
-
-import queue
+import argparse
 import sys
-import threading
-import time
-from collections import deque
-from functools import partial
-from itertools import takewhile
-from typing import TypeVar
 
-from mlflow.entities import Metric
-
-from ctp.alive import BEAT, BEAT_SECONDS, signs
-from ctp.cellruns import BATCH, Event
-from ctp.invocation import MANIFESTS, Invocation, document
-from ctp.plan import Plan
-from ctp.redact import scrub
-from ctp.runinfo import PARENT, TrackError
-from ctp.runs import first_line
-from ctp.spec import Learn
-from ctp.store import Store
-from ctp.writer import Writer
-
-PATIENCE = 5.0, 300.0  # seconds until a server that did not answer is tried again: at first, and at most
-T = TypeVar("T")
-BACKLOG = 10_000  # events that wait for a server; of more, progress is dropped
+from ctp.common.redact import scrub
+from ctp.common.terminal import unread
+from ctp.console.summary import tell_tracking
+from ctp.planning import gridfile
+from ctp.planning.gridtext import GridError
+from ctp.planning.pins import Pins
+from ctp.planning.plan import make
+from ctp.scheduling.repair import past_damage
+from ctp.storage.remote import StoreError
+from ctp.storage.store import Store, default_store
+from ctp.tracking.entries import TrackError, tracking_uri
+from ctp.tracking.tracker import Tracker
 
 
-class Tracker(Writer):
-    """The writer of one grid's experiment. Raises TrackError from the constructor, `begin`, `sync` and `close` only.
-
-    plan: the whole grid, also where a run is of a part of it.
-    """
-
-    def __init__(self, uri: str, plan: Plan, store: Store) -> None:
-        super().__init__(uri, plan, store)
-        self.trouble = ""  # the first thing that went wrong while the grid ran
-        self._events: queue.Queue[Event | None] = queue.Queue()
-        self._backlog: deque[Event] = deque()  # not written yet, in order
-        self._thread: threading.Thread | None = None
-        self._wait, self._resume, self._beat_at = 0.0, 0.0, 0.0  # seconds; the last two as time.monotonic() has them
-
-    # ----------------------------------------------------------------- the driver's side
-
-    def begin(self, command: str, cells: int | None = None) -> None:
-        """Open the parent run of this invocation and start writing. cells: how many it is to run."""
-        self.invocation = Invocation(self.plan.name, command, cells)
-        try:
-            self._open(self.invocation)
-        except Exception as e:
-            raise TrackError(f"MLflow at {self.uri}: {type(e).__name__}: {first_line(e)}") from e
-        self._beat_at = time.monotonic() + BEAT_SECONDS
-        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
-        self._thread.start()
-
-    def tell(self, event: Event) -> None:
-        """Hand over an event; returns at once."""
-        if self.invocation is not None:
-            self.invocation.tell(event)
-        if event["event"] != "skipped":  # such a cell has no run
-            self._events.put({"at": time.time(), **event})
-
-    def close(self, status: str) -> None:
-        """Write what is left, then end the parent run, and cells that were cut off, as FINISHED, FAILED or KILLED."""
-        if self._thread is not None:
-            self._events.put(None)
-            self._thread.join()
-        try:
-            self._twice(self._renewed)
-            self.sync(self._whole)
-            self._twice(self._rest)
-        finally:
-            self._twice(lambda: self._end(status))
-
-    def _rest(self) -> None:
-        """What the thread could not write, but for what the store has told since."""
-        for event in self._backlog:
-            known = self.runs.known().get(event["key"])
-            failed = event["event"] == "failed" and (known is None or known.status != "FINISHED")
-            if failed or event["event"] == "progress":
-                self._each(event["key"], partial(self._handle, event), ends=failed)
-
-    def _end(self, status: str) -> None:
-        for k in self.runs.live & set(self.runs.known()):
-            if self.runs.known()[k].tags.get(PARENT) == self.parent:  # or another driver is at it by now
-                self.runs.cut_off(k)
-        if self.parent is not None and self.invocation is not None:
-            text, count = document(self.runs.manifests)
-            if count:
-                self.client.log_text(self.parent, text, MANIFESTS)
-            if count < len(self.runs.manifests):
-                self.client.set_tag(self.parent, "ctp.manifests", f"{count} of {len(self.runs.manifests)}")
-            now = int(1000 * time.time())
-            self.client.log_batch(self.parent, [Metric(n, v, now, 0) for n, v in self.invocation.metrics().items()])
-            self.client.set_terminated(self.parent, status)
-
-    # ----------------------------------------------------------------- the thread's side
-
-    def _work(self) -> None:
-        """Write events as they come. While the server is away they wait, and it is tried again ever more seldom;
-        what still waits at the end is left to `close`."""
-        while True:
-            due = self._resume if self._wait else self._beat_at
-            try:
-                event = self._events.get(timeout=max(0.0, due - time.monotonic()))
-            except queue.Empty:
-                event = {}
-            if event is None:
-                return
-            if event and (len(self._backlog) < BACKLOG or event["event"] != "progress"):
-                self._backlog.append(event)
-            if time.monotonic() >= self._resume:
-                self._write_backlog()
-
-    def _write_backlog(self) -> None:
-        """Write what waits, in order, until the server does not take one."""
-        try:
-            if self._wait or time.monotonic() >= self._beat_at:
-                self._renewed()
-                self._beat()
-            while self._backlog:
-                batch = list(takewhile(lambda e: e["event"] == "progress", self._backlog))[: BATCH // 2]
-                event = self._backlog[0]
-                write = partial(self.runs.progress, batch) if batch else partial(self._handle, event)
-                self._each(event["key"], write, ends=False)  # the store tells it again at the end
-                for _ in range(max(1, len(batch))):
-                    self._backlog.popleft()
-            self._wait = 0.0
-        except Exception as e:
-            self.trouble = self.trouble or scrub(f"{type(e).__name__}: {first_line(e)}")
-            self.runs.forget()  # a run may have been made whose id was not heard, or deleted as another's double
-            self._wait = min(max(2 * self._wait, PATIENCE[0]), PATIENCE[1])
-            self._resume = time.monotonic() + self._wait
-
-    def _beat(self) -> None:
-        """Say that this invocation lives."""
-        if self.parent is not None:
-            self.client.set_tag(self.parent, BEAT, signs()[BEAT])
-        self._beat_at = time.monotonic() + BEAT_SECONDS
-
-    def _handle(self, event: Event) -> None:
-        node = self.plan.nodes[event["key"]]
-        kind = event["event"]
-        if kind == "done":
-            self._finish(node.key)
-        elif kind == "failed":
-            self.runs.fail(node, event["error"], event.get("traceback", ""))
-        elif kind == "start" and isinstance(node.cell, Learn):
-            self.runs.start(node)
-        elif kind == "progress":
-            self.runs.progress([event])
+@unread
+def main(argv: list[str] | None = None) -> int:
+    """Check every run and write from the store what MLflow lacks; returns the exit code."""
+    p = argparse.ArgumentParser(prog="python -m ctp.track", description="Rebuild MLflow from the store.")
+    p.add_argument("action", choices=("sync",))
+    p.add_argument("grid", metavar="NAME", help="grid/NAME.yaml, or the path of a grid file")
+    p.add_argument("--store", default=default_store(), metavar="URI", help="default %(default)s")
+    p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="settings", help="as in ctp.grid")
+    p.add_argument("--data", metavar="DIR", help="as in ctp.grid")
+    args = p.parse_args(argv)
+    try:
+        pins = Pins(args.data)
+        plan = make(gridfile.load(args.grid, args.settings, pins), pins)
+        store = Store(args.store)
+        tracker = Tracker(tracking_uri(store.uri), plan, store)
+        written = past_damage(store, lambda: tracker.sync(whole=True))
+        if not tracker.knows_grid():
+            tracker.begin(f"python -m ctp.track sync {args.grid}")
+            tracker.close("FINISHED")
+    except (GridError, StoreError, TrackError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2 if isinstance(e, GridError) else 3
+    for line in store.damaged:
+        print(line, file=sys.stderr)
+    tell_tracking(tracker)
+    ended = f", {tracker.ended} that dead invocations had left ended" if tracker.ended else ""
+    there = len(store.done(plan.cells()))
+    print(f"{plan.name}: {written} runs written{ended}, {there} there. MLflow: {scrub(tracker.uri)}")
+    return 0
 
 
 if __name__ == "__main__":
-    from ctp.resync import main
-
     sys.exit(main())

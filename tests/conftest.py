@@ -18,7 +18,7 @@ def nothing_old_is_garbage():
 def own_places(tmp_path_factory, monkeypatch):
     """Caches and results of the tests are their own; settings of the person who runs them do not reach in."""
     monkeypatch.setenv("CTP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setattr("ctp.hub._silent_until", 0.0)  # one test's dead network is not the next one's
+    monkeypatch.setattr("ctp.common.hub._silent_until", 0.0)  # one test's dead network is not the next one's
     for name in ("CTP_STORE", "CTP_DATA_DIR", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
 
@@ -46,7 +46,7 @@ def copied(finished, tmp_path):
     """The finished grid's plan, with a copy of its store."""
     from test_work import Bench
 
-    from ctp.store import Store
+    from ctp.storage.store import Store
 
     shutil.copytree(finished.store.root, tmp_path / "store")
     bench = Bench.__new__(Bench)
@@ -57,7 +57,7 @@ def copied(finished, tmp_path):
 @pytest.fixture(scope="session")
 def database(tmp_path_factory):
     """A database without a run: making its tables takes a second or two."""
-    from ctp.runs import _make_database
+    from ctp.tracking.runs import _make_database
 
     file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     _make_database(file)

@@ -5,16 +5,17 @@ from types import SimpleNamespace
 
 import torch
 
-from ctp import models
-from ctp.spec import Runtime
+from ctp.cells.runtime import Runtime
+from ctp.models import sources
+from ctp.models.load import load_model
 
 ARCHITECTURES = ("tiny-opt-1", "tiny-llama", "tiny-bloom")
 
 
 def loaded(name):
     """(model, tokenizer) of a tiny model by name."""
-    _, revision, location = models.locate(name)
-    return models.load(location, revision)
+    _, revision, location = sources.locate(name)
+    return load_model(location, revision)
 
 
 def rows_for(model, k, seed=1, scale=1.0):

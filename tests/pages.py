@@ -18,10 +18,11 @@ from pathlib import Path
 
 import mlflow
 
-from ctp import cli, work
-from ctp.graph import Outcome
-from ctp.labels import slug
-from ctp.store import Store
+from ctp import cli
+from ctp.cells.labels import slug
+from ctp.execution import execute
+from ctp.planning.states import Outcome
+from ctp.storage.store import Store
 
 FENCE = re.compile(r"^```(\w*)[ ]?([^\n]*)\n(.*?)^```$", re.S | re.M)
 NUMBER = re.compile(r"\b[0-9a-f]{12}\b|[-+]?\d[\d,.]*(e[-+]?\d+)?")  # keys too: texts differ by Python
@@ -109,7 +110,7 @@ def shell(line: str) -> str:
 
 
 def one_after_the_other(plan, todo, done, *, store, runtime, on_event, **_) -> Outcome:
-    """ctp.schedule.run without Ray: the same cells, in this process."""
+    """ctp.scheduling.tune.run without Ray: the same cells, in this process."""
     out, place = Outcome(), Store(store)
     for k in (k for k in plan.nodes if k in todo):
         node = plan.nodes[k]
@@ -120,7 +121,7 @@ def one_after_the_other(plan, todo, done, *, store, runtime, on_event, **_) -> O
             continue
         on_event({"event": "start", "key": k})
         try:
-            work.execute(node.cell, place, runtime, lambda numbers: None)
+            execute.execute(node.cell, place, runtime, lambda numbers: None)
         except ValueError as e:
             out.failed[k] = f"{type(e).__name__}: {e}"
             on_event({"event": "failed", "key": k, "error": out.failed[k], "traceback": "…"})

@@ -2,9 +2,9 @@
 
 from tiny import random_windows, tiny_llama
 
-from ctp.methods import SoftPrompt
-from ctp.recover.soft_prompt import learn
-from ctp.spec import Runtime
+from ctp.cells import SoftPrompt
+from ctp.cells.runtime import Runtime
+from ctp.learning.soft_prompt import learn
 
 CPU = Runtime(device="cpu", checkpoint_seconds=0.0)
 S = 12

@@ -10,8 +10,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import random_windows, tiny_bloom, tiny_llama, tiny_opt
 
-from ctp.recover.adapter import AdapterFacts, adapter_facts, applied, fetch, locate, parameters
-from ctp.recover.attach import scored_logits
+from ctp.models.adapters import AdapterFacts, adapter_facts, fetch, locate, parameters
+from ctp.prompts.adapter import applied
+from ctp.prompts.attach import scored_logits
 
 MODELS = {"llama": tiny_llama, "opt": lambda: tiny_opt(embed=16), "bloom": tiny_bloom}
 TARGETS = {"llama": ["q_proj", "down_proj"], "opt": ["q_proj", "fc1"], "bloom": ["query_key_value"]}

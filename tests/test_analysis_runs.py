@@ -12,10 +12,10 @@ from tinygrid import model_folder
 from analysis import compare, coverage, paper, tables
 from analysis.results import Results
 from analysis.runs import AnalysisError, artifact, evaluations, of_measure, typed
-from ctp import gridfile
-from ctp.plan import make
-from ctp.spec import Evaluate, Learn
-from ctp.track import Tracker
+from ctp.cells.cell import Evaluate, Learn
+from ctp.planning import gridfile
+from ctp.planning.plan import make
+from ctp.tracking.tracker import Tracker
 
 TEXTS = {"c4": ("train", "validation"), "ptb": ("train", "validation", "test")}
 

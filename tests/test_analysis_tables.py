@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from paperruns import Writer, frame
 
-from analysis import compare, figures, paper, plots, tables
+from analysis import compare, figures, paper, plots, render, tables
 from analysis.render import FORMATS, escape, latex, markdown
 from analysis.results import Results
 from analysis.roles import Roles
@@ -363,13 +363,13 @@ def test_heat_maps_hold_every_value(results):
     assert [a.get_title() for a in figure.axes[:3]] == ["C4", "WikiText-2", "PTB"]
     shown = [t.get_text() for t in figure.axes[2].texts]
     assert len(shown) == 36
-    assert shown[5 * 6 + 1] == plots.short((21.1 * FACTOR) ** (1123 / 1023))
+    assert shown[5 * 6 + 1] == render.short((21.1 * FACTOR) ** (1123 / 1023))
 
 
 @pytest.mark.parametrize(("value", "text"), [(7.481, "7.48"), (31.5, "31.5"), (999.7, "1k"), (60105, "60.1k"),
                                              (438492, "438k"), (1941754, "1.94M"), (2e12, "2e12")])  # fmt: skip
 def test_values_fit_their_squares(value, text):
-    assert plots.short(value) == text
+    assert render.short(value) == text
 
 
 def test_latency_has_every_k_and_its_spread(stored):

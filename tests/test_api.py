@@ -13,11 +13,11 @@ from tinygrid import VOCAB, byte_tokenizer, model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import ctp
-from ctp import artifacts
-from ctp.packaged_text import documents
-from ctp.recover.state import load_prompt
-from ctp.spec import Compress, Evaluate, Learn, key
-from ctp.store import Store
+from ctp import store as ctp_store
+from ctp.cells.cell import Compress, Evaluate, Learn, key
+from ctp.data.packaged import documents
+from ctp.prompts.files import load_prompt
+from ctp.storage.store import Store
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -237,13 +237,13 @@ def test_a_changed_base_model_is_noticed(tmp_path) -> None:
 
 
 def test_ls_tells_true_ratios(bench, capsys) -> None:
-    assert artifacts.main(["--store", bench.store.uri, "ls", "--kind", "compress"]) == 0
+    assert ctp_store.main(["--store", bench.store.uri, "ls", "--kind", "compress"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["key", "kind", "size", "model", "linears", "bits/weight", "artifact"]
     joint = next(c for c in bench.all(Compress) if c.compression.label == "sparsegpt-50-4bit")
     line = next(x for x in lines if x.startswith(key(joint)[:12])).split()
     folder = bench.store.fetch(joint)
-    from ctp.compression.artifact import Compressed
+    from ctp.formats.artifact import Compressed
 
     small = Compressed.open(folder)
     packed = sum(t.numel() * t.element_size() for t in small.packed.values())
@@ -258,7 +258,7 @@ def test_ls_tells_true_ratios(bench, capsys) -> None:
 
 def test_export_from_the_command_line(bench, tmp_path, capsys) -> None:
     def run(cell, format, name):
-        return artifacts.main(
+        return ctp_store.main(
             ["--store", bench.store.uri, "export", key(cell)[:12], str(tmp_path / name), "--format", format]
         )
 
@@ -285,7 +285,7 @@ def test_export_from_the_command_line(bench, tmp_path, capsys) -> None:
     ]:
         assert run(cell, format, "hf" if message == "is not empty" else "other") == 2
         assert message in capsys.readouterr().err
-    assert artifacts.main(["--store", bench.store.uri, "export", "zz", str(tmp_path / "q"), "--format", "hf"]) == 2
+    assert ctp_store.main(["--store", bench.store.uri, "export", "zz", str(tmp_path / "q"), "--format", "hf"]) == 2
     assert "no key" in capsys.readouterr().err
 
 
@@ -300,6 +300,6 @@ def test_a_damaged_artifact_is_not_exported(bench, tmp_path, capsys) -> None:
     data[-1] ^= 1
     path.write_bytes(data)
     command = ["--store", str(copy), "export", key(cell), str(tmp_path / "out"), "--format", "hf"]
-    assert artifacts.main(command) == 3
+    assert ctp_store.main(command) == 3
     assert "its bytes have changed" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

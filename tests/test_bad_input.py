@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tinygrid import model_folder
 
 from ctp import grid
-from ctp.gridtext import parse_yaml
+from ctp.common.yaml import parse_yaml
 
 GRIDS = Path(__file__).parents[1] / "grid"
 SECONDS = 3

@@ -15,8 +15,10 @@ from tiny import tiny_llama
 from tinygrid import VOCAB, grid, model_folder
 from tokenizers import Tokenizer
 
-from ctp import models
-from ctp.store import Store, StoreError
+from ctp.models import sources
+from ctp.models.load import check_usable, load_model
+from ctp.storage.remote import StoreError
+from ctp.storage.store import Store
 
 
 class Canary:
@@ -184,17 +186,17 @@ def test_whole_models_are_whole(tmp_path, architecture):
         model = model_folder(tmp_path / name, architecture)
         if name == "shards":
             shards(model, lambda mapped: None)
-        _, revision, location = models.locate(str(model))
-        models.check_usable(location, revision, VOCAB)
+        _, revision, location = sources.locate(str(model))
+        check_usable(location, revision, VOCAB)
 
 
 def test_a_weight_that_lacks_is_never_made_up(broken):
     tensors = load_file(broken / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    _, revision, location = models.locate(str(broken))
+    _, revision, location = sources.locate(str(broken))
     with pytest.raises(ValueError, match=r"are incomplete: model\.layers\.1\.mlp\.up_proj\.weight missing"):
-        models.load(location, revision)
+        load_model(location, revision)
 
 
 # --------------------------------------------------------------------------- pickles
@@ -211,8 +213,8 @@ def test_a_pickled_model_is_refused_unopened(refused, broken, canary, name):  # 
 def test_a_pickle_beside_safetensors_stays_closed(broken, canary):
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "tokenizer.pkl", "model.ckpt"):
         (broken / name).write_bytes(canary)
-    _, revision, location = models.locate(str(broken))
-    model, _ = models.load(location, revision)
+    _, revision, location = sources.locate(str(broken))
+    model, _ = load_model(location, revision)
     assert model.config.vocab_size == VOCAB
 
 
@@ -249,7 +251,7 @@ def test_a_pickle_in_the_store_is_refused_unopened(originals, tmp_path, canary):
     with store.publish(cell) as draft:  # as one who may write the store would put it there, hashes and all
         for name in ("compressed.safetensors", "rest.safetensors"):
             (draft.path / name).write_bytes(canary)
-    from ctp.compression.artifact import Compressed
+    from ctp.formats.artifact import Compressed
 
     with pytest.raises(ValueError, match="is missing or damaged"):
         Compressed.open(store.fetch(cell))
@@ -305,19 +307,20 @@ def test_a_broken_text(refused, originals, tmp_path, name, content, said):  # no
 
 
 def test_a_text_is_looked_at_to_its_end_while_planning(tmp_path):
-    from ctp import corpora
+    from ctp.data.documents import locate_text
+    from ctp.data.texts import parse_corpus
 
-    corpus = corpora.parse_corpus("own", {"path": str(tmp_path)})
+    corpus = parse_corpus("own", {"path": str(tmp_path)})
     file = tmp_path / "train.jsonl"
     file.write_bytes(b'{"text": "a"}\n' * 100_000 + b'{"text": "\xff"}\n')
     with pytest.raises(ValueError, match=r"train\.jsonl, line 100001: not UTF-8 text"):
-        corpora.locate(corpus, "train")
+        locate_text(corpus, "train")
 
 
 def test_looking_at_a_model_is_cheap(broken):
-    _, revision, location = models.locate(str(broken))
-    models.check_usable(location, revision, VOCAB)
+    _, revision, location = sources.locate(str(broken))
+    check_usable(location, revision, VOCAB)
     begun = time.process_time()
     for _ in range(20):
-        models.check_usable(location, revision, VOCAB)
+        check_usable(location, revision, VOCAB)
     assert time.process_time() - begun < 0.5  # remembered: 20 small files are looked for

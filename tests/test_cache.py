@@ -5,14 +5,14 @@ import time
 
 import pytest
 
-from ctp import cache
+from ctp.common import files
 
 
 @pytest.fixture
 def settled(monkeypatch):
     """Files count as settled the moment they are written, and nothing is remembered of other tests."""
-    monkeypatch.setattr(cache, "SETTLED", 0)
-    monkeypatch.setattr(cache, "_digests", {})
+    monkeypatch.setattr(files, "SETTLED", 0)
+    monkeypatch.setattr(files, "_digests", {})
 
 
 @pytest.fixture
@@ -35,31 +35,31 @@ def rewritten(path, data, keep_inode):
 
 @pytest.mark.parametrize("keep_inode", [True, False])
 def test_equal_size_and_time_of_writing_are_not_equal_bytes(file, settled, keep_inode):
-    first = cache.digest([file])
-    assert cache.digest([file]) == first
+    first = files.digest([file])
+    assert files.digest([file]) == first
     rewritten(file, b"b" * 100, keep_inode)
-    assert cache.digest([file]) != first
+    assert files.digest([file]) != first
     rewritten(file, b"a" * 100, keep_inode)
-    assert cache.digest([file]) == first
+    assert files.digest([file]) == first
 
 
 def test_a_file_written_just_now_is_hashed_at_every_call(file, monkeypatch):
-    monkeypatch.setattr(cache, "_digests", {})
-    cache.digest([file])
-    assert not cache._digests
-    assert not (cache.cache_dir() / "digests").exists() or not any(
-        "model.safetensors" in m.read_text() for m in (cache.cache_dir() / "digests").iterdir()
+    monkeypatch.setattr(files, "_digests", {})
+    files.digest([file])
+    assert not files._digests
+    assert not (files.cache_dir() / "digests").exists() or not any(
+        "model.safetensors" in m.read_text() for m in (files.cache_dir() / "digests").iterdir()
     )
 
 
 def test_a_worker_believes_its_own_hashes_only(file, settled, monkeypatch, tmp_path):
     monkeypatch.setenv("CTP_CACHE", str(tmp_path / "cache"))  # what is remembered of other tests' files stays right
-    first = cache.digest([file])
-    for memo in (cache.cache_dir() / "digests").glob("*.json"):
+    first = files.digest([file])
+    for memo in (files.cache_dir() / "digests").glob("*.json"):
         memo.write_text('{"sha256": "0"}')
-    monkeypatch.setattr(cache, "_digests", {})
-    assert cache.digest([file]) == "0"
-    assert cache.digest([file], anew=True) == first
+    monkeypatch.setattr(files, "_digests", {})
+    assert files.digest([file]) == "0"
+    assert files.digest([file], anew=True) == first
 
 
 def test_a_file_that_changes_while_it_is_hashed_is_refused(file, monkeypatch):
@@ -67,6 +67,6 @@ def test_a_file_that_changes_while_it_is_hashed_is_refused(file, monkeypatch):
         path.write_bytes(b"c" * 100)
         return "x"
 
-    monkeypatch.setattr(cache, "sha256_file", slow)
+    monkeypatch.setattr(files, "sha256_file", slow)
     with pytest.raises(ValueError, match="changes while it is read"):
-        cache.digest([file])
+        files.digest([file])

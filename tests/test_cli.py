@@ -15,9 +15,10 @@ import pytest
 import yaml
 from tinygrid import grid, write_grid
 
-from ctp import cache, cli, completion
+from ctp import cli, completion
 from ctp import grid as grid_command
-from ctp.ending import unread
+from ctp.common import files
+from ctp.common.terminal import unread
 
 ROOT = Path(__file__).parents[1]
 THERE = [n for n, c in cli.ALL.items() if importlib.util.find_spec(c.module)]
@@ -120,7 +121,7 @@ def piped(reader, *command, cwd, unbuffered=""):
 
 
 @pytest.mark.parametrize(("module", "args", "instead"), [
-    ("ctp.grid", ["demo", "--plan"], "ctp.gridfile.load"), ("ctp.store", ["ls"], "ctp.artifacts._list"),
+    ("ctp.grid", ["demo", "--plan"], "ctp.planning.gridfile.load"), ("ctp.store", ["ls"], "ctp.store._list"),
 ])  # fmt: skip
 def test_a_reader_that_goes_away_gets_no_traceback(module, args, instead, tmp_path):
     """More lines than a pipe holds, printed in the place of what would take long to make; `head` takes one."""
@@ -256,12 +257,12 @@ def test_licence_citation_changes_and_extras_say_the_same():
 
 def test_caches_lie_where_the_environment_says(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache.cache_dir() == Path(os.environ["CTP_CACHE"])
+    assert files.cache_dir() == Path(os.environ["CTP_CACHE"])
     monkeypatch.delenv("CTP_CACHE")
-    assert cache.cache_dir() == tmp_path / "xdg" / "ctp"
+    assert files.cache_dir() == tmp_path / "xdg" / "ctp"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache.cache_dir() == tmp_path / ".cache" / "ctp"
+    assert files.cache_dir() == tmp_path / ".cache" / "ctp"
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ def test_caches_lie_where_the_environment_says(tmp_path, monkeypatch):
      ({"XDG_CACHE_HOME": "{}/xdg"}, "{}/xdg/huggingface/hub")],
 )  # fmt: skip
 def test_the_hubs_files_lie_where_its_variables_say(tmp_path, given, place):
-    """ctp.hub leaves it to huggingface_hub where files go: what it finds there is what it reads."""
+    """ctp.common.hub leaves it to huggingface_hub where files go: what it finds there is what it reads."""
     code = "from ctp import hub; from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
     kept = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "XDG_"))}
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,

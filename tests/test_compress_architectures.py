@@ -9,15 +9,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import ctp
-from ctp.compression import compress_model
-from ctp.compression.blocks import decoder_blocks, shared_inputs
-from ctp.compression.calls import Batch, Call
-from ctp.compression.chain import capture
-from ctp.compression.walk import hessians
+from ctp.architectures.blocks import decoder_blocks
+from ctp.architectures.calls import Batch, Call
+from ctp.architectures.chain import capture
+from ctp.cells import GPTQ
+from ctp.compression.calibration import shared_inputs
+from ctp.compression.walk import compress_model, hessians
 from ctp.formats.checkpoint import open_checkpoint
-from ctp.methods import GPTQ
-from ctp.models import config_facts
-from ctp.tiny_models import byte_tokenizer
+from ctp.models.config import config_facts
+from ctp.models.tiny import byte_tokenizer
 
 COMMON = {
     "vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,

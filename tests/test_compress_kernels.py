@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ctp.cells import GPTQ, Solver, SparseGPT
 from ctp.compression import solver
-from ctp.compression.settle import Block, settle, settle_loop
-from ctp.compression.solver import factorise, solve
-from ctp.methods import GPTQ, Solver, SparseGPT
+from ctp.compression.settle import Block, settle_loop
+from ctp.compression.solver import factorise, settle, solve
 
 ROWS, COLUMNS = 150, 48  # outputs: two whole tiles and a part of one
 QUANTIZED = (None, 2, 4)
@@ -125,9 +125,9 @@ def test_pieces_cover_a_block_and_split_no_group_or_pattern(piece) -> None:
 
 def assert_unpacked(bits: int, groups: int, zero: bool, act: bool) -> None:
     """One launch gives the bits that the layer itself does. The interpreter rounds to bfloat16 otherwise than a GPU."""
-    from ctp.compression.layer import Layer
-    from ctp.compression.pack import group_bits, pack
-    from ctp.kernels.unpack import dense
+    from ctp.formats.layer import Layer
+    from ctp.formats.pack import group_bits, pack
+    from ctp.formats.unpack import dense
 
     layer = Layer(
         (7, 96), bits=bits, codes=torch.randint(2**bits, (7, 96)).to(torch.uint8), scale=torch.rand(7, groups).half(),
@@ -162,7 +162,7 @@ if __name__ == "__main__":
 def test_numba_comes_when_columns_are_settled_and_not_before():
     """It takes half a second and 100 MB, which learning and evaluating have no use for."""
     code = (
-        "import sys, torch, ctp.api, ctp.work, ctp.recover.lora, ctp.evaluate.generation\n"
+        "import sys, torch, ctp.api, ctp.execution.execute, ctp.learning.lora, ctp.evaluation.generation\n"
         "from ctp.compression.settle import Block, settle\n"
         "assert 'numba' not in sys.modules\n"
         "settle(Block(torch.ones(2, 4), torch.eye(2), torch.empty(2, 4)))\n"

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctp.compression.layer import check
+from ctp.cells import GPTQ, Solver, SparseGPT
 from ctp.compression.quantize import fit, nearest
 from ctp.compression.solver import factorise, solve
-from ctp.methods import GPTQ, Solver, SparseGPT
+from ctp.formats.layer import check
 
 ROWS, COLUMNS = 24, 64
 

@@ -10,13 +10,14 @@ import torch
 from tiny import STORIES, STORIES_TEXT, random_windows, tiny_bloom, tiny_llama, tiny_opt
 from torch import nn
 
-from ctp.compression import compress_model, decoder_blocks, pack, stats, unpack
-from ctp.compression.blocks import packed_linears, shared_inputs
-from ctp.compression.calls import Batch, Call
-from ctp.compression.chain import capture, check_chain
-from ctp.compression.walk import compress_block, hessians
-from ctp.evaluate.perplexity import perplexity
-from ctp.methods import GPTQ, Solver, SparseGPT
+from ctp.architectures.blocks import decoder_blocks
+from ctp.architectures.calls import Batch, Call
+from ctp.architectures.chain import capture, check_chain
+from ctp.cells import GPTQ, Solver, SparseGPT
+from ctp.compression.calibration import packed_linears, shared_inputs
+from ctp.compression.walk import compress_block, compress_model, hessians
+from ctp.evaluation.perplexity import perplexity
+from ctp.formats.pack import pack, stats, unpack
 
 MODELS = {
     "llama": (tiny_llama, "model.layers", 7),

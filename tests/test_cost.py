@@ -2,12 +2,12 @@
 
 import pytest
 
-from ctp import cost
-from ctp.inputs import Model, Windows
-from ctp.methods import GPTQ, Latency, Perplexity, RandomPrompt, SoftPrompt, SparseGPT
-from ctp.models import Facts
-from ctp.resources import GIB
-from ctp.spec import Compress, Evaluate, Learn
+from ctp.cells import GPTQ, Latency, Perplexity, RandomPrompt, SoftPrompt, SparseGPT
+from ctp.cells.cell import Compress, Evaluate, Learn
+from ctp.cells.inputs import Model, Windows
+from ctp.models.sources import Facts
+from ctp.planning import cost
+from ctp.planning.resources import GIB
 
 LLAMA = Facts(dtype="float16", context=2048, parameters=6_738_415_616, in_features=(4096, 11008), width=4096,
               refused={}, layers=32, vocab=32000, linear_parameters=6_476_005_376)  # fmt: skip

@@ -6,8 +6,8 @@ import pytest
 from test_plan import make
 from tinygrid import grid
 
-from ctp import dag
 from ctp import grid as command
+from ctp.console import dag
 
 TEXT = r"(?:[\w \-.,/%+=()]|#\d+;|: )+"
 LINES = re.compile("|".join((

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from test_track import runs
 
-from ctp import database as files
-from ctp.runinfo import TrackError, sqlite_file
-from ctp.spec import key
-from ctp.track import Tracker
+from ctp.cells.cell import key
+from ctp.tracking import database as files
+from ctp.tracking.entries import TrackError, sqlite_file
+from ctp.tracking.tracker import Tracker
 
 
 def garbage(file):

@@ -19,11 +19,14 @@ from tinygrid import VOCAB, byte_tokenizer, grid, model_folder, write_grid
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 import ctp
-from ctp import cli, gridfile, models, plan, plugins
-from ctp.methods import Compression, Measure, Recovery
-from ctp.packaged_text import documents
-from ctp.pins import Pins
-from ctp.recover.state import load_prompt, save_prompt
+from ctp import cli
+from ctp.cells import Compression, Measure, Recovery
+from ctp.data.packaged import documents
+from ctp.models import sources
+from ctp.models.load import load_model
+from ctp.planning import graph, gridfile, plan, plugins
+from ctp.planning.pins import Pins
+from ctp.prompts.files import load_prompt, save_prompt
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "grid" / "tasks" / "README.md"]
@@ -43,7 +46,7 @@ def page(tmp_path, monkeypatch, tables):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results").mkdir()
     shutil.copy(tables, tmp_path / "results" / "mlflow.db")
-    monkeypatch.setattr("ctp.schedule.run", one_after_the_other)
+    monkeypatch.setattr("ctp.scheduling.tune.run", one_after_the_other)
     for family in (Compression, Measure, Recovery):
         monkeypatch.setattr(family, "registry", dict(family.registry))
     monkeypatch.setattr(plugins, "_sources", {})
@@ -184,7 +187,7 @@ def test_the_readmes_matrix_and_adapter(page):
     assert reader.names["model"].peft_config["default"].num_virtual_tokens == 4
 
 
-def planned(content: dict) -> plan.Plan:
+def planned(content: dict) -> graph.Plan:
     pins = Pins(provisional=True)
     return plan.make(gridfile.load(str(write_grid(Path("shown.yaml"), content)), [], pins), pins)
 
@@ -203,7 +206,7 @@ def test_the_readmes_grid_has_the_cells_that_it_says(page):
                                      "Prompts are PEFT adapters"])  # fmt: skip
 def test_the_readmes_other_grid_lines_are_valid(page, heading):
     own_model(page)
-    model, tokenizer = models.load(models.locate("./my-model")[2], "")
+    model, tokenizer = load_model(sources.locate("./my-model")[2], "")
     gptq = ctp.compress(model, tokenizer, {"method": "gptq", "bits": 4, "group_size": 16}, documents("pydoc", "train"),
                         count=2, seq_len=24)  # fmt: skip
     ctp.export(gptq, "llama-7b-gptq-4bit", "gptq")

@@ -9,12 +9,13 @@ import pytest
 from test_failures import database, grid_run, starting  # noqa: F401 (fixtures)
 from tinygrid import grid
 
-from ctp import housekeeping, soundness, status
-from ctp.artifacts import entries
-from ctp.plan import states
-from ctp.remote import StoreError
-from ctp.spec import Compress, Evaluate, key
-from ctp.store import Store
+from ctp.cells.cell import Compress, Evaluate, key
+from ctp.console import status
+from ctp.planning.states import states
+from ctp.storage import garbage, verify
+from ctp.storage.catalog import entries
+from ctp.storage.remote import StoreError
+from ctp.storage.store import Store
 
 
 def other(folder, manifest):
@@ -79,9 +80,9 @@ def test_whoever_asks_gets_the_same_answer(copied, damage):
         assert asked.done(copied.cells) == set(copied.plan.nodes) - {key(cell)}
         assert states(copied.plan, asked)[key(cell)].startswith("damaged: ")
         assert status.status(copied.plan, asked)["done"] == len(copied.cells) - 1
-    found = housekeeping.artifacts(store)
+    found = garbage.artifacts(store)
     assert [a.name for a in found if not a.done] == [folder.name]
-    assert any(folder.name in f.path for f in soundness.check(store, found, found))
+    assert any(folder.name in f.path for f in verify.check(store, found, found))
     listed = entries(store, damaged=[])
     assert key(cell) not in {e.key for e in listed}
     assert folder.exists()  # asking changes nothing

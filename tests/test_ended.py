@@ -16,12 +16,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_work import Bench
 
-from ctp import cluster, drain, methods, plugins
-from ctp.contained import MethodEnded, contained, crash
-from ctp.methods import Compression, Measure, Recovery
-from ctp.recover.state import save_prompt
-from ctp.spec import Compress, Evaluate, Learn, to_json
-from ctp.worker import do
+from ctp import cells
+from ctp.cells import Compression, Measure, Recovery
+from ctp.cells.cell import Compress, Evaluate, Learn, to_json
+from ctp.execution.worker import do
+from ctp.machine import signals
+from ctp.machine.contained import MethodEnded, contained, crash
+from ctp.planning import plugins
+from ctp.prompts.files import save_prompt
+from ctp.scheduling import cluster
 
 ENDS = {
     "exit": (lambda: sys.exit(3), "SystemExit: 3: the method itself ended the process"),
@@ -37,7 +40,7 @@ def _raise(e):
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch):
-    for family in (methods.Measure, methods.Recovery, methods.Compression):
+    for family in (cells.Measure, cells.Recovery, cells.Compression):
         monkeypatch.setattr(family, "registry", dict(family.registry))
     monkeypatch.setattr(plugins, "_sources", {})
 
@@ -69,7 +72,8 @@ def test_a_method_that_ends_its_process_fails_its_cell(tmp_path, llama_folder, e
 
 
 def test_a_crash_is_told_by_the_next_try_which_does_nothing(tmp_path):
-    script = f"import ctypes\nfrom ctp.contained import contained\nwith contained({str(tmp_path)!r}, 'k'):\n    {{}}\n"
+    script = "import ctypes\nfrom ctp.machine.contained import contained\n"
+    script += f"with contained({str(tmp_path)!r}, 'k'):\n    {{}}\n"
     for fatal, what in (("ctypes.string_at(0)", "Segmentation fault"), ("__import__('os').abort()", "Aborted")):
         assert subprocess.run([sys.executable, "-c", script.format(fatal)], check=False, stderr=-3).returncode < 0
         with pytest.raises(MethodEnded, match=f"^{what} in .*line"), contained(str(tmp_path), "k"):
@@ -176,7 +180,7 @@ def test_ray_processes_that_die_end_the_run_with_a_line(monkeypatch, name):
     with cluster.watched(0.02):
         time.sleep(0.1)  # while it lives nothing happens
     begun = time.monotonic()
-    with pytest.raises(drain.RayLost, match=f"its {cluster.NEEDED[name]} on this machine died .killed by SIGKILL"):
+    with pytest.raises(signals.RayLost, match=f"its {cluster.NEEDED[name]} on this machine died .killed by SIGKILL"):
         _outlive(process)
     assert time.monotonic() - begun < 10
     assert signal.getsignal(signal.SIGUSR2) is before
@@ -185,7 +189,7 @@ def test_ray_processes_that_die_end_the_run_with_a_line(monkeypatch, name):
 def test_whatever_is_raised_then_is_raylost(monkeypatch):
     """Compiled code turns what a signal's handler raises into a SystemError."""
     monkeypatch.setattr(cluster, "_dead", lambda: "Ray ended")
-    with pytest.raises(drain.RayLost, match="Ray ended"):
+    with pytest.raises(signals.RayLost, match="Ray ended"):
         _wrapped()
 
 
@@ -200,7 +204,7 @@ def test_a_death_is_heard_while_the_watch_begins(monkeypatch):
     monkeypatch.setattr(cluster, "_dead", lambda: "Ray ended")
     monkeypatch.setattr(threading.Thread, "start", slowly)
     before = signal.getsignal(signal.SIGUSR2)
-    with pytest.raises(drain.RayLost, match="Ray ended"), cluster.watched(0.02):
+    with pytest.raises(signals.RayLost, match="Ray ended"), cluster.watched(0.02):
         raise AssertionError
     assert signal.getsignal(signal.SIGUSR2) is before
     assert not any(thread.name == "ray-watch" for thread in threading.enumerate())
@@ -210,7 +214,7 @@ def _wrapped():
     with cluster.watched(0.02):
         try:
             time.sleep(30)
-        except drain.RayLost as e:
+        except signals.RayLost as e:
             raise SystemError("returned a result with an exception set") from e
 
 

@@ -13,17 +13,17 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ctp
-from ctp.compression import compress_model
-from ctp.compression.artifact import Compressed
-from ctp.compression.blocks import decoder_blocks, shared_inputs
-from ctp.compression.chain import capture
-from ctp.compression.experts import experts_in, matrices, split
-from ctp.compression.routing import Routing, filled_up, pieces, stages
-from ctp.compression.walk import _measured
+from ctp.architectures.blocks import decoder_blocks
+from ctp.architectures.chain import capture
+from ctp.architectures.experts import experts_in, matrices, split
+from ctp.cells import GPTQ, SparseGPT
+from ctp.compression.calibration import shared_inputs
+from ctp.compression.routing import filled_up, pieces, stages
+from ctp.compression.walk import _measured, compress_model
+from ctp.formats.artifact import Compressed, Routing
 from ctp.formats.checkpoint import open_checkpoint
 from ctp.formats.export import export
-from ctp.methods import GPTQ, SparseGPT
-from ctp.models import config_facts
+from ctp.models.config import config_facts
 
 NAMES = {  # what the first expert's matrices are called, gate, up, down, in the last block
     "mixtral": [f"model.layers.1.block_sparse_moe.experts.0.{n}" for n in ("w1", "w3", "w2")],

@@ -7,13 +7,13 @@ import pytest
 from test_plan import make
 from tinygrid import grid
 
-from ctp import explain, heartbeat
-from ctp.board import Board
-from ctp.gridtext import GridError
-from ctp.labels import slug
-from ctp.spec import Learn
-from ctp.store import Store
-from ctp.track import Tracker
+from ctp.cells.cell import Learn
+from ctp.cells.labels import slug
+from ctp.console import explain, heartbeat
+from ctp.console.board import Board
+from ctp.planning.gridtext import GridError
+from ctp.storage.store import Store
+from ctp.tracking.tracker import Tracker
 
 
 @pytest.fixture

@@ -21,17 +21,21 @@ from tiny import random_windows, tiny_llama
 from tinygrid import byte_tokenizer, grid, write_grid
 from transformers import LlamaForCausalLM, LlamaModel
 
+from ctp import cells
 from ctp import grid as command
-from ctp import methods, plugins, schedule
-from ctp.graph import WORKER_DIED, Walk, death, ended_for_memory, own_words
-from ctp.job import token_windows
-from ctp.memory import AtOnce, OutOfMemory, ran_out, said
-from ctp.methods import Latency, LoRA, Perplexity
-from ctp.names import one_line
-from ctp.plan import again, states
-from ctp.recover.lora import learn_lora
-from ctp.spec import Compress, Evaluate, Learn, key, to_json
-from ctp.store import Store
+from ctp.cells import Latency, LoRA, Perplexity
+from ctp.cells.cell import Compress, Evaluate, Learn, key, to_json
+from ctp.common.messages import one_line
+from ctp.execution import worker
+from ctp.execution.loading import token_windows
+from ctp.learning.lora import learn_lora
+from ctp.machine.memory import AtOnce, OutOfMemory, ran_out, said
+from ctp.planning import plugins
+from ctp.planning.states import again, states
+from ctp.scheduling import tune
+from ctp.scheduling import walk as scheduling_walk
+from ctp.scheduling.walk import WORKER_DIED, Walk, death, ended_for_memory, own_words
+from ctp.storage.store import Store
 
 FAULTS = {
     "host": lambda: MemoryError(),
@@ -53,7 +57,7 @@ def run_here(plan, todo, done, *, store, runtime, on_event, fail_fast, **_):
     while task := walk.next_task(str(count)):
         for k in task:
             data = to_json(plan.nodes[k].cell) | {"key": k}
-            schedule._do(data, place, runtime, lambda event, name=str(count): walk.hear(name, event))
+            worker.do(data, place, runtime, lambda event, name=str(count): walk.hear(name, event))
         walk.end(str(count))
         count += 1
     return walk.outcome
@@ -67,7 +71,7 @@ def database(tmp_path_factory):
 @pytest.fixture
 def grid_run(tmp_path, monkeypatch, capsys, database):
     """Run a grid: (exit code, lines printed, lines of errors). Its experiment is called as its file."""
-    monkeypatch.setattr(schedule, "run", run_here)
+    monkeypatch.setattr(tune, "run", run_here)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
     monkeypatch.chdir(tmp_path)
 
@@ -374,7 +378,7 @@ def test_a_retry_after_a_death_for_memory_begins_with_less(tmp_path):
     class Search:
         last_words: dict = {}  # noqa: RUF012
 
-    witness = schedule.Witness(Search())
+    witness = tune.Witness(Search())
     witness.on_trial_error(None, Trial)  # no file yet: nothing is known
     assert Trial.config == {"cells": "[]"}
     Path(Trial.error_file).write_text(DEAD)
@@ -389,8 +393,10 @@ def test_workers_that_are_killed(tmp_path, llama_folder, monkeypatch, capsys, da
     what cannot be done are the driver's, as nobody else is left."""
     start = ray.init
     monkeypatch.setattr(ray, "init", lambda **how: start(num_cpus=2, **how))
-    monkeypatch.setattr(schedule, "ended_for_memory", lambda words: words.count("Failure #"))  # all of these were
-    monkeypatch.setattr(methods.Measure, "registry", dict(methods.Measure.registry))
+    monkeypatch.setattr(
+        scheduling_walk, "ended_for_memory", lambda words: words.count("Failure #")
+    )  # all of these were
+    monkeypatch.setattr(cells.Measure, "registry", dict(cells.Measure.registry))
     monkeypatch.setattr(plugins, "_sources", {})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
     monkeypatch.chdir(tmp_path)
@@ -523,14 +529,14 @@ def test_a_data_set_that_is_missing(grid_run, llama_folder, tmp_path):
 
     (data / "test.jsonl").write_text(json.dumps({"text": "a text " * 100}) + "\n")
     file = data / "test.jsonl"
-    own = schedule.run
+    own = tune.run
 
     def away(*args, **how):
         file.unlink()
         return own(*args, **how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule, "run", away)
+        patch.setattr(tune, "run", away)
         code, out, err = grid_run("missing", content, "--data", str(data.parent))
     assert (code, err) == (1, [])
     [failed] = starting(out, "failed:")
@@ -556,13 +562,13 @@ def test_a_gated_model(grid_run, remote, llama_folder, monkeypatch):  # noqa: F8
 
     remote.token_refused = False
     remote.gated.clear()
-    own = schedule.run
+    own = tune.run
 
     def withdrawn(*args, **how):
         remote.gated.add("some/llama")
         return own(*args, **how)
 
-    monkeypatch.setattr(schedule, "run", withdrawn)
+    monkeypatch.setattr(tune, "run", withdrawn)
     code, out, err = grid_run("gated", content)
     assert (code, err) == (1, [])
     assert "7 done, 3 failed, 2 skipped in" in "".join(out)

@@ -7,13 +7,14 @@ import pytest
 from test_plan import make
 from tinygrid import grid
 
-from ctp import cluster
 from ctp import grid as cli
-from ctp.cluster import ResourceError, authenticate
-from ctp.resources import Fleet, Machine, bundles, fleet
-from ctp.resources import Resources as Each
-from ctp.spec import Runtime
-from ctp.store import Store
+from ctp.cells.runtime import Runtime
+from ctp.planning.resources import Fleet, Machine, bundles, fleet
+from ctp.planning.resources import Resources as Each
+from ctp.scheduling import cluster
+from ctp.scheduling import run as scheduling_run
+from ctp.scheduling.cluster import ResourceError, authenticate
+from ctp.storage.store import Store
 
 HEAD = {"CPU": 0, "memory": 1e10, "node:__internal_head__": 1}
 GPU = {"CPU": 8, "GPU": 1}
@@ -142,7 +143,7 @@ def test_the_command_line_refuses_in_one_line(tmp_path, llama_folder, monkeypatc
     plan = make(tmp_path / "g.yaml", **grid(llama_folder))
     args = cli.parser().parse_args(["g", "--address", "10.9.8.7:6379"])
     store, tracker = Store(str(tmp_path / "store")), Tracker()
-    assert cli.run(plan, set(plan.nodes), {}, store, tracker, Runtime(device="cpu"), args) == 2
+    assert scheduling_run.run(plan, set(plan.nodes), {}, store, tracker, Runtime(device="cpu"), args) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: the Ray cluster at 10.9.8.7:6379 takes work from anyone who can reach it")
     assert tracker.ended == "FAILED"

@@ -13,11 +13,12 @@ from tinygrid import model_folder
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from ctp import models
-from ctp.compression import compress_model
-from ctp.compression.artifact import Compressed
+from ctp.cells import GPTQ, SparseGPT
+from ctp.compression.walk import compress_model
+from ctp.formats.artifact import Compressed
 from ctp.formats.export import export
-from ctp.methods import GPTQ, SparseGPT
+from ctp.models import sources
+from ctp.models.load import load_model, load_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +51,7 @@ def test_what_the_library_writes_ctp_reads(tmp_path, library, least) -> None:
 @pytest.fixture(scope="module")
 def smollm2():
     """A real model, and real token ids (windows, 256)."""
-    _, revision, location = models.locate("smollm2-135m")
+    _, revision, location = sources.locate("smollm2-135m")
     return location, revision, load_file(BENCH)
 
 
@@ -76,7 +77,7 @@ def test_ctps_gptq_export_is_read_by_gptqmodel(tmp_path, smollm2, name, spec) ->
     by up to 0.3 %, and without end for a model that 2 bits have destroyed.
     """
     location, revision, ids = smollm2
-    model, tokenizer = models.load(location, revision, "float16")
+    model, tokenizer = load_model(location, revision, "float16")
     small = Compressed.of(model, compress_model(model, ids["calibration"][:4, :128].long(), spec), tokenizer)
     export(small, tmp_path / "gptq", "gptq")
     some = ids["evaluation"][:2].long()
@@ -101,7 +102,7 @@ def test_ctps_compressed_tensors_export_is_read_by_llm_compressors_version(tmp_p
     base = model_folder(tmp_path / "base", hidden=64)
     model = AutoModelForCausalLM.from_pretrained(base)
     ids = torch.randint(257, (9, 32), generator=torch.Generator().manual_seed(0))
-    small = Compressed.of(model, compress_model(model, ids[1:], SPECS[name]), models.load_tokenizer(str(base), ""))
+    small = Compressed.of(model, compress_model(model, ids[1:], SPECS[name]), load_tokenizer(str(base), ""))
     export(small, tmp_path / "x", "compressed-tensors")
     save_file({"input_ids": ids[:1]}, tmp_path / "ids.safetensors")
     out = tmp_path / "got.safetensors"

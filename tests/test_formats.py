@@ -16,18 +16,21 @@ from tinygrid import ARCHITECTURES, VOCAB, byte_tokenizer, model_folder
 from transformers import AutoModelForCausalLM
 
 import ctp
-from ctp import job, modelfiles, models
-from ctp.compression import Layer, compress_model, pack
-from ctp.compression.artifact import Compressed
-from ctp.evaluate.perplexity import perplexity
+from ctp.cells import GPTQ, Solver, SparseGPT
+from ctp.cells.cell import Compress, Evaluate, Learn
+from ctp.cells.labels import slug
+from ctp.compression.walk import compress_model
+from ctp.evaluation.perplexity import perplexity
+from ctp.execution import loading
 from ctp.formats import compressed_tensors, gptq
+from ctp.formats.artifact import Compressed
 from ctp.formats.checkpoint import open_checkpoint
 from ctp.formats.export import export
-from ctp.formats.words import from_words, to_words
-from ctp.gridtext import GridError
-from ctp.labels import slug
-from ctp.methods import GPTQ, Solver, SparseGPT
-from ctp.spec import Compress, Evaluate, Learn
+from ctp.formats.layer import Layer
+from ctp.formats.pack import from_words, pack, to_words
+from ctp.models import files, sources
+from ctp.models.config import model_facts
+from ctp.planning.gridtext import GridError
 
 CHECKPOINTS = sorted(p.parent for p in (Path(__file__).parent / "checkpoints").glob("*/logits.safetensors"))
 SPECS = {
@@ -369,14 +372,14 @@ def test_a_file_beside_shards_is_read_alike_by_everything(tmp_path) -> None:
         assert same_weights(open_checkpoint(folder).model(), new)
     with pytest.warns(UserWarning, match="model-00001"):
         assert same_weights(ctp.load(folder)[0], new)
-    assert modelfiles.weight_files(folder) == [folder / "model.safetensors"]
+    assert files.weight_files(folder) == [folder / "model.safetensors"]
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     tall = ARCHITECTURES["llama"](vocab=VOCAB, layers=3)
     tall.save_pretrained(tmp_path / "tall")
     shutil.copy(tmp_path / "tall" / "model.safetensors", folder)  # the shards have two layers
-    _, revision, location = models.locate(str(folder))
-    assert models.facts(location, revision).layers == 3
+    _, revision, location = sources.locate(str(folder))
+    assert model_facts(location, revision).layers == 3
 
 
 def test_two_files_of_one_tensor_are_refused(tmp_path) -> None:
@@ -427,9 +430,9 @@ def test_a_checkpoint_is_a_compression_of_a_grid(tmp_path) -> None:
     assert slug(stored) == "base_checkpoint-small-gptq"
     metrics = bench.store.manifest(stored)["metrics"]
     assert metrics["bits_per_weight"] == pytest.approx(small.stats()["bits_per_weight"])
-    assert same_weights(job.open_model(stored, bench.store, bench.runtime, "cpu")[0], model)
+    assert same_weights(loading.open_model(stored, bench.store, bench.runtime, "cpu")[0], model)
     plain = next(c for c in bench.all(Evaluate) if c.recovery is None and c.target == stored)
-    ids = job.token_windows(plain.measure.text, byte_tokenizer(), bench.runtime)
+    ids = loading.token_windows(plain.measure.text, byte_tokenizer(), bench.runtime)
     expected = perplexity(model, ids).ppl
     assert bench.store.manifest(plain)["metrics"]["ppl"] == pytest.approx(expected, rel=1e-6)
     assert len([c for c in bench.all(Learn) if c.source == stored]) == 1

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ctp import gridfile, plan
-from ctp.pins import Pins
-from ctp.spec import Compress, Evaluate, Learn
+from ctp.cells.cell import Compress, Evaluate, Learn
+from ctp.planning import gridfile, plan
+from ctp.planning.pins import Pins
 
 ROOT = Path(__file__).parents[1]
 MODELS = {

@@ -9,12 +9,13 @@ from measured import ARCHITECTURES, job_for, loaded, read_json, rows_for
 from tiny import STORIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ctp.evaluate import generation as module
-from ctp.evaluate.generation import answer_tokens, answers, repeated_4grams
-from ctp.methods import Generation, HardPrompt
-from ctp.recover.adapter import applied
-from ctp.recover.prefix import with_prompt
-from ctp.recover.rows import untrained_rows
+from ctp.cells import Generation, HardPrompt
+from ctp.evaluation import generation as module
+from ctp.evaluation.generation import answer_tokens, answers, repeated_4grams
+from ctp.execution import measure
+from ctp.prompts.adapter import applied
+from ctp.prompts.prefix import with_prompt
+from ctp.prompts.rows import untrained_rows
 
 QUESTIONS = ["Where is Long Beach?", "What?", "What is asparagus, and who eats it?", "Why", "Where is Tulsa, Oklahoma?"]
 
@@ -127,7 +128,7 @@ def test_measure_on_a_real_model(tmp_path):
         pytest.skip("the stories260K model is not here")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(STORIES), AutoTokenizer.from_pretrained(STORIES)
     spec = Generation(questions="Once upon a time\n\nLily went to the\n", new_tokens=24)
-    numbers = module.measure(spec, job_for(tmp_path, model, tokenizer))
+    numbers = measure.measure_generation(spec, job_for(tmp_path, model, tokenizer))
     stored = read_json(tmp_path / "answers.json")
     assert [row["question"] for row in stored] == ["Once upon a time", "Lily went to the"]
     assert [row["answer"] for row in stored] == answers(model, tokenizer, ["Once upon a time", "Lily went to the"],
@@ -148,7 +149,7 @@ def test_measure_on_a_real_model(tmp_path):
 def test_measure_counts_empty_answers_and_leaves_out_what_it_cannot_say(tmp_path, monkeypatch):
     model, tokenizer = loaded("tiny-opt-1")
     monkeypatch.setattr(module, "answer_tokens", lambda *args, **kwargs: [[], [tokenizer("\n")["input_ids"][1]], [40]])
-    numbers = module.measure(Generation(questions="a\nb\nc"), job_for(tmp_path, model, tokenizer))
+    numbers = measure.measure_generation(Generation(questions="a\nb\nc"), job_for(tmp_path, model, tokenizer))
     assert numbers == {"questions": 3, "tokens": 2, "tokens_per_answer": pytest.approx(2 / 3), "empty_answers": 2}
 
 
@@ -157,7 +158,7 @@ def test_the_papers_questions_behind_a_prompt(tmp_path):
     job = job_for(tmp_path, model, tokenizer, rows_for(model, 5))
     done = []
     job.progress = lambda *at: done.append(at)
-    assert module.measure(Generation(new_tokens=4), job)["questions"] == 8
+    assert measure.measure_generation(Generation(new_tokens=4), job)["questions"] == 8
     assert done == [(3, 8), (6, 8), (8, 8)]
     first = read_json(tmp_path / "answers.json")[0]
     assert first["question"] == "Please give the answers to this question: Where is Long Beach?"
@@ -179,7 +180,7 @@ def test_what_is_not_allowed(questions, new, message):
 
 def test_a_question_without_tokens_says_so(tmp_path):
     model, _ = loaded("tiny-llama")
-    from ctp.tiny_models import byte_tokenizer
+    from ctp.models.tiny import byte_tokenizer
 
     with pytest.raises(ValueError, match=r"^the question '' has no tokens"):
         answers(model, byte_tokenizer(bos=False), ["Why", ""])

@@ -13,11 +13,12 @@ from tinygrid import VOCAB
 from transformers import AutoModelForCausalLM
 
 import ctp
-from ctp import models
-from ctp.cache import Changed
+from ctp.cells.cell import Compress, Evaluate, Learn
+from ctp.common.files import Changed
 from ctp.formats import gguf
 from ctp.formats.checkpoint import open_checkpoint
-from ctp.spec import Compress, Evaluate, Learn
+from ctp.models import sources
+from ctp.models.load import load_model
 
 IDS = torch.randint(VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -83,9 +84,9 @@ def test_a_file_that_changed_is_not_read(tmp_path, file):
     bench = Bench(tmp_path, copy, compression=["dense"], sources=None, calibration=None)
     copy.write_bytes(copy.read_bytes()[:-1] + b"\x01")
     fails(bench, bench.all(Compress)[0], "the model")
-    _, revision, _ = models.locate(str(file))
+    _, revision, _ = sources.locate(str(file))
     with pytest.raises(Changed):
-        models.load(f"gguf:{copy}", revision)
+        load_model(f"gguf:{copy}", revision)
 
 
 def test_half_a_file_is_refused(tmp_path, file):

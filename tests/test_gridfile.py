@@ -4,9 +4,10 @@ import pytest
 import yaml
 from tinygrid import grid, model_folder, write_grid
 
-from ctp import gridfile, plan
-from ctp.gridtext import GridError, parse_yaml
-from ctp.pins import Pins
+from ctp.common.yaml import parse_yaml
+from ctp.planning import gridfile, plan
+from ctp.planning.gridtext import GridError
+from ctp.planning.pins import Pins
 
 
 def load(path, *settings):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ctp import gridtext
-from ctp.gridtext import GridError, assign, define
+from ctp.planning import gridtext
+from ctp.planning.gridtext import GridError, assign, define
 
 
 def test_a_name_stands_for_its_definition_at_any_depth():

@@ -16,18 +16,21 @@ from tinygrid import model_folder
 from torch import nn
 
 import ctp
-from ctp import job, models
-from ctp.compression import compress_model
-from ctp.compression.artifact import Compressed
-from ctp.compression.packed import PackedLinear
-from ctp.evaluate.generation import answer_tokens
-from ctp.evaluate.perplexity import perplexity
+from ctp.cells import GPTQ, LoRA, SparseGPT
+from ctp.cells.cell import Compress, Evaluate, Learn
+from ctp.cells.runtime import Runtime
+from ctp.common import files
+from ctp.compression.walk import compress_model
+from ctp.evaluation.generation import answer_tokens
+from ctp.evaluation.perplexity import perplexity
+from ctp.execution import loading
+from ctp.formats.artifact import Compressed
+from ctp.formats.packed import PackedLinear
+from ctp.learning.lora import learn_lora
+from ctp.learning.soft_prompt import learn
 from ctp.machine import arithmetic, device
 from ctp.machine.arithmetic import computed_in, cpu_rates, notice, widen, widened
-from ctp.methods import GPTQ, LoRA, SparseGPT
-from ctp.recover.lora import learn_lora
-from ctp.recover.soft_prompt import learn
-from ctp.spec import Compress, Evaluate, Learn, Runtime
+from ctp.models.load import load_model
 
 HALF = [torch.bfloat16, torch.float16]
 ON_CPU = Runtime(device="cpu")
@@ -101,7 +104,7 @@ def test_without_a_home_for_the_cache_it_is_measured_all_the_same(monkeypatch):
     def nowhere():
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(arithmetic, "cache_dir", nowhere)
+    monkeypatch.setattr(files, "cache_dir", nowhere)
     cpu_rates.cache_clear()
     assert cpu_rates()["float32"] > 1e8
     cpu_rates.cache_clear()
@@ -319,23 +322,23 @@ def test_every_kind_of_cell_says_what_it_was_computed_in(bench):
         assert bench.store.manifest(cell)["computed_in"] == "float32"
     source = next(c for c in bench.all(Compress) if c.compression.label == "gptq-3bit")
     assert Compressed.open(bench.store.fetch(source)).config.dtype == torch.bfloat16
-    model, _ = job.load_compressed(source, bench.store, bench.runtime, "cpu")
+    model, _ = loading.load_compressed(source, bench.store, bench.runtime, "cpu")
     assert model.dtype == torch.float32
-    stored, _ = job.open_model(source, bench.store, bench.runtime, "cpu")
+    stored, _ = loading.open_model(source, bench.store, bench.runtime, "cpu")
     assert stored.dtype == torch.bfloat16  # as an export is to have it
     assert all(torch.equal(t, model.state_dict()[n].to(t.dtype)) for n, t in stored.state_dict().items())
     bare = next(c for c in bench.all(Evaluate) if c.target == source and c.recovery is None)
-    ids = job.token_windows(bare.measure.text, job.load_compressed(source, bench.store, bench.runtime, "cpu")[1],
-                            bench.runtime)  # fmt: skip
+    tokenizer = loading.load_compressed(source, bench.store, bench.runtime, "cpu")[1]
+    ids = loading.token_windows(bare.measure.text, tokenizer, bench.runtime)
     assert bench.store.manifest(bare)["metrics"]["ppl"] == pytest.approx(perplexity(stored.float(), ids).ppl, rel=1e-6)
-    job.forget()
+    loading.forget()
 
 
 def test_native_arithmetic_is_recorded_too(bench, fast):
     cell = bench.all(Compress)[1]
     bench.execute(cell)
     assert bench.store.manifest(cell)["computed_in"] == "bfloat16"
-    job.forget()
+    loading.forget()
 
 
 def test_a_precision_is_recorded_as_computed(tmp_path, slow):
@@ -345,12 +348,12 @@ def test_a_precision_is_recorded_as_computed(tmp_path, slow):
     for cell in (learned.source, half):
         bench.execute(cell)
     assert bench.store.manifest(half)["computed_in"] == "float32"
-    job.forget()
+    loading.forget()
 
 
 def test_python_warns_and_loads_in_float32(slow, tmp_path):
     folder = model_folder(tmp_path / "tiny-llama")
-    model, tokenizer = models.load(str(folder), "", "bfloat16")
+    model, tokenizer = load_model(str(folder), "", "bfloat16")
     for save in (model.save_pretrained, tokenizer.save_pretrained):
         save(tmp_path / "half")
     with pytest.warns(UserWarning, match="no fast bfloat16: computing in float32") as told:
@@ -370,7 +373,7 @@ def test_python_warns_and_loads_in_float32(slow, tmp_path):
 
 def test_a_loaded_model_compresses_to_the_type_that_it_was_stored_in(slow, tmp_path):
     folder = model_folder(tmp_path / "tiny-llama")
-    model, tokenizer = models.load(str(folder), "", "bfloat16")
+    model, tokenizer = load_model(str(folder), "", "bfloat16")
     for save in (model.save_pretrained, tokenizer.save_pretrained):
         save(tmp_path / "half")
     with warnings.catch_warnings():
@@ -387,7 +390,7 @@ def test_a_loaded_model_compresses_to_the_type_that_it_was_stored_in(slow, tmp_p
 
 def test_text_is_sampled_in_float32(slow, tmp_path):
     folder = model_folder(tmp_path / "tiny-llama")
-    model, tokenizer = models.load(str(folder), "", "bfloat16")
+    model, tokenizer = load_model(str(folder), "", "bfloat16")
     wide = copy.deepcopy(model).float()
     widen(model)
     asked = ["one", "another question"]

@@ -5,10 +5,10 @@ import torch
 from tiny import PLAIN, random_windows, tiny_llama
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from ctp.evaluate.perplexity import perplexity
-from ctp.recover import attach
-from ctp.recover.head import head_of
-from ctp.recover.prompted import attach_prompt
+from ctp.architectures.head import head_of
+from ctp.evaluation.perplexity import perplexity
+from ctp.prompts import attach
+from ctp.prompts.attached import attach_prompt
 
 
 def tiny_gemma():

@@ -8,12 +8,14 @@ import pytest
 from test_plan import make
 from tinygrid import grid
 
-from ctp import cost, history, plan, preview
 from ctp import grid as command
+from ctp.cells.cell import Compress, Evaluate, Learn
+from ctp.console import preview
+from ctp.machine import arithmetic
 from ctp.machine.arithmetic import cpu_rates
-from ctp.resources import GIB
-from ctp.spec import Compress, Evaluate, Learn
-from ctp.store import Store
+from ctp.planning import cost, history, resources, states
+from ctp.planning.resources import GIB
+from ctp.storage.store import Store
 
 
 def changed(finished, tmp_path, llama_folder, change):
@@ -23,7 +25,7 @@ def changed(finished, tmp_path, llama_folder, change):
 
 
 def reasons(graph, store):
-    why, read = history.stale(graph, plan.states(graph, store), store)
+    why, read = history.stale(graph, states.states(graph, store), store)
     return {graph.nodes[k].cell.kind: w for k, w in reversed(why.items())}, len(why), len(read)
 
 
@@ -55,7 +57,7 @@ def test_another_version_is_named(finished, monkeypatch):
 
 def test_a_damaged_cell_is_damaged_whatever_else_has_its_name(finished, tmp_path, llama_folder):
     graph = changed(finished, tmp_path, llama_folder, lambda c: c["calibration"].update(seed=7))
-    state = plan.states(graph, finished.store)
+    state = states.states(graph, finished.store)
     k = next(k for k, n in graph.nodes.items() if isinstance(n.cell, Compress) and state[k] != "done")
     why, _ = history.stale(graph, state | {k: "damaged: manifest.json is not JSON"}, finished.store)
     assert k not in why
@@ -64,11 +66,11 @@ def test_a_damaged_cell_is_damaged_whatever_else_has_its_name(finished, tmp_path
 
 def test_nothing_is_stale_in_a_store_that_has_it_all_or_nothing(finished, tmp_path):
     for store in (finished.store, Store(str(tmp_path / "empty"))):
-        assert history.stale(finished.plan, plan.states(finished.plan, store), store) == ({}, {})
+        assert history.stale(finished.plan, states.states(finished.plan, store), store) == ({}, {})
 
 
 def look(graph, store, **changes):
-    state = plan.states(graph, store)
+    state = states.states(graph, store)
     todo = {k for k, why in state.items() if why != "done"}
     given = {"device": 24 * GIB, "tflops": 100, "batch": 4, "price": 2.5, "pace": cost.gpu_pace(100), "at_once": 0}
     return preview.look(graph, state, todo, store, **(given | changes))
@@ -139,8 +141,10 @@ def test_a_price_is_a_number(price, capsys):
 
 def test_without_a_gpu_it_goes_by_the_rate_of_this_cpu(finished, tmp_path, monkeypatch):
     """A laptop's CPU is ten thousand times slower than a GPU: seconds assumed for one mean nothing on the other."""
-    monkeypatch.setattr(cost, "cpu_rates", lambda: {"float32": 50e9, "bfloat16": 200e9})
-    monkeypatch.setattr(cost, "computed_in", lambda dtype, device: "bfloat16" if dtype == "bfloat16" else "float32")
+    monkeypatch.setattr(arithmetic, "cpu_rates", lambda: {"float32": 50e9, "bfloat16": 200e9})
+    monkeypatch.setattr(
+        arithmetic, "computed_in", lambda dtype, device: "bfloat16" if dtype == "bfloat16" else "float32"
+    )
     pace = cost.cpu_pace(2)
     cell = next(n.cell for n in finished.plan.nodes.values() if isinstance(n.cell, Learn))
     work = cost.Cost(flops=6e12, stored=0, memory=0)
@@ -163,8 +167,8 @@ def test_a_gpu_is_assumed_where_one_is_or_is_spoken_of(monkeypatch, tmp_path, ca
         (False, ["--device", "cuda"], False), (False, ["--address", "auto"], False),
         (False, ["--gpu-memory", "80"], False), (False, ["--gpu-hour-price", "2"], False),
     ]:  # fmt: skip
-        monkeypatch.setattr(command, "has_gpu", lambda has=has: has)
-        monkeypatch.setattr(command, "gpu_memory", lambda gib: 24 * GIB)
+        monkeypatch.setattr(resources, "has_gpu", lambda has=has: has)
+        monkeypatch.setattr(resources, "gpu_memory", lambda gib: 24 * GIB)
         assert command.main(["demo", "--plan", "--store", str(tmp_path / "s"), *options]) == 0
         assert ("on this machine" in capsys.readouterr().out) == cpu
 

@@ -10,14 +10,14 @@ from test_spec import compress, evaluate, learn
 from test_store import publish, store  # noqa: F401
 from tinygrid import grid, write_grid
 
-from ctp import gridfile, housekeeping
-from ctp.alive import BEAT, DEAD_SECONDS, OWNER, signs
-from ctp.artifacts import main
-from ctp.manifest import own_key
-from ctp.pins import Pins
-from ctp.spec import Compress, key
-from ctp.store import Store
-from ctp.unfinished import identity
+from ctp.cells.cell import Compress, key, own_key
+from ctp.machine.process import BEAT, DEAD_SECONDS, OWNER, signs
+from ctp.planning import gridfile
+from ctp.planning.pins import Pins
+from ctp.storage import garbage
+from ctp.storage.partial import identity
+from ctp.storage.store import Store
+from ctp.store import main
 
 CELLS = (compress(), learn(), evaluate(recovery=learn()))
 
@@ -43,16 +43,14 @@ def rewrite(store, cell, **changes):  # noqa: F811
 
 
 def payload(store, cell):  # noqa: F811
-    [path] = [
-        p for p in housekeeping.files(store, cell.kind) if store.folder(cell).split("/")[-1] in p and "a.txt" in p
-    ]
+    [path] = [p for p in garbage.files(store, cell.kind) if store.folder(cell).split("/")[-1] in p and "a.txt" in p]
     return f"{store.root}/{cell.kind}/{path}"
 
 
 def older(monkeypatch, days=2):
     """As if so many days had gone by since everything here was written."""
     now = time.time
-    monkeypatch.setattr(housekeeping.time, "time", lambda: now() + days * 86400)
+    monkeypatch.setattr(garbage.time, "time", lambda: now() + days * 86400)
 
 
 def test_a_whole_store_is_said_to_be_whole(full, capsys):
@@ -120,9 +118,9 @@ def test_an_input_that_is_not_what_is_said_of_it_is_found(full, capsys):
 
 
 def test_every_cell_of_the_paper_has_the_key_that_its_manifest_makes():
-    """own_key works from plain JSON; ctp.spec.key from the cells: a difference would call whole artifacts damaged."""
+    """own_key works from plain JSON, key from the cells: a difference would call whole artifacts damaged."""
     pins = Pins(provisional=True)
-    from ctp.plan import make as plan
+    from ctp.planning.plan import make as plan
 
     cells = plan(gridfile.load("full_paper", [], pins), pins).cells()
     assert len(cells) > 400
@@ -223,7 +221,7 @@ def test_gc_removes_what_dead_drivers_said_and_leaves_the_living(full, capsys, m
     full.write(f"{full.root}/running/torn.json", b'{"grid": "g"')
     _, out, _ = call(full, "gc", capsys=capsys)
     assert out.count("left by a driver that is no more") == 2
-    assert sorted(housekeeping.files(full, "running")) == ["living.json", "torn.json"]  # may be being written
+    assert sorted(garbage.files(full, "running")) == ["living.json", "torn.json"]  # may be being written
     older(monkeypatch)
     _, out, _ = call(full, "gc", "--dry-run", capsys=capsys)
     assert "running/torn.json" in out

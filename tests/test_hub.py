@@ -20,11 +20,15 @@ from transformers import AutoModelForCausalLM
 
 import ctp
 from ctp import grid as command
-from ctp import gridfile, hub, models, plan
+from ctp.common import hub
 from ctp.formats import checkpoint
-from ctp.gridfile import GridError
-from ctp.pins import Pins
-from ctp.recover import adapter
+from ctp.models import adapters, sources
+from ctp.models.config import config_facts, model_facts
+from ctp.models.load import load_model, load_tokenizer
+from ctp.models.sources import known_models
+from ctp.planning import gridfile, plan
+from ctp.planning.gridtext import GridError
+from ctp.planning.pins import Pins
 
 
 @pytest.fixture
@@ -76,10 +80,10 @@ def names(folder):
 
 def test_a_model_of_bin_shards_is_fetched_once_and_loaded_without_the_network(remote, opt):
     remote.repos["some/opt"] = opt
-    assert models.locate("some/opt") == ("some/opt", COMMIT, "hub:some/opt")
-    models.load_tokenizer("hub:some/opt", COMMIT)
+    assert sources.locate("some/opt") == ("some/opt", COMMIT, "hub:some/opt")
+    load_tokenizer("hub:some/opt", COMMIT)
     assert not any(path.endswith(".bin") for path in remote.asked)  # weights are not what a tokenizer needs
-    model, tokenizer = models.load("hub:some/opt", COMMIT)
+    model, tokenizer = load_model("hub:some/opt", COMMIT)
     folder, safe = hub.fetch_model("some/opt", COMMIT)
     assert not safe
     kept = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -90,7 +94,7 @@ def test_a_model_of_bin_shards_is_fetched_once_and_loaded_without_the_network(re
         torch.testing.assert_close(model(windows).logits, tiny_opt(vocab=257)(windows).logits, rtol=0, atol=0)
     assert tokenizer("ab")["input_ids"] == byte_tokenizer()("ab")["input_ids"]
     asked = len(remote.asked)
-    models.load("hub:some/opt", COMMIT)
+    load_model("hub:some/opt", COMMIT)
     hub.check_access("some/opt", COMMIT)
     assert len(remote.asked) == asked
 
@@ -108,7 +112,7 @@ def test_tokenizers_of_vocabulary_and_merges_come_whole_and_begin_with_their_bos
     (folder / "tokenizer_config.json").write_text(json.dumps(said))
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
     remote.repos["some/opt"] = folder
-    tokenizer = models.load_tokenizer("hub:some/opt", COMMIT)
+    tokenizer = load_tokenizer("hub:some/opt", COMMIT)
     assert tokenizer.convert_ids_to_tokens(tokenizer("ab c")["input_ids"]) == ["</s>", "ab", "Ġ", "c"]
     assert names(hub.fetch("some/opt", COMMIT, hub.CONFIG)) == names(folder)
 
@@ -118,7 +122,7 @@ def test_a_tokenizer_in_both_forms_is_read_from_its_json(remote, llama_folder, t
     folder = shutil.copytree(llama_folder, tmp_path / "repo")
     (folder / "tokenizer.model").write_bytes(b"no sentencepiece here")
     remote.repos["some/llama"] = folder
-    assert models.load_tokenizer("hub:some/llama", COMMIT)("ab")["input_ids"] == byte_tokenizer()("ab")["input_ids"]
+    assert load_tokenizer("hub:some/llama", COMMIT)("ab")["input_ids"] == byte_tokenizer()("ab")["input_ids"]
     assert "tokenizer.model" in names(hub.fetch("some/llama", COMMIT, hub.CONFIG))
 
 
@@ -130,7 +134,7 @@ def test_safetensors_are_preferred_and_a_bin_beside_them_stays_there(remote, opt
     folder, safe = hub.fetch_model("some/both", COMMIT)
     assert safe
     assert {n for n in names(folder) if not n.endswith(".json")} == {"model.safetensors"}
-    models.load("hub:some/both", COMMIT)
+    load_model("hub:some/both", COMMIT)
     assert not any(path.endswith((".bin", "fp16.safetensors")) for path in remote.asked)
 
 
@@ -148,7 +152,7 @@ def test_code_in_a_bin_is_not_run(remote, opt, tmp_path):
     with pytest.raises(
         ValueError, match=r"a .bin file of hub:some/bad holds more than tensors, and code in it is not run"
     ):
-        models.load("hub:some/bad", COMMIT)
+        load_model("hub:some/bad", COMMIT)
     assert not Path(__file__).with_name("code-was-run").exists()
 
 
@@ -164,12 +168,12 @@ def test_a_commit_without_weights_or_with_half_of_them(remote, opt, tmp_path):
     (half / "pytorch_model-00002-of-00002.bin").unlink()
     remote.repos["some/half"] = half
     with pytest.raises(ValueError, match=r"lacks pytorch_model-00002-of-00002.bin, which pytorch_model.bin.index.json"):
-        models.load("hub:some/half", COMMIT)
+        load_model("hub:some/half", COMMIT)
     for file in half.glob("pytorch_model*"):
         file.unlink()
     remote.repos["some/none"] = half
     with pytest.raises(ValueError, match=r"'some/none' at c{40} holds neither model.safetensors nor pytorch_model.bin"):
-        models.load("hub:some/none", COMMIT)
+        load_model("hub:some/none", COMMIT)
 
 
 def test_what_was_deleted_is_fetched_again(remote, opt):
@@ -211,7 +215,7 @@ def test_adapters_and_checkpoints_bring_their_files_only(remote, opt, tmp_path):
     for name in ("adapter_model.safetensors", "gptq_model-4bit-128g.safetensors"):
         save_file({"x": torch.zeros(2)}, folder / name)
     remote.repos["some/mixed"] = folder
-    assert names(adapter.fetch("hub:some/mixed", COMMIT)) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert names(adapters.fetch("hub:some/mixed", COMMIT)) == {"adapter_config.json", "adapter_model.safetensors"}
     got = names(checkpoint.fetch("hub:some/mixed", COMMIT, weights=False))
     assert "gptq_model-4bit-128g.safetensors" not in got
     assert "config.json" in got
@@ -232,7 +236,7 @@ def sentence(error):
 def test_a_gated_model_says_where_its_licence_is_and_how_to_log_in(remote, opt, monkeypatch):
     remote.repos["meta/gated"] = opt
     remote.gated.add("meta/gated")
-    for ask in (lambda: models.load("hub:meta/gated", COMMIT), lambda: models.facts("hub:meta/gated", COMMIT),
+    for ask in (lambda: load_model("hub:meta/gated", COMMIT), lambda: model_facts("hub:meta/gated", COMMIT),
                 lambda: hub.check_access("meta/gated", COMMIT)):  # fmt: skip
         with pytest.raises(ValueError, match="gated") as caught:
             ask()
@@ -241,7 +245,7 @@ def test_a_gated_model_says_where_its_licence_is_and_how_to_log_in(remote, opt, 
                         "`hf auth login` or set HF_TOKEN")  # fmt: skip
     monkeypatch.setenv("HF_TOKEN", "hf_some")
     with pytest.raises(ValueError, match="the account of this machine's token may not read it: accept its licence on"):
-        models.load("hub:meta/gated", COMMIT)
+        load_model("hub:meta/gated", COMMIT)
 
 
 def test_a_token_that_the_hub_refuses(remote, opt, monkeypatch):
@@ -256,13 +260,13 @@ def test_a_token_that_the_hub_refuses(remote, opt, monkeypatch):
 def test_what_does_not_exist(remote, opt):
     remote.repos["some/opt"] = opt
     with pytest.raises(ValueError, match=r"no model 'no/such' on the hub, nor a folder of that name; if it is private"):
-        models.locate("no/such")
+        sources.locate("no/such")
     with pytest.raises(ValueError, match=r"no model 'a/b/c' on the hub"):
-        models.locate("a/b/c")
+        sources.locate("a/b/c")
     with pytest.raises(ValueError, match="the model 'some/opt' has no revision 'v9' on the hub"):
-        models.locate("some/opt", "v9")
+        sources.locate("some/opt", "v9")
     with pytest.raises(ValueError, match="no adapter 'no/such' on the hub"):
-        adapter.fetch("hub:no/such", COMMIT)
+        adapters.fetch("hub:no/such", COMMIT)
 
 
 def test_a_hub_that_goes_away_in_the_middle(remote, opt):
@@ -271,10 +275,10 @@ def test_a_hub_that_goes_away_in_the_middle(remote, opt):
     with pytest.raises(
         hub.Unreachable, match=r"does not have all of the model 'some/opt' at c{40}; what has arrived"
     ) as e:
-        models.load("hub:some/opt", COMMIT)
+        load_model("hub:some/opt", COMMIT)
     sentence(e)
     remote.cut.clear()
-    models.load("hub:some/opt", COMMIT)
+    load_model("hub:some/opt", COMMIT)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +316,7 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
     for name in ("a/b", "c/d", "e/f"):
         with pytest.raises(hub.Unreachable, match=f"'{name}' is no folder, the hub cannot be reached"):
-            models.locate(name)
+            sources.locate(name)
     assert asked == ["a/b"]
 
 
@@ -320,16 +324,16 @@ def test_a_branch_that_was_fetched_is_known_without_a_network(remote, opt, monke
     remote.repos["some/opt"] = opt
     huggingface_hub.snapshot_download("some/opt", allow_patterns=list(hub.CONFIG), ignore_patterns=["*/*"])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert models.locate("some/opt")[1] == COMMIT
+    assert sources.locate("some/opt")[1] == COMMIT
 
 
 def test_known_models_are_what_their_architectures_give():
-    known = models.known_models()
+    known = known_models()
     assert known.keys() == ARCHITECTURES.keys()
     for name, config in ARCHITECTURES.items():
         commit, facts = known[name]
         assert hub.COMMIT.fullmatch(commit) or name.startswith("package:")
-        assert facts == models.config_facts(config), name
+        assert facts == config_facts(config), name
     # What the hub's pages and the papers say, digit for digit.
     assert known["huggyllama/llama-7b"][1].parameters == 6_738_415_616
     assert known["meta-llama/Llama-2-13b-hf"][1].parameters == 13_015_864_320
@@ -338,8 +342,8 @@ def test_known_models_are_what_their_architectures_give():
 
 
 def test_facts_count_the_linears_of_the_blocks(llama_folder):
-    _, revision, location = models.locate(str(llama_folder))
-    facts = models.facts(location, revision)
+    _, revision, location = sources.locate(str(llama_folder))
+    facts = model_facts(location, revision)
     hidden, inside = 32, 64
     attention = 2 * hidden * hidden + 2 * hidden * hidden // 2  # half as many heads of keys and values as of queries
     assert facts.linear_parameters == 2 * (attention + 3 * hidden * inside)

@@ -14,12 +14,17 @@ from test_work import Bench
 from tiny import tiny_llama
 from tinygrid import VOCAB, grid, model_folder, write_grid
 
-from ctp import gridfile, job, models, plan
-from ctp.gridtext import GridError
-from ctp.labels import axes, slug
-from ctp.methods import Adapter
-from ctp.pins import Pins
-from ctp.spec import Compress, Evaluate, Learn, from_json, key, to_json
+from ctp.cells import Adapter
+from ctp.cells.cell import Compress, Evaluate, Learn, from_json, key, to_json
+from ctp.cells.labels import axes, slug
+from ctp.common import files
+from ctp.execution import loading
+from ctp.models import config as models_config
+from ctp.models import sources
+from ctp.models.config import model_facts
+from ctp.planning import gridfile, plan, select
+from ctp.planning.gridtext import GridError
+from ctp.planning.pins import Pins
 
 GPTQ = {"method": "gptq", "bits": 3}
 
@@ -107,13 +112,13 @@ def test_each_mistake_is_told_before_anything_starts(file, tmp_path, llama_folde
 
 
 def test_facts_remembered_by_an_older_ctp_are_read_anew(llama_folder):
-    _, revision, location = models.locate(str(llama_folder))
-    models.facts.cache_clear()
-    known = models.facts(location, revision)
-    memo = models.cache_dir() / "facts" / models._rules() / f"{revision.replace(':', '-')}.json"
+    _, revision, location = sources.locate(str(llama_folder))
+    model_facts.cache_clear()
+    known = model_facts(location, revision)
+    memo = files.cache_dir() / "facts" / models_config._rules() / f"{revision.replace(':', '-')}.json"
     memo.write_text(json.dumps({n: v for n, v in json.loads(memo.read_text()).items() if n != "width"}))
-    models.facts.cache_clear()
-    assert models.facts(location, revision) == known
+    model_facts.cache_clear()
+    assert model_facts(location, revision) == known
     assert known.width == 32
 
 
@@ -143,7 +148,7 @@ def test_names(file):
     assert slug(cell) == "tiny-llama_gptq-3bit_imported_adapter-prompt_ppl-pydoc-test"
     found = axes(cell)
     assert (found["source"], found["recovery"], found["adapter"], found["k"]) == ("imported", "adapter", "prompt", 4)
-    assert len(plan.where(graph, ["source=imported"]).nodes) == 7  # an import, three models, three evaluations
+    assert len(select.where(graph, ["source=imported"]).nodes) == 7  # an import, three models, three evaluations
 
 
 # ------------------------------------------------------------------------------ running
@@ -161,8 +166,8 @@ def test_the_perplexity_is_that_of_plain_peft(tmp_path, llama_folder, adapters):
         numbers = {"prompt": 4 * 32, "lora": 2 * 3 * ((32 + 32) + (32 + 64))}[cell.recovery.path]
         assert bench.store.manifest(cell)["metrics"]["trainable_parameters"] == numbers
     for cell in bench.all(Evaluate):
-        model, tokenizer = job.open_model(cell.target, bench.store, bench.runtime, "cpu")
-        ids = job.token_windows(cell.measure.text, tokenizer, bench.runtime)
+        model, tokenizer = loading.open_model(cell.target, bench.store, bench.runtime, "cpu")
+        ids = loading.token_windows(cell.measure.text, tokenizer, bench.runtime)
         k = 0
         if cell.recovery:
             k = cell.recovery.recovery.k

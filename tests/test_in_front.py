@@ -6,15 +6,15 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from ctp import families
-from ctp.context import context_length
-from ctp.evaluate.generation import answer_tokens
-from ctp.evaluate.perplexity import perplexity
-from ctp.models import config_facts
-from ctp.recover.attach import frozen
-from ctp.recover.objective import choose
-from ctp.recover.prompted import attach_prompt
-from ctp.recover.rows import embedding_rows
+from ctp.architectures import families
+from ctp.architectures.context import context_length
+from ctp.evaluation.generation import answer_tokens
+from ctp.evaluation.perplexity import perplexity
+from ctp.learning.objective import choose
+from ctp.models.config import config_facts
+from ctp.prompts.attach import frozen
+from ctp.prompts.attached import attach_prompt
+from ctp.prompts.rows import embedding_rows
 from tests.tiny import random_windows
 
 K, S = 6, 14

@@ -7,11 +7,12 @@ import torch
 from measured import ARCHITECTURES, job_for, loaded, read_json, rows_for
 from tiny import tiny_llama
 
-from ctp.evaluate import latency as module
-from ctp.evaluate.latency import latency, tokens
+from ctp.cells import Latency
+from ctp.evaluation import latency as module
+from ctp.evaluation.latency import latency, tokens
+from ctp.execution import measure
 from ctp.machine import record
-from ctp.methods import Latency
-from ctp.recover.prefix import with_prompt
+from ctp.prompts.prefix import with_prompt
 
 
 @pytest.fixture
@@ -142,7 +143,7 @@ def test_measure_writes_every_timing_and_the_machine(tmp_path):
     model, tokenizer = loaded("tiny-opt-1")
     job = job_for(tmp_path, model, tokenizer, rows_for(model, 6))
     spec = Latency(seq_len=20, new_tokens=3, warmup=1, repeats=5)
-    numbers = module.measure(spec, job)
+    numbers = measure.measure_latency(spec, job)
     stored = read_json(tmp_path / "latency.json")
     assert len(stored["prefill"]) == len(stored["decode"]) == 5
     assert min(stored["prefill"] + stored["decode"]) > 0

@@ -7,9 +7,10 @@ import pytest
 from rich.console import Console
 from test_status import at_work, graph, learned, listening, store  # noqa: F401
 
-from ctp import live, progress
-from ctp.board import Board
-from ctp.labels import slug
+from ctp.cells.labels import slug
+from ctp.console import live, progress
+from ctp.console.board import Board
+from ctp.scheduling import run
 
 
 def frame(board, width, height=24, tell=()):
@@ -70,7 +71,7 @@ def test_failures_stay_and_done_is_told(graph):  # noqa: F811
 
 def test_a_pipe_gets_a_line_an_event(graph, capsys):  # noqa: F811
     first, second, *_ = graph.nodes
-    with progress.telling(Board(graph, 10), {}) as teller:
+    with run.telling(Board(graph, 10), {}) as teller:
         assert type(teller) is progress.Printer
         teller.tell({"event": "start", "key": first})
         teller.tell({"event": "done", "key": first})

@@ -19,16 +19,20 @@ from transformers import (
     Phi3Config,
 )
 
-from ctp import job
-from ctp.evaluate.perplexity import perplexity
-from ctp.methods import LoRA
-from ctp.models import config_facts, skeleton
-from ctp.recover.adapter import ADAPTER, adapter_facts, applied, parameters
-from ctp.recover.attach import scored_logits
-from ctp.recover.lora import SplitProjection, injected, learn_lora
-from ctp.recover.state import LearnedPrompt, TrainState
-from ctp.recover.steps import batch_rows
-from ctp.spec import Evaluate, Learn, Runtime
+from ctp.cells import LoRA
+from ctp.cells.cell import Evaluate, Learn
+from ctp.cells.runtime import Runtime
+from ctp.evaluation.perplexity import perplexity
+from ctp.execution import loading
+from ctp.learning.checkpoint import TrainState
+from ctp.learning.lora import SplitProjection, injected, learn_lora
+from ctp.learning.steps import batch_rows
+from ctp.models.adapters import ADAPTER, adapter_facts, parameters
+from ctp.models.config import config_facts
+from ctp.models.hf import skeleton
+from ctp.prompts.adapter import applied
+from ctp.prompts.attach import scored_logits
+from ctp.prompts.files import LearnedPrompt
 
 S = 12
 CPU = Runtime(device="cpu", checkpoint_seconds=0.0)
@@ -369,9 +373,9 @@ def test_a_cell_learns_lora_and_another_measures_it(tmp_path, architecture):
     assert metrics["trainable_parameters"] == 2 * 2 * (32 + 32 + 32 + (32 if architecture == "bloom" else 16))
     measured = bench.store.manifest(evaluate)["metrics"]
     assert measured["positions"] == measured["scored_tokens"]  # nothing stands in front
-    model, tokenizer = job.load_compressed(learn.source, bench.store, bench.runtime, "cpu")
+    model, tokenizer = loading.load_compressed(learn.source, bench.store, bench.runtime, "cpu")
     with applied(model, folder):
-        ids = job.token_windows(evaluate.measure.text, tokenizer, bench.runtime)
+        ids = loading.token_windows(evaluate.measure.text, tokenizer, bench.runtime)
         assert perplexity(model, ids).nll_sum == measured["nll_sum"]
 
 

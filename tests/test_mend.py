@@ -10,13 +10,13 @@ from test_track import runs
 from test_work import Bench
 from tinygrid import grid, write_grid
 
-from ctp import job
-from ctp.graph import Outcome
-from ctp.mend import complete, past_damage
-from ctp.plan import runnable
-from ctp.spec import Compress, Evaluate, Learn, key
-from ctp.store import Damaged, Store
-from ctp.track import Tracker
+from ctp.cells.cell import Compress, Evaluate, Learn, key
+from ctp.execution import loading
+from ctp.planning.states import Outcome, runnable
+from ctp.scheduling.repair import complete, past_damage
+from ctp.storage.manifest import Damaged
+from ctp.storage.store import Store
+from ctp.tracking.tracker import Tracker
 
 
 def by_hand(bench, rounds):
@@ -24,7 +24,7 @@ def by_hand(bench, rounds):
 
     def run(todo, done):
         rounds.append(set(todo))
-        job.forget()
+        loading.forget()
         store, out = Store(bench.store.uri), Outcome(skipped=dict(runnable(bench.plan, todo, done)))
         bench.store = store
         for k, node in bench.plan.nodes.items():

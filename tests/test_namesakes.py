@@ -9,9 +9,9 @@ from tiny import tiny_llama
 from tinygrid import VOCAB, grid, model_folder
 from tinytasks import own_task
 
-from ctp import gridfile
-from ctp.pins import Pins
-from ctp.plan import make
+from ctp.planning import gridfile, gridtext
+from ctp.planning.pins import Pins
+from ctp.planning.plan import make
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def model(tmp_path_factory):
 def refused(path, content):
     (path / "g.yaml").write_text(yaml.safe_dump(content))
     pins = Pins()
-    with pytest.raises(gridfile.GridError) as e:
+    with pytest.raises(gridtext.GridError) as e:
         make(gridfile.load(str(path / "g.yaml"), [], pins), pins)
     (problem,) = e.value.problems
     return problem

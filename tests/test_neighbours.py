@@ -4,9 +4,10 @@ import pytest
 import torch
 from measured import ARCHITECTURES, job_for, loaded, read_json, rows_for
 
-from ctp.evaluate import neighbours as module
-from ctp.evaluate.neighbours import histogram, neighbours
-from ctp.methods import Neighbours
+from ctp.cells import Neighbours
+from ctp.evaluation import neighbours as module
+from ctp.evaluation.neighbours import histogram, neighbours
+from ctp.execution import measure
 
 
 def table(v=1000, d=16, seed=0):
@@ -109,7 +110,7 @@ def test_words_of_the_vocabulary_are_their_own_neighbours(name, tmp_path):
     ids = tokenizer("good good day")["input_ids"]
     prompt = 3 * model.get_input_embeddings().weight[ids].detach()
     job = job_for(tmp_path, model, tokenizer, prompt)
-    numbers = module.measure(Neighbours(top=7), job)
+    numbers = measure.measure_neighbours(Neighbours(top=7), job)
     stored = read_json(tmp_path / "neighbours.json")
     assert [row["id"] for row in stored["nearest"]] == ids
     assert [row["word"] for row in stored["nearest"]] == ["<bos>", *"good good day"]
@@ -125,7 +126,7 @@ def test_words_of_the_vocabulary_are_their_own_neighbours(name, tmp_path):
 def test_the_fraction_below_the_papers_bound(tmp_path):
     model, tokenizer = loaded("tiny-llama")
     job = job_for(tmp_path, model, tokenizer, rows_for(model, 5))
-    numbers = module.measure(Neighbours(top=258), job)
+    numbers = measure.measure_neighbours(Neighbours(top=258), job)
     words = model.get_input_embeddings().weight.double()
     cosines = torch.cosine_similarity(job.prompt.double()[:, None], words[None], dim=-1)
     assert numbers["fraction_below_0.16"] == pytest.approx((cosines < 0.16).double().mean().item(), abs=1e-9)
@@ -137,7 +138,7 @@ def test_rows_beyond_the_vocabulary_have_no_token(tmp_path):
     model, tokenizer = loaded("tiny-llama")
     model.resize_token_embeddings(300, mean_resizing=False)
     prompt = model.get_input_embeddings().weight[[299, 3]].detach().clone()
-    module.measure(Neighbours(top=1), job_for(tmp_path, model, tokenizer, prompt))
+    measure.measure_neighbours(Neighbours(top=1), job_for(tmp_path, model, tokenizer, prompt))
     nearest = read_json(tmp_path / "neighbours.json")["nearest"]
     assert (nearest[0]["id"], nearest[0]["token"], nearest[0]["word"]) == (299, None, "")
     assert nearest[1]["token"] == tokenizer.convert_ids_to_tokens(3)
@@ -146,4 +147,4 @@ def test_rows_beyond_the_vocabulary_have_no_token(tmp_path):
 def test_there_must_be_a_prompt(tmp_path):
     model, tokenizer = loaded("tiny-llama")
     with pytest.raises(ValueError, match=r"^neighbours are those of a prompt's rows: there is no prompt here"):
-        module.measure(Neighbours(), job_for(tmp_path, model, tokenizer))
+        measure.measure_neighbours(Neighbours(), job_for(tmp_path, model, tokenizer))

@@ -5,12 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ctp.recover.attach import frozen, scored_logits, summed_nll
-from ctp.recover.attention import BLOCK, causal_attention
-from ctp.recover.block import forward_of
-from ctp.recover.fused import rounded_weights
-from ctp.recover.objective import CHUNK, Objective, choose, linear_nll
-from ctp.recover.scratch import Scratch
+from ctp.kernels.attention import BLOCK, Scratch, causal_attention
+from ctp.kernels.block import forward_of
+from ctp.kernels.modules import rounded_weights
+from ctp.learning.objective import CHUNK, Objective, choose, linear_nll
+from ctp.prompts.attach import frozen, scored_logits, summed_nll
 from tests.tiny import random_windows, tiny_bloom, tiny_llama, tiny_mixtral, tiny_opt
 
 K, S = 5, 12

@@ -6,11 +6,11 @@ import pytest
 from tinytasks import own_task
 
 from analysis.runs import existing
-from ctp import tasks
-from ctp.evaluate.tasks import build
-from ctp.runinfo import sqlite_file, tracking_uri
-from ctp.runs import Runs
-from ctp.store import Store
+from ctp.data import tasks
+from ctp.evaluation.tasks import build
+from ctp.storage.store import Store
+from ctp.tracking.entries import sqlite_file, tracking_uri
+from ctp.tracking.runs import Runs
 
 
 @pytest.mark.parametrize("name", ["a?b=c&uri=true", "100% #1 %41 ü;'"])

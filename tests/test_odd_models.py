@@ -9,14 +9,14 @@ from support.zoo import CLOSE, FRONT, far, hard_prompt, tokenizer, windows
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import ctp
-from ctp.compression.names import as_original
-from ctp.evaluate.perplexity import perplexity
-from ctp.evaluate.tasks import SoftPromptLM
-from ctp.methods import LoRA
-from ctp.models import config_facts
-from ctp.recover.lora import learn_lora
-from ctp.recover.objective import choose
-from ctp.recover.prompted import attach_prompt
+from ctp.architectures.names import as_original
+from ctp.cells import LoRA
+from ctp.evaluation.harness import SoftPromptLM
+from ctp.evaluation.perplexity import perplexity
+from ctp.learning.lora import learn_lora
+from ctp.learning.objective import choose
+from ctp.models.config import config_facts
+from ctp.prompts.attached import attach_prompt
 
 SIZES = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 257,

@@ -11,17 +11,17 @@ from tiny import tiny_llama, tiny_opt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ctp.evaluate.generation import answer_tokens
-from ctp.evaluate.harness import SoftPromptLM
-from ctp.evaluate.perplexity import measure
-from ctp.inputs import Windows
-from ctp.job import EvaluateJob
-from ctp.methods import HardPrompt, Perplexity
-from ctp.recover.prefix import prefix
-from ctp.recover.rows import untrained_rows
-from ctp.spec import Runtime
-from ctp.specials import plain_ids
-from ctp.tiny_models import BOS
+from ctp.cells import HardPrompt, Perplexity
+from ctp.cells.inputs import Windows
+from ctp.cells.runtime import Runtime
+from ctp.data.specials import plain_ids
+from ctp.evaluation.generation import answer_tokens
+from ctp.evaluation.harness import SoftPromptLM
+from ctp.execution.jobs import EvaluateJob
+from ctp.execution.measure import measure_perplexity
+from ctp.models.tiny import BOS
+from ctp.prompts.prefix import prefix
+from ctp.prompts.rows import untrained_rows
 
 TEXT = "Mind the gap."
 FRAMES = [(True, True), (True, False), (False, True), (False, False)]
@@ -52,9 +52,9 @@ def test_windows_stand_behind_it_as_one_text(model, monkeypatch, before, after, 
     tokenizer = framed(before, after)
     words = "abcdefghijklmnopqrstuvwxyz"
     spec = Windows(dataset="d", split="test", seq_len=6, join="", revision="r", bos=bos)
-    from ctp import corpora
+    from ctp.data.windows import cut_windows
 
-    ids = corpora.windows(spec, [words], tokenizer)
+    ids = cut_windows(spec, [words], tokenizer)
     rows = rows_of(model, tokenizer, text)
     cell = SimpleNamespace(recovery=SimpleNamespace(recovery=HardPrompt(text=text)))
     monkeypatch.setattr(EvaluateJob, "windows", lambda job, text: ids)
@@ -65,7 +65,7 @@ def test_windows_stand_behind_it_as_one_text(model, monkeypatch, before, after, 
         model=model, tokenizer=tokenizer, prompt=rows,
     )  # fmt: skip
     with torch.no_grad():
-        found = measure(Perplexity(text=spec), job)
+        found = measure_perplexity(Perplexity(text=spec), job)
     prompt = plain_ids(tokenizer, text)
     total = positions = 0
     for window in ids.tolist():

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from ctp.compression import Layer, bits, pack, stats, unpack, unpack_each
-from ctp.compression.bits import pack_bits, unpack_bits
+from ctp.formats import bits
+from ctp.formats.bits import pack_bits, unpack_bits
+from ctp.formats.layer import Layer
+from ctp.formats.pack import pack, stats, unpack, unpack_each
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from ctp.compression import compress_model
-from ctp.compression.artifact import Compressed
-from ctp.methods import GPTQ, SparseGPT
-from ctp.recover.attach import frozen, scored_logits
-from ctp.recover.objective import choose
+from ctp.cells import GPTQ, SparseGPT
+from ctp.compression.walk import compress_model
+from ctp.formats.artifact import Compressed
+from ctp.learning.objective import choose
+from ctp.prompts.attach import frozen, scored_logits
 from tests.tiny import random_windows, tiny_bloom, tiny_llama, tiny_opt
 
 METHODS = [GPTQ(bits=4, group_size=8, act_order=True), SparseGPT(sparsity=0.5, bits=3), SparseGPT(sparsity=0.5)]

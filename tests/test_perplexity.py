@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny import random_windows, tiny_bloom, tiny_llama, tiny_opt
 
-from ctp.evaluate.perplexity import PerplexityResult, perplexity
-from ctp.recover import attach
+from ctp.evaluation.perplexity import PerplexityResult, perplexity
+from ctp.prompts import attach, prefix
 
 MODELS = {
     "llama": tiny_llama,
@@ -166,7 +166,7 @@ def test_context_is_unlimited_where_the_architecture_has_none():
 def test_prompt_rows_are_cast_to_the_embeddings_dtype():
     embedding = torch.nn.Embedding(5, 4, dtype=torch.bfloat16)
     model = SimpleNamespace(get_input_embeddings=lambda: embedding)
-    out = attach.with_prompt(model, torch.tensor([[1, 2], [3, 4]]), torch.ones(3, 4))
+    out = prefix.with_prompt(model, torch.tensor([[1, 2], [3, 4]]), torch.ones(3, 4))
     assert out.dtype == torch.bfloat16
     assert out.shape == (2, 5, 4)
     assert torch.equal(out[1, :3], torch.ones(3, 4, dtype=torch.bfloat16))

@@ -3,11 +3,11 @@
 import pytest
 from tinygrid import VOCAB, byte_tokenizer, grid, write_grid
 
-from ctp import gridfile, plan
-from ctp.gridtext import GridError
-from ctp.pins import Pins
-from ctp.spec import Compress, Evaluate, Learn
-from ctp.store import Store
+from ctp.cells.cell import Compress, Evaluate, Learn
+from ctp.planning import gridfile, plan, select, states
+from ctp.planning.gridtext import GridError
+from ctp.planning.pins import Pins
+from ctp.storage.store import Store
 
 
 def make(path, **changes):
@@ -97,7 +97,7 @@ def test_experts_that_are_called_in_another_way_are_refused_before_any_work(tmp_
     ],
 )
 def test_where_keeps_what_matches_and_what_that_needs(graph, expression, expected):
-    assert kinds(plan.where(graph, [expression])) == expected
+    assert kinds(select.where(graph, [expression])) == expected
 
 
 @pytest.mark.parametrize(
@@ -113,20 +113,20 @@ def test_where_keeps_what_matches_and_what_that_needs(graph, expression, expecte
 )
 def test_bad_conditions_are_told(graph, expression, message):
     with pytest.raises(GridError, match=message):
-        plan.where(graph, [expression])
+        select.where(graph, [expression])
 
 
 def test_states_say_why(graph, tmp_path):
     store = Store(str(tmp_path / "store"))
     cells = {n.cell.kind: n for n in graph.nodes.values()}
     gptq = next(n for n in graph.nodes.values() if isinstance(n.cell, Learn)).cell.source
-    assert set(plan.states(graph, store).values()) >= {"never ran", "needs tiny-llama_dense"}
+    assert set(states.states(graph, store).values()) >= {"never ran", "needs tiny-llama_dense"}
     with store.publish(gptq):
         pass
     store.save_partial(cells["learn"].cell, 3, lambda folder: (folder / "x").write_text("x"))
     dense = next(n.cell for n in graph.nodes.values() if isinstance(n.cell, Compress))
     store.record_failure(dense, "ValueError: no", "")
-    found = plan.states(graph, store)
+    found = states.states(graph, store)
     assert found[cells["learn"].key] == "interrupted at step 3"
     assert "failed last time: ValueError: no" in found.values()
     assert list(found.values()).count("done") == 1
@@ -134,11 +134,11 @@ def test_states_say_why(graph, tmp_path):
 
 def test_runnable_blocks_whole_chains(graph):
     evaluations = {k for k, n in graph.nodes.items() if isinstance(n.cell, Evaluate)}
-    blocked = plan.runnable(graph, evaluations, set())
+    blocked = states.runnable(graph, evaluations, set())
     assert set(blocked) == evaluations
     builds = set(graph.nodes) - evaluations
-    assert plan.runnable(graph, evaluations, builds) == {}
-    assert plan.runnable(graph, set(graph.nodes), set()) == {}
+    assert states.runnable(graph, evaluations, builds) == {}
+    assert states.runnable(graph, set(graph.nodes), set()) == {}
 
 
 def test_none_is_measured_whether_said_or_not(tmp_path, llama_folder):

@@ -6,8 +6,8 @@ import pytest
 from test_gridfile import load, problems
 from tinygrid import grid, write_grid
 
-from ctp import plugins
-from ctp.methods import Recovery
+from ctp.cells import Recovery
+from ctp.planning import plugins
 
 SOURCE = """
 from typing import Literal
@@ -52,7 +52,7 @@ def test_no_method_is_replaced_and_mistakes_name_the_file(tmp_path, llama_folder
     (tmp_path / "broken.py").write_text("import nothing_like_that")
     names = ["thief.py", "broken.py", "gone.py", 5]
     found = problems(write_grid(tmp_path / "g.yaml", grid(llama_folder, plugins=names)))
-    assert found[0].startswith("plugins = 'thief.py': ValueError: method 'soft_prompt' is there already: ctp.methods")
+    assert found[0].startswith("plugins = 'thief.py': ValueError: method 'soft_prompt' is there already: ctp.cells")
     assert found[1].startswith("plugins = 'broken.py': ModuleNotFoundError: No module named 'nothing_like_that'")
     assert found[2] == "plugins = 'gone.py': there is no such file, here or beside the grid file"
     assert found[3] == "plugins = 5: the path of a .py file, or the name of an installed module"

@@ -13,16 +13,17 @@ from tinygrid import grid
 from benchmarks.celltimes import Pace, assumed, fit, measured
 from benchmarks.predict import Forecast, main
 from benchmarks.simulate import Machines, longest_path, simulate
-from ctp import cost, gridfile
-from ctp.gridfile import Grid
-from ctp.inputs import Model
-from ctp.methods import Dense
-from ctp.models import Facts
-from ctp.pins import Pins
-from ctp.plan import Node, Plan, make
-from ctp.resources import GIB
-from ctp.spec import Compress, Evaluate, key
-from ctp.store import Store
+from ctp.cells import Dense
+from ctp.cells.cell import Compress, Evaluate, key
+from ctp.cells.inputs import Model
+from ctp.models.sources import Facts
+from ctp.planning import cost, gridfile
+from ctp.planning.graph import Node, Plan
+from ctp.planning.gridfile import Grid
+from ctp.planning.pins import Pins
+from ctp.planning.plan import make
+from ctp.planning.resources import GIB
+from ctp.storage.store import Store
 
 ROOT = Path(__file__).parents[1]
 FACTS = Facts(dtype="float32", context=None, parameters=1, layers=1, linear_parameters=1, in_features=(1,), vocab=1,

@@ -5,8 +5,8 @@ import torch
 from tiny import PLAIN, random_windows, tiny_llama
 from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
-from ctp.recover.attach import token_logits
-from ctp.recover.prefix import prefix
+from ctp.prompts.attach import token_logits
+from ctp.prompts.prefix import prefix
 
 
 def tiny_mistral():

@@ -10,8 +10,9 @@ import datasets
 import huggingface_hub
 import pytest
 
-from ctp.corpora import CORPORA, documents, locate
-from ctp.prepare import main
+from ctp.corpora import main
+from ctp.data.documents import locate_text, read_documents
+from ctp.data.texts import CORPORA
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TEXTS = ["one\u2028line", "", "no it was n't", "two\nlines", "ünï"]  # a JSON line may hold what ends a line elsewhere
@@ -60,12 +61,12 @@ def test_a_local_copy_has_the_texts_that_the_hub_has(tmp_path, capsys, hub, name
     code, out, _ = run(capsys, "fetch", tmp_path, name, "--documents", "train=all,validation=4")
     assert code == 0
     for split in corpus.splits:
-        location, revision = locate(corpus, split, tmp_path)
+        location, revision = locate_text(corpus, split, tmp_path)
         path = tmp_path / corpus.folder / f"{split}.jsonl"
         assert revision == f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
         first = 4 if (name, split) == ("c4", "validation") else None
-        remote = documents(locate(corpus, split)[0], corpus, split, first)
-        assert documents(location, corpus, split) == remote == TEXTS[:first]
+        remote = read_documents(locate_text(corpus, split)[0], corpus, split, first)
+        assert read_documents(location, corpus, split) == remote == TEXTS[:first]
         assert f"{corpus.folder}/{split}.jsonl: {len(remote)} rows" in out
 
 

@@ -9,10 +9,10 @@ from tiny import random_windows, tiny_bloom, tiny_llama, tiny_opt
 from tinygrid import VOCAB, byte_tokenizer
 from transformers import DynamicCache, StaticCache
 
-from ctp.evaluate.perplexity import perplexity
-from ctp.recover.attach import scored_logits
-from ctp.recover.prefix import with_prompt
-from ctp.recover.prompted import attach_prompt
+from ctp.evaluation.perplexity import perplexity
+from ctp.prompts.attach import scored_logits
+from ctp.prompts.attached import attach_prompt
+from ctp.prompts.prefix import with_prompt
 
 MODELS = {
     "llama": tiny_llama,

@@ -8,11 +8,11 @@ import pytest
 from mlflow.tracking import MlflowClient
 from test_track import runs
 
-from ctp import resync
-from ctp.runinfo import name_problem, safe
-from ctp.spec import Evaluate, Learn, key
-from ctp.track import Tracker
-from ctp.work import check_finite
+from ctp import track
+from ctp.cells.cell import Evaluate, Learn, key
+from ctp.execution.execute import check_finite
+from ctp.tracking.entries import name_problem, safe
+from ctp.tracking.tracker import Tracker
 
 BAD = ["recall@5", "acc,none", "acc%", "a(b)", "f1+", "a\n", "", "/a", "a/", "a//b", "../a", "a/./b", "x" * 251, "a[0]"]
 
@@ -63,7 +63,7 @@ def test_what_an_older_store_has_is_said_and_everything_else_written(copied, uri
     changed(copied.store, odd, metrics={"ppl": 2.5, "recall@5": 1.0, "none": None}, text={"a@b": 1})
     changed(copied.store, broken, created="yesterday")
     for _ in range(2):  # and said again by the next
-        assert resync.main(["sync", str(copied.plan.grid.path), "--store", copied.store.uri]) == 0
+        assert track.main(["sync", str(copied.plan.grid.path), "--store", copied.store.uri]) == 0
         told = capsys.readouterr().err.splitlines()
         assert len([x for x in told if "recall@5" in x and "which the store has" in x]) == 1
         assert len([x for x in told if x.startswith("MLflow does not take") and "recall@5" not in x]) == 1
@@ -103,7 +103,7 @@ def test_an_event_that_mlflow_does_not_take_holds_nobody_up(copied, uri, monkeyp
 
 def test_settings_by_any_name_and_however_many_are_logged(copied, uri, monkeypatch):
     many = {f"spec.a@{i}" if i % 2 else f"spec.a_{i}": "x" * 7000 for i in range(250)}
-    monkeypatch.setattr("ctp.runinfo.params", lambda cell: many)
+    monkeypatch.setattr("ctp.tracking.entries.params", lambda cell: many)
     tracker = Tracker(uri, copied.plan, copied.store)
     assert tracker.sync() == len(copied.plan.nodes)
     assert tracker.refused == {}

@@ -12,8 +12,10 @@ import mlflow
 import pytest
 from reportruns import Parsed, everything
 
-from analysis import paper, report
+from analysis import paper
 from analysis.compare import compare
+from analysis.report import facts, findings, read
+from analysis.report import page as report_page
 from analysis.results import Results
 from analysis.runs import AnalysisError
 
@@ -28,12 +30,12 @@ def uri(tmp_path_factory):
 @pytest.fixture(scope="module")
 def record(uri):
     mlflow.set_tracking_uri(uri)
-    return report.Record("g")
+    return read.Record("g")
 
 
 @pytest.fixture(scope="module")
 def html(record):
-    return report.render(record, [{"python": "3.11", "torch": "2.13.0"}])
+    return report_page.render(record, [{"python": "3.11", "torch": "2.13.0"}])
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +59,11 @@ def test_it_tells_what_ran_and_what_came_out(record, parsed):
 
 
 def test_both_denominators_are_explained_in_two_sentences():
-    assert len(re.findall(r"\.(?: |$)", report.report_facts.DENOMINATORS)) == 2
+    assert len(re.findall(r"\.(?: |$)", facts.DENOMINATORS)) == 2
 
 
 def test_verdicts_are_those_of_compare(record):
-    found = report.report_facts.against_paper(record)
+    found = facts.against_paper(record)
     verdicts = {v: n for v, n, _ in found.verdicts}
     assert verdicts["worse"] >= 8  # a fifth above the paper's, of its own model and settings
     assert {v: n for v, n in verdicts.items() if n} == Counter(line.verdict for line in compare(record.results, 0.05))
@@ -106,7 +108,7 @@ def test_every_figure_says_in_words_what_it_shows(parsed):
 def test_the_result_comes_first_and_its_words_are_explained(record, html, parsed):
     """Table 2: learned on C4, 10.74 becomes 7.48 on C4 and 15.74 becomes 10.81 on PTB; learned on WikiText-2, both
     become far more. What was put before a model whose own perplexity is not there is not counted."""
-    assert report.headline(record) == [
+    assert findings.headline(record) == [
         "huggyllama/llama-7b: on the text that it was learned on, what was learned lowers the perplexity of its own "
         "model in 1 of 1 evaluations; on other texts, that of its own model in 1 of 3 evaluations."
     ]
@@ -118,7 +120,7 @@ def test_the_result_comes_first_and_its_words_are_explained(record, html, parsed
     assert html.count('href="#failures"') == 3  # from the count, the contents and the warning
     words = " ".join(parsed.words)
     assert "1 cell failed, so that what needs it is missing below" in words
-    for word, meaning in report.GLOSSARY:
+    for word, meaning in findings.GLOSSARY:
         assert word in words
         assert meaning in words
     assert "More than 100 % happens" in words
@@ -132,17 +134,17 @@ def test_every_head_of_a_table_says_what_it_is_of(parsed):
 
 
 def test_a_table_that_would_be_too_large_is_cut_and_says_so(record, monkeypatch):
-    content = report._content(record, [])
-    monkeypatch.setattr(report, "_content", lambda *_: content)
-    monkeypatch.setattr(report, "ROWS", (5000, 3))
-    whole = report.render(record)
-    monkeypatch.setattr(report, "LARGEST", len(whole.encode()) - 1)
-    short = report.render(record)
+    content = report_page._content(record, [])
+    monkeypatch.setattr(report_page, "_content", lambda *_: content)
+    monkeypatch.setattr(report_page, "ROWS", (5000, 3))
+    whole = report_page.render(record)
+    monkeypatch.setattr(report_page, "LARGEST", len(whole.encode()) - 1)
+    short = report_page.render(record)
     assert "The first 3 of " in short
     assert "The first 3 of " not in whole
-    monkeypatch.setattr(report, "LARGEST", 1000)
+    monkeypatch.setattr(report_page, "LARGEST", 1000)
     with pytest.raises(AnalysisError, match="at most 1,000"):
-        report.render(record)
+        report_page.render(record)
 
 
 def test_runs_that_do_not_belong_together_are_told_in_their_place(uri, record, monkeypatch):
@@ -151,7 +153,7 @@ def test_runs_that_do_not_belong_together_are_told_in_their_place(uri, record, m
     rows.loc[one, "protocol"] = "another"
     monkeypatch.setattr(record, "rows", rows)
     monkeypatch.setitem(record.__dict__, "results", Results(rows, results.roles, results.studies))
-    words = " ".join(Parsed(report.render(record)).words)
+    words = " ".join(Parsed(report_page.render(record)).words)
     assert "table2: perplexity c4: runs with different protocol do not belong in one table" in words
     assert "ptb (test" in words  # the rest is there
 
@@ -160,7 +162,7 @@ def test_a_run_without_its_number_leaves_its_measure_out(uri, record):
     client, run = record.client, record.measured("generation").iloc[0].run_id
     client.delete_tag(run, "ctp.protocol")
     try:
-        found = report.Record("g")
+        found = read.Record("g")
     finally:
         client.set_tag(run, "ctp.protocol", "p")
     assert found.troubles == [f"generation is left out: run {run} has no tag ctp.protocol: `python -m ctp.track sync "
@@ -172,7 +174,7 @@ def test_a_run_without_its_number_leaves_its_measure_out(uri, record):
 def test_the_command(uri, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     file = tmp_path / "new" / "report.html"
-    assert report.main(["g", "--out", str(file), "--store", str(tmp_path / "none"), "--log"]) == 0
+    assert report_page.main(["g", "--out", str(file), "--store", str(tmp_path / "none"), "--log"]) == 0
     said, attached = capsys.readouterr().out.splitlines()
     assert said == str(file)
     assert attached.startswith("Attached to the MLflow run")
@@ -180,7 +182,7 @@ def test_the_command(uri, tmp_path, monkeypatch, capsys):
     [grid] = mlflow.search_runs(["1"], "tags.`ctp.kind` = 'grid'", output_format="list")
     kept = mlflow.artifacts.load_text(f"runs:/{grid.info.run_id}/report.html")
     assert kept == file.read_text(encoding="utf-8")
-    assert report.main(["nothing", "--store", str(tmp_path / "none")]) == 1
+    assert report_page.main(["nothing", "--store", str(tmp_path / "none")]) == 1
     assert "no experiment 'nothing'" in capsys.readouterr().err
 
 
@@ -220,7 +222,7 @@ def test_it_looks_right_and_asks_for_nothing(file, tmp_path, width, dark):
     (facts, inside, (colours, size)), errors, requests = asyncio.run(
         look(tmp_path, file, visit, width=width, dark=dark)
     )
-    ground = report.PALETTE["dark" if dark else "light"]["bg"]
+    ground = report_page.PALETTE["dark" if dark else "light"]["bg"]
     rgb = ", ".join(str(int(ground[i : i + 2], 16)) for i in (1, 3, 5))
     assert facts[:3] == [f"rgb({rgb})", 0, "g: report"]  # the theme, nothing to scroll sideways, no stranger's script
     assert facts[3] >= 5

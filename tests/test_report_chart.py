@@ -7,11 +7,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import report
 from analysis.render import Table
-from analysis.report_chart import Scale, levels
-from analysis.report_figures import series_of, severity, won_back
-from analysis.report_table import STEPS, change, contrast, heat, ink, of_paper, percent, reach, steady, step
+from analysis.report import page
+from analysis.report.chart import Scale, levels
+from analysis.report.figures import series_of, severity, won_back
+from analysis.report.table import STEPS, change, contrast, heat, ink, of_paper, percent, reach, steady, step
 
 
 def test_shares_of_the_loss():
@@ -67,11 +67,11 @@ def test_contrast_is_wcags():
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_words_and_marks_stand_out(theme):
     """WCAG 2.2 AA: 4.5 for words, 3 for marks."""
-    own = report.PALETTE[theme]
+    own = page.PALETTE[theme]
     for ground in (own["bg"], own["soft"]):
         for word in ("ink", "muted", "accent", "ok", "bad"):
             assert contrast(own[word], ground) >= 4.5, (word, ground)
-    assert all(contrast(c, own["bg"]) >= 3 for c in (*report.SERIES[theme], own["rule"]))
+    assert all(contrast(c, own["bg"]) >= 3 for c in (*page.SERIES[theme], own["rule"]))
     used = set(re.findall(r"var\(--([a-z0-9]+)\)", "".join(p.read_text() for p in templates())))
     assert used - {f"s{i}" for i in range(8)} <= own.keys()
 
@@ -80,11 +80,11 @@ def test_words_and_marks_stand_out(theme):
 def test_numbers_stand_out_on_every_colour_of_a_heat_map(theme):
     assert len(STEPS[theme]) == 9
     assert all(contrast(c, ink(c)) >= 4.5 for c in STEPS[theme])
-    ground = report.PALETTE[theme]["bg"]
+    ground = page.PALETTE[theme]["bg"]
     far = [contrast(c, ground) for c in STEPS[theme]]  # the further from no change, the further from the ground
     assert far[:5] == sorted(far[:5], reverse=True)
     assert far[4:] == sorted(far[4:])
-    assert f"--h4:{STEPS[theme][4]};" in report.colours()
+    assert f"--h4:{STEPS[theme][4]};" in page.colours()
 
 
 def test_a_heat_map_is_coloured_by_what_a_prompt_changes():
@@ -145,4 +145,4 @@ def test_marks_that_meet_are_both_seen():
 
 
 def templates():
-    return [p for p in (Path(report.__file__).parent / "templates").iterdir() if p.suffix in (".css", ".html")]
+    return [p for p in (Path(page.__file__).parent / "templates").iterdir() if p.suffix in (".css", ".html")]

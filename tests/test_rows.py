@@ -11,16 +11,17 @@ from test_work import Bench
 from tiny import random_windows, tiny_bloom, tiny_llama, tiny_opt
 from tinygrid import byte_tokenizer, model_folder
 
-from ctp import gridfile
-from ctp.evaluate.perplexity import perplexity
-from ctp.job import load_compressed, token_windows
-from ctp.methods import Bos, HardPrompt, RandomPrompt, Recovery
-from ctp.recover.adapter import AdapterFacts, adapter_facts, applied
-from ctp.recover.attach import scored_logits
-from ctp.recover.rows import embedding_rows, untrained_rows
-from ctp.recover.soft_prompt import initial_prompt
-from ctp.recover.state import load_prompt, save_prompt
-from ctp.spec import Evaluate, Learn
+from ctp.cells import Bos, HardPrompt, RandomPrompt, Recovery
+from ctp.cells.cell import Evaluate, Learn
+from ctp.evaluation.perplexity import perplexity
+from ctp.execution.loading import load_compressed, token_windows
+from ctp.learning.soft_prompt import initial_prompt
+from ctp.models.adapters import AdapterFacts, adapter_facts
+from ctp.planning import gridtext
+from ctp.prompts.adapter import applied
+from ctp.prompts.attach import scored_logits
+from ctp.prompts.files import load_prompt, save_prompt
+from ctp.prompts.rows import embedding_rows, untrained_rows
 
 MODELS = {"llama": tiny_llama, "opt": tiny_opt, "opt-350m": lambda **f: tiny_opt(embed=16, **f), "bloom": tiny_bloom}
 PLUGIN = Path(__file__).parent / "plugins" / "mean_prompt.py"
@@ -199,5 +200,5 @@ def test_a_method_of_ones_own_is_one_short_file(tmp_path, llama_folder, mean_pro
 
 def test_a_mistake_in_it_is_told_like_any_other(tmp_path, llama_folder, mean_prompt):
     text = {"dataset": "pydoc", "split": "train", "seq_len": 24}
-    with pytest.raises(gridfile.GridError, match=r"recovery\.k = 0: should be"):
+    with pytest.raises(gridtext.GridError, match=r"recovery\.k = 0: should be"):
         Bench(tmp_path, llama_folder, recovery={"method": "mean_prompt", "k": 0, "text": text})

@@ -7,12 +7,12 @@ from ray.tune.search import Searcher
 from test_plan import make
 from tinygrid import grid
 
-from ctp import cost
-from ctp.graph import expected
-from ctp.labels import slug
-from ctp.resources import BUSY, GIB, Resources, bundles
-from ctp.schedule import GraphSearch
-from ctp.spec import Compress, Evaluate, Learn
+from ctp.cells.cell import Compress, Evaluate, Learn
+from ctp.cells.labels import slug
+from ctp.planning import cost
+from ctp.planning.resources import BUSY, GIB, Resources, bundles
+from ctp.scheduling.tune import GraphSearch
+from ctp.scheduling.walk import expected
 
 
 class Walk:
@@ -79,7 +79,7 @@ def test_what_computes_longest_goes_first_wherever_it_stands(tmp_path, llama_fol
 
 
 def test_hours_of_learning_wait_for_the_compression_of_a_longer_path(tmp_path, llama_folder, monkeypatch):
-    monkeypatch.setattr("ctp.graph.BUSY", BUSY / 1000)
+    monkeypatch.setattr("ctp.scheduling.walk.BUSY", BUSY / 1000)
     spec = grid(llama_folder, sources=["gptq-3bit", "sparsegpt-50-4bit"])
     spec["recovery"] |= {"steps": 10**9}
     plan = make(tmp_path / "g.yaml", **spec)

@@ -13,8 +13,8 @@ import pytest
 from tinygrid import grid, write_grid
 
 from analysis.render import Table, latex, markdown
-from ctp import models
-from ctp.redact import scrub
+from ctp.common.redact import scrub
+from ctp.models import hf, load
 
 PLANTED = {
     "HF_TOKEN": "hf_plantedHubToken0123456789",
@@ -163,8 +163,8 @@ def test_what_a_model_wrote_is_shown_and_does_nothing():
 
 def test_code_that_comes_with_a_model_is_never_asked_for(monkeypatch):
     """Every `from_pretrained` says so itself: without it transformers asks the terminal."""
-    assert models.LOCAL == {"local_files_only": True, "trust_remote_code": False}
-    source = "".join(p.read_text() for p in (Path(models.__file__).parent).rglob("*.py"))
+    assert hf.LOCAL == {"local_files_only": True, "trust_remote_code": False}
+    source = "".join(p.read_text() for p in (Path(load.__file__).parent).rglob("*.py"))
     assert "trust_remote_code=True" not in source.replace(" ", "")
     assert "torch.load(" not in source
     assert "pickle.load" not in source
@@ -172,12 +172,12 @@ def test_code_that_comes_with_a_model_is_never_asked_for(monkeypatch):
 
 @pytest.mark.parametrize("name", ["../up.jsonl", "/etc/passwd", "a/../../x"])
 def test_no_archive_is_unpacked_and_no_index_leaves_its_folder(tmp_path, name):
-    from ctp import modelfiles
+    from ctp.models import files
 
     (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {{"a": "{name}"}}}}')
     with pytest.raises(ValueError, match=r"should be a \.safetensors file of"):
-        modelfiles.weight_files(tmp_path)
-    source = "".join(p.read_text() for p in (Path(models.__file__).parent).rglob("*.py"))
+        files.weight_files(tmp_path)
+    source = "".join(p.read_text() for p in (Path(load.__file__).parent).rglob("*.py"))
     for unpacks in ("tarfile", "zipfile", "extractall", "unpack_archive"):
         assert unpacks not in source
 

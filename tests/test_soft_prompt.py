@@ -8,10 +8,11 @@ from prompts import S, run, spec
 from tiny import STORIES, STORIES_TEXT, pruned_stories, random_windows, tiny_bloom, tiny_llama, tiny_opt
 from transformers import optimization as hf
 
-from ctp.evaluate.perplexity import perplexity
-from ctp.recover.attach import scored_logits, summed_nll
-from ctp.recover.soft_prompt import initial_prompt, load_prompt
-from ctp.recover.steps import batch_rows, learning_rate
+from ctp.evaluation.perplexity import perplexity
+from ctp.learning.soft_prompt import initial_prompt
+from ctp.learning.steps import batch_rows, learning_rate
+from ctp.prompts.attach import scored_logits, summed_nll
+from ctp.prompts.files import load_prompt
 
 # ------------------------------------------------------------------- gradient
 

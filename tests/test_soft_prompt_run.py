@@ -10,12 +10,13 @@ from accelerate.state import AcceleratorState
 from prompts import S, run, spec
 from tiny import random_windows, tiny_llama
 
-from ctp.evaluate.perplexity import perplexity
-from ctp.recover import train
-from ctp.recover.soft_prompt import TrainState, learn
-from ctp.spec import Runtime
+from ctp.cells.runtime import Runtime
+from ctp.evaluation.perplexity import perplexity
+from ctp.learning import accelerator as learning_accelerator
+from ctp.learning.checkpoint import TrainState
+from ctp.learning.soft_prompt import learn
 
-ORDINARY = train.accelerated
+ORDINARY = learning_accelerator.accelerated
 
 
 # ------------------------------------------------------- the run, and resuming
@@ -155,14 +156,14 @@ def fp16_on_cpu(monkeypatch):
         yield made
         AcceleratorState._reset_state(reset_partial_state=True)
 
-    monkeypatch.setattr(train, "accelerated", accelerator)
+    monkeypatch.setattr(learning_accelerator, "accelerated", accelerator)
     return start
 
 
 def test_fp16_scales_the_loss_and_resumes_to_the_same_bytes(tmp_path, fp16_on_cpu):
     full = run(steps=5, accumulate=2)  # patched, so that fp16 is in force whatever the spec says
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "accelerated", ORDINARY)
+        patch.setattr(learning_accelerator, "accelerated", ORDINARY)
         fp32 = run(steps=5, accumulate=2)
     assert not torch.equal(full.embeddings, fp32.embeddings)
     assert full.best_val_loss == pytest.approx(fp32.best_val_loss, rel=1e-2)

@@ -6,10 +6,11 @@ import pickle
 import pytest
 from pydantic import ValidationError
 
-from ctp.inputs import Model
-from ctp.labels import axes, slug
-from ctp.methods import GPTQ, SparseGPT
-from ctp.spec import Cell, Compress, Evaluate, Learn, Runtime, canonical, from_json, key, to_json
+from ctp.cells import GPTQ, SparseGPT
+from ctp.cells.cell import Cell, Compress, Evaluate, Learn, canonical, from_json, key, to_json
+from ctp.cells.inputs import Model
+from ctp.cells.labels import axes, slug
+from ctp.cells.runtime import Runtime
 
 MODEL = Model(name="m", revision="r1", dtype="float32")
 TEXT = {"dataset": "t", "split": "train", "seq_len": 16, "join": " ", "revision": "r2"}

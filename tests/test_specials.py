@@ -10,14 +10,17 @@ from tinytasks import own_task
 from tokenizers import processors
 from transformers import Gemma2Config, Gemma2ForCausalLM, GemmaConfig, LlamaConfig
 
-from ctp import cli, corpora, families, gridfile
-from ctp.inputs import Windows
-from ctp.labels import axes
-from ctp.pins import Pins
-from ctp.plan import make
-from ctp.spec import Evaluate, key
-from ctp.specials import Specials, opening_ids
-from ctp.tiny_models import BOS, EOS, byte_tokenizer
+from ctp import cli
+from ctp.architectures import families
+from ctp.cells.cell import Evaluate, key
+from ctp.cells.inputs import Windows
+from ctp.cells.labels import axes
+from ctp.data.specials import Specials, opening_ids
+from ctp.data.windows import cut_windows
+from ctp.models.tiny import BOS, EOS, byte_tokenizer
+from ctp.planning import gridfile, gridtext
+from ctp.planning.pins import Pins
+from ctp.planning.plan import make
 
 DOCUMENTS = ["abcdefghij", "klmnopqrst", "uvwxyz"]
 
@@ -42,7 +45,7 @@ def bare(**special):
 
 def cut(tokenizer, bos, seq_len=5, **more):
     spec = Windows(dataset="x", split="train", seq_len=seq_len, join="", bos=bos, **more)
-    return corpora.windows(spec, DOCUMENTS, tokenizer)
+    return cut_windows(spec, DOCUMENTS, tokenizer)
 
 
 @pytest.mark.parametrize(("before", "after"), [(True, True), (True, False), (False, True), (False, False)])
@@ -102,7 +105,7 @@ def folder(path, tokenizer):
 
 
 def problems(path, content):
-    with pytest.raises(gridfile.GridError) as e:
+    with pytest.raises(gridtext.GridError) as e:
         planned(path, content)
     return e.value.problems
 

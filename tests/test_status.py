@@ -12,13 +12,14 @@ from test_plan import make
 from tinygrid import grid
 
 from ctp import grid as command
-from ctp import heartbeat, status, summary, uppages
-from ctp.board import Board
-from ctp.graph import Outcome
-from ctp.labels import slug
-from ctp.recovered import Recovery, recoveries
-from ctp.spec import Evaluate, Learn
-from ctp.store import Store
+from ctp.cells.cell import Evaluate, Learn
+from ctp.cells.labels import slug
+from ctp.console import heartbeat, pages, status, summary
+from ctp.console.board import Board
+from ctp.console.summary import Recovery, recoveries
+from ctp.planning.states import Outcome
+from ctp.storage import drivers
+from ctp.storage.store import Store
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_the_board_knows_pace_and_counts(graph):
 
 def test_status_of_a_run_from_elsewhere_while_it_lasts(graph, store):
     with heartbeat.beating(store, at_work(graph), {"mlflow": "http://u:secretpw@host:5000"}, seconds=0.05):
-        wait_for(lambda: heartbeat.records(store, "g"))
+        wait_for(lambda: drivers.records(store, "g"))
         said = status.status(graph, Store(store.uri))
         text = "\n".join(status.lines(said))
     assert [d["state"] for d in said["drivers"]] == ["alive"]
@@ -108,16 +109,16 @@ def dead_port():
 
 def test_a_page_is_named_where_it_answers(listening):
     port, dead = listening[0], dead_port()
-    assert uppages.where("Ray", f"http://127.0.0.1:{port}") == f"Ray: http://127.0.0.1:{port}"
-    assert uppages.where("MLflow", f"http://u:secretpw@localhost:{port}/x") == f"MLflow: http://***@localhost:{port}/x"
-    assert uppages.where("Ray", f"http://127.0.0.1:{dead}") == f"Ray: no answer from 127.0.0.1, port {dead}"
-    assert uppages.where("Ray", "") == ""
+    assert pages.where("Ray", f"http://127.0.0.1:{port}") == f"Ray: http://127.0.0.1:{port}"
+    assert pages.where("MLflow", f"http://u:secretpw@localhost:{port}/x") == f"MLflow: http://***@localhost:{port}/x"
+    assert pages.where("Ray", f"http://127.0.0.1:{dead}") == f"Ray: no answer from 127.0.0.1, port {dead}"
+    assert pages.where("Ray", "") == ""
 
 
 def test_a_host_that_is_silent_is_not_waited_for(monkeypatch):
     """192.0.2.0/24 is nobody's (RFC 5737): packets to it are lost, or refused at once."""
     begun = time.monotonic()
-    assert uppages.where("MLflow", "https://192.0.2.1") == "MLflow: no answer from 192.0.2.1, port 443"
+    assert pages.where("MLflow", "https://192.0.2.1") == "MLflow: no answer from 192.0.2.1, port 443"
     assert time.monotonic() - begun < 2
 
 
@@ -127,22 +128,22 @@ def test_a_host_that_is_silent_is_not_waited_for(monkeypatch):
     ("databricks", "MLflow: databricks"), ("http://[", "MLflow: mlflow ui --backend-store-uri 'http://['"),
 ])  # fmt: skip
 def test_a_database_has_no_page_but_a_command_that_opens_one(uri, said):
-    assert uppages.where("MLflow", uri) == said
-    assert uppages.where("MLflow", uri, platform.node()) == said
-    assert uppages.where("MLflow", uri, "far") == f"{said}  (on far)"
+    assert pages.where("MLflow", uri) == said
+    assert pages.where("MLflow", uri, platform.node()) == said
+    assert pages.where("MLflow", uri, "far") == f"{said}  (on far)"
 
 
 def test_what_only_another_machine_can_open_is_said_to_be_there(listening):
     """Something else may listen on that port here."""
     port, asked = listening
-    assert uppages.where("Ray", f"http://127.0.0.1:{port}", "far") == f"Ray: port {port} of far, open there alone"
+    assert pages.where("Ray", f"http://127.0.0.1:{port}", "far") == f"Ray: port {port} of far, open there alone"
     assert asked() == 0
 
 
 def test_status_names_the_pages_of_a_run(graph, store, listening):
     about = {"mlflow": f"http://127.0.0.1:{dead_port()}", "ray": f"http://127.0.0.1:{listening[0]}"}
     with heartbeat.beating(store, at_work(graph), about, seconds=0.05):
-        wait_for(lambda: heartbeat.records(store, "g"))
+        wait_for(lambda: drivers.records(store, "g"))
         told = status.lines(status.status(graph, store))
     assert f"  Ray: {about['ray']}" in told
     assert [line for line in told if "no answer from 127.0.0.1" in line]
@@ -152,7 +153,7 @@ def test_status_names_the_pages_of_a_run(graph, store, listening):
 def test_another_grid_of_this_store_is_not_told_of(graph, store):
     with heartbeat.beating(store, Board(graph, 1), {}, seconds=0.05):
         wait_for(lambda: store.glob("running", "*.json"))
-        assert heartbeat.records(store, "other") == []
+        assert drivers.records(store, "other") == []
 
 
 @pytest.mark.parametrize(("owner", "ago", "state"), [
@@ -168,7 +169,7 @@ def test_stale_and_dead_drivers_are_said_to_be(graph, store, owner, ago, state):
     path = f"{store.root}/running/g-0.json"
     store.write(path, json.dumps(record).encode())
     store.write(f"{store.root}/running/g-torn.json", b'{"grid": "g"')
-    [found] = heartbeat.records(store, "g")
+    [found] = drivers.records(store, "g")
     assert found["state"] == state
     text = "\n".join(status.lines(status.status(graph, store)))
     assert ("STALE" in text, "is gone" in text) == (state != "alive", state == "dead")

@@ -13,11 +13,13 @@ import uuid
 import pytest
 from test_spec import CALIBRATION, MODEL, compress, evaluate, learn
 
-from ctp import folders
-from ctp.artifacts import entries, find
-from ctp.methods import GPTQ
-from ctp.spec import KINDS, Compress, key
-from ctp.store import Damaged, Store, StoreError
+from ctp.cells import GPTQ
+from ctp.cells.cell import KINDS, Compress, key
+from ctp.storage import folders
+from ctp.storage.catalog import entries, find
+from ctp.storage.manifest import Damaged
+from ctp.storage.remote import StoreError
+from ctp.storage.store import Store
 
 
 @pytest.fixture(params=["local", "remote"])

@@ -10,9 +10,11 @@ import pytest
 from test_spec import compress, evaluate, learn
 from test_store import publish
 
-from ctp import remote
-from ctp.spec import key
-from ctp.store import Damaged, Store, StoreError
+from ctp.cells.cell import key
+from ctp.storage import remote
+from ctp.storage.manifest import Damaged
+from ctp.storage.remote import StoreError
+from ctp.storage.store import Store
 
 pytest.importorskip("moto", reason="moto is not installed: pip install 'moto[s3]'")
 pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'ctp[s3]'")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tinytasks import DATA, SHIPPED, needs_data, own_task
 
-from ctp import taskfiles, tasks
-from ctp.evaluate.tasks import build
+from ctp.data import harness, tasks
+from ctp.evaluation.tasks import build
 
 
 def test_a_revision_follows_definition_data_and_harness(tmp_path, monkeypatch):
@@ -31,7 +31,7 @@ def test_a_revision_follows_definition_data_and_harness(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"sums .* has changed since it was pinned"):
             tasks.read(seen[-1][2], seen[-2][1])
     with monkeypatch.context() as patched:
-        patched.setattr(taskfiles, "version", lambda name: "0.5")
+        patched.setattr(harness, "version", lambda name: "0.5")
         seen.append(tasks.locate(path))
         with pytest.raises(ValueError, match=r"0\.5 here"):
             tasks.read(seen[-1][2], seen[-2][1])
@@ -155,8 +155,8 @@ def test_planning_imports_neither_torch_nor_the_harness(monkeypatch):
 
 def test_without_the_harness_one_sentence_says_what_to_install(monkeypatch):
     def missing(name):
-        raise taskfiles.PackageNotFoundError(name)
+        raise harness.PackageNotFoundError(name)
 
-    monkeypatch.setattr(taskfiles, "version", missing)
+    monkeypatch.setattr(harness, "version", missing)
     with pytest.raises(ValueError, match=r"pip install 'ctp\[tasks\]'"):
         tasks.locate("piqa")

@@ -10,12 +10,15 @@ from tiny import tiny_bloom, tiny_llama, tiny_opt
 from tinygrid import VOCAB, byte_tokenizer
 from tinytasks import DATA, SHIPPED, needs_data, own_task
 
-from ctp import taskfiles, tasks
-from ctp.evaluate.tasks import SoftPromptLM, build, measure
-from ctp.job import EvaluateJob
-from ctp.methods import Task
-from ctp.recover.prefix import with_prompt
-from ctp.spec import Runtime
+from ctp.cells import Task
+from ctp.cells.runtime import Runtime
+from ctp.data import harness as data_harness
+from ctp.data import tasks
+from ctp.evaluation.harness import SoftPromptLM
+from ctp.evaluation.tasks import build
+from ctp.execution.jobs import EvaluateJob
+from ctp.execution.measure import measure_tasks
+from ctp.prompts.prefix import with_prompt
 
 MODELS = {
     "llama": lambda **fields: tiny_llama(VOCAB, **fields),
@@ -173,7 +176,7 @@ def job_for(tmp_path, name, model=None, prompt=None, batch=4, seen=None, data=No
 
 def run(*args, **fields):
     spec, job = job_for(*args, **fields)
-    return measure(spec, job), job
+    return measure_tasks(spec, job), job
 
 
 def samples(job):
@@ -200,7 +203,7 @@ def test_openbookqa_counted_by_hand(tmp_path):
     assert metrics["score_stderr"] == pytest.approx((p * (1 - p) / 5) ** 0.5)  # of a mean of 6
     assert metrics["documents"] == len(samples(job)) == 6
     about = {"name": "ctp_openbookqa", "metric": "acc_norm", "version": 1.0, "documents": 6, "shots": 0, "cut": 0}
-    assert job.record["task"] == {**about, "harness": taskfiles.harness_version()}
+    assert job.record["task"] == {**about, "harness": data_harness.harness_version()}
     assert seen[-1] == {"step": 24, "steps": 24}  # four answers to each of six questions
 
 
@@ -243,7 +246,7 @@ def test_measuring_again_gives_the_same_and_changes_nothing(tmp_path):
     found = []
     for prompt, shots in [(None, 0), (prompt_for(model), 2), (None, 0), (prompt_for(model), 2)]:
         spec, job = job_for(tmp_path, "ctp_european_history.yaml", model, prompt, limit=2, shots=shots)
-        metrics = measure(spec, job)
+        metrics = measure_tasks(spec, job)
         found.append((metrics, [(s["prompt_hash"], s["responses"]) for s in samples(job)]))
         assert job.tokenizer.pad_token is None
     assert found[0] == found[2]
@@ -308,7 +311,7 @@ def test_numbers_that_are_none_are_errors(tmp_path):
         model.lm_head.weight[7] = float("nan")
     spec, job = job_for(tmp_path, "ctp_piqa.yaml", model, limit=2)
     with pytest.raises(FloatingPointError, match="document 0: a log-likelihood is nan"):
-        measure(spec, job)
+        measure_tasks(spec, job)
 
 
 def test_what_cannot_fit_is_one_sentence(tmp_path):
@@ -317,15 +320,15 @@ def test_what_cannot_fit_is_one_sentence(tmp_path):
         tmp_path, "ctp_piqa.yaml", model, prompt_for(model, 40), limit=2
     )  # answers longer than 24 tokens
     with pytest.raises(ValueError, match="the task ctp_piqa does not fit a context of 24 tokens"):
-        measure(spec, job)
+        measure_tasks(spec, job)
     path = own_task(tmp_path / "own", generation_kwargs={"until": ["\n"], "max_gen_toks": 99})
     spec, job = job_for(tmp_path, path, model)
     with pytest.raises(ValueError, match=r"the task sums does not fit a context of 64 tokens: .*\(99\)"):
-        measure(spec, job)
+        measure_tasks(spec, job)
 
 
 def test_a_task_that_the_harness_cannot_make_is_one_sentence(tmp_path):
     for fields, why in [({"doc_to_text": "{{nope}}"}, "nope"), ({"test_split": "dev"}, "dev"), ({"odd": 1}, "odd")]:
         spec, job = job_for(tmp_path, own_task(tmp_path / "own", **fields))
         with pytest.raises(ValueError, match=f"the harness cannot make the task sums: .*{why}"):
-            measure(spec, job)
+            measure_tasks(spec, job)

@@ -7,7 +7,9 @@ import pytest
 from tiny import tiny_llama
 from tinygrid import byte_tokenizer
 
-from ctp import api, corpora
+from ctp import api
+from ctp.data.documents import locate_text, read_documents
+from ctp.data.texts import parse_corpus
 
 LINES = [f"Line {i}, é ü 😀 and so on." for i in range(40)]
 PLAIN = "\n\n".join(LINES).encode()
@@ -17,9 +19,9 @@ BOM = b"\xef\xbb\xbf"
 
 def read(file, split="train"):
     """(revision, documents) of a file, or of a folder with it."""
-    corpus = corpora.parse_corpus("own", {"path": str(file)})
-    location, revision = corpora.locate(corpus, split)
-    return revision, corpora.documents(location, corpus, split)
+    corpus = parse_corpus("own", {"path": str(file)})
+    location, revision = locate_text(corpus, split)
+    return revision, read_documents(location, corpus, split)
 
 
 def written(path, content):

@@ -8,14 +8,19 @@ from measured import loaded
 from mlflow.utils.validation import _validate_metric
 from tinygrid import grid, write_grid
 
-from ctp import gridfile, models, plan, tiny_models, work
-from ctp.compression import compress_model
-from ctp.methods import GPTQ
-from ctp.pins import Pins
-from ctp.spec import Evaluate, Runtime
-from ctp.store import Store
+from ctp.cells import GPTQ
+from ctp.cells.cell import Evaluate
+from ctp.cells.runtime import Runtime
+from ctp.compression.walk import compress_model
+from ctp.execution import execute
+from ctp.models import sources, tiny
+from ctp.models.config import model_facts
+from ctp.models.load import load_model
+from ctp.planning import gridfile, plan
+from ctp.planning.pins import Pins
+from ctp.storage.store import Store
 
-NAMES = tiny_models.NAMES
+NAMES = tiny.NAMES
 REVISIONS = {
     "tiny-opt-1": "8c9b953a9d0b30a1",
     "tiny-opt-2": "44f0803a391f56ca",
@@ -35,9 +40,9 @@ LOGITS = {  # in float64
 @pytest.mark.parametrize("name", NAMES)
 def test_revision_and_logits_are_pinned(name):
     """A recipe whose weights change must change its VERSION: results under the old revision are of the old weights."""
-    _, revision, location = models.locate(name)
+    _, revision, location = sources.locate(name)
     assert (revision.removeprefix("sha256:")[:16], location) == (REVISIONS[name], f"tiny:{name}")
-    model, tokenizer = models.load(location, revision)
+    model, tokenizer = load_model(location, revision)
     ids = tokenizer("Compress, then prompt.", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         logits = model.double()(ids).logits[0, -1, :4]
@@ -51,17 +56,17 @@ def test_weights_are_the_same_bits_after_other_random_numbers(tmp_path):
         (tmp_path / folder).mkdir()
         torch.manual_seed(number)
         before = torch.get_rng_state()
-        tiny_models._make("tiny-bloom", tmp_path / folder)
+        tiny._make("tiny-bloom", tmp_path / folder)
         assert torch.equal(torch.get_rng_state(), before)
     a, b = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("a", "b"))
     assert a == b
 
 
 def test_they_differ_and_are_made_once(monkeypatch):
-    assert len({models.locate(name)[1] for name in NAMES}) == len(NAMES)
-    first = tiny_models.folder(*reversed(models.locate("tiny-opt-1")[1:]))
-    monkeypatch.setattr(tiny_models, "_make", None)
-    assert tiny_models.folder(*reversed(models.locate("tiny-opt-1")[1:])) == first
+    assert len({sources.locate(name)[1] for name in NAMES}) == len(NAMES)
+    first = tiny.folder(*reversed(sources.locate("tiny-opt-1")[1:]))
+    monkeypatch.setattr(tiny, "_make", None)
+    assert tiny.folder(*reversed(sources.locate("tiny-opt-1")[1:])) == first
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,8 +85,8 @@ def test_logits_depend_on_what_was_read_before(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_facts(name):
-    _, revision, location = models.locate(name)
-    facts = models.facts(location, revision)
+    _, revision, location = sources.locate(name)
+    facts = model_facts(location, revision)
     model, _ = loaded(name)
     assert facts.context is None if name == "tiny-bloom" else facts.context >= 2048
     assert (facts.dtype, facts.width) == ("float32", model.get_input_embeddings().embedding_dim)
@@ -98,7 +103,7 @@ def test_the_tokenizer_is_bytes_behind_a_beginning():
     assert len(ids) == 1 + len(text.encode())
     assert tokenizer.decode(ids[1:]) == text
     assert tokenizer.eos_token_id == 256
-    assert len(tokenizer) == tiny_models.VOCAB
+    assert len(tokenizer) == tiny.VOCAB
     assert tokenizer("", add_special_tokens=False)["input_ids"] == []
 
 
@@ -123,7 +128,7 @@ def test_a_grid_with_every_measure_here_on_a_tiny_model_by_name(tmp_path):
     made = plan.make(gridfile.load(str(write_grid(tmp_path / "g.yaml", content)), [], pins), pins)
     runtime = Runtime(device="cpu", locations=pins.locations, checkpoint_seconds=0.0)
     for cell in made.cells():
-        work.execute(cell, store, runtime, lambda numbers: None)
+        execute.execute(cell, store, runtime, lambda numbers: None)
     manifests = [(c.measure.method, c.recovery, store.manifest(c)) for c in made.cells() if isinstance(c, Evaluate)]
     of = {method: [m["metrics"] for name, _, m in manifests if name == method] for method, _, _ in manifests}
     assert len({numbers["ppl"] for numbers in of["perplexity"]}) == 4  # two targets, with and without the prompt
@@ -140,6 +145,6 @@ def test_a_grid_with_every_measure_here_on_a_tiny_model_by_name(tmp_path):
 
 def test_what_is_not_there_says_so():
     with pytest.raises(ValueError, match=r"^there is no tiny model 'tiny-gpt', allowed: tiny-opt-1, "):
-        tiny_models.folder("tiny:tiny-gpt", "sha256:0")
+        tiny.folder("tiny:tiny-gpt", "sha256:0")
     with pytest.raises(ValueError, match=r"^revision = 'sha256:0': this version of ctp makes tiny-llama as sha256:"):
-        models.load("tiny:tiny-llama", "sha256:0")
+        load_model("tiny:tiny-llama", "sha256:0")

@@ -14,11 +14,12 @@ from test_work import Bench
 
 from analysis import attach, transfer_matrix
 from analysis.runs import AnalysisError, evaluations
-from ctp import invocation, resync
-from ctp.plan import Plan
-from ctp.runinfo import TrackError, tracking_uri
-from ctp.spec import Evaluate, Learn, key
-from ctp.track import Tracker
+from ctp import track
+from ctp.cells.cell import Evaluate, Learn, key
+from ctp.planning.graph import Plan
+from ctp.tracking import entries
+from ctp.tracking.entries import TrackError, tracking_uri
+from ctp.tracking.tracker import Tracker
 
 
 def runs(uri, grid="g"):
@@ -199,11 +200,11 @@ def test_the_run_of_an_invocation_says_what_it_was_and_what_came_of_it(finished,
 
 def test_manifests_are_cut_at_a_limit(monkeypatch):
     one = json.dumps({"files": {}})
-    whole, count = invocation.document({"a": one, "b": one})
+    whole, count = entries.document({"a": one, "b": one})
     assert count == 2
     assert json.loads(whole) == {"a": {"files": {}}, "b": {"files": {}}}
-    monkeypatch.setattr(invocation, "LARGEST", len(whole) - 9)
-    cut, count = invocation.document({"a": one, "b": one})
+    monkeypatch.setattr(entries, "LARGEST", len(whole) - 9)
+    cut, count = entries.document({"a": one, "b": one})
     assert (list(json.loads(cut)), count) == (["a"], 1)
 
 
@@ -245,7 +246,7 @@ def test_an_unreachable_server_is_said_in_seconds(finished, monkeypatch):
 
 def test_track_sync_command(finished, uri, tmp_path, capsys):
     file = finished.plan.grid.path
-    assert resync.main(["sync", str(file), "--store", finished.store.uri]) == 0
+    assert track.main(["sync", str(file), "--store", finished.store.uri]) == 0
     assert "10 runs written" in capsys.readouterr().out
     [parent] = mlflow.search_runs(
         experiment_names=["g"], filter_string="tags.`ctp.kind` = 'grid'", output_format="list"
@@ -253,9 +254,9 @@ def test_track_sync_command(finished, uri, tmp_path, capsys):
     assert "compression:" in mlflow.artifacts.load_text(f"{parent.info.artifact_uri}/grid.yaml")
     assert len(mlflow.artifacts.load_dict(f"{parent.info.artifact_uri}/manifests.json")) == 10
     assert set(parent.data.metrics) == {"grid/seconds"}  # it ran nothing
-    assert resync.main(["sync", str(file), "--store", finished.store.uri]) == 0
+    assert track.main(["sync", str(file), "--store", finished.store.uri]) == 0
     assert len(mlflow.search_runs(experiment_names=["g"])) == 11  # a second time changes nothing
-    assert resync.main(["sync", str(tmp_path / "no.yaml")]) == 2
+    assert track.main(["sync", str(tmp_path / "no.yaml")]) == 2
 
 
 def test_matrix_equals_the_manifests(finished, uri, tmp_path, capsys):
@@ -447,9 +448,9 @@ def test_runs_say_what_they_may_be_compared_with(finished, uri):
 
 
 def test_data_and_protocol_tell_other_texts_from_other_ways_of_asking():
-    from ctp.labels import fingerprints
-    from ctp.methods import Dense, Perplexity, Task
-    from ctp.spec import Compress
+    from ctp.cells import Dense, Perplexity, Task
+    from ctp.cells.cell import Compress
+    from ctp.cells.labels import fingerprints
 
     target = Compress(model={"name": "m", "revision": "r"}, compression=Dense())
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import matrix, transfer
-from ctp.methods import Compression
+from ctp.cells import Compression
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ import pytest
 from test_grid import command
 from tinygrid import grid, write_grid
 
-from ctp import gridfile, housekeeping, soundness
-from ctp.pins import Pins
-from ctp.plan import make
-from ctp.store import Store
+from ctp.planning import gridfile
+from ctp.planning.pins import Pins
+from ctp.planning.plan import make
+from ctp.storage import garbage, verify
+from ctp.storage.store import Store
 
 pytestmark = pytest.mark.slow
 
@@ -41,9 +42,9 @@ def check(plan, store, ended):
         assert code == 0, out
         assert "FAILED" not in out
     assert store.done(plan.cells()) == set(plan.nodes)
-    found = housekeeping.artifacts(store)
+    found = garbage.artifacts(store)
     assert sorted(a.digits for a in found) == sorted(k[:12] for k in plan.nodes)
-    wrong = list(soundness.check(store, found, found))
+    wrong = list(verify.check(store, found, found))
     assert wrong == []
     for a in found:  # no second payload beside the one that the manifest names
         payloads = {n.split("/")[0] for n in a.files if n.startswith("payload-")}

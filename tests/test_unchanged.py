@@ -12,10 +12,13 @@ from test_work import Bench
 from tiny import tiny_llama
 from tinygrid import VOCAB, grid, model_folder, write_grid
 
-from ctp import corpora, job, models
-from ctp.cache import Changed
-from ctp.methods import Dense
-from ctp.spec import Compress, Evaluate, Learn, key
+from ctp.cells import Dense
+from ctp.cells.cell import Compress, Evaluate, Learn, key
+from ctp.common.files import Changed
+from ctp.data.documents import locate_text, read_documents
+from ctp.data.texts import parse_corpus
+from ctp.execution import jobs, loading
+from ctp.models.load import load_model
 
 
 def write_text(folder, word="apples", n=60):
@@ -43,9 +46,9 @@ def bench(tmp_path, text):
                   sources=["gptq-3bit"],
                   measures={"method": "perplexity", "text": {**own, "split": "test", "count": 4}})  # fmt: skip
     bench.runtime = bench.runtime.model_copy(update={"datasets": {"orders": {"path": str(text)}}})
-    job.forget(texts=True)
+    loading.forget(texts=True)
     yield bench
-    job.forget(texts=True)
+    loading.forget(texts=True)
 
 
 def other_weights(folder):
@@ -86,7 +89,7 @@ def test_a_model_that_changed_is_not_read(bench, tmp_path, edit):
     for cell in bench.all(Compress):
         fails(bench, cell, "the model")
     with pytest.raises(Changed, match="the model"):
-        models.load(bench.pins.locations[bench.cells[0].model.pinned_name], bench.cells[0].model.revision)
+        load_model(bench.pins.locations[bench.cells[0].model.pinned_name], bench.cells[0].model.revision)
 
 
 def test_every_text_that_a_cell_reads_is_looked_at(bench, text):
@@ -107,16 +110,16 @@ def test_every_text_that_a_cell_reads_is_looked_at(bench, text):
 
 def test_documents_are_those_that_were_located(text):
     for description, file in ((str(text), "train.jsonl"), (str(text / "test.jsonl"), "test.jsonl")):
-        corpus = corpora.parse_corpus("orders", {"path": description})
-        location, _ = corpora.locate(corpus, "train")
-        assert "apples" in corpora.documents(location, corpus, "train")[0]
+        corpus = parse_corpus("orders", {"path": description})
+        location, _ = locate_text(corpus, "train")
+        assert "apples" in read_documents(location, corpus, "train")[0]
         whole = (text / file).read_text()
         (text / file).write_text(whole.replace("apples", "grapes"))
         with pytest.raises(Changed, match=rf"the text .*{file} has changed since it was pinned"):
-            corpora.documents(location, corpus, "train")
+            read_documents(location, corpus, "train")
         (text / file).unlink()
         with pytest.raises(ValueError, match="missing on this machine"):
-            corpora.documents(location, corpus, "train")
+            read_documents(location, corpus, "train")
 
 
 @pytest.mark.parametrize("what", ["model", "text"])
@@ -125,22 +128,22 @@ def test_a_change_while_a_cell_runs_fails_it(bench, tmp_path, text, monkeypatch,
     dense = first(bench, Compress, compression=Dense())
     cell = first(bench, Evaluate, target=dense, recovery=None)
     bench.execute(dense)
-    own = job.corpora.windows
+    own = loading.cut_windows
 
     def meanwhile(*given):
         other_weights(tmp_path / "mine") if what == "model" else write_text(text, "pears")
         return own(*given)
 
-    monkeypatch.setattr(job.corpora, "windows", meanwhile)
+    monkeypatch.setattr(loading, "cut_windows", meanwhile)
     fails(bench, cell, f"the {what}")
-    assert job._held is None
-    assert not job._windows
+    assert loading._held is None
+    assert not loading._windows
 
 
 def test_no_state_is_saved_of_what_changed(bench, tmp_path, text, monkeypatch):
     cell, source = first(bench, Learn), bench.all(Compress)[1]
     bench.execute(source)
-    saved, keep = [], job.LearnJob.keep
+    saved, keep = [], jobs.LearnJob.keep
 
     def watched(self, state):
         if len(saved) == 1:
@@ -148,7 +151,7 @@ def test_no_state_is_saved_of_what_changed(bench, tmp_path, text, monkeypatch):
         keep(self, state)
         saved.append(state.step)
 
-    monkeypatch.setattr(job.LearnJob, "keep", watched)
+    monkeypatch.setattr(jobs.LearnJob, "keep", watched)
     fails(bench, cell, "the text")
     assert len(saved) == 1
 
@@ -159,7 +162,7 @@ def test_an_error_of_half_a_file_is_told_as_what_it_is(bench, tmp_path, monkeypa
         cut.write_bytes(cut.read_bytes()[:50])
         raise RuntimeError("header too large")
 
-    monkeypatch.setattr(models, "load", broken)
+    monkeypatch.setattr("ctp.execution.loading.load_model", broken)
     fails(bench, bench.all(Compress)[1], "the model")
 
 

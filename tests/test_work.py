@@ -8,16 +8,20 @@ import torch
 from tiny import STORIES
 from tinygrid import grid, model_folder, write_grid
 
-from ctp import gridfile, job, plan, work
-from ctp.compression import artifact, compress_model, pack
-from ctp.evaluate.perplexity import perplexity
-from ctp.labels import slug
-from ctp.models import load
-from ctp.pins import Pins
-from ctp.recover import prefix
-from ctp.recover.state import load_prompt
-from ctp.spec import Compress, Evaluate, Learn, Runtime
-from ctp.store import Store
+from ctp.cells.cell import Compress, Evaluate, Learn
+from ctp.cells.labels import slug
+from ctp.cells.runtime import Runtime
+from ctp.compression.walk import compress_model
+from ctp.evaluation.perplexity import perplexity
+from ctp.execution import execute as execution_execute
+from ctp.execution import loading
+from ctp.formats.pack import pack
+from ctp.models.load import load_model
+from ctp.planning import gridfile, plan
+from ctp.planning.pins import Pins
+from ctp.prompts import prefix
+from ctp.prompts.files import load_prompt
+from ctp.storage.store import Store
 
 DATA = STORIES.parents[1] / "data"
 
@@ -35,7 +39,7 @@ class Bench:
         self.cells = self.plan.cells()
 
     def execute(self, cell, report=lambda numbers: None):
-        work.execute(cell, self.store, self.runtime, report)
+        execution_execute.execute(cell, self.store, self.runtime, report)
 
     def all(self, kind):
         return [c for c in self.cells if isinstance(c, kind)]
@@ -68,9 +72,11 @@ def test_the_whole_graph(bench):
 def test_a_stored_model_is_bit_for_bit_the_one_that_was_compressed(bench):
     for cell in bench.all(Compress)[1:]:
         bench.execute(cell)
-        stored, _ = job.load_compressed(cell, bench.store, bench.runtime, "cpu")
-        model, tokenizer = load(bench.pins.locations[f"{cell.model.name}@{cell.model.revision}"], cell.model.revision)
-        ids = job.token_windows(cell.calibration, tokenizer, bench.runtime)
+        stored, _ = loading.load_compressed(cell, bench.store, bench.runtime, "cpu")
+        model, tokenizer = load_model(
+            bench.pins.locations[f"{cell.model.name}@{cell.model.revision}"], cell.model.revision
+        )
+        ids = loading.token_windows(cell.calibration, tokenizer, bench.runtime)
         compress_model(model, ids, cell.compression)
         ours, theirs = stored.state_dict(), model.state_dict()
         assert ours.keys() == theirs.keys()
@@ -102,7 +108,7 @@ def test_what_does_not_unpack_to_the_weights_is_not_stored(tmp_path, llama_folde
             codes[0] ^= 1
         return packed
 
-    monkeypatch.setattr(artifact, "pack", careless)
+    monkeypatch.setattr(pack, "pack", careless)
     with pytest.raises(ArithmeticError, match=r"^model\.layers\.0\.mlp\.up_proj: unpacking"):
         bench.execute(cell)
     assert not bench.store.has(cell)
@@ -112,8 +118,8 @@ def test_numbers_are_those_of_the_stored_artifacts(bench):
     cell = next(c for c in bench.all(Evaluate) if c.recovery and c.target.compression.label == "gptq-3bit")
     for each in (*cell.recovery.inputs, cell.recovery, cell):
         bench.execute(each)
-    model, tokenizer = job.open_model(cell.target, bench.store, bench.runtime, "cpu")
-    ids = job.token_windows(cell.measure.text, tokenizer, bench.runtime)
+    model, tokenizer = loading.open_model(cell.target, bench.store, bench.runtime, "cpu")
+    ids = loading.token_windows(cell.measure.text, tokenizer, bench.runtime)
     prompt = load_prompt(bench.store.fetch(cell.recovery))
     again = perplexity(model, ids, prompt, batch=bench.runtime.batch)
     assert again.nll_sum == bench.store.manifest(cell)["metrics"]["nll_sum"]
@@ -130,20 +136,20 @@ def test_a_prompts_texts_share_one_pass_over_its_rows(tmp_path, llama_folder, mo
         if not isinstance(cell, Evaluate):
             bench.execute(cell)
     made, cut = [], []
-    own_prefix, own_windows = prefix.prefix, job.corpora.windows
+    own_prefix, own_windows = prefix.prefix, loading.cut_windows
     monkeypatch.setattr(prefix, "prefix", lambda *given: made.append(given) or own_prefix(*given))
-    monkeypatch.setattr(job.corpora, "windows", lambda *given: cut.append(given) or own_windows(*given))
-    monkeypatch.setattr(job, "_windows", {})
+    monkeypatch.setattr(loading, "cut_windows", lambda *given: cut.append(given) or own_windows(*given))
+    monkeypatch.setattr(loading, "_windows", {})
     cells = sorted(bench.all(Evaluate), key=lambda c: (c.target.compression.label, slug(c.recovery or c.target)))
     for cell in cells:
         bench.execute(cell)
     assert len(made) == 2 * 2  # targets, prompts
     assert len(cut) == 2  # texts
-    job.forget()
+    loading.forget()
     for cell in cells:
-        model, _ = job.open_model(cell.target, bench.store, bench.runtime, "cpu")
+        model, _ = loading.open_model(cell.target, bench.store, bench.runtime, "cpu")
         rows = load_prompt(bench.store.fetch(cell.recovery)) if cell.recovery else None
-        alone = perplexity(model, next(iter(w for s, w in job._windows.items() if s[0] == cell.measure.text)), rows)
+        alone = perplexity(model, next(iter(w for s, w in loading._windows.items() if s[0] == cell.measure.text)), rows)
         assert bench.store.manifest(cell)["metrics"]["nll_sum"] == alone.nll_sum
 
 

@@ -6,19 +6,22 @@ import pytest
 import ray
 from tinygrid import grid, write_grid
 
-from ctp import gridfile, methods, plan, plugins, schedule
-from ctp.graph import WORKER_DIED
-from ctp.pins import Pins
-from ctp.resources import Resources
-from ctp.spec import Evaluate, Runtime, key
-from ctp.store import Store
+from ctp import cells
+from ctp.cells.cell import Evaluate, key
+from ctp.cells.runtime import Runtime
+from ctp.planning import gridfile, plan, plugins
+from ctp.planning.pins import Pins
+from ctp.planning.resources import Resources
+from ctp.scheduling import tune
+from ctp.scheduling.walk import WORKER_DIED
+from ctp.storage.store import Store
 
 PLUGIN = Path(__file__).parent / "plugins" / "counted.py"
 
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch):
-    monkeypatch.setattr(methods.Measure, "registry", dict(methods.Measure.registry))
+    monkeypatch.setattr(cells.Measure, "registry", dict(cells.Measure.registry))
     monkeypatch.setattr(plugins, "_sources", {})
 
 
@@ -30,7 +33,7 @@ def run(tmp_path, model, measures, monkeypatch, **changes):
     graph = plan.make(gridfile.load(str(write_grid(tmp_path / "g.yaml", content)), [], pins), pins)
     store, events = Store(str(tmp_path / "store")), []
     runtime = Runtime(device="cpu", locations=pins.locations, plugins=dict(graph.grid.plugins))
-    outcome = schedule.run(
+    outcome = tune.run(
         graph, set(graph.nodes), set(), store=store.uri, runtime=runtime, resources=Resources(), address=None,
         fail_fast=False, on_event=events.append,
     )  # fmt: skip

@@ -13,11 +13,11 @@ from test_work import Bench
 
 from analysis import transfer_matrix
 from analysis.runs import evaluations
-from ctp import alive
-from ctp.runinfo import PARENT
-from ctp.runs import FEW, _make_database
-from ctp.spec import Learn, key
-from ctp.track import Tracker
+from ctp.cells.cell import Learn, key
+from ctp.machine import process
+from ctp.tracking.entries import PARENT
+from ctp.tracking.runs import FEW, _make_database
+from ctp.tracking.tracker import Tracker
 
 
 def died(uri, plan, store, learning=(), tags=()):
@@ -28,7 +28,7 @@ def died(uri, plan, store, learning=(), tags=()):
     tracker._thread.join()
     for cell in learning:
         tracker._handle({"event": "start", "key": key(cell)})
-    for name, value in dict(tags or {"ctp.owner": f"{alive._machine()} {2**22 + 1} 17"}).items():
+    for name, value in dict(tags or {"ctp.owner": f"{process._machine()} {2**22 + 1} 17"}).items():
         tracker.client.set_tag(tracker.parent, name, value)
     return tracker.parent
 
@@ -97,30 +97,30 @@ def test_a_living_invocation_keeps_its_cells(finished, uri, tmp_path, llama_fold
 
 
 def test_signs_of_life(monkeypatch):
-    tags, now = alive.signs(), time.time()
-    assert alive.is_alive(tags, 0.0)
+    tags, now = process.signs(), time.time()
+    assert process.is_alive(tags, 0.0)
     machine, pid, start = tags["ctp.owner"].split(" ")
     for other in (f"{machine} {pid} 1{start}", f"{machine} {2**22 + 1} {start}"):  # the process id of another one now
-        assert not alive.is_alive({**tags, "ctp.owner": other}, now)
-    assert alive.is_alive({"ctp.owner": "elsewhere 1 2", "ctp.alive": str(int(now))}, 0.0)
-    assert not alive.is_alive({}, now - alive.DEAD_SECONDS - 1)  # as ctp wrote them once
-    assert alive.is_alive({}, now)
+        assert not process.is_alive({**tags, "ctp.owner": other}, now)
+    assert process.is_alive({"ctp.owner": "elsewhere 1 2", "ctp.alive": str(int(now))}, 0.0)
+    assert not process.is_alive({}, now - process.DEAD_SECONDS - 1)  # as ctp wrote them once
+    assert process.is_alive({}, now)
 
 
 def test_a_process_of_which_only_the_exit_code_is_left_is_dead():
     child = subprocess.Popen(["true"])
     end = time.monotonic() + 10
-    while alive._started(child.pid) and time.monotonic() < end:
+    while process._started(child.pid) and time.monotonic() < end:
         time.sleep(0.01)
     assert Path(f"/proc/{child.pid}").exists()
-    assert alive._started(child.pid) == ""
+    assert process._started(child.pid) == ""
     child.wait()
 
 
 @pytest.mark.parametrize("few", [FEW, 0])
 def test_two_drivers_at_once_leave_one_run_a_cell(finished, uri, monkeypatch, few):
     """Each has read the experiment before the other wrote; whoever closes last sees both runs of a cell."""
-    monkeypatch.setattr("ctp.runs.FEW", few)
+    monkeypatch.setattr("ctp.tracking.runs.FEW", few)
     both = [Tracker(uri, finished.plan, finished.store) for _ in range(2)]
     for tracker in both:
         assert tracker.runs.known() == {}

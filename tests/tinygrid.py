@@ -6,7 +6,7 @@ import yaml
 from tiny import tiny_bloom, tiny_llama, tiny_mixtral, tiny_opt
 from transformers import PreTrainedTokenizerFast
 
-from ctp import tiny_models
+from ctp.models import tiny
 
 ARCHITECTURES = {"llama": tiny_llama, "opt": tiny_opt, "bloom": tiny_bloom, "mixtral": tiny_mixtral}
 VOCAB = 257
@@ -14,7 +14,7 @@ VOCAB = 257
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, and an end-of-text token."""
-    return tiny_models.byte_tokenizer(bos=False)
+    return tiny.byte_tokenizer(bos=False)
 
 
 def model_folder(folder: Path, architecture: str = "llama", **fields) -> Path:

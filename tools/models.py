@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ctp.formats import FORMATS
 from ctp.formats.loaders import refusals
-from ctp.models import config_facts
+from ctp.models.config import config_facts
 from tools.zoo import MODELS, config
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-VOCAB = 258  # ctp.tiny_models' byte tokenizer: 256 bytes, <eos>, <bos>
+VOCAB = 258  # ctp.models.tiny' byte tokenizer: 256 bytes, <eos>, <bos>
 CONTEXT = 128  # tokens
 WINDOW = 8  # tokens that sliding attention sees; a multiple of all chunks and local windows in the table
 COMMON: dict[str, Any] = {

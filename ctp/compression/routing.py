@@ -7,49 +7,17 @@ that no token was routed to, H alone from m tokens on.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 
 from torch import Tensor, nn
 
-from ctp.compression.experts import SplitExperts
-from ctp.compression.linears import matrix
+from ctp.architectures.experts import SplitExperts
+from ctp.architectures.linears import matrix
+from ctp.formats.artifact import Routing
 
 HESSIAN_BYTES = 2**33  # held at a time, where one linear's does not take more
 Group = Sequence[str]  # linears on one input, by name
 Measure = Callable[[Sequence[Group]], tuple[list[Tensor], list[int]]]  # Hessians of groups, and how many tokens each
-
-
-@dataclass
-class Routing:
-    """How many calibration tokens were routed to each expert of a compressed model, by the expert's name.
-
-    short: those of `tokens` with fewer than one of their matrices has inputs.
-    """
-
-    tokens: dict[str, int] = field(default_factory=dict)
-    short: dict[str, int] = field(default_factory=dict)
-
-    def metrics(self) -> dict[str, float]:
-        """Counts for a report; empty where the model has no experts."""
-        if not self.tokens:
-            return {}
-        return {
-            "experts": len(self.tokens),
-            "experts_short_of_tokens": len(self.short),
-            "experts_without_tokens": sum(n == 0 for n in self.tokens.values()),
-            "expert_tokens_least": min(self.tokens.values()),
-        }
-
-    def notice(self) -> str:
-        """One sentence where experts are short of tokens, else ""."""
-        if not self.short:
-            return ""
-        name = min(self.short, key=lambda n: self.short[n])
-        return (
-            f"{len(self.short)} of {len(self.tokens)} experts were routed fewer calibration tokens than a weight of "
-            f"theirs has inputs ({name}: {self.short[name]}); their Hessians are filled up with those of all tokens"
-        )
 
 
 def expert_of(block: nn.Module, name: str) -> tuple[str, int, str] | None:

@@ -4,15 +4,10 @@ A CPU has a compiled kernel (numba), a GPU a fused one where triton is there, ev
 says what the others must do.
 """
 
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
-
-from ctp.machine import triton
 
 MAX_COLUMNS = 128  # that a kernel settles at once: what comes behind them is a matrix product
 
@@ -37,25 +32,6 @@ class Block:
     top: int = 0
     drop: Tensor | None = None
     n_of_m: tuple[int, int] | None = None
-
-
-def settle(block: Block) -> None:
-    """Settle a block of at most MAX_COLUMNS columns by the fastest code for its device and dtype."""
-    _pick(block.work.device.type, block.work.dtype)(block)
-
-
-@lru_cache
-def _pick(device: str, dtype: torch.dtype) -> Callable[[Block], None]:
-    with suppress(ImportError):  # no numba or triton for this platform
-        if device == "cpu" and dtype in (torch.float32, torch.float64):
-            from ctp.compression.settle_cpu import settle_cpu
-
-            return settle_cpu
-        if device == "cuda" and dtype == torch.float32 and triton.works():
-            from ctp.compression.settle_cuda import settle_cuda
-
-            return settle_cuda
-    return settle_loop
 
 
 def settle_loop(block: Block) -> None:

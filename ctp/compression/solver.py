@@ -8,19 +8,23 @@ columns this happens at once, on the columns behind the block once per block ("l
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ctp.compression.layer import Layer, all_finite
+from ctp.architectures.linears import all_finite
+from ctp.cells import Solver, SparseGPT
 from ctp.compression.quantize import fit
 from ctp.compression.refit import refit
-from ctp.compression.settle import MAX_COLUMNS, Block, choose, settle
-from ctp.methods import Solver, SparseGPT
+from ctp.compression.settle import MAX_COLUMNS, Block, choose, settle_loop
+from ctp.formats.layer import Layer
+from ctp.machine import triton
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,3 +274,22 @@ def _finish(
         mask=mask,
     )
     return final, layer
+
+
+def settle(block: Block) -> None:
+    """Settle a block of at most MAX_COLUMNS columns by the fastest code for its device and dtype."""
+    _pick(block.work.device.type, block.work.dtype)(block)
+
+
+@lru_cache
+def _pick(device: str, dtype: torch.dtype) -> Callable[[Block], None]:
+    with suppress(ImportError):  # no numba or triton for this platform
+        if device == "cpu" and dtype in (torch.float32, torch.float64):
+            from ctp.compression.settle_cpu import settle_cpu
+
+            return settle_cpu
+        if device == "cuda" and dtype == torch.float32 and triton.works():
+            from ctp.compression.settle_cuda import settle_cuda
+
+            return settle_cuda
+    return settle_loop

@@ -8,18 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctp.compression.blocks import decoder_blocks, packed_linears, shared_inputs, unfit
-from ctp.compression.calls import Batch, stop, stopping
-from ctp.compression.chain import capture, check_chain, check_experts
-from ctp.compression.experts import matrices, split
-from ctp.compression.layer import Layer, check
-from ctp.compression.linears import linears, matrix
+from ctp.architectures.blocks import decoder_blocks, unfit
+from ctp.architectures.calls import Batch, stop, stopping
+from ctp.architectures.chain import capture, check_chain, check_experts
+from ctp.architectures.experts import matrices, split
+from ctp.architectures.linears import linears, matrix
+from ctp.cells import Solver
+from ctp.compression.calibration import packed_linears, shared_inputs
 from ctp.compression.refit import stripes
-from ctp.compression.routing import Routing, filled_up, pieces, stages
+from ctp.compression.routing import filled_up, pieces, stages
 from ctp.compression.solver import Inverse, check_shape, factorise, solve
+from ctp.formats.artifact import Routing
+from ctp.formats.layer import Layer, check
 from ctp.machine.arithmetic import widened
 from ctp.machine.threads import keep_heap, side_by_side
-from ctp.methods import Solver
 
 Progress = Callable[[int, int], None]
 CPU_TOKENS = 1024
@@ -41,7 +43,7 @@ def compress_model(
     model: a causal language model of transformers on any device. windows: token ids (n, tokens). batch: windows per
     forward pass, by default 4, on a CPU as many as make CPU_TOKENS tokens. progress is told (blocks done, blocks).
     routing: where the tokens of every expert are counted. Returns the compressed form of every weight by module name,
-    of experts by the names of `ctp.compression.experts.matrices`. A model in half precision that its device has no fast
+    of experts by the names of `experts.matrices`. A model in half precision that its device has no fast
     arithmetic for runs in float32; its weights come out rounded to their own type as ever.
 
     Raises ValueError naming the linear where a group size does not fit or a Hessian cannot be factorised, or the

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctp.compression.layer import Layer
 from ctp.formats.checks import FLOATS, group_numbers, part
-from ctp.formats.words import from_words
+from ctp.formats.layer import Layer
+from ctp.formats.pack import from_words
 
 BITS, VERSION = 4, "gemm"
 PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # of outputs 0 to 7 within a word

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctp.compression.layer import Layer
 from ctp.formats.checks import part
+from ctp.formats.layer import Layer
 
 STATE = ".weight.quant_state.bitsandbytes__"
 KINDS = ("nf4", "fp4")

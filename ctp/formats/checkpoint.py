@@ -14,18 +14,21 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
-from ctp import ggufs, hub, tiny_models
-from ctp.compression.artifact import PACKED, Compressed, read_generation, read_tensors
-from ctp.compression.blocks import decoder_blocks
-from ctp.compression.experts import matrices
-from ctp.compression.layer import Layer
-from ctp.compression.linears import as_stored, is_linear, linears, matrix
-from ctp.compression.names import names_here
-from ctp.compression.pack import pack
+from ctp.architectures.blocks import decoder_blocks
+from ctp.architectures.experts import matrices
+from ctp.architectures.linears import as_stored, is_linear, linears, matrix
+from ctp.architectures.names import names_here
+from ctp.common import hub
 from ctp.formats import awq, bitsandbytes, compressed_tensors, gguf, gptq
+from ctp.formats.artifact import PACKED, Compressed, read_generation, read_tensors
 from ctp.formats.checks import FLOATS, part
-from ctp.modelfiles import weight_files
-from ctp.models import LOCAL, check_pinned, skeleton
+from ctp.formats.layer import Layer
+from ctp.formats.pack import pack
+from ctp.models import gguf as model_gguf
+from ctp.models import tiny
+from ctp.models.files import weight_files
+from ctp.models.hf import LOCAL, skeleton
+from ctp.models.sources import check_pinned
 
 READERS: dict[str, Any] = {
     "gptq": gptq, "awq": awq, "bitsandbytes": bitsandbytes, "compressed-tensors": compressed_tensors
@@ -33,17 +36,17 @@ READERS: dict[str, Any] = {
 
 
 def fetch(location: str, revision: str, weights: bool = True) -> Path:
-    """The folder, or GGUF file, of a checkpoint that `ctp.models.locate` found. weights: False for the configuration.
+    """The folder, or GGUF file, of a checkpoint that `sources.locate` found. weights: False for the configuration.
 
     Raises ValueError where it has changed since it was pinned, or is no folder of its own.
     """
     if location.startswith("hub:"):
         files = (*hub.CONFIG, "*.safetensors") if weights else hub.CONFIG
         return hub.fetch(location.removeprefix("hub:"), revision, files, "checkpoint")
-    if location.startswith(("package:", tiny_models.SCHEME)):
+    if location.startswith(("package:", tiny.SCHEME)):
         raise ValueError("a checkpoint is a folder or a hub id, not a tiny or packaged model")
     check_pinned(location, revision)
-    return Path(location.removeprefix(ggufs.SCHEME))
+    return Path(location.removeprefix(model_gguf.SCHEME))
 
 
 def quantization(folder: Path) -> dict[str, Any] | None:
@@ -51,7 +54,7 @@ def quantization(folder: Path) -> dict[str, Any] | None:
 
     Raises ValueError, naming the file and field, where ctp cannot read what it says.
     """
-    if folder.suffix == ggufs.SUFFIX:
+    if folder.suffix == model_gguf.SUFFIX:
         return None  # the file itself says it
     config = _json(folder / "config.json")
     found = next((config[n] for n in ("quantization_config", "compression_config") if config.get(n) is not None), None)
@@ -87,9 +90,9 @@ def open_checkpoint(folder: Path, dtype: str = "auto", tokenizer: Any = None) ->
         opened = Compressed.open(folder)
         opened.config.dtype = opened.config.dtype if dtype == "auto" else getattr(torch, dtype)
         return replace(opened, tokenizer=tokenizer or opened.tokenizer)
-    file = folder if folder.suffix == ggufs.SUFFIX and folder.is_file() else None
+    file = folder if folder.suffix == model_gguf.SUFFIX and folder.is_file() else None
     if file is not None:
-        folder = ggufs.folder(file)
+        folder = model_gguf.folder(file)
     said = quantization(folder)
     config = AutoConfig.from_pretrained(folder, **LOCAL)
     if hasattr(config, "quantization_config"):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ctp.compression.layer import all_finite
+from ctp.architectures.linears import all_finite
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 INTS = (torch.int32, torch.int64)

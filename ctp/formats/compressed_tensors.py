@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctp.compression.layer import Layer
 from ctp.formats.checks import FLOATS, INTS, below, group_numbers, part
-from ctp.formats.words import from_words, stored_codes, to_words
+from ctp.formats.layer import Layer
+from ctp.formats.pack import from_words, stored_codes, to_words
 
 PACK, INT = "pack-quantized", "int-quantized"
 BITS = (2, 3, 4, 8)

@@ -10,17 +10,17 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from torch import nn
 
-from ctp.cache import new_folder
-from ctp.compression.artifact import Compressed, save_generation, save_model
-from ctp.compression.blocks import decoder_blocks
-from ctp.compression.experts import Matrix, experts_in, matrices, routers
-from ctp.compression.layer import Layer
-from ctp.compression.names import as_original, original_names
+from ctp.architectures.blocks import decoder_blocks
+from ctp.architectures.experts import Matrix, experts_in, matrices, routers
+from ctp.architectures.names import as_original, original_names
+from ctp.common.files import new_folder
+from ctp.common.messages import unknown
 from ctp.formats import FORMATS, compressed_tensors, gptq
+from ctp.formats.artifact import Compressed, save_generation, save_model
 from ctp.formats.checkpoint import open_checkpoint
+from ctp.formats.layer import Layer
 from ctp.formats.loaders import refusal, unopened
-from ctp.models import quiet, skeleton
-from ctp.names import unknown
+from ctp.models.hf import quiet, skeleton
 
 
 def export(model: Compressed | str | Path, folder: str | Path, format: str) -> list[str]:

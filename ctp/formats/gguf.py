@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ctp.compression.layer import Layer
+from ctp.formats.layer import Layer
 
 Bytes = dict[tuple[int, int], tuple[int, ...]]  # place in a block -> what to write there, repeated
 ONE = (0x00, 0x3C)  # in float16

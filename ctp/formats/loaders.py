@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import nn
 
-from ctp.compression.blocks import decoder_blocks
-from ctp.compression.chain import foreseen
-from ctp.compression.experts import Matrix, matrices
-from ctp.compression.linears import linears, matrix
-from ctp.compression.names import as_original
+from ctp.architectures.blocks import decoder_blocks
+from ctp.architectures.chain import foreseen
+from ctp.architectures.experts import Matrix, matrices
+from ctp.architectures.linears import linears, matrix
+from ctp.architectures.names import as_original
 from ctp.formats import gptq
-from ctp.models import skeleton
+from ctp.models.hf import skeleton
 
 
 def refusals(config: Any, bits: int = 4) -> dict[str, str]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ctp.compression.packed import PackedLinear
+from ctp.formats.packed import PackedLinear
+from ctp.kernels.attention import Layout, packed_attention
 from ctp.machine import triton
-from ctp.recover.attention import Layout, packed_attention
 
 
 @cache

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ctp.cache import cache_dir, write_json
+from ctp.common.files import cache_dir, write_json
 from ctp.machine.record import cpu_facts, cpu_model
 
 if TYPE_CHECKING:  # torch takes seconds to import, and planning needs none of it

@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from ctp.names import brief
+from ctp.common.messages import brief
 
 
 @cache
@@ -16,7 +16,7 @@ def works() -> bool:
     if not torch.cuda.is_available():
         return False
     try:
-        from ctp.kernels.trial import add_one
+        from ctp.machine.triton_trial import add_one
 
         one = add_one(torch.zeros(1, device="cuda"))
         assert float(one) == 1.0, "a trial kernel computed a wrong number"

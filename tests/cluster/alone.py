@@ -27,7 +27,7 @@ def listening(folder: Path) -> dict[str, list[str]]:
     os.environ["RAY_AUTH_TOKEN"] = TOKEN
     import ray
 
-    from ctp.cluster import join
+    from ctp.scheduling.cluster import join
 
     with join(None) as machines:
         ray.get(ray.remote(lambda: None).remote())

@@ -13,7 +13,7 @@ from pathlib import Path
 from mlflow.tracking import MlflowClient
 from tinygrid import grid, write_grid
 
-from ctp.runinfo import every_run
+from ctp.tracking.entries import every_run
 
 CHANGING = ("seconds", "peak_memory_bytes", "train/tokens_per_s")  # metrics that no two runs have alike
 STEPS = 40

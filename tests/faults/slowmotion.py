@@ -47,31 +47,33 @@ def after(owner, name, stage):
 
 
 def watch_worker():
-    from ctp import job, store, work
-    from ctp.recover import train
+    from ctp.execution import execute, jobs
+    from ctp.learning import train
+    from ctp.storage import store
 
-    before(work, "execute", "begin")
-    before(job.Job, "progress", "compress")
+    before(execute, "execute", "begin")
+    before(jobs.Job, "progress", "compress")
     before(train._Run, "update", lambda run: f"learn {run.state.step}", linger=0.01)
     before(store.Store, "save_partial", "checkpoint")
     before(store.Store, "commit", "publish")
     after(store.Store, "commit", "published")
-    before(work, "evaluating", "evaluate")
+    before(jobs, "evaluating", "evaluate")
 
 
 def watch_driver():
-    from ctp import cellruns, cluster, runs, schedule, track
+    from ctp.scheduling import cluster, tune
+    from ctp.tracking import cell_runs, runs, tracker
 
     say("plan")
     before(runs, "_open", "open")
-    before(track.Tracker, "begin", "invocation")
+    before(tracker.Tracker, "begin", "invocation")
     before(cluster, "_connect", "ray")
-    before(schedule.GraphSearch, "suggest", "hand-out", linger=0)
-    before(cellruns.CellRuns, "finish", "log")
-    after(cellruns.CellRuns, "_create", "log")
-    before(cellruns.CellRuns, "start", "log")
-    before(track.Tracker, "close", "close")
-    before(track.Tracker, "_retire", "close")
+    before(tune.GraphSearch, "suggest", "hand-out", linger=0)
+    before(cell_runs.CellRuns, "finish", "log")
+    after(cell_runs.CellRuns, "_create", "log")
+    before(cell_runs.CellRuns, "start", "log")
+    before(tracker.Tracker, "close", "close")
+    before(tracker.Tracker, "_retire", "close")
 
 
 if FILE:

@@ -6,15 +6,15 @@ import pytest
 import torch
 from shapes import llama, windows
 
-from ctp.compression import compress_model
-from ctp.compression.artifact import Compressed
-from ctp.compression.layer import Layer
-from ctp.compression.pack import pack, unpack
-from ctp.compression.packed import PackedLinear
-from ctp.compression.settle import Block, settle, settle_loop
-from ctp.compression.solver import factorise, solve
+from ctp.cells import GPTQ, SparseGPT
+from ctp.compression.settle import Block, settle_loop
+from ctp.compression.solver import factorise, settle, solve
+from ctp.compression.walk import compress_model
+from ctp.formats.artifact import Compressed
+from ctp.formats.layer import Layer
+from ctp.formats.pack import pack, unpack
+from ctp.formats.packed import PackedLinear
 from ctp.machine import triton
-from ctp.methods import GPTQ, SparseGPT
 
 
 def test_triton_runs():

@@ -5,17 +5,17 @@ import torch
 from shapes import WIDTH, llama, qwen3, windows
 from torch import nn
 
-from ctp.evaluate.latency import latency
-from ctp.evaluate.perplexity import perplexity
-from ctp.inputs import Windows
+from ctp.cells import LoRA, SoftPrompt
+from ctp.cells.inputs import Windows
+from ctp.cells.runtime import Runtime
+from ctp.evaluation.latency import latency
+from ctp.evaluation.perplexity import perplexity
 from ctp.kernels import llama as kernels
-from ctp.methods import LoRA, SoftPrompt
-from ctp.recover.attach import frozen, scored_logits, summed_nll
-from ctp.recover.lora import learn_lora
-from ctp.recover.objective import choose
-from ctp.recover.prompted import attach_prompt
-from ctp.recover.soft_prompt import learn
-from ctp.spec import Runtime
+from ctp.learning.lora import learn_lora
+from ctp.learning.objective import choose
+from ctp.learning.soft_prompt import learn
+from ctp.prompts.attach import frozen, scored_logits, summed_nll
+from ctp.prompts.attached import attach_prompt
 
 
 def test_liger_kernels_are_there():

@@ -5,10 +5,10 @@ import signal
 import time
 from typing import TYPE_CHECKING, Literal
 
-from ctp.methods import Measure
+from ctp.cells import Measure
 
 if TYPE_CHECKING:
-    from ctp.job import EvaluateJob
+    from ctp.execution.jobs import EvaluateJob
 
 
 class Counted(Measure):

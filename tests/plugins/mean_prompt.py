@@ -2,11 +2,10 @@
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ctp.inputs import PositiveInt, Windows
-from ctp.methods import Recovery
+from ctp.plugin import PositiveInt, Recovery, Windows
 
 if TYPE_CHECKING:
-    from ctp.job import LearnJob
+    from ctp.plugin import LearnJob
 
 
 class MeanPrompt(Recovery):
@@ -20,7 +19,7 @@ class MeanPrompt(Recovery):
     def recover(self, job: "LearnJob") -> dict[str, float]:
         import torch  # here: planning a grid does not wait for it
 
-        from ctp.recover.state import save_prompt
+        from ctp.plugin import save_prompt
 
         embedding, ids = job.model.get_input_embeddings(), job.windows(self.text).to(job.device)
         with torch.no_grad():

@@ -6,9 +6,9 @@ from functools import lru_cache
 import pytest
 import torch
 
-from ctp.models import config_facts
-from ctp.recover.rows import embedding_rows
-from ctp.tiny_models import byte_tokenizer
+from ctp.models.config import config_facts
+from ctp.models.tiny import byte_tokenizer
+from ctp.prompts.rows import embedding_rows
 from tools.zoo import MODELS, VOCAB, build, config
 
 torch.set_num_threads(1)

@@ -8,9 +8,9 @@ from support.zoo import CLOSE, EVERY, far, logits, refuses, shared, tokenizer, w
 from transformers import AutoModelForCausalLM
 
 import ctp
-from ctp.compression.artifact import Compressed
-from ctp.compression.blocks import decoder_blocks
+from ctp.architectures.blocks import decoder_blocks
 from ctp.formats import FORMATS
+from ctp.formats.artifact import Compressed
 from ctp.formats.loaders import refusals
 from tools.zoo import build, config
 

@@ -8,8 +8,8 @@ prompt or without: of these the longest is compared.
 import torch
 from support.zoo import CLOSE, EVERY, FRONT, far, hard_prompt, logits, refuses, shared, windows
 
-from ctp.recover.prefix import stretched
-from ctp.recover.prompted import attach_prompt
+from ctp.prompts.attached import attach_prompt
+from ctp.prompts.prefix import stretched
 from tools.zoo import WINDOW
 
 NEW = WINDOW + 4  # more than sliding attention sees

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from support.zoo import EVERY, refuses, shared, tokenizer, windows
 
 import ctp
-from ctp.methods import LoRA
-from ctp.recover.attach import frozen
-from ctp.recover.lora import injected, learn_lora
-from ctp.recover.objective import choose
+from ctp.cells import LoRA
+from ctp.learning.lora import injected, learn_lora
+from ctp.learning.objective import choose
+from ctp.prompts.attach import frozen
 
 # Gradients are sums over all windows, whose terms cancel in part: relative to the gradient's length.
 EXACT = 1e-3

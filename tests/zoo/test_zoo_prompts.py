@@ -5,9 +5,9 @@ import torch
 from lm_eval.api.instance import Instance
 from support.zoo import CLOSE, EVERY, FRONT, behind, far, hard_prompt, refuses, shared, tokenizer, windows
 
-from ctp.evaluate.perplexity import perplexity
-from ctp.evaluate.tasks import SoftPromptLM
-from ctp.recover.prompted import attach_prompt
+from ctp.evaluation.harness import SoftPromptLM
+from ctp.evaluation.perplexity import perplexity
+from ctp.prompts.attached import attach_prompt
 
 ASKED = [("Once upon a time", " there was"), ("A", " b")]
 

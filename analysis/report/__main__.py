@@ -1,0 +1,5 @@
+import sys
+
+from analysis.report.page import main
+
+sys.exit(main())

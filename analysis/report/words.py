@@ -1,0 +1,101 @@
+"""More figures of a report: latency, nearest words, and answers side by side."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from analysis.report.chart import curves, histogram
+from analysis.report.figures import LINES, Part, by_model, by_severity, called
+from analysis.report.read import Record
+from analysis.report.table import Sheet, number, text
+from analysis.runs import AnalysisError, check_alike
+from analysis.tables import readable
+
+ANSWER = 2000  # characters
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A question and (who, answer) side by side."""
+
+    question: str
+    answers: list[tuple[str, str]]
+
+
+def latency(record: Record) -> list[Part]:
+    """Prefill and decode against the number of prompt vectors, a line a model and compression."""
+    rows = record.measured("latency")
+    if rows.empty:
+        return []
+    part = Part("")
+    try:
+        check_alike(rows)
+    except AnalysisError as e:
+        return [Part("", troubles=[str(e)])]
+    for metric, what in (("prefill_seconds", "prefill, ms"), ("decode_seconds_per_token", "decode, ms per token")):
+        lines, spread = [], []
+        for (model, target), own in rows.groupby(["model", "target"]):
+            own = own.reindex(columns=["k", metric, f"{metric}_iqr"]).groupby("k").mean().sort_index() * 1000
+            lines.append((f"{model} {target}", list(zip(map(float, own.index), map(float, own[metric]), strict=True))))
+            spread.append([float(v) for v in own[f"{metric}_iqr"].fillna(0)])
+        for i in range(0, len(lines), LINES):
+            name = what.partition(",")[0].capitalize()
+            part.charts.append(curves(f"{name} behind k prompt vectors", "prompt vectors k", what, lines[i : i + LINES],
+                                      zero=True, spread=spread[i : i + LINES]))  # fmt: skip
+    part.sheets.append(_timings(rows))
+    return [part]
+
+
+def _timings(rows: pd.DataFrame) -> Sheet:
+    body = [
+        [text(r.model), text(r.target), number(r.k, str(r.k)), number(r.seq_len, f"{int(r.seq_len):,}"),
+         number(1000 * r.prefill_seconds), number(1000 * r.decode_seconds_per_token), text(r.machine or r.device)]
+        for _, r in rows.sort_values(["model", "target", "k"]).iterrows()
+    ]  # fmt: skip
+    head = ["model", "compression", "k", "tokens", "prefill, ms", "decode, ms per token", "machine"]
+    return Sheet("Latency: medians over rounds; bars are quartiles apart", head, body, {2, 3, 4, 5}, long=True)
+
+
+def neighbours(record: Record) -> list[Part]:
+    """For each prompt, how near the vocabulary comes, and its vectors' nearest words."""
+    parts = []
+    for _, row in record.measured("neighbours").iterrows():
+        part = Part(f"{row.model}, prompt {called(row)} learned through {row.source}")
+        part.attempt(_words, record, row)
+        parts.append(part)
+    return parts
+
+
+def _words(part: Part, record: Record, row: Any) -> None:
+    found = record.json(row.run_id, "neighbours.json")
+    counts, edges = found["histogram"]["counts"], found["histogram"]["edges"]
+    shares = [100 * c / sum(counts) for c in counts]
+    part.charts.append(histogram(
+        "Cosines of the prompt's vectors with their nearest vocabulary rows", "cosine", "share of all pairs, %", edges,
+        shares, ("nearly all lie below it in the paper", 0.16),
+    ))  # fmt: skip
+    body = [[number(n["row"], str(n["row"])), text(readable(n)), number(n["cosine"], f"{n['cosine']:.3f}")]
+            for n in found["nearest"]]  # fmt: skip
+    below = f"{100 * row['fraction_below_0.16']:.1f} % of the cosines lie below 0.16; in the paper nearly all."
+    part.sheets.append(Sheet("Each vector's nearest word", ["vector", "word", "cosine"], body, {0, 2}, [below], True))
+
+
+def answers(record: Record) -> list[tuple[str, list[Answers]]]:
+    """For each model, its questions with the answers of every compression and prompt; of several seeds the first."""
+    out = []
+    for model, rows in by_model(record.measured("generation")):
+        asked: dict[str, dict[str, str]] = {}
+        for row in by_severity(rows):
+            who = _who(row)
+            for one in record.json(row.run_id, "answers.json"):
+                asked.setdefault(str(one["question"]), {}).setdefault(who, str(one["answer"]).strip()[:ANSWER])
+        out.append((model, [Answers(q, list(found.items())) for q, found in asked.items()]))
+    return out
+
+
+def _who(row: Any) -> str:
+    if row.source == "none":
+        return f"{row.target}, no prompt"
+    through = "" if row.source in (row.target, "untrained", "imported") else f" learned through {row.source}"
+    return f"{row.target}, {called(row)}{through}"

@@ -1,0 +1,36 @@
+"""How and where work is done: nothing of it is in a key."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ctp.cells.inputs import Pinned, PositiveInt, Spec
+
+
+def location(locations: Mapping[str, str], thing: Pinned) -> str:
+    """Where a pinned thing lies. Raises KeyError naming it where the runtime does not say."""
+    return locations[thing.pinned_name]
+
+
+class Runtime(Spec):
+    """How and where work is done: nothing here changes a result, and no cell can hold it.
+
+    device: "auto", "cpu" or "cuda". batch: windows per forward pass in evaluation and calibration.
+    checkpoint_seconds: least time between two checkpoints of a prompt that is being learned. recompute: learn with less
+    memory and more time: activations are computed again in the backward pass. packed: learn prompts through weights
+    that stay packed on the device and are unpacked at every use. halved: how often fewer windows at once are to be
+    begun with than batch (and a recovery's own) say: workers were ended for their machine's memory.
+    locations: where a pinned model, text or adapter lies ("name@revision" -> path, `package:…` or hub id).
+    datasets: descriptions of the grid file's own texts, by name. plugins: sources of its Python files, by name.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    batch: PositiveInt = 4
+    checkpoint_seconds: Annotated[float, Field(strict=True, ge=0)] = 60.0
+    recompute: bool = False
+    packed: bool = False
+    halved: Annotated[int, Field(strict=True, ge=0)] = 0
+    locations: dict[str, str] = Field(default_factory=dict)
+    datasets: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    plugins: dict[str, str] = Field(default_factory=dict)

@@ -1,0 +1,186 @@
+"""Where this machine keeps what can be made again: converted models, fetched artifacts, digests."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+
+def cache_dir() -> Path:
+    """CTP_CACHE, else `ctp` in the user's cache folder (XDG_CACHE_HOME)."""
+    if own := os.environ.get("CTP_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctp"
+
+
+def fill(target: Path, make: Callable[[Path], None]) -> Path:
+    """The folder `target`, made by `make(empty folder)` where it is missing. Atomic: a second maker drops its copy."""
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        make(work)
+        work.rename(target)
+    except OSError:
+        if not target.exists():
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def flush(folder: Path) -> None:
+    """Wait until the disk holds every file in the folder, and the folders themselves: a power cut takes none of it."""
+    for path in (*folder.rglob("*"), folder):
+        flush_entry(path)
+
+
+def flush_entry(path: str | Path) -> None:
+    """Wait until the disk holds this file, or the names in this folder where the file system can tell."""
+    at = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(at)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(at)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` on a clean exit; after an error nothing is left of it.
+
+    Raises ValueError where `target` holds something: nothing is overwritten.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} is not empty: nothing is overwritten")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield work
+        work.chmod(0o755)
+        work.replace(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(fd, "w") as f:
+            json.dump(value, f, indent=1, sort_keys=True)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+Stamp = tuple[str, int, int, int, int, int]
+# Nanoseconds: file systems keep times in steps of up to two seconds, and a second write within one shows no change.
+SETTLED = 2e9
+_digests: dict[tuple[Stamp, ...], str] = {}  # of this process
+
+
+def stamps(files: Iterable[Path]) -> tuple[Stamp, ...]:
+    """What the file system says of each file: resolved path, device, inode, size, times of writing and of change.
+
+    The time of change (ctime) cannot be set, so that a file unpacked over another with the same size and times differs.
+    Raises OSError where a file is missing.
+    """
+    return tuple(
+        (str(f.resolve()), (s := f.stat()).st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f in files
+    )
+
+
+def settled(seen: tuple[Stamp, ...], now: int) -> bool:
+    """Would a write after `now` (nanoseconds since 1970) show in the stamps?"""
+    return all(stamp[-1] < now - SETTLED for stamp in seen)
+
+
+def digest(files: Sequence[Path], anew: bool = False) -> str:
+    """One digest of several files' names and bytes, remembered by `stamps`, on this machine and in this process.
+
+    anew: believe only what this process has hashed itself. Raises ValueError where a file changes meanwhile.
+    """
+    before, begun = stamps(files), time.time_ns()
+    if before in _digests:
+        return _digests[before]
+    memo = cache_dir() / "digests" / (hashlib.sha256(repr(before).encode()).hexdigest() + ".json")
+    if memo.exists() and not anew:
+        return str(json.loads(memo.read_text())["sha256"])
+    whole = hashlib.sha256()
+    for f in sorted(files, key=lambda f: f.name):
+        whole.update(f"{f.name}\0{sha256_file(f)}\n".encode())
+    if stamps(files) != before:
+        raise ValueError(f"{files[0].parent} changes while it is read: wait until it is whole, and run again")
+    if settled(before, begun):
+        _digests[before] = whole.hexdigest()
+        write_json(memo, {"sha256": whole.hexdigest()})
+    return whole.hexdigest()
+
+
+class Changed(ValueError):
+    """What is read is not what was pinned."""
+
+
+def check_same(what: str, revision: str, files: Callable[[], Sequence[Path]]) -> None:
+    """Raises Changed, naming `what`, unless the digest of the files that `files` finds is `revision`."""
+    found: Sequence[Path] = ()
+    try:
+        found = files()
+        if not found or "sha256:" + digest(found, anew=True) == revision:
+            return
+    except OSError as e:
+        raise changed(what, f"{e.filename or ''}: {e.strerror or e}") from e
+    raise changed(what, f"last written: {max(found, key=lambda f: f.stat().st_ctime_ns).name}")
+
+
+def changed(what: str, why: str) -> Changed:
+    """The error for what has changed since it was pinned, in one sentence."""
+    return Changed(f"{what} has changed since it was pinned ({why}): run again, which computes what depends on it anew")
+
+
+def expanded(text: str | Path) -> Path:
+    """The path, `~` replaced where there is such a user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
+def there(path: Path) -> bool:
+    """Is there something at the path?"""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, a null byte
+        return False
+
+
+def folder_named(text: str) -> Path | None:
+    """The folder that a text names, None where there is none."""
+    path = expanded(text)
+    return path if text and there(path) and path.is_dir() else None
+
+
+def matches(path: str, pattern: str) -> bool:
+    """As a shell does: a * ends at the next slash."""
+    parts, wanted = path.split("/"), pattern.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))

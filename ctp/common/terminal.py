@@ -1,0 +1,95 @@
+"""Rows as lines of aligned columns, for the terminal."""
+
+import functools
+import os
+import select
+import sys
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
+    """One line a row; the columns in `left` begin together, the others end together."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            v.ljust(w) if i in left else v.rjust(w) for i, (v, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def size(n: float) -> str:
+    """157.2 MB: bytes in powers of 1000."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+BROKEN_PIPE = 141  # what shells call SIGPIPE
+
+
+def unread(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
+    """A `main(argv) -> exit code` that returns BROKEN_PIPE, in silence, once nobody reads its standard output on.
+
+    A pipe or connection of its own that breaks still raises BrokenPipeError.
+    """
+
+    @functools.wraps(main)
+    def heeding(argv: list[str] | None = None) -> int:
+        try:
+            try:
+                return main(argv)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            if not reader_gone():
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
+            return BROKEN_PIPE
+
+    return heeding
+
+
+def reader_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads."""
+    try:
+        place = sys.stdout.fileno()
+    except (OSError, ValueError):  # a text in memory, or closed
+        return False
+    asked = select.poll()
+    asked.register(place, 0)  # errors are told whatever is asked
+    return bool(asked.poll(0))
+
+
+def how_far(event: dict[str, Any]) -> str:
+    """A cell's progress in words; empty where it told none. left: seconds until its last step, where known."""
+    if "step" not in event:
+        return ""
+    parts = [f"step {event['step']}/{event['steps']}"]
+    if event.get("loss") is not None:
+        parts.append(f"loss {event['loss']:.3f}")
+    if event.get("best_val_loss") is not None:
+        parts.append(f"best validation {event['best_val_loss']:.3f}")
+    if event.get("tokens_per_s"):
+        parts.append(f"{event['tokens_per_s']:,.0f} tokens/s")
+    if "at_once" in event:
+        parts.append(f"for lack of memory {event['at_once']} at once")
+    if event.get("left") is not None:
+        parts.append(f"about {duration(event['left'])} left")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """3.2 s, 4 min 05 s, 2 h 07 min, 3 d 04 h."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    days, rest = divmod(minutes, 24 * 60)
+    return f"{days:,} d {rest // 60:02d} h"

@@ -1,0 +1,136 @@
+"""Token windows cut from documents, specified to the token."""
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from ctp.cells.inputs import Windows
+from ctp.data.texts import find
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+# Tokens read beyond the windows asked for when documents are left over: what follows them cannot change them, because
+# tokenizers decide word by word.
+_MARGIN = 1024
+
+
+def cut_windows(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> "torch.LongTensor":
+    """The token ids of `spec`: int64 (n, seq_len), with special tokens as `Windows.bos` says.
+
+    Sequential windows are those of all documents joined and tokenised in one go. With `count`, only as many documents
+    are tokenised as it takes. Crops: a document is drawn, with replacement, from those longer than seq_len, then one
+    of its windows, all alike likely; global random state is neither used nor changed.
+
+    Raises ValueError when there are fewer windows than `count`, none at all, no document longer than a crop, or no BOS
+    to put in front of each.
+    """
+    import torch
+
+    if spec.bos == "each" and tokenizer.bos_token_id is None:
+        raise ValueError(f"{_title(spec)}: bos = 'each': the tokenizer has no beginning-of-text token")
+    front = [tokenizer.bos_token_id] if spec.bos == "each" else []
+
+    documents = documents[spec.skip :]
+    if spec.documents is not None:
+        if len(documents) < spec.documents:
+            log.warning("%s has %d documents after %d, not %d", _title(spec), len(documents), spec.skip, spec.documents)
+        documents = documents[: spec.documents]
+    cut = _crops if spec.sampling == "crops" else _sequential
+    return torch.LongTensor([front + ids for ids in cut(spec, documents, tokenizer, spec.seq_len - len(front))])
+
+
+def _title(spec: Windows) -> str:
+    return f"{spec.dataset}/{spec.split}"
+
+
+def _tokens(spec: Windows, tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    # verbose=False: a text longer than the model's context is no mistake here
+    special = spec.bos == "first"
+    return list(tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"])
+
+
+def _sequential(
+    spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase", size: int
+) -> list[list[int]]:
+    """Pieces of `size` tokens, one after the other."""
+    join = spec.join if spec.join is not None else find(spec.dataset).join
+    wanted = None if spec.count is None else spec.count * size + _MARGIN
+    used = len(documents) if wanted is None else _enough(documents, 5 * wanted)
+    while True:
+        ids = _tokens(spec, tokenizer, join.join(documents[:used]))
+        if wanted is None or used >= len(documents) or len(ids) >= wanted:
+            break
+        used *= 2
+    n = len(ids) // size
+    if n < (spec.count or 1):
+        asked = "" if spec.count is None else f"; {spec.count} are asked for"
+        raise ValueError(f"{_title(spec)} has {len(ids)} tokens, {n} windows of {spec.seq_len}{asked}")
+    n = n if spec.count is None else spec.count
+    return [ids[i * size : (i + 1) * size] for i in range(n)]
+
+
+def _enough(documents: Sequence[str], characters: int) -> int:
+    for used, text in enumerate(documents, 1):
+        characters -= len(text)
+        if characters <= 0:
+            return used
+    return len(documents)
+
+
+def _crops(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase", size: int) -> list[list[int]]:
+    """Pieces of `size` tokens out of longer documents."""
+    assert spec.count is not None
+    draw = random.Random(spec.seed)
+    candidates = list(range(len(documents)))  # those not yet known to be short
+    crops: list[list[int]] = []
+    while len(crops) < spec.count:
+        if not candidates:
+            raise ValueError(f"{_title(spec)} has no document of more than {size} tokens to crop")
+        at = draw.randrange(len(candidates))
+        ids = _tokens(spec, tokenizer, documents[candidates[at]])
+        if len(ids) <= size:
+            candidates[at] = candidates[-1]
+            candidates.pop()
+            continue
+        start = draw.randrange(len(ids) - size + 1)
+        crops.append(ids[start : start + size])
+    return crops
+
+
+def text_stats(
+    windows: "torch.Tensor", tokenizer: "PreTrainedTokenizerBase", sha256: str | None = None
+) -> dict[str, Any]:
+    """What a perplexity depends on besides the model: tokenizer_sha256, tokens (count), unk (count).
+
+    sha256: the tokenizer's, where it is known. unk is 0 where the tokenizer has no unknown token of its own, as in
+    byte-level ones that lend it another's id.
+    """
+    unk = tokenizer.unk_token_id
+    own = unk is not None and unk not in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return {
+        "tokenizer_sha256": sha256 or tokenizer_sha256(tokenizer),
+        "tokens": windows.numel(),
+        "unk": int((windows == unk).sum()) if own else 0,
+    }
+
+
+def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Hex digest of how a tokenizer cuts text: its serialised backend, else its vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return _state_sha256(json.dumps({"vocab": tokenizer.get_vocab()}) if backend is None else backend.to_str())
+
+
+@lru_cache(maxsize=1)  # all targets of a model have one tokenizer, whose state is megabytes of JSON
+def _state_sha256(serialised: str) -> str:
+    state: dict[str, Any] = json.loads(serialised)
+    for name in ("truncation", "padding"):  # left there by whoever called the tokenizer last
+        state.pop(name, None)
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,59 @@
+"""What a Compress cell does, by its method."""
+
+from dataclasses import replace
+from functools import singledispatch
+
+from ctp.cells import Checkpoint, Compression, Dense, Solver
+from ctp.compression.walk import compress_model
+from ctp.execution.jobs import CompressJob
+from ctp.formats import checkpoint
+from ctp.formats.artifact import Compressed, Routing
+from ctp.models.config import model_facts
+
+
+def compress(job: CompressJob) -> dict[str, float]:
+    """Write the compressed model into `job.folder`; returns its metrics.
+
+    A method class with a `compress(job)` of its own, as plugins have, does it itself.
+    """
+    spec = job.cell.compression
+    own = getattr(spec, "compress", None)
+    metrics: dict[str, float] = own(job) if own else _compress(spec, job)
+    return metrics
+
+
+@singledispatch
+def _compress(spec: Compression, job: CompressJob) -> dict[str, float]:
+    raise NotImplementedError(f"method {spec.method!r} has no compress(job)")
+
+
+@_compress.register
+def _dense(spec: Dense, job: CompressJob) -> dict[str, float]:
+    """The model itself is the artifact, at its pinned revision: only its location is written down."""
+    job.record["location"] = job.location(job.base)
+    return {"parameters": model_facts(job.record["location"], job.base.revision).parameters, "sparsity": 0.0}
+
+
+@_compress.register
+def _checkpoint(spec: Checkpoint, job: CompressJob) -> dict[str, float]:
+    """With the base model's tokenizer: all cells of a model score the same tokens."""
+    folder = checkpoint.fetch(job.location(spec), spec.revision)
+    small = checkpoint.open_checkpoint(folder, job.base.dtype, job.base_tokenizer())
+    small.model()  # raises where a weight is missing or odd
+    small.save(job.folder)
+    return small.stats()
+
+
+@_compress.register
+def _solve(spec: Solver, job: CompressJob) -> dict[str, float]:
+    model, tokenizer = job.load_base()
+    ids = job.calibration(tokenizer)
+    # Not Runtime.batch: sums in another order round a weight to another code here and there.
+    routing = Routing()
+    layers = compress_model(model, ids, spec, progress=job.progress, routing=routing)
+    small = replace(Compressed.of(model, layers, tokenizer), routing=routing)
+    small.save(job.folder)
+    if text := routing.notice():
+        job.notice(f"{job.base.name} {spec.label}: {text}")
+        job.record["experts_short_of_tokens"] = routing.short
+    return small.stats()

@@ -1,0 +1,74 @@
+"""What a Learn cell does, by its method."""
+
+from collections.abc import Callable
+from functools import partial, singledispatch
+
+from ctp.cells import Adapter, Learned, LoRA, Recovery, SoftPrompt, Untrained
+from ctp.execution.jobs import LearnJob
+from ctp.learning import lora, soft_prompt
+from ctp.models import adapters
+from ctp.prompts.files import Outcome, save_prompt
+from ctp.prompts.rows import untrained_rows
+
+
+def recover(job: LearnJob) -> dict[str, float]:
+    """Write an adapter in PEFT's two-file format into `job.folder`; returns its metrics.
+
+    A method class with a `recover(job)` of its own, as plugins have, does it itself.
+    """
+    spec = job.cell.recovery
+    own = getattr(spec, "recover", None)
+    metrics: dict[str, float] = own(job) if own else _recover(spec, job)
+    return metrics
+
+
+@singledispatch
+def _recover(spec: Recovery, job: LearnJob) -> dict[str, float]:
+    raise NotImplementedError(f"method {spec.method!r} has no recover(job)")
+
+
+@_recover.register
+def _soft_prompt(spec: SoftPrompt, job: LearnJob) -> dict[str, float]:
+    return _learn(partial(soft_prompt.learn, tokenizer=job.tokenizer), spec, job)
+
+
+@_recover.register
+def _lora(spec: LoRA, job: LearnJob) -> dict[str, float]:
+    return _learn(lora.learn_lora, spec, job)
+
+
+def _learn(learn: Callable[..., Outcome], spec: Learned, job: LearnJob) -> dict[str, float]:
+    """`learn` through the job's model, on from its last saved state, and save.
+
+    learn: called as `learn(model, windows, validation, spec, runtime=…, resume=…, checkpoint=…, report=…)`.
+    """
+    windows, validation = job.windows(spec.text), job.windows(spec.validation)
+    with job.partial() as resume:
+        learned = learn(
+            job.model, windows, validation, spec,
+            runtime=job.runtime, resume=resume, checkpoint=job.keep, report=job.report,
+        )  # fmt: skip
+    learned.save(job.folder, job.model_name)
+    job.record["train_seconds"] = learned.seconds
+    if "at_once" in learned.history[-1]:
+        job.record["at_once"] = learned.history[-1]["at_once"]
+    return {
+        "best_step": learned.best_step,
+        "best_val_loss": learned.best_val_loss,
+        "initial_val_loss": learned.history[0]["val_loss"],
+        "trainable_parameters": learned.trainable_parameters,
+    }
+
+
+@_recover.register
+def _untrained(spec: Untrained, job: LearnJob) -> dict[str, float]:
+    """The rows as a soft prompt's adapter, which every target then takes like a learned one."""
+    rows = untrained_rows(spec, job.model, job.tokenizer)
+    save_prompt(job.folder, rows, job.model_name)
+    return {"trainable_parameters": 0, "prompt_tokens": len(rows)}
+
+
+@_recover.register
+def _adapter(spec: Adapter, job: LearnJob) -> dict[str, float]:
+    adapters.copy_adapter(adapters.fetch(job.location(spec), spec.revision), job.folder)
+    return {"trainable_parameters": adapters.parameters(job.folder)}

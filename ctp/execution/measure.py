@@ -1,0 +1,155 @@
+"""What an Evaluate cell does, by its measure."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, astuple
+from functools import singledispatch
+from typing import Any
+
+from ctp.cells import Generation, HardPrompt, Latency, Measure, Neighbours, Perplexity, Task
+from ctp.execution.jobs import EvaluateJob
+from ctp.machine.memory import AtOnce, smaller
+from ctp.machine.record import machine
+
+
+def measure(job: EvaluateJob) -> dict[str, float]:
+    """Numbers about `job.model`, behind `job.prompt` where there is one; files go into `job.folder`.
+
+    A measure class with a `measure(job)` of its own, as plugins have, does it itself. Where memory runs out, batched
+    measures start again with fewer inputs at a time. Raises OutOfMemory where one input is too many.
+    """
+    if not job.cell.measure.batched:
+        return _once(job)
+    asked, before, at_once = job.runtime.batch, dict(job.record), AtOnce(job.runtime.batch, job.runtime.halved)
+
+    def attempt(batch: int) -> dict[str, float]:
+        for left in job.folder.iterdir():
+            left.unlink() if left.is_file() else shutil.rmtree(left)
+        job.record.clear()
+        job.record.update(before)
+        job.runtime, job.lowered = job.runtime.model_copy(update={"batch": batch}), smaller(asked, batch)
+        return _once(job)
+
+    metrics = at_once(attempt)
+    job.record |= job.lowered
+    return metrics
+
+
+def _once(job: EvaluateJob) -> dict[str, float]:
+    spec = job.cell.measure
+    own = getattr(spec, "measure", None)
+    metrics: dict[str, float] = own(job) if own else _measure(spec, job)
+    return metrics
+
+
+@singledispatch
+def _measure(spec: Measure, job: EvaluateJob) -> dict[str, float]:
+    raise NotImplementedError(f"method {spec.method!r} has no measure(job)")
+
+
+# Each imports what it computes with: lm-evaluation-harness, for one, takes seconds.
+
+
+@_measure.register
+def _perplexity(spec: Perplexity, job: EvaluateJob) -> dict[str, float]:
+    from ctp.evaluation.perplexity import PerplexityResult, perplexity
+
+    ids = job.windows(spec.text)
+    done, results = 0, []
+    for windows, front in job.behind(ids):
+        progress = _after(done, len(ids), job.progress)
+        results.append(perplexity(job.model, windows, front, batch=job.runtime.batch, progress=progress))
+        done += len(windows)
+    result = PerplexityResult(*(sum(column) for column in zip(*map(astuple, results), strict=True)))
+    sums = {n: getattr(result, n) for n in ("nll_sum", "scored_tokens", "positions")}
+    return {"ppl": result.ppl, "ppl_paper": result.ppl_paper, **sums}
+
+
+def _after(done: int, of: int, progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    return lambda more, _: progress(done + more, of)
+
+
+@_measure.register
+def _task(spec: Task, job: EvaluateJob) -> dict[str, float]:
+    """The task's metrics; `samples.jsonl` has a line for each document."""
+    from ctp.evaluation.tasks import build, run_task
+
+    task = build(job.location(spec), spec.revision, spec.shots)
+    result = run_task(
+        task, job.model, job.tokenizer, job.prompt,
+        batch=job.runtime.batch, limit=spec.limit, text=_hard_prompt(job), progress=job.progress,
+    )  # fmt: skip
+    with (job.folder / "samples.jsonl").open("w", encoding="utf-8") as f:
+        f.writelines(json.dumps(line, default=str) + "\n" for line in result.samples)
+    job.record["task"] = {**result.about, "shots": spec.shots}
+    return result.metrics
+
+
+def _hard_prompt(job: EvaluateJob) -> str:
+    """The text in front of every input, "" where the prompt is not one."""
+    recovery = job.cell.recovery.recovery if job.cell.recovery else None
+    return recovery.text if isinstance(recovery, HardPrompt) else ""
+
+
+@_measure.register
+def _latency(spec: Latency, job: EvaluateJob) -> dict[str, float]:
+    """latency.json has every single timing and the machine."""
+    from ctp.evaluation.latency import latency
+
+    model = job.model
+    about: dict[str, Any] = {
+        **machine(),
+        "device": job.device,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+    }
+    result = latency(
+        model, spec.seq_len, spec.new_tokens, job.prompt, batch=spec.batch, warmup=spec.warmup, repeats=spec.repeats,
+        progress=job.progress,
+    )  # fmt: skip
+    job.record["machine_detail"] = about
+    job.write_json("latency.json", {"settings": spec.model_dump(), "machine": about, **asdict(result)})
+    return result.metrics()
+
+
+@_measure.register
+def _generation(spec: Generation, job: EvaluateJob) -> dict[str, float]:
+    """Answers in answers.json with their lengths in tokens; how long and repetitive they are.
+
+    `repeated_4grams` is left out where no answer has four tokens.
+    """
+    from ctp.evaluation.generation import answer_tokens, plain_text, repeated_4grams
+
+    questions = [line for line in spec.questions.splitlines() if line.strip()]
+    made = answer_tokens(
+        job.model, job.tokenizer, questions, job.prompt, spec.new_tokens, job.runtime.batch, job.progress,
+        _hard_prompt(job),
+    )  # fmt: skip
+    rows = [
+        {"question": question, "answer": plain_text(job.tokenizer, ids), "tokens": len(ids)}
+        for question, ids in zip(questions, made, strict=True)
+    ]
+    job.write_json("answers.json", rows)
+    written = sum(map(len, made))
+    out = {
+        "questions": len(rows),
+        "tokens": written,
+        "tokens_per_answer": written / len(rows),
+        "empty_answers": sum(not str(row["answer"]).strip() for row in rows),
+    }
+    repeated = repeated_4grams(made)
+    return out if repeated is None else {**out, "repeated_4grams": repeated}
+
+
+@_measure.register
+def _neighbours(spec: Neighbours, job: EvaluateJob) -> dict[str, float]:
+    """neighbours.json has the nearest word of each row and the histogram of all cosines."""
+    from ctp.evaluation.neighbours import histogram, nearest_words, neighbours, summary
+
+    if job.prompt is None:
+        raise ValueError("neighbours are those of a prompt's rows: there is no prompt here (LoRA has none)")
+    cosines, ids = neighbours(job.prompt, job.model.get_input_embeddings().weight, spec.top)
+    nearest = nearest_words(cosines, ids, job.tokenizer)
+    job.write_json("neighbours.json", {"top": spec.top, "nearest": nearest, "histogram": histogram(cosines)})
+    return summary(cosines, ids)

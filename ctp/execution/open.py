@@ -1,0 +1,80 @@
+"""Models and exports by the key of a stored artifact."""
+
+from pathlib import Path
+from typing import Any
+
+from ctp.cells import Dense
+from ctp.cells.cell import Cell, Compress, Learn
+from ctp.cells.labels import slug
+from ctp.cells.runtime import Runtime
+from ctp.common.files import new_folder
+from ctp.formats import FORMATS
+from ctp.models.adapters import copy_adapter
+from ctp.models.hf import quiet
+from ctp.models.sources import locate
+from ctp.storage.catalog import find
+from ctp.storage.store import Store, default_store
+
+
+def load_key(text: str, uri: str | None, device: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of the Compress or Learn cell with that key, a learned prompt or adapter attached.
+
+    Raises ValueError where it is no model, or the base model is not where it was; StoreError from the store.
+    """
+    from ctp.execution.loading import open_model
+    from ctp.prompts.adapter import attach_adapter  # torch and transformers: not for `ls`
+
+    store = Store(uri or default_store())
+    cell, _ = find(store, text)
+    if not isinstance(cell, Compress | Learn):
+        raise ValueError(f"{text} is an evaluation ({slug(cell)}): there is no model in it")
+    base = cell.source if isinstance(cell, Learn) else cell
+    model, tokenizer = open_model(base, store, _runtime(base, store), device)
+    if isinstance(cell, Learn):
+        model = attach_adapter(model, store.fetch(cell))
+    return model, tokenizer
+
+
+def export_key(text: str, store: Store, folder: Path, format: str) -> list[str]:
+    """Write the artifact with that key into `folder`; returns what a reader must know. Raises as `load_key`."""
+    from transformers import PreTrainedModel
+
+    from ctp.execution.loading import open_model
+    from ctp.formats.artifact import Compressed, save_model
+    from ctp.formats.export import export
+
+    cell, _ = find(store, text)
+    allowed = _formats(cell)
+    if format not in allowed:
+        why = ", ".join(allowed) if allowed else "none, it is an evaluation"
+        raise ValueError(f"--format {format}: for {slug(cell)} allowed: {why}")
+    if isinstance(cell, Compress) and not isinstance(cell.compression, Dense):
+        return export(Compressed.open(store.fetch(cell)), folder, format)
+    with quiet(), new_folder(folder) as work:
+        if isinstance(cell, Compress):
+            for part in open_model(cell, store, _runtime(cell, store), "cpu"):
+                save_model(part, work) if isinstance(part, PreTrainedModel) else part.save_pretrained(work)
+            return []
+        assert isinstance(cell, Learn)
+        copy_adapter(store.fetch(cell), work)
+    made = f"Learned through {slug(cell.source)}" if cell.recovery.learned else "Imported, not learned here"
+    return [f"{made}: PeftModel.from_pretrained(model, {str(folder)!r})."]
+
+
+def _formats(cell: Cell) -> tuple[str, ...]:
+    if isinstance(cell, Learn):
+        return ("peft",)
+    if not isinstance(cell, Compress):
+        return ()
+    return ("hf",) if isinstance(cell.compression, Dense) else FORMATS
+
+
+def _runtime(cell: Compress, store: Store) -> Runtime:
+    """Where a dense artifact's model lies: where it lay when the artifact was made, if it is still the same."""
+    if not isinstance(cell.compression, Dense):
+        return Runtime()
+    where = store.manifest(cell)["location"]
+    revision = locate(where.removeprefix("hub:"), cell.model.revision if where.startswith("hub:") else "")[1]
+    if revision != cell.model.revision:
+        raise ValueError(f"the model at {where} is no longer the one of {slug(cell)}: its revision is {revision}")
+    return Runtime(locations={f"{cell.model.name}@{cell.model.revision}": where})

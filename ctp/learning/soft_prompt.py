@@ -1,0 +1,79 @@
+"""Learning a soft prompt through a compressed model: Eq. (1) of the paper.
+
+    min over E in R^{k x d} of  sum_{t=1..n} -log p(x_t | e_1 .. e_k, x_0 .. x_{t-1})
+
+The model is frozen; the prompt E, kept in spec.dtype, is all that has a gradient.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ctp.cells import SoftPrompt
+from ctp.cells.runtime import Runtime
+from ctp.learning import train as training
+from ctp.learning.checkpoint import TrainState
+from ctp.prompts.files import LearnedPrompt, load_prompt
+from ctp.prompts.rows import distinct_rows, embedding_rows
+
+__all__ = ["LearnedPrompt", "TrainState", "initial_prompt", "learn", "load_prompt"]
+PROMPT = "prompt"  # its name among the trainable parameters
+
+
+def learn(
+    model: PreTrainedModel,
+    train: Tensor,
+    validation: Tensor,
+    spec: SoftPrompt,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    runtime: Runtime = Runtime(),  # noqa: B008 (frozen)
+    resume: str | Path | None = None,
+    checkpoint: Callable[[TrainState], None] | None = None,
+    report: Callable[[dict[str, Any]], None] | None = None,
+) -> LearnedPrompt:
+    """Learn `spec.k` rows in front of the windows of `train` (n, s); keep the step with the lowest validation loss.
+
+    The model moves to runtime.device (unless accelerate has spread it out) and is otherwise left as it was found.
+    resume, checkpoint, report: as `ctp.learning.train.train` has them.
+
+    Raises ValueError where spec, text and model do not fit or the checkpoint is another run's, FloatingPointError
+    (with step, learning rate and last losses) on a loss or gradient that is not finite.
+    """
+
+    def in_front() -> AbstractContextManager[training.Trainable]:
+        rows = initial_prompt(model, spec, tokenizer)
+        device = model.get_input_embeddings().weight.device
+        prompt = torch.nn.Parameter(rows.to(device, getattr(torch, spec.dtype), copy=True))
+        return nullcontext(training.Trainable(model, {PROMPT: prompt}, prompt))
+
+    state = training.train(
+        model, in_front, train, validation, spec,
+        runtime=runtime, resume=resume, checkpoint=checkpoint, report=report,
+    )  # fmt: skip
+    best = state.best[PROMPT].to(torch.float32)
+    return LearnedPrompt(best, **state.outcome())
+
+
+def initial_prompt(
+    model: PreTrainedModel, spec: SoftPrompt, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Tensor:
+    """The k rows (k, d), fp32 on the CPU, that learning starts from: embeddings of k tokens.
+
+    random_rows: distinct tokens drawn by spec.seed (the paper's text). first_rows: the first k tokens (its code).
+    Both leave out rows of the embedding that stand for no token of the tokenizer, where one is given. text: the tokens
+    of spec.init_text, repeated or cut to k. Raises ValueError if there are too few.
+    """
+    if spec.init != "text":
+        return distinct_rows(model, spec.k, spec.seed if spec.init == "random_rows" else None, tokenizer)
+    if tokenizer is None or spec.init_text is None:
+        raise ValueError("init 'text' needs the model's tokenizer")
+    tokens = tokenizer(spec.init_text, add_special_tokens=False)["input_ids"]
+    if not tokens:
+        raise ValueError(f"init_text = {spec.init_text!r} has no tokens")
+    return embedding_rows(model, [tokens[i % len(tokens)] for i in range(spec.k)])

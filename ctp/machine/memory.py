@@ -1,0 +1,106 @@
+"""Memory that runs out, of a GPU or of the host: how it is told from other errors, and trying again with less at once.
+
+A process that the kernel or Ray ends for its memory never gets here: see ctp.scheduling.tune.
+"""
+
+import gc
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+# What torch and CUDA's libraries say where they raise a plain RuntimeError.
+SIGNS = (
+    "can't allocate memory",
+    "not enough memory: you tried to allocate",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "bad_alloc",
+)
+
+
+class OutOfMemory(MemoryError):
+    """There is too little memory, though as little was tried at once as can be; says what was tried."""
+
+
+def ran_out(error: BaseException) -> bool:
+    """Is this, or what it came from, memory that could not be had?"""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(seen, RuntimeError) and any(sign in str(seen) for sign in SIGNS):
+            return True
+        seen = seen.__cause__
+    return False
+
+
+class AtOnce:
+    """How many windows (or rows) go through the model at once: halved where memory runs out, and so from then on.
+
+    halved: how often that has happened before.
+    """
+
+    def __init__(self, size: int, halved: int = 0) -> None:
+        self.size = max(1, -(-size // 2**halved))
+        self.tried: list[int] = []  # what was too much
+
+    def __call__(self, attempt: Callable[[int], T]) -> T:
+        """attempt(size), begun anew with half as many where memory runs out. Raises OutOfMemory where one is too many.
+
+        An attempt must leave nothing behind that counts if it is begun anew.
+        """
+        while True:
+            try:
+                return attempt(self.size)
+            except Exception as e:
+                if not ran_out(e):
+                    raise
+                self.tried.append(self.size)
+                if self.size == 1:
+                    raise OutOfMemory(f"{said(e)}; tried with {_listed(self.tried)} at once") from e
+            # Only now, behind the handler: the error held the frames of the attempt, and these its tensors.
+            free()
+            self.size = (self.size + 1) // 2
+
+
+def free() -> None:
+    """Give back what nobody holds any more: a failed pass leaves cycles, and torch keeps what it once had of a GPU."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def said(error: BaseException) -> str:
+    """What could not be had, on one line, in the words of whoever could not give it, without their advice."""
+    if isinstance(error, OutOfMemory):
+        return str(error)
+    text = " ".join(str(error).split())
+    text = text.rpartition("DefaultCPUAllocator: ")[2]
+    for rest in (". Process", " Of the allocated memory", " Error code"):
+        text = text.partition(rest)[0]
+    name = type(error).__name__
+    return text[:300].rstrip(". ") or ("no memory was left" if name == "MemoryError" else name)
+
+
+def _listed(sizes: list[int]) -> str:
+    """As in: 4, 2 and 1."""
+    *first, last = map(str, sizes)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def explained(error: BaseException, trace: str, advice: str) -> OutOfMemory:
+    """The error of a cell: what could not be had, what was tried, what could help; `trace` goes along as a note.
+
+    It is not chained to `error`, whose frames hold the tensors that took the memory.
+    """
+    failure = OutOfMemory(f"{said(error)}; {advice}")
+    failure.add_note(trace)
+    return failure
+
+
+def smaller(asked: int, used: int) -> dict[str, Any]:
+    """What a record says of windows at once where fewer had to do."""
+    return {"at_once": used} if used < asked else {}

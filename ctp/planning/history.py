@@ -1,0 +1,212 @@
+"""What a store tells of cells that are not done: which of them it has with other settings, and what their like took.
+
+Manifests are read only where they can say something: at most READ of each sort of question, in threads.
+"""
+
+import math
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from ctp.cells.cell import INPUTS, KINDS, Compress, Evaluate, Learn, from_json
+from ctp.cells.labels import flat
+from ctp.planning import cost
+from ctp.planning.cost import Cost, Pace
+from ctp.planning.graph import Node, Plan
+from ctp.planning.resources import Resources
+from ctp.planning.states import FAILED
+from ctp.storage.manifest import MANIFEST, parse
+from ctp.storage.partial import folder_name
+from ctp.storage.remote import StoreError
+from ctp.storage.store import Store
+
+READ, READERS = 200, 16
+DIGITS = 13  # of the key, and the dash before them, at the end of a folder's name
+SAMPLES = 8  # finished cells of one sort that are looked at
+ALIKE = 10.0  # sizes of cells, by the cost model, within which one's seconds say something of another's
+NEIGHBOURS = 3
+FOLLOWS = "stale: an input is"
+SAID = ("damaged", FAILED, "interrupted")  # how states begin that say why a cell is to run
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a finished cell took: seconds and bytes, and what the cost model says of it."""
+
+    seconds: float
+    memory: float
+    device: str
+    cost: Cost
+
+
+Samples = Mapping[tuple[str, ...], list[Sample]]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a cell is going to take: seconds, bytes, GPUs, hours of them. device: where its like was measured; empty
+    where the cost model says it."""
+
+    seconds: float
+    memory: float
+    gpus: float
+    gpu_hours: float
+    device: str = ""
+
+
+def stale(plan: Plan, state: Mapping[str, str], store: Store) -> tuple[dict[str, str], dict[str, Manifest]]:
+    """key -> why, of the missing cells that the store has under the same name with another key; and the manifests that
+    were read for it. Raises StoreError."""
+    folders = {k: folder_name(n.cell) for k, n in plan.nodes.items()}
+    others = _others(set(folders.values()), store)
+    missing = [k for k in plan.nodes if state[k] != "done" and not state[k].startswith(SAID)]
+    named = {k: others.get((plan.nodes[k].cell.kind, folders[k][:-DIGITS]), []) for k in missing}
+    found = [k for k in missing if named[k]]
+    first = [k for k in found if not any(named.get(i) for i in plan.nodes[k].inputs)]
+    read = _read(store, {k: f"{plan.nodes[k].cell.kind}/{named[k][-1]}" for k in first[:READ]})
+    why = {k: f"stale: {differences(plan.nodes[k], read[k])}" for k in read}
+    for k in found:
+        if k not in why:
+            inputs = any(i in why for i in plan.nodes[k].inputs)
+            why[k] = FOLLOWS if inputs else "stale: the store has it under another key"
+    return why, read
+
+
+def _others(own: set[str], store: Store) -> dict[tuple[str, str], list[str]]:
+    """(kind, name without key) -> folders of finished cells that are not the plan's own."""
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for kind in KINDS:
+        for name in sorted(store.finished(kind) - own):
+            found[kind, name[:-DIGITS]].append(name)
+    return found
+
+
+def differences(node: Node, manifest: Manifest, most: int = 3) -> str:
+    """What makes the cell's key another one than the manifest's: settings and versions, as they were and are."""
+    was, now = flat(manifest["spec"], ""), flat(node.cell.model_dump(mode="json"), "")
+    changed = [n for n in dict.fromkeys((*now, *was)) if was.get(n) != now.get(n)]
+    said = [f"{n.removeprefix('.')} was {_short(was.get(n))}, is {_short(now.get(n))}" for n in changed[:most]]
+    if len(changed) > most:
+        said.append(f"{len(changed) - most} more settings")
+    if manifest.get("version") != node.cell.VERSION:
+        said.append(f"VERSION of {node.cell.kind} was {manifest.get('version')}, is {node.cell.VERSION}")
+    if not said and list(node.inputs) != manifest["inputs"]:
+        names = [n for n in INPUTS[node.cell.kind] if getattr(node.cell, n) is not None]
+        differ = [n for n, a, b in zip(names, node.inputs, manifest["inputs"], strict=False) if a != b]
+        said.append(f"its {' and '.join(differ) or 'inputs'} was made by another VERSION")
+    return "; ".join(said) or "the store has it under another key"
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "not set"
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:20]}…"
+
+
+def _read(store: Store, paths: Mapping[str, str]) -> dict[str, Manifest]:
+    """The manifests of these folders, by key; without those that are gone or cannot be believed."""
+
+    def one(item: tuple[str, str]) -> tuple[str, Manifest | None]:
+        path = f"{store.root}/{item[1]}/{MANIFEST}"
+        with suppress(StoreError, OSError):
+            return item[0], parse(store.read(path) or b"", path)
+        return item[0], None
+
+    if store.local or len(paths) < 2:
+        found: Iterable[tuple[str, Manifest | None]] = map(one, paths.items())
+    else:
+        with ThreadPoolExecutor(READERS) as pool:
+            found = list(pool.map(one, paths.items()))
+    return {k: m for k, m in found if m is not None}
+
+
+def sort(node: Node) -> tuple[str, ...]:
+    """What cells have in common whose times can be compared: kind, method and model."""
+    cell = node.cell
+    if isinstance(cell, Compress):
+        model, method = cell.model, cell.compression.method
+    elif isinstance(cell, Learn):
+        model, method = cell.source.model, cell.recovery.method
+    else:
+        assert isinstance(cell, Evaluate)
+        model, method = cell.target.model, cell.measure.method
+    return cell.kind, method, model.name, model.revision, model.dtype
+
+
+def measured(plan: Plan, todo: Collection[str], state: Mapping[str, str], store: Store, costs: Mapping[str, Cost],
+             read: Mapping[str, Manifest], batch: int) -> Samples:  # fmt: skip
+    """What finished cells took, by sort, of the sorts that are to run. read: manifests of cells' stale relatives."""
+    wanted = {sort(plan.nodes[k]) for k in todo}
+    done: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for k, node in plan.nodes.items():
+        if state[k] == "done" and sort(node) in wanted:
+            done[sort(node)].append(k)
+    few = [k for keys in done.values() for k in keys[:: math.ceil(len(keys) / SAMPLES)]][:READ]
+    own = _read(store, {k: f"{plan.nodes[k].cell.kind}/{folder_name(plan.nodes[k].cell)}" for k in few})
+    out: dict[tuple[str, ...], list[Sample]] = defaultdict(list)
+    for k, manifest in own.items():
+        _add(out[sort(plan.nodes[k])], manifest, costs[k])
+    for k, manifest in read.items():
+        with suppress(ValueError, KeyError):  # of another version, which had other settings
+            _add(out[sort(plan.nodes[k])], manifest, cost.of(from_json(manifest), plan.nodes[k].facts, batch))
+    return out
+
+
+def _add(samples: list[Sample], m: Manifest, c: Cost) -> None:
+    with suppress(KeyError, TypeError, ValueError):
+        samples.append(Sample(float(m["seconds"]), float(m["peak_memory_bytes"]), str(m["device"]), c))
+
+
+def expect(plan: Plan, todo: Collection[str], costs: Mapping[str, Cost], samples: Samples, each: Resources,
+           tflops: float, pace: Pace) -> dict[str, Expected]:  # fmt: skip
+    """Of each cell that is to run: from similar ones, in proportion to their size, where some were measured, else from
+    the cost model at `pace`. GPUs are whole ones, at least one, as memory asks for; tflops: of one.
+    """
+    out = {}
+    for k in todo:
+        c = costs[k]
+        gpus = max(1.0, each.of(c.memory, True)["GPU"])
+        hours = c.hours(tflops)
+        near = _nearest(samples.get(sort(plan.nodes[k]), []), c)
+        if not near:
+            out[k] = Expected(pace.seconds(plan.nodes[k].cell, c), c.memory, gpus, hours * gpus)
+            continue
+        seconds = statistics.median(s.seconds * _ratio(c, s.cost) for s in near)
+        device = Counter(s.device for s in near).most_common(1)[0][0]
+        memory = max(s.memory for s in near)
+        out[k] = Expected(seconds, memory, gpus, gpus * (seconds / 3600 if device == "cuda" else hours), device)
+    return out
+
+
+def _ratio(c: Cost, other: Cost) -> float:
+    return c.flops / other.flops if c.flops and other.flops else 1.0 if c.flops == other.flops else math.inf
+
+
+def _nearest(samples: list[Sample], c: Cost) -> list[Sample]:
+    """The few samples of about the same size."""
+    alike = [s for s in samples if 1 / ALIKE <= _ratio(c, s.cost) <= ALIKE]
+    return sorted(alike, key=lambda s: abs(math.log(_ratio(c, s.cost))))[:NEIGHBOURS]
+
+
+def longest_path(plan: Plan, expected: Mapping[str, Expected]) -> tuple[float, list[str]]:
+    """Seconds and cells of the path that takes longest: no number of machines makes the run shorter."""
+    ends: dict[str, float] = {}
+    before: dict[str, str] = {}
+    for k, node in plan.nodes.items():
+        if k not in expected:
+            continue
+        last = max((i for i in node.inputs if i in ends), key=ends.__getitem__, default="")
+        ends[k] = ends.get(last, 0.0) + expected[k].seconds
+        before[k] = last
+    k = max(ends, key=ends.__getitem__, default="")
+    seconds, path = ends.get(k, 0.0), []
+    while k:
+        path.append(k)
+        k = before[k]
+    return seconds, path[::-1]

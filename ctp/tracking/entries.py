@@ -1,0 +1,226 @@
+"""What MLflow holds of a cell: the tags, params and metrics of its run. Nothing of MLflow itself is needed here."""
+
+import gc
+import hashlib
+import os
+import platform
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+from ctp.cells.cell import Evaluate, canonical
+from ctp.cells.labels import fingerprints, params, slug
+from ctp.common.redact import scrub
+from ctp.machine.process import signs
+from ctp.machine.versions import git_commit, versions
+from ctp.planning.graph import Node
+from ctp.storage.store import DEFAULT_STORE
+
+KEY, KIND, CURRENT, STUDIES, PARENT = "ctp.key", "ctp.kind", "ctp.current", "ctp.studies", "mlflow.parentRunId"
+ERROR, LEFT_OUT = "ctp.error", "ctp.left_out"
+CURVES = {n: f"train/{n}" for n in ("loss", "val_loss", "lr")}  # of a history's points: what they are called here
+TOKENS_PER_S = "train/tokens_per_s"  # told while a prompt is learned, and in no history
+SYNCED = "ctp.synced"  # of the experiment: what it was brought up to date with
+
+
+class TrackError(Exception):
+    """MLflow cannot be reached or does not take what it is given."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(scrub(message))
+
+
+NAME = "letters, digits, spaces and _ - . : / (no / at either end, none doubled), at most 250 in all"
+_NAME = re.compile(r"[\w.\- :]+(/[\w.\- :]+)*")
+OWN = ("seconds", "peak_memory_bytes")  # of every cell
+
+
+def name_problem(name: object) -> str:
+    """Why MLflow does not take this as the name of a metric, param or tag; empty where it does."""
+    if not isinstance(name, str) or len(name) > 250 or not _NAME.fullmatch(name):
+        return f"allowed: {NAME}"
+    return "allowed: no part that is . or .." if {".", ".."} & set(name.split("/")) else ""
+
+
+def safe(name: str) -> str:
+    """The name itself, or one like it that MLflow takes."""
+    if not name_problem(name):
+        return name
+    parts = (re.sub(r"[^\w.\- :]", "_", part) for part in name.split("/"))
+    plain = "/".join("_" if part in (".", "..") else part for part in parts if part) or "_"
+    return plain if len(plain) <= 250 else f"{plain[:237]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+def tracking_uri(store: str) -> str:
+    """MLFLOW_TRACKING_URI, else an SQLite file beside a local store (in ./results for a remote one)."""
+    if given := os.environ.get("MLFLOW_TRACKING_URI"):
+        return given
+    folder = Path(DEFAULT_STORE if "://" in store else store).absolute().parent
+    return sqlite_uri(folder / "mlflow.db")
+
+
+def sqlite_uri(file: Path) -> str:
+    """The address of an SQLite file: in a URL "?" and "%" mean something else than in a path.
+
+    Where they are in it the slashes are quoted too: MLflow makes the folder that it reads out of the address unquoted.
+    """
+    return f"sqlite:///{quote(str(file), safe='') if set('?%') & set(str(file)) else file}"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file that an address of SQLite stands for; None for other addresses."""
+    place = uri.removeprefix("sqlite:///").partition("?")[0]
+    return Path(unquote(place)) if uri.startswith("sqlite:///") else None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished cell. start, end: milliseconds since 1970. metrics: (name, value, step), all as of `end`.
+
+    left_out: metrics that MLflow takes by no such name or value, which an earlier version of ctp stored.
+    """
+
+    start: int
+    end: int
+    tags: dict[str, str]
+    metrics: list[tuple[str, float, int]]
+    left_out: tuple[str, ...] = ()
+
+
+def entry(node: Node, manifest: dict[str, Any], history: Iterable[dict[str, Any]] = ()) -> Entry:
+    """What the run of a finished cell says beside `tags` and `settings`. history: of learning, by step."""
+    end = int(1000 * manifest["created"])
+    numbers = manifest["metrics"] | {n: manifest[n] for n in ("seconds", "peak_memory_bytes")}
+    left_out = tuple(n for n, v in numbers.items() if name_problem(n) or not isinstance(v, int | float))
+    metrics = [(n, float(v), 0) for n, v in numbers.items() if n not in left_out]
+    metrics += [
+        (called, float(point[name]), int(point["step"]))
+        for point in history
+        for name, called in CURVES.items()
+        if point.get(name) is not None
+    ]
+    own = {"ctp.device": manifest["device"], "ctp.git_commit": manifest["git_commit"] or ""}
+    if "computed_in" in manifest:
+        own["ctp.computed_in"] = manifest["computed_in"]
+    if "task" in manifest:
+        own["ctp.metric"] = manifest["task"]["metric"]
+    if "at_once" in manifest:
+        own["ctp.at_once"] = str(manifest["at_once"])  # windows at a time, fewer than asked for: memory ran out
+    if "machine_detail" in manifest:
+        own["ctp.machine"] = _machine(manifest["machine_detail"])
+    own |= {safe(f"ctp.{n}"): str(v) for n, v in manifest.get("text", {}).items()}
+    if left_out:
+        own[LEFT_OUT] = ", ".join(left_out)[:5000]
+    return Entry(end - int(1000 * manifest["seconds"]), end, own | asked(node), metrics, left_out)
+
+
+def settings(node: Node) -> dict[str, str]:
+    """Params: every axis and setting of a cell, by names that MLflow takes. It takes 6,000 characters of each."""
+    return {safe(n): str(v)[:6000] for n, v in reversed(params(node.cell).items())}
+
+
+def tags(grid: str, node: Node) -> dict[str, str]:
+    """Tags of a cell's run from its first moment."""
+    return {KEY: node.key, KIND: node.cell.kind, "ctp.grid": grid, "mlflow.runName": slug(node.cell), **asked(node)}
+
+
+def asked(node: Node) -> dict[str, str]:
+    """Tags that follow the grid as it is now, and what an evaluation may be compared with."""
+    own = fingerprints(node.cell) if isinstance(node.cell, Evaluate) else {}
+    return {CURRENT: "yes", STUDIES: ",".join(node.studies), **{f"ctp.{n}": v for n, v in own.items()}}
+
+
+def fingerprint(done: Iterable[Node]) -> str:
+    """One hash (hex) of these finished cells and of all tags that a check of MLflow would compare."""
+    whole = hashlib.sha256()
+    for node in sorted(done, key=lambda n: n.key):
+        whole.update(canonical([node.key, sorted(asked(node).items())]).encode())
+    return whole.hexdigest()
+
+
+def every_run(client: Any, experiment: str, which: str) -> list[Any]:
+    """All runs of an experiment for which an MLflow filter holds, page by page; `client` is an MlflowClient.
+
+    Each run is hundreds of small objects that live until the page is read: Python's collector, which looks at all of
+    them again and again, would take more than half of the time.
+    """
+    runs: list[Any] = []
+    token, collecting = None, gc.isenabled()
+    gc.disable()
+    try:
+        while token != "":
+            page = client.search_runs([experiment], which, max_results=5000, page_token=token)
+            runs += page
+            token = page.token or ""
+    finally:
+        if collecting:
+            gc.enable()
+    return runs
+
+
+def _machine(detail: dict[str, Any]) -> str:
+    """The processor that a timing is of, in a few words."""
+    gpus = [g.get("name", "GPU") for g in detail.get("gpus") or []]
+    return ", ".join(gpus) or f"{detail.get('cpu')}, {detail.get('threads')} threads"
+
+
+GRID_FILE, MANIFESTS = "grid.yaml", "manifests.json"
+LARGEST = 64 * 2**20  # bytes of MANIFESTS
+VERSIONS = ("ctp", "torch", "transformers")
+OUTCOMES = ("done", "failed", "skipped")
+
+
+class Invocation:
+    """One call of `ctp grid`, from its begin on. cells: how many it is to run; None where it only writes down."""
+
+    def __init__(self, grid: str, command: str, cells: int | None) -> None:
+        self.grid, self.command, self.cells = grid, command, cells
+        self.began = time.time()
+        self.ended: dict[str, str] = {}  # key of a cell -> done, failed or skipped: what it came to last
+
+    @property
+    def name(self) -> str:
+        """When it began, in UTC, tells it from others; first, for the UI's table cuts names off."""
+        return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(self.began))} {self.grid}"
+
+    def tags(self) -> dict[str, str]:
+        own = {KIND: "grid", "ctp.grid": self.grid, "ctp.command": scrub(self.command), "mlflow.runName": self.name}
+        return own | {"ctp.git_commit": git_commit() or "", **signs()}
+
+    def params(self) -> dict[str, str]:
+        """Where it ran, and with what: the driver's; workers may have others, which the manifests tell."""
+        found = versions()
+        return {"host": platform.node(), **{n: str(found[n]) for n in VERSIONS if found[n]}}
+
+    def tell(self, event: Mapping[str, object]) -> None:
+        """An event of a cell."""
+        if event["event"] in OUTCOMES:
+            self.ended[str(event["key"])] = str(event["event"])
+
+    def metrics(self) -> dict[str, float]:
+        """grid/cells: that it was to run, of which so many are done, failed and skipped; grid/seconds: since it began.
+        Not `seconds`, which is a cell's: sums and their parts would be bars of one chart."""
+        found: dict[str, float] = {"seconds": time.time() - self.began}
+        if self.cells is not None:
+            count = Counter(self.ended.values())
+            found |= {"cells": max(self.cells, len(self.ended)), **{n: count[n] for n in OUTCOMES}}
+        return {f"grid/{n}": v for n, v in found.items()}
+
+
+def document(manifests: Mapping[str, str]) -> tuple[str, int]:
+    """One JSON object of manifests by key, each on a line of its own, and how many it has: of more than LARGEST bytes
+    in all the first."""
+    lines: list[str] = []
+    room = LARGEST
+    for k, manifest in manifests.items():
+        line = f'"{k}": {manifest}'
+        room -= len(line) + 2
+        if room < 0:
+            break
+        lines.append(line)
+    return "{\n" + ",\n".join(lines) + "\n}\n", len(lines)
