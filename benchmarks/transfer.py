@@ -100,7 +100,7 @@ def name_of(cell: Evaluate) -> tuple[str, str, str]:
 def watched(side: Side) -> Iterator[None]:
     """Take the time of ctp's steps while its cells run as they always do."""
     places: list[tuple[Any, str, str]] = [
-        (jobs, "open_model", "load"),
+        (loading, "open_model", "load"),
         (jobs, "token_windows", "tokenise"),
         (jobs, "_prefix", "prefix"),
         (measuring, "perplexity", "windows"),

@@ -25,7 +25,7 @@ def own_places(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory):
-    from tinygrid import model_folder
+    from support.tinygrid import model_folder
 
     return model_folder(tmp_path_factory.mktemp("models") / "tiny-llama")
 
@@ -33,7 +33,7 @@ def llama_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, llama_folder):
     """A grid whose cells are all done, that MLflow has not heard of."""
-    from test_work import Bench
+    from support.bench import Bench
 
     bench = Bench(tmp_path_factory.mktemp("finished"), llama_folder)
     for cell in bench.cells:
@@ -44,7 +44,7 @@ def finished(tmp_path_factory, llama_folder):
 @pytest.fixture
 def copied(finished, tmp_path):
     """The finished grid's plan, with a copy of its store."""
-    from test_work import Bench
+    from support.bench import Bench
 
     from ctp.storage.store import Store
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_formats import same_weights
-from test_work import Bench
-from tiny import tiny_llama
-from tinygrid import VOCAB, byte_tokenizer, model_folder
+from support.bench import Bench
+from support.packed import same_weights
+from support.tiny import tiny_llama
+from support.tinygrid import VOCAB, byte_tokenizer, model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import ctp

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tinygrid import grid, write_grid
+from support.tinygrid import grid, write_grid
 
 from ctp import cli, completion
 from ctp import grid as grid_command
@@ -121,7 +121,8 @@ def piped(reader, *command, cwd, unbuffered=""):
 
 
 @pytest.mark.parametrize(("module", "args", "instead"), [
-    ("ctp.grid", ["demo", "--plan"], "ctp.planning.gridfile.load"), ("ctp.store", ["ls"], "ctp.store._list"),
+    ("ctp.grid", ["demo", "--plan"], "ctp.planning.gridfile.load"),
+    ("ctp.store", ["ls"], "ctp.storage.catalog.entries"),
 ])  # fmt: skip
 def test_a_reader_that_goes_away_gets_no_traceback(module, args, instead, tmp_path):
     """More lines than a pipe holds, printed in the place of what would take long to make; `head` takes one."""
@@ -175,7 +176,7 @@ def test_a_plan_as_json_is_the_plan(tmp_path, llama_folder, capsys):
 
 
 def test_what_lies_in_a_store_as_json(tmp_path, llama_folder, capsys):
-    from test_work import Bench
+    from support.bench import Bench
 
     bench = Bench(tmp_path, llama_folder)
     asked = ["store", "ls", "--store", bench.store.uri, "--json"]
@@ -272,7 +273,7 @@ def test_caches_lie_where_the_environment_says(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_the_hubs_files_lie_where_its_variables_say(tmp_path, given, place):
     """ctp.common.hub leaves it to huggingface_hub where files go: what it finds there is what it reads."""
-    code = "from ctp import hub; from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+    code = "from ctp.common import hub; from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
     kept = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "XDG_"))}
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
                            env=kept | {n: v.format(tmp_path) for n, v in given.items()})  # fmt: skip

@@ -55,7 +55,7 @@ class Spec(BaseModel):
 class Pinned(Spec):
     """Settings that name what lies outside the grid, at one exact version.
 
-    NAMED_BY: the field with its name, a path or hub id at first. PINNED_BY: the method of the planner's `Pins` that fills
+    NAMED_BY: the field with its name, a path or hub id at first. PINNED_BY: the method of `Pins` that fills
     in `revision` and the short name while a grid is validated, from the given fields to the pinned ones.
     """
 

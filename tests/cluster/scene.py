@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nodes import NET, Node, bridge, key_pair
-from onprem import on_premises
+from support.onprem import on_premises
 
 ROOT = Path(__file__).parents[2]
 S3 = f"http://{NET}.1:5555"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from nodes import ALONE
-from onprem import FILE
+from support.onprem import FILE
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.cluster

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlflow.tracking import MlflowClient
-from tinygrid import grid, write_grid
+from support.tinygrid import grid, write_grid
 
 from ctp.tracking.entries import every_run
 

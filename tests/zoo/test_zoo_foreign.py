@@ -2,8 +2,8 @@
 
 import pytest
 from safetensors.torch import load_file, save_file
+from support.foreign_run import run
 from support.zoo import far, logits, refused, tokenizer, windows
-from test_foreign import run
 
 import ctp
 from ctp.formats.loaders import refusals
