@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import Field, model_validator
 
 from ctp.cells.inputs import MOST, Bool, Pinned, PositiveInt
 from ctp.cells.method import Method, tag
@@ -68,12 +68,10 @@ class Solver(Compression):
     refit: Bool = True
 
     def _suffix(self, known: set[str]) -> str:
-        short = {"act_order": "act", "true_sequential": "seq", "static_groups": "static"}
+        """The settings that are not at their default and not `known` to the label, each behind a dash."""
+        tags = {"act_order": "act", "true_sequential": "seq", "static_groups": "static", "group_size": "g", "scale": ""}
         rest = {n: v for n, v in self.changed().items() if n not in known}
-        whole = {"group_size": "g{}", "scale": "{}", "refit": "plain"}
-        return "".join(
-            f"-{whole[n].format(v)}" if n in whole else f"-{tag(short.get(n, n), v)}" for n, v in rest.items()
-        )
+        return "".join("-plain" if n == "refit" else f"-{tag(tags.get(n, n), v)}" for n, v in rest.items())
 
 
 class GPTQ(Solver):
@@ -125,6 +123,3 @@ class SparseGPT(Solver):
         kept = self.pattern or f"{100 * (self.sparsity or 0):g}"
         bits = f"-{self.bits}bit" if self.bits else ""
         return f"sparsegpt-{kept}{bits}" + self._suffix({"method", "sparsity", "pattern", "bits"})
-
-
-AnyCompression = Annotated[SerializeAsAny[Compression], BeforeValidator(Compression.parse)]

@@ -56,7 +56,7 @@ class Pinned(Spec):
     """Settings that name what lies outside the grid, at one exact version.
 
     NAMED_BY: the field with its name, a path or hub id at first. PINNED_BY: the method of `Pins` that fills
-    in `revision` and the short name while a grid is validated, from the given fields to the pinned ones.
+    in `revision` and the short name while a grid is validated, from the name and the given fields to the pinned ones.
     """
 
     NAMED_BY: ClassVar[str]
@@ -73,11 +73,13 @@ class Pinned(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def _pin(cls, data: Any, info: ValidationInfo) -> Any:
+    def _pin(cls, data: object, info: ValidationInfo) -> object:
         if isinstance(data, str):
             data = {cls.NAMED_BY: data}
-        if info.context is not None and isinstance(data, Mapping) and isinstance(data.get(cls.NAMED_BY), str):
-            return getattr(info.context, cls.PINNED_BY)(dict(data))
+        if info.context is not None and isinstance(data, Mapping):
+            name = data.get(cls.NAMED_BY)
+            if isinstance(name, str):
+                return getattr(info.context, cls.PINNED_BY)(name, dict(data))
         return data
 
 

@@ -1,12 +1,11 @@
 """Measures: what is asked of a target, with or without something that was learned."""
 
-import hashlib
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import Field, model_validator
 
 from ctp.cells.inputs import Count, Pinned, PositiveInt, Windows
-from ctp.cells.method import Method
+from ctp.cells.method import Method, short_hash
 
 # The questions of the paper's case studies (figures 1, 7 and 8).
 PAPER_QUESTIONS = "\n".join(
@@ -114,8 +113,7 @@ class Generation(Measure):
 
     @property
     def label(self) -> str:
-        own = self.questions != PAPER_QUESTIONS
-        return "generation" + (f"-{hashlib.sha256(self.questions.encode()).hexdigest()[:6]}" if own else "")
+        return "generation" + (f"-{short_hash(self.questions, 6)}" if self.questions != PAPER_QUESTIONS else "")
 
     @property
     def needed_tokens(self) -> int:
@@ -140,6 +138,3 @@ class Neighbours(Measure):
     @property
     def label(self) -> str:
         return "neighbours"
-
-
-AnyMeasure = Annotated[SerializeAsAny[Measure], BeforeValidator(Measure.parse)]

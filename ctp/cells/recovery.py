@@ -1,13 +1,12 @@
 """Methods of recovery: how lost quality is won back, and the controls that say what that was worth."""
 
-import hashlib
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import Field, model_validator
 
 from ctp.cells.inputs import Bool, Count, Finite, Pinned, PositiveInt, Seed, Windows
-from ctp.cells.method import Method
+from ctp.cells.method import Method, short_hash
 
 # The hand-written prompt of the paper's figure 1.
 PAPER_HARD_PROMPT = (
@@ -26,6 +25,11 @@ class Recovery(Method):
     def in_front(self) -> bool:
         """Is it rows in front of the input, and not a change inside the model?"""
         return True
+
+    @property
+    def prompt_rows(self) -> int:
+        """How many positions it takes in front of every input, as far as its settings tell."""
+        return int(getattr(self, "k", 0))
 
 
 class NoRecovery(Recovery):
@@ -66,7 +70,7 @@ class Learned(Recovery):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill(cls, data: Any) -> Any:
+    def _fill(cls, data: object) -> object:
         if isinstance(data, Mapping) and isinstance(data.get("text"), Mapping):
             text, own = data["text"], data.get("validation") or {}
             if isinstance(own, Mapping):
@@ -85,11 +89,6 @@ class Learned(Recovery):
                 "validation shares documents with the text that is learned from: take another split, or skip"
             )
         return self
-
-    @property
-    def prompt_rows(self) -> int:
-        """How many positions it takes in front of every window."""
-        return 0
 
 
 class SoftPrompt(Learned):
@@ -112,10 +111,6 @@ class SoftPrompt(Learned):
         if self.dtype == "bfloat16" and self.precision == "fp16":
             raise ValueError("dtype = 'bfloat16' goes with precision fp32 or bf16, not with the loss scale of fp16")
         return self
-
-    @property
-    def prompt_rows(self) -> int:
-        return self.k
 
     @property
     def label(self) -> str:
@@ -167,9 +162,7 @@ class HardPrompt(Untrained):
 
     @property
     def label(self) -> str:
-        if self.text == PAPER_HARD_PROMPT:
-            return "hard_prompt"
-        return f"hard_prompt-{hashlib.sha256(self.text.encode()).hexdigest()[:6]}"
+        return "hard_prompt" + (f"-{short_hash(self.text, 6)}" if self.text != PAPER_HARD_PROMPT else "")
 
 
 class RandomPrompt(Untrained):
@@ -218,6 +211,3 @@ class Adapter(Pinned, Recovery):
 
 def _seed(seed: int) -> str:
     return f"-seed{seed}" if seed else ""
-
-
-AnyRecovery = Annotated[SerializeAsAny[Recovery], BeforeValidator(Recovery.parse)]

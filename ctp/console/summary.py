@@ -103,7 +103,7 @@ def recoveries(plan: Plan, keys: Iterable[str], store: Store) -> list[Recovery]:
 
 
 def _model(cell: Evaluate) -> str:
-    return canonical(cell.target.model.model_dump(mode="json"))
+    return canonical(cell.model.model_dump(mode="json"))
 
 
 def _asked(cell: Evaluate) -> str:

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from ctp.cells.cell import from_json, key, requested
+from ctp.cells.cell import from_json, key
 from ctp.cells.labels import slug
 from ctp.cells.runtime import Runtime
 from ctp.common.messages import plain
@@ -32,7 +32,7 @@ def do(data: dict[str, Any], place: Store, how: Runtime, tell: Callable[[Event],
             cell = from_json(data)
             k = key(cell)
             tell({"event": "start", "key": k})
-            if text := arithmetic.notice(requested(cell), device.pick(how.device)):
+            if text := arithmetic.notice(cell.dtype, device.pick(how.device)):
                 tell({"event": "notice", "key": k, "text": text})
             begun = time.monotonic()
             execute(cell, place, how, _throttled(k, tell))

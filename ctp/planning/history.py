@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ctp.cells.cell import INPUTS, KINDS, Compress, Evaluate, Learn, from_json
+from ctp.cells.cell import KINDS, from_json
 from ctp.cells.labels import flat
 from ctp.planning import cost
 from ctp.planning.cost import Cost, Pace
@@ -96,7 +96,7 @@ def differences(node: Node, manifest: Manifest, most: int = 3) -> str:
     if manifest.get("version") != node.cell.VERSION:
         said.append(f"VERSION of {node.cell.kind} was {manifest.get('version')}, is {node.cell.VERSION}")
     if not said and list(node.inputs) != manifest["inputs"]:
-        names = [n for n in INPUTS[node.cell.kind] if getattr(node.cell, n) is not None]
+        names = [n for n in node.cell.INPUTS if getattr(node.cell, n) is not None]
         differ = [n for n, a, b in zip(names, node.inputs, manifest["inputs"], strict=False) if a != b]
         said.append(f"its {' and '.join(differ) or 'inputs'} was made by another VERSION")
     return "; ".join(said) or "the store has it under another key"
@@ -128,15 +128,8 @@ def _read(store: Store, paths: Mapping[str, str]) -> dict[str, Manifest]:
 
 def sort(node: Node) -> tuple[str, ...]:
     """What cells have in common whose times can be compared: kind, method and model."""
-    cell = node.cell
-    if isinstance(cell, Compress):
-        model, method = cell.model, cell.compression.method
-    elif isinstance(cell, Learn):
-        model, method = cell.source.model, cell.recovery.method
-    else:
-        assert isinstance(cell, Evaluate)
-        model, method = cell.target.model, cell.measure.method
-    return cell.kind, method, model.name, model.revision, model.dtype
+    cell, model = node.cell, node.cell.model
+    return cell.kind, cell.method.method, model.name, model.revision, model.dtype
 
 
 def measured(plan: Plan, todo: Collection[str], state: Mapping[str, str], store: Store, costs: Mapping[str, Cost],

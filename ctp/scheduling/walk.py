@@ -239,12 +239,9 @@ def death(words: str) -> str:
 
 def _sort(cell: Cell) -> Group:
     """(kind, model that is loaded, method): cells of one sort take about as long as each other."""
-    if isinstance(cell, Evaluate):
-        return cell.kind, key(cell.target), ""
-    if isinstance(cell, Learn):
-        return cell.kind, key(cell.source), cell.recovery.method
-    assert isinstance(cell, Compress)
-    return cell.kind, "", f"{cell.compression.method} {cell.model.name}"  # it loads the whole model, and keeps nothing
+    if isinstance(cell, Compress):  # it loads the whole model, and keeps nothing
+        return cell.kind, "", f"{cell.compression.method} {cell.model.name}"
+    return cell.kind, key(cell.base), cell.recovery.method if isinstance(cell, Learn) else ""
 
 
 def expected(plan: Plan, costs: Mapping[str, Cost]) -> dict[str, float]:
