@@ -77,7 +77,7 @@ def run(nodes: int, slots: int, compressions: int, lengths: tuple[float, float, 
             cluster.shutdown()
         work = sum(seconds(n.cell) for n in plan.nodes.values())
         ideal = work / (nodes * slots)
-        processes = {place.manifest(c)["process"] for c in plan.cells()}
+        processes = {place.manifest(r)["process"] for r in plan.refs()}
         return Ran(nodes * slots, len(plan.nodes) - nodes * slots, up - begun, warm - up, end - warm, ideal,
                    max(ideal, longest_path(plan)), len(processes))  # fmt: skip
 

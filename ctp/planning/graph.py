@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from ctp.cells.cell import Cell, Evaluate
 from ctp.models.sources import Facts
 from ctp.planning.gridfile import Grid
+from ctp.storage.ref import Ref, ref
 
 BUILD, TRANSFER = "build", "transfer"
 
@@ -18,6 +19,11 @@ class Node:
     inputs: tuple[str, ...]
     studies: tuple[str, ...]
     facts: Facts
+
+    @property
+    def ref(self) -> Ref:
+        """Where a store has the cell's artifact."""
+        return ref(self.cell)
 
     @property
     def stage(self) -> str:
@@ -35,3 +41,6 @@ class Plan:
 
     def cells(self) -> list[Cell]:
         return [n.cell for n in self.nodes.values()]
+
+    def refs(self) -> list[Ref]:
+        return [n.ref for n in self.nodes.values()]
