@@ -137,7 +137,7 @@ def command(args: argparse.Namespace) -> int:
     damaged: set[str] = set()
     if not args.plan:
         store.check_writable()
-        damaged = store.repair(plan.cells())
+        damaged = store.repair(plan.refs())
     state = states(plan, store)
     todo = damaged | (again(plan, state) if args.retry_failed else _missing(state))
     if args.stage:

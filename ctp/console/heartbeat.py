@@ -27,17 +27,17 @@ _NAME = re.compile(r"[^\w.-]")
 def beating(store: Store, board: Board, about: dict[str, Any], seconds: float = SECONDS) -> Iterator[None]:
     """In here a thread writes what the board says, and `about`, into the store. A store that is away is no reason to
     stop: the next sign says it all. What dead drivers of this grid left goes."""
-    path = f"{store.root}/{RUNNING}/{_NAME.sub('-', board.plan.name)}-{uuid.uuid4().hex[:8]}.json"
+    path = f"{store.folders.root}/{RUNNING}/{_NAME.sub('-', board.plan.name)}-{uuid.uuid4().hex[:8]}.json"
     for record in records(store, board.plan.name):
         if is_left(record):
             with suppress(Exception):
-                store.remove(record["path"])
+                store.folders.remove(record["path"])
     ended = threading.Event()
 
     def beat() -> None:
         while True:
             with suppress(Exception):
-                store.write(path, json.dumps(_record(board, about)).encode())
+                store.folders.write(path, json.dumps(_record(board, about)).encode())
             if ended.wait(seconds):
                 return
 
@@ -49,7 +49,7 @@ def beating(store: Store, board: Board, about: dict[str, Any], seconds: float = 
         ended.set()
         thread.join(timeout=30)
         with suppress(Exception):
-            store.remove(path)
+            store.folders.remove(path)
 
 
 def _record(board: Board, about: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def status(plan: Plan, store: Store) -> dict[str, Any]:
         word = _word(state[k], k in at_work)
         own[word] += 1
         if word == "failed":
-            failed.append({**said, "error": state[k].removeprefix(f"{FAILED}: "), "file": store.failure(node.cell)})
+            failed.append({**said, "error": state[k].removeprefix(f"{FAILED}: "), "file": store.failures.uri(node.ref)})
         elif word == "interrupted":
             cut_off.append({**said, "state": state[k]})
     return {

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from ctp.cells import Dense
 from ctp.cells.cell import Evaluate, canonical, key
+from ctp.storage.ref import ref
 from ctp.storage.remote import StoreError
 
 
@@ -30,8 +31,8 @@ def summarise(plan: Plan, outcome: "Outcome", seconds: float, store: Store) -> N
               "not started or cut off": outcome.unfinished}  # fmt: skip
     print(f"{plan.name}: " + ", ".join(f"{len(v)} {n}" for n, v in counts.items() if v) + f" in {duration(seconds)}")
     for k in (k for k in plan.nodes if k in outcome.failed):
-        cell = plan.nodes[k].cell
-        print(f"  failed: {slug(cell)}: {one_line(outcome.failed[k])} ({store.failure(cell)})")
+        node = plan.nodes[k]
+        print(f"  failed: {slug(node.cell)}: {one_line(outcome.failed[k])} ({store.failures.uri(node.ref)})")
     for k in (k for k in plan.nodes if k in outcome.skipped):
         print(f"  skipped: {slug(plan.nodes[k].cell)}: {outcome.skipped[k]}")
     if outcome.done:
@@ -117,7 +118,7 @@ def _reader(store: Store) -> Callable[[Evaluate], float | None]:
         if key(cell) not in known:
             known[key(cell)] = None
             with suppress(StoreError, OSError):
-                known[key(cell)] = store.manifest(cell)["metrics"].get(METRIC)
+                known[key(cell)] = store.manifest(ref(cell))["metrics"].get(METRIC)
         return known[key(cell)]
 
     return read

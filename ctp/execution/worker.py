@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from ctp.cells.cell import from_json, key
+from ctp.cells.cell import from_json, key, to_json
 from ctp.cells.labels import slug
 from ctp.cells.runtime import Runtime
 from ctp.common.messages import plain
@@ -14,6 +14,7 @@ from ctp.common.redact import scrub
 from ctp.machine import arithmetic, device, signals
 from ctp.machine.contained import contained
 from ctp.planning import plugins
+from ctp.storage.ref import ref
 from ctp.storage.store import Store
 
 Event = dict[str, Any]
@@ -51,7 +52,7 @@ def do(data: dict[str, Any], place: Store, how: Runtime, tell: Callable[[Event],
 
 def keep_failure(place: Any, cell: Any, error: str, trace: str) -> None:
     try:
-        place.record_failure(cell, error, trace)
+        place.failures.record(ref(cell), to_json(cell), error, trace)
     except Exception:  # a store that is gone is no reason to lose the error itself
         logging.getLogger(__name__).warning("the failure of %s could not be stored", slug(cell))
 

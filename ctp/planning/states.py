@@ -27,8 +27,8 @@ FAILED = "failed last time"  # how the state of such a cell begins
 
 def states(plan: Plan, store: Store) -> dict[str, str]:
     """key -> "done", or why the cell is not done: damaged, failed, interrupted, an input is missing, never ran."""
-    done, damaged = store.look(plan.cells())
-    failed, started = store.failures(), store.started()
+    done, damaged = store.look(plan.refs())
+    failed, started = store.failures.all(), store.states.started()
     out: dict[str, str] = {}
     for k, node in plan.nodes.items():
         missing = [i for i in node.inputs if i not in done]
@@ -38,7 +38,7 @@ def states(plan: Plan, store: Store) -> dict[str, str]:
             out[k] = f"damaged: {damaged[k]}"
         elif k in failed:
             out[k] = f"{FAILED}: {failed[k]}"
-        elif (step := started.get(store.folder(node.cell).rsplit("/", 1)[-1])) is not None:
+        elif (step := started.get(node.ref.folder)) is not None:
             out[k] = f"interrupted at step {step}"
         elif missing:
             out[k] = f"needs {slug(plan.nodes[missing[0]].cell)}"

@@ -140,8 +140,8 @@ def run(plan: Plan, todo: set[str], done: set[str], *, store: str, runtime: Runt
 
         search = GraphSearch(
             plan, todo, done, slots, bundles, heard, fail_fast,
-            weights=expected(plan, costs), landed=lambda k: place.has(plan.nodes[k].cell),
-            reached=lambda k: place.started().get(place.folder(plan.nodes[k].cell).rpartition("/")[2], 0),
+            weights=expected(plan, costs), landed=lambda k: place.has(plan.nodes[k].ref),
+            reached=lambda k: place.states.started().get(plan.nodes[k].ref.folder, 0),
             ahead=None if address or not alike else 0,
         )  # fmt: skip
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots + 1)
@@ -149,7 +149,7 @@ def run(plan: Plan, todo: set[str], done: set[str], *, store: str, runtime: Runt
             _fit(search, store, runtime, word)
     outcome = search.outcome
     outcome.unfinished = todo - outcome.done - set(outcome.failed) - set(outcome.skipped)
-    for k in place.done(plan.nodes[k].cell for k in outcome.unfinished) if outcome.stopped_by else ():
+    for k in place.done(plan.nodes[k].ref for k in outcome.unfinished) if outcome.stopped_by else ():
         outcome.unfinished.remove(k)  # done in time, but nobody listened any more
         outcome.done.add(k)
         on_event({"event": "done", "key": k})

@@ -23,9 +23,9 @@ def records(store: Store, grid: str | None) -> list[dict[str, Any]]:
     Raises StoreError where the store does not answer.
     """
     found = []
-    for path in store.glob(RUNNING, "*.json"):
+    for path in store.folders.glob(RUNNING, "*.json"):
         try:
-            record = json.loads(store.read(path) or b"")
+            record = json.loads(store.folders.read(path) or b"")
             if grid not in (None, record["grid"]):
                 continue
             silence = max(0.0, time.time() - float(record["signs"][BEAT]))
