@@ -46,7 +46,7 @@ def _round(x):  # type: ignore[no-untyped-def]
 def _choose(weights, pruned, diagonal, column, j, N: tl.constexpr, M: tl.constexpr):  # type: ignore[no-untyped-def]
     """The tile `pruned` with columns j .. j + M - 1 decided: of each output's M weights, the N with the least score.
 
-    The score is (w / U_jj)^2. A weight's rank is the number of weights with a lower score, or with the same one before it.
+    The score is (w / U_jj)^2; a weight's rank counts lower scores, and equal ones before it.
     """
     score = tl.div_rn(weights, tl.zeros_like(weights) + diagonal[:, None])
     score = score * score
