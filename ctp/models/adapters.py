@@ -41,7 +41,7 @@ def locate(path: str, revision: str = "") -> tuple[str, str, str]:
     """(short name, revision, location) of a folder or hub id. Raises ValueError, in one sentence, if there is none."""
     if (folder := folder_named(path)) is not None:
         _check_files(folder)
-        return folder.resolve().name, _revision(folder), str(folder.resolve())
+        return folder.resolve().name, "sha256:" + digest(pinned_files(str(folder))), str(folder.resolve())
     if path.startswith(("/", ".", "~")):
         raise ValueError(f"there is no folder {shown(path)}")
     return path, hub.commit(path, revision, "adapter"), f"hub:{path}"
@@ -49,12 +49,11 @@ def locate(path: str, revision: str = "") -> tuple[str, str, str]:
 
 def fetch(location: str, revision: str) -> Path:
     """The folder with the adapter's files. Raises ValueError if it is not what was pinned, or not to be had."""
-    if not location.startswith("hub:"):
+    if location.startswith("hub:"):
+        folder = hub.fetch(location.removeprefix("hub:"), revision, FILES, "adapter")
+    else:
         folder = Path(location)
         check_pinned(location, revision)
-        _check_files(folder)
-        return folder
-    folder = hub.fetch(location.removeprefix("hub:"), revision, FILES, "adapter")
     _check_files(folder)
     return folder
 
@@ -106,25 +105,11 @@ def copy_adapter(folder: Path, to: Path) -> None:
 
 def parameters(folder: str | Path) -> int:
     """How many numbers the adapter has."""
-    return sum(math.prod(shape) for shape in _tensors(Path(folder)).values())
-
-
-def _tensors(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what the adapter holds, without reading it."""
-    from safetensors import safe_open
-
-    with safe_open(folder / ADAPTER, framework="pt") as f:
-        names = f.keys()
-        return {name: tuple(f.get_slice(name).get_shape()) for name in names}
+    return sum(math.prod(shape) for shape in shapes(Path(folder) / ADAPTER).values())
 
 
 def _check_files(folder: Path) -> None:
     """Raise ValueError, in one sentence, unless `folder` holds the two files of an adapter."""
-    lacking = [name for name in FILES if not (folder / name).is_file()]
-    if lacking:
+    if lacking := [name for name in FILES if not (folder / name).is_file()]:
         pickled = "; ctp loads no pickled weights" if (folder / "adapter_model.bin").exists() else ""
         raise ValueError(f"{str(folder)!r} is no PEFT adapter: it has no {lacking[0]}{pickled}")
-
-
-def _revision(folder: Path) -> str:
-    return "sha256:" + digest([folder / name for name in FILES])

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache
 from importlib.metadata import version
@@ -34,14 +33,13 @@ def model_facts(location: str, revision: str) -> Facts:
 
     folder, _ = model_folder(location, revision, weights=False)
     model_files.check_config(folder)
-    files = model_files.weight_files(folder, named=False) if any(folder.glob("*.safetensors")) else []
-    held = {n: s for f in files for n, s in model_files.shapes(f).items()}
+    if any(folder.glob("*.safetensors")):
+        model_files.check_files(folder, named=False)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, **LOCAL)
             _check_causal(config)
             found = config_facts(config)
-            _check_shapes(config, held)
     except Exception as e:  # whatever a configuration that fits no model makes transformers and torch raise
         raise ValueError(
             f"the configuration of {location} cannot be used: {model_files.needs_code(folder) or brief(e)}"
@@ -96,16 +94,6 @@ def config_facts(config: Any) -> Facts:
         refused=refused,
         needs_bos=families.needs_bos(config),
     )
-
-
-def _check_shapes(config: Any, held: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError where tensors in a folder are not those of its configuration."""
-    if not held or getattr(config, "quantization_config", None) is not None:  # other tensors stand for its linears
-        return
-    model = skeleton(config)
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    wanted = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in tied}
-    model_files.check_shapes(held, wanted, type(model).__name__)
 
 
 def _check_causal(config: Any) -> None:

@@ -1,20 +1,18 @@
-"""What a model's folder holds, looked at before anything of it is loaded: JSON and headers, no weights."""
+"""Checks of a model's folder before anything of it is loaded: JSON and the headers of safetensors files, no weights."""
 
 import json
-import re
 import warnings
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ctp.common.messages import shown
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+# Fields of config.json: the number of decoder blocks, and of positions.
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 POSITIONS = ("max_position_embeddings", "n_positions")
 MOST_LAYERS = 1000
 MOST_HEADER = 100_000_000  # bytes, the format's own limit
-Shape = tuple[int, ...]
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -32,11 +30,9 @@ def check_config(folder: Path) -> None:
     """Raise ValueError for a config.json that no model can be built from in a reasonable time."""
     config = read_object(folder / "config.json")
     for name in LAYERS:
-        count = config.get(name, 1)
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST_LAYERS:
-            raise ValueError(
-                f"config.json: {name} = {shown(count)}: should be a whole number from 1 to {MOST_LAYERS:,}"
-            )
+        n = config.get(name, 1)
+        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MOST_LAYERS:
+            raise ValueError(f"config.json: {name} = {shown(n)}: should be a whole number from 1 to {MOST_LAYERS:,}")
     for name in POSITIONS:
         if isinstance(config.get(name), int) and config[name] < 1:
             raise ValueError(f"config.json: {name} = {config[name]}: should be above 0")
@@ -55,13 +51,13 @@ def weight_files(folder: Path, named: bool = True) -> list[Path]:
     where it is there, else those that an index names.
 
     named: False for files of other names too, as quantizing tools give them: those of the one other index, or all.
-    Warns of weights that are passed over. Raises ValueError where there are none, or one is missing or lies elsewhere.
+    Warns of weights that are passed over. Raises ValueError where there are none, or one is missing or elsewhere.
     """
     indices = sorted(f.name for f in folder.glob("*.safetensors.index.json"))
     if (folder / WHOLE).is_file():
-        if other := [n for i in indices for n in _shards(folder, i) if n != WHOLE]:
+        if unread := sorted({file for index in indices for file in _index(folder, index).values()} - {WHOLE}):
             warnings.warn(
-                f"{folder}: {WHOLE} is read, as transformers does, and not {other[0]}, which {indices[0]} names: "
+                f"{folder}: {WHOLE} is read, as transformers does, and not {unread[0]}, which an index names: "
                 "remove what is not the model",
                 stacklevel=1,
             )
@@ -76,35 +72,40 @@ def weight_files(folder: Path, named: bool = True) -> list[Path]:
     raise ValueError(f"{folder} holds neither {WHOLE} nor {INDEX}{pickled}{several}")
 
 
-def _shards(folder: Path, index: str) -> list[str]:
-    """The files that an index names."""
+def _index(folder: Path, index: str) -> dict[str, str]:
+    """Name of tensor -> name of file, as an index says."""
     mapped = read_object(folder / index).get("weight_map")
     if not isinstance(mapped, dict) or not mapped:
         raise ValueError(f"{index}: weight_map = {shown(mapped)}: should map tensors to files")
     for name in mapped.values():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{index} names {shown(name)}: should be a .safetensors file of {folder}")
-    return sorted(set(mapped.values()))
+    return mapped
 
 
 def _indexed(folder: Path, index: str) -> list[Path]:
-    """The files that an index names, all there and holding no tensor but where the index says."""
-    files = [folder / name for name in _shards(folder, index)]
-    for file in files:
-        if not file.is_file():
-            raise ValueError(f"{folder} lacks {file.name}, which {index} names")
-    mapped = read_object(folder / index)["weight_map"]
+    """The files that an index names. Raises ValueError unless all are there and hold what the index says, no more."""
+    mapped = _index(folder, index)
+    files = [folder / name for name in sorted(set(mapped.values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{folder} lacks {missing[0]}, which {index} names")
     for file in files:
         for name in shapes(file):
             if mapped.get(name) != file.name:
-                said = f"is in {mapped[name]}" if name in mapped else "is nowhere"
+                place = f"is in {mapped[name]}" if name in mapped else "is nowhere"
                 raise ValueError(
-                    f"{file} holds {name}, which {said} as {index} says: one of the two is of another model"
+                    f"{file} holds {name}, which {place} as {index} says: one of the two is of another model"
                 )
     return files
 
 
-def shapes(file: Path) -> dict[str, Shape]:
+def check_files(folder: Path, named: bool = True) -> None:
+    """Raise ValueError unless the folder's weight files (see `weight_files`) are there and none is cut off."""
+    for file in weight_files(folder, named):
+        shapes(file)
+
+
+def shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in a safetensors file. Raises ValueError where it is not whole."""
     size = file.stat().st_size
     with file.open("rb") as f:
@@ -121,26 +122,3 @@ def shapes(file: Path) -> dict[str, Shape]:
     if size != 8 + length + end:
         raise ValueError(f"{file} is damaged: {size:,} bytes, and its header tells of {8 + length + end:,}")
     return found
-
-
-def _blocks(names: Iterable[str]) -> set[str]:
-    """What numbered modules are called: model.layers.0, model.layers.1, …"""
-    return {found[0] for n in names if (found := re.match(r".*?\.\d+(?=\.)", n))}
-
-
-def check_shapes(held: Mapping[str, Shape], wanted: Mapping[str, Shape], kind: str) -> None:
-    """Raise ValueError unless tensors of a file go by the names and shapes of the architecture `kind`.
-
-    Some published files leave out the first step of all names, or have one more.
-    """
-    short = {n.partition(".")[2]: n for n in wanted}
-    same = {n: n if n in wanted else short.get(n, n.partition(".")[2]) for n in held}
-    there = set(same.values()) & wanted.keys()
-    if 2 * len(there) < len(wanted):
-        raise ValueError(f"config.json says {kind}, and the weights are another model's: of its {len(wanted):,} "
-                         f"tensors {len(there):,} are there")  # fmt: skip
-    if empty := _blocks(wanted) - _blocks(there):
-        raise ValueError(f"config.json says {kind} with a block {min(empty)}, of which there is no weight")
-    for name, own in same.items():
-        if own in wanted and held[name] != wanted[own]:
-            raise ValueError(f"config.json says {kind} with {own} {wanted[own]}, and the weight is {held[name]}")

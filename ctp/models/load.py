@@ -6,14 +6,13 @@ which tensors alone are read); code from the hub is never run.
 """
 
 import pickle
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ctp.common.files import cache_dir, write_json
-from ctp.common.messages import brief, brief_list, shown
+from ctp.common.messages import brief, shown
 from ctp.models import files as model_files
-from ctp.models.hf import LOCAL, place, quiet
+from ctp.models.hf import LOCAL, check_complete, place, quiet
 from ctp.models.sources import check_pinned, model_folder
 
 
@@ -23,29 +22,34 @@ def load_model(location: str, revision: str, dtype: str = "auto", device: str = 
     Raises ValueError, in one sentence, where it cannot be loaded, is not whole, or has changed since it was located.
     """
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     check_pinned(location, revision)
     folder, safe = model_folder(location, revision)
-    kind = dtype if dtype == "auto" else getattr(torch, dtype)
     if safe:
         model_files.weight_files(folder)
-    try:  # A .bin is read by torch.load with weights_only; from a folder transformers asks nobody to convert it.
-        with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=kind, use_safetensors=safe, output_loading_info=True, **LOCAL
-            )
-    except pickle.UnpicklingError as e:
-        raise ValueError(f"a .bin file of {location} holds more than tensors, and code in it is not run") from e
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError) as e:
-        if isinstance(e, torch.OutOfMemoryError):
-            raise
-        raise ValueError(f"the model {location} cannot be loaded: {brief(e)}") from e
-    _check_lacking(location, info)
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    model, _ = _load(location, folder, dtype=kind, use_safetensors=safe)
     tokenizer = load_tokenizer(location, revision)
     check_pinned(location, revision)
     return place(model, device).eval(), tokenizer
+
+
+def _load(name: str, folder: Path, **settings: Any) -> tuple[Any, dict[str, Any]]:
+    """(model, transformers' loading info). Raises ValueError, calling the model `name`, where it is not whole."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:  # A .bin is read by torch.load with weights_only; from a folder transformers asks nobody to convert it.
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings, **LOCAL)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except pickle.UnpicklingError as e:
+        raise ValueError(f"a .bin file of {name} holds more than tensors, and code in it is not run") from e
+    except Exception as e:  # whatever files that fit no model make transformers and torch raise
+        raise ValueError(f"the model {name} cannot be loaded: {brief(e)}") from e
+    check_complete(name, info)
+    return model, info
 
 
 def load_tokenizer(location: str, revision: str) -> Any:
@@ -69,12 +73,13 @@ def check_usable(location: str, revision: str, vocab: int) -> None:
     memo = cache_dir() / "whole" / f"{revision.replace(':', '-')}.json"
     if memo.exists() or not Path(location).is_absolute():
         return
-    model_files.weight_files(Path(location))
-    if said := model_files.read_object(Path(location) / "config.json").get("quantization_config"):
-        how = said.get("quant_method") if isinstance(said, dict) else said
+    folder = Path(location)
+    model_files.check_files(folder)
+    if found := model_files.read_object(folder / "config.json").get("quantization_config"):
+        how = found.get("quant_method") if isinstance(found, dict) else found
         raise ValueError(f"{location} is quantized already (quant_method = {shown(how)}): a grid's models are plain; "
                          "name it as a compression of its base model, {method: checkpoint, path: …}")  # fmt: skip
-    _check_whole(Path(location))
+    _check_weights(folder)
     ids = load_tokenizer(location, revision).get_vocab().values()
     if max(ids, default=-1) >= vocab:
         raise ValueError(f"the tokenizer of {location} has tokens up to {max(ids)}, and the model's embedding {vocab} "
@@ -83,23 +88,10 @@ def check_usable(location: str, revision: str, vocab: int) -> None:
     write_json(memo, {"vocab": vocab})
 
 
-def _check_whole(folder: Path) -> None:
-    """Raise ValueError where a weight lacks or is of another shape, by transformers' own names, without reading any."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with quiet():
-            _, info = AutoModelForCausalLM.from_pretrained(
-                folder, device_map={"": "meta"}, use_safetensors=True, ignore_mismatched_sizes=True,
-                output_loading_info=True, **LOCAL
-            )  # fmt: skip
-    except Exception as e:  # whatever files that fit no model make transformers and torch raise
-        raise ValueError(f"the model {folder} cannot be loaded: {brief(e)}") from e
-    _check_lacking(str(folder), info)
-    for name, held, wanted in sorted(info["mismatched_keys"]):
-        raise ValueError(f"the weights of {folder} are not this model's: {name} is {tuple(held)}, not {tuple(wanted)}")
-
-
-def _check_lacking(where: str, info: Mapping[str, Any]) -> None:
-    if lacking := sorted(info["missing_keys"]):  # transformers fills in random numbers
-        raise ValueError(f"the weights of {where} are incomplete: {brief_list(lacking)} missing")
+def _check_weights(folder: Path) -> None:
+    """Raise ValueError where a weight is missing or has the wrong shape, by transformers' own names, reading none."""
+    settings = {"device_map": {"": "meta"}, "use_safetensors": True, "ignore_mismatched_sizes": True}
+    _, info = _load(str(folder), folder, **settings)
+    for name, stored, expected in sorted(info["mismatched_keys"]):
+        shapes = f"{name} is {tuple(stored)}, and config.json says {tuple(expected)}"
+        raise ValueError(f"the weights of {folder} are not this model's: {shapes}")

@@ -33,9 +33,7 @@ class Facts:
     in_features: tuple[int, ...]  # of the linears in the decoder blocks, without repetition
     vocab: int  # rows of the embedding
     width: int  # of the embedding: numbers per row of a soft prompt
-    refused: Mapping[
-        str, str
-    ]  # use (see `ctp.architectures.families`) -> why the model is refused for it; empty for most models
+    refused: Mapping[str, str]  # use (see `ctp.architectures.families`) -> why it is refused; empty for most models
     needs_bos: bool = False  # must every window begin with the beginning-of-text token?
 
     @classmethod

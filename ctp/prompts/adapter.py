@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # torch takes seconds to import, and pinning a grid needs none of it
     from torch import Tensor
     from transformers import PreTrainedModel
-from ctp.models.adapters import ADAPTER, CONFIG, _tensors, adapter_facts
+from ctp.models.adapters import ADAPTER, CONFIG, adapter_facts
+from ctp.models.files import shapes
 
 
 @contextmanager
@@ -56,7 +57,7 @@ def attach_adapter(model: "PreTrainedModel", folder: str | Path) -> Any:
 def _lora(model: "PreTrainedModel", folder: Path) -> Iterator[None]:
     from peft import PeftModel, get_peft_model_state_dict
 
-    stored = _tensors(folder)
+    stored = shapes(folder / ADAPTER)
     if other := sorted(name for name in stored if "lora_" not in name):  # PEFT would write it into the model's own
         raise ValueError(f"{ADAPTER} in {folder} holds {other[0]}, allowed: LoRA's tensors only")
     with restored(model):
