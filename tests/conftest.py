@@ -1,8 +1,10 @@
 import gc
 import os
 import shutil
+import time
 
 import pytest
+import yaml
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
 
@@ -73,3 +75,54 @@ def uri(tmp_path, monkeypatch, database):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     mlflow.set_tracking_uri(uri)
     return uri
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    """The hub, on this machine, and an empty cache for what comes from it."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from support.fakehub import serving
+
+    with serving() as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        template = served.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        monkeypatch.setenv("CTP_CACHE", str(tmp_path / "ctp-cache"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        huggingface_hub.close_session()
+        yield served
+    huggingface_hub.close_session()
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Plan a grid that is wrong; gives the one line that tells it, without the file's name."""
+
+    from support.badgrids import SECONDS
+
+    from ctp import grid
+
+    def plan(content, *args) -> str:
+        file = tmp_path / "grid.yaml"
+        if isinstance(content, dict):
+            content = yaml.safe_dump(content, sort_keys=False)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        begun = time.process_time()  # other work on the machine does not count
+        code = grid.main([str(file), "--plan", "--store", str(tmp_path / "store"), *args])
+        seconds = time.process_time() - begun
+        out, err = capsys.readouterr()
+        assert (code, out) == (2, "")
+        [line] = err.splitlines()
+        assert line.startswith("error: ")
+        assert line.isprintable()
+        assert len(line) < 2000
+        assert seconds < SECONDS
+        assert not (tmp_path / "store").exists()
+        return line.removeprefix(f"error: {file}: ")
+
+    return plan

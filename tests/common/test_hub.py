@@ -13,7 +13,6 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from support.fakehub import COMMIT
 from support.known import ARCHITECTURES
-from support.remotes import remote  # noqa: F401 (fixtures)
 from support.tiny import random_windows, tiny_opt
 from support.tinygrid import byte_tokenizer, grid, write_grid
 from tokenizers import pre_tokenizers

@@ -4,8 +4,6 @@ import json
 import re
 
 import pytest
-from support.plans import make
-from support.tinygrid import grid
 
 from ctp.cells.cell import Learn, to_json
 from ctp.cells.labels import slug
@@ -14,11 +12,6 @@ from ctp.console.board import Board
 from ctp.planning.gridtext import GridError
 from ctp.storage.store import Store
 from ctp.tracking.tracker import Tracker
-
-
-@pytest.fixture
-def graph(tmp_path, llama_folder):
-    return make(tmp_path / "g.yaml", **grid(llama_folder))
 
 
 def the_learned(graph):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from rich.console import Console
-from support.atwork import at_work, graph, learned, listening, store  # noqa: F401
+from support.boards import at_work
 
 from ctp.cells.labels import slug
 from ctp.console import live, progress

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from support.atwork import at_work, graph, learned, listening, store  # noqa: F401 (fixtures)
+from support.boards import at_work, learned
 
 from ctp import grid as command
 from ctp.cells.cell import Evaluate, to_json

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
-from support.asking import CLOSE, asked, untied
+from support.harness import CLOSE, asked, untied
 from support.tiny import tiny_bloom, tiny_llama, tiny_opt
 from support.tinygrid import VOCAB, byte_tokenizer
 from support.tinytasks import DATA, SHIPPED, needs_data, own_task

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support.framing import bare, framed
+from support.harness import bare, framed
 from support.tiny import tiny_llama
 from support.tinygrid import VOCAB, grid, model_folder, write_grid
 from support.tinytasks import own_task

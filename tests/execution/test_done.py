@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.failing import database, grid_run, starting  # noqa: F401 (fixtures)
+from support.gridruns import starting
 from support.tinygrid import grid
 
 from ctp.cells.cell import Compress, Evaluate, key

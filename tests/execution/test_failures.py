@@ -14,10 +14,8 @@ import pytest
 import ray
 import torch
 from support.bench import Bench
-from support.failing import database, grid_run, starting  # noqa: F401 (fixtures)
-from support.mlflow_runs import runs
+from support.gridruns import runs, starting
 from support.prompts import CPU, S, run
-from support.remotes import remote  # noqa: F401 (a fixture)
 from support.tiny import random_windows, tiny_llama
 from support.tinygrid import byte_tokenizer, grid, write_grid
 from transformers import LlamaForCausalLM, LlamaModel
@@ -130,7 +128,7 @@ def test_a_smaller_micro_batch_is_kept_for_the_rest_of_the_run(monkeypatch, undi
 
 
 @pytest.mark.slow
-def test_memory_that_does_not_do_for_one_window_is_told(grid_run, llama_folder, monkeypatch, database):
+def test_memory_that_does_not_do_for_one_window_is_told(grid_run, llama_folder, monkeypatch, tracking_uri):
     """One line with what was tried and what could help; MLflow has it; --retry-failed does it and nothing else."""
     content = grid(llama_folder)
     with monkeypatch.context() as short:
@@ -148,7 +146,7 @@ def test_memory_that_does_not_do_for_one_window_is_told(grid_run, llama_folder, 
     skipped = starting(out, "skipped:")
     assert len(skipped) == 2
     assert all(line.endswith("_ppl-pydoc-test: needs tiny-llama_gptq-3bit_soft_prompt-k4-pydoc") for line in skipped)
-    [run_] = [r for r in runs(database, "short") if r.info.status == "FAILED"]
+    [run_] = [r for r in runs(tracking_uri, "short") if r.info.status == "FAILED"]
     assert run_.data.tags["ctp.error"].startswith("OutOfMemory: CUDA out of memory")
     assert "in forward" in mlflow.artifacts.load_text(f"{run_.info.artifact_uri}/traceback.txt")
 
@@ -156,7 +154,7 @@ def test_memory_that_does_not_do_for_one_window_is_told(grid_run, llama_folder, 
     assert code == 0
     assert "3 done in" in "".join(out)  # the prompt and its two evaluations, nothing of the target that never ran
     assert not Path(file).exists()
-    again_ = [r for r in runs(database, "short") if r.info.run_id == run_.info.run_id]
+    again_ = [r for r in runs(tracking_uri, "short") if r.info.run_id == run_.info.run_id]
     assert (again_[0].info.status, again_[0].data.tags.get("ctp.error")) == ("FINISHED", None)
     code, out, _ = grid_run("short", content, "--retry-failed")
     assert code == 0
@@ -352,7 +350,7 @@ def test_a_retry_after_a_death_for_memory_begins_with_less(tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_that_are_killed(tmp_path, llama_folder, monkeypatch, capsys, database):
+def test_workers_that_are_killed(tmp_path, llama_folder, monkeypatch, capsys, tracking_uri):
     """By the kernel, in real workers: retries take fewer windows at once where memory was why; the line and record of
     what cannot be done are the driver's, as nobody else is left."""
     start = ray.init
@@ -362,7 +360,7 @@ def test_workers_that_are_killed(tmp_path, llama_folder, monkeypatch, capsys, da
     )  # all of these were
     monkeypatch.setattr(cells.Measure, "registry", dict(cells.Measure.registry))
     monkeypatch.setattr(plugins, "_sources", {})
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
     monkeypatch.chdir(tmp_path)
     content = grid(llama_folder, compression="dense", sources=[], recovery=[])
     content["plugins"] = str(Path(__file__).parents[1] / "plugins" / "hungry.py")
@@ -380,7 +378,7 @@ def test_workers_that_are_killed(tmp_path, llama_folder, monkeypatch, capsys, da
     assert f": {WORKER_DIED} (" in failed
     assert record["error"] == WORKER_DIED
     assert "Failure # 3" in record["traceback"]
-    [run_] = [r for r in runs(database, "killed") if r.info.status == "FAILED"]
+    [run_] = [r for r in runs(tracking_uri, "killed") if r.info.status == "FAILED"]
     assert run_.data.tags["ctp.error"] == WORKER_DIED
     assert "Failure # 3" in mlflow.artifacts.load_text(f"{run_.info.artifact_uri}/traceback.txt")
     assert command.main([str(tmp_path / "killed.yaml"), "--plan", "--retry-failed"]) == 0
@@ -405,7 +403,7 @@ def test_a_prompt_that_diverges(grid_run, llama_folder):
     assert any("failed last time: FloatingPointError" in line for line in out)
 
 
-def test_retry_failed_computes_damage_that_it_meets_and_leaves_the_rest(grid_run, llama_folder, tmp_path, database):
+def test_retry_failed_computes_damage_that_it_meets_and_leaves_the_rest(grid_run, llama_folder, tmp_path, tracking_uri):
     content = grid(llama_folder, compression=["dense"], sources=["dense"])
     good = {"method": "random_prompt", "k": [2, 3]}
     content["recovery"] = [good, content["recovery"] | {"text": content["recovery"]["text"] | {"count": 10**6}}]
@@ -414,8 +412,9 @@ def test_retry_failed_computes_damage_that_it_meets_and_leaves_the_rest(grid_run
     [away], [torn] = whole.glob("*-k2*"), whole.glob("*-k3*")
     shutil.rmtree(away)
     manifest = torn / "manifest.json"
-    [lost] = [r for r in runs(database, "both") if r.data.tags["ctp.key"] == json.loads(manifest.read_text())["key"]]
-    mlflow.MlflowClient(database).delete_run(lost.info.run_id)
+    lost_key = json.loads(manifest.read_text())["key"]
+    [lost] = [r for r in runs(tracking_uri, "both") if r.data.tags["ctp.key"] == lost_key]
+    mlflow.MlflowClient(tracking_uri).delete_run(lost.info.run_id)
     manifest.write_bytes(manifest.read_bytes()[:100])
     code, out, _ = grid_run("both", content, "--retry-failed")
     assert code == 1

@@ -1,5 +1,6 @@
 """What a cell reads is what its key names: whatever changes after planning fails the cell, and nothing is stored."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -7,8 +8,7 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 from support.adapters import save_prompt
-from support.bench import Bench
-from support.changing import bench, fails, text, write_text  # noqa: F401 (fixtures)
+from support.bench import Bench, fails
 from support.tiny import tiny_llama
 from support.tinygrid import VOCAB, grid, model_folder, write_grid
 
@@ -20,6 +20,36 @@ from ctp.data.texts import parse_corpus
 from ctp.execution import jobs, loading
 from ctp.models.load import load_model
 from ctp.storage.ref import ref
+
+
+def write_text(folder, word="apples", n=60):
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "validation", "test"):
+        rows = (json.dumps({"text": f"Order {i}: {i % 7} crates of {word} go to harbour {i % 13}. "}) for i in range(n))
+        (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    return write_text(tmp_path / "orders")
+
+
+@pytest.fixture
+def bench(tmp_path, text):
+    """A model and a text of one's own, planned."""
+    model = model_folder(tmp_path / "mine")
+    own = {"dataset": "orders", "split": "train", "seq_len": 24}
+    recovery = grid(model)["recovery"] | {"text": {**own, "count": 32}, "validation": {"count": 4}}
+    bench = Bench(tmp_path, model, datasets={"orders": {"path": str(text)}}, recovery=recovery,
+                  calibration={**own, "count": 8, "sampling": "crops"},
+                  compression=["dense", {"method": "gptq", "bits": 3}],
+                  sources=["gptq-3bit"],
+                  measures={"method": "perplexity", "text": {**own, "split": "test", "count": 4}})  # fmt: skip
+    bench.runtime = bench.runtime.model_copy(update={"datasets": {"orders": {"path": str(text)}}})
+    loading.forget(texts=True)
+    yield bench
+    loading.forget(texts=True)
 
 
 def other_weights(folder):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.adapters import save_prompt
-from support.badinput import refused  # noqa: F401  (a fixture)
 from support.tiny import tiny_llama
 from support.tinygrid import VOCAB, grid, model_folder
 from tokenizers import Tokenizer
@@ -243,7 +242,7 @@ def test_a_pickled_checkpoint_is_refused_unopened(refused, broken, originals, ca
 
 
 def test_a_pickle_in_the_store_is_refused_unopened(originals, tmp_path, canary):
-    from support.gridfiles import load
+    from support.plans import load
     from support.tinygrid import write_grid
 
     _, plan = load(write_grid(tmp_path / "g.yaml", grid(originals["llama"])))

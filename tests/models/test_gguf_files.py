@@ -5,8 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from support.bench import Bench
-from support.changing import fails
+from support.bench import Bench, fails
 from support.ggufs import write_gguf
 from support.packed import same_weights
 from support.tinygrid import VOCAB

@@ -10,11 +10,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.badgrids import BILLION_LAUGHS, FILES, KEYS, LACKING, VALUES
-from support.badinput import (
-    SECONDS,
-    refused,  # noqa: F401 (fixtures)
-)
+from support.badgrids import BILLION_LAUGHS, FILES, KEYS, LACKING, SECONDS, VALUES
 from support.tinygrid import model_folder
 
 from ctp import grid

@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from support.gridfiles import load, problems
+from support.plans import load, problems
 from support.tinygrid import grid, model_folder, write_grid
 
 from ctp.common.yaml import parse_yaml

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from support.gridfiles import load, problems
+from support.plans import load, problems
 from support.tinygrid import grid, write_grid
 
 from ctp.cells import Recovery

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
-from support.mlflow_runs import runs
+from support.gridruns import runs
 
 from ctp import track
 from ctp.cells.cell import Evaluate, Learn, key

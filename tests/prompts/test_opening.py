@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
-from support.asking import CLOSE, asked, untied
-from support.framing import bare, framed
+from support.harness import CLOSE, asked, bare, framed, untied
 from support.tiny import tiny_llama, tiny_opt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

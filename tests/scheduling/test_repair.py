@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from support.bench import Bench
-from support.commands import manifests, run
-from support.mlflow_runs import runs
+from support.gridruns import manifests, run, runs
 from support.tinygrid import grid, write_grid
 
 from ctp.cells.cell import Compress, Evaluate, Learn, key

@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.commands import command, manifests, run
-from support.mlflow_runs import runs
+from support.gridruns import command, manifests, run, runs
 from support.tinygrid import grid, write_grid
 
 ROOT = Path(__file__).parents[2]

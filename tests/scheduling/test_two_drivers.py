@@ -5,7 +5,7 @@ import subprocess
 from itertools import count
 
 import pytest
-from support.commands import command
+from support.gridruns import command
 from support.tinygrid import grid, write_grid
 
 from ctp.planning import gridfile

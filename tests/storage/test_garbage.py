@@ -5,9 +5,8 @@ import os
 import time
 
 import pytest
-from support.cells import compress, evaluate, learn
+from support.cells import compress, evaluate, learn, publish
 from support.plans import make
-from support.stores import publish, store  # noqa: F401
 from support.tinygrid import grid, write_grid
 
 from ctp.cells.cell import Compress, key, own_key, to_json

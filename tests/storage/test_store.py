@@ -11,11 +11,7 @@ import time
 import uuid
 
 import pytest
-from support.cells import CALIBRATION, MODEL, compress, evaluate, learn
-from support.stores import (
-    publish,
-    store,  # noqa: F401 (fixtures)
-)
+from support.cells import CALIBRATION, MODEL, compress, evaluate, learn, publish
 
 from ctp.cells import GPTQ
 from ctp.cells.cell import KINDS, Compress, key, to_json

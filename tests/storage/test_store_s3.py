@@ -7,8 +7,7 @@ import time
 import uuid
 
 import pytest
-from support.cells import compress, evaluate, learn
-from support.stores import publish
+from support.cells import compress, evaluate, learn, publish
 
 from ctp.cells.cell import key
 from ctp.storage import remote

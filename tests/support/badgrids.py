@@ -6,6 +6,8 @@ FILES stand for themselves. VALUES, KEYS and LACKING are put into real grids.
 import itertools
 import math
 
+SECONDS = 3  # of CPU time in which planning refuses any of them
+
 _LETTERS = "abcdefghij"
 BILLION_LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{c}: &{c} [{', '.join([f'*{p}'] * 9)}]\n" for p, c in itertools.pairwise(_LETTERS)

@@ -1,11 +1,14 @@
-"""What tests share: see the names."""
+"""A tiny grid, planned, and a store: cells are executed in this process."""
 
+import pytest
 from support.tinygrid import grid, write_grid
 
 from ctp.cells.runtime import Runtime
-from ctp.execution import execute as execution_execute
+from ctp.common.files import Changed
+from ctp.execution import execute
 from ctp.planning import gridfile, plan
 from ctp.planning.pins import Pins
+from ctp.storage.ref import ref
 from ctp.storage.store import Store
 
 
@@ -22,7 +25,15 @@ class Bench:
         self.cells = self.plan.cells()
 
     def execute(self, cell, report=lambda numbers: None):
-        execution_execute.execute(cell, self.store, self.runtime, report)
+        execute.execute(cell, self.store, self.runtime, report)
 
     def all(self, kind):
+        """The cells of one kind."""
         return [c for c in self.cells if isinstance(c, kind)]
+
+
+def fails(bench, cell, what):
+    """Executing the cell tells that `what` has changed, and stores nothing."""
+    with pytest.raises(Changed, match=rf"{what}.* has changed since it was pinned .*: run again"):
+        bench.execute(cell)
+    assert not bench.store.has(ref(cell))

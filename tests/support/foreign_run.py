@@ -1,4 +1,4 @@
-"""What tests share: see the names."""
+"""Scripts of tests/foreign, run in the environments of other libraries beside the project."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What tests share: see the names."""
+"""Settings to compress with, and whether what was packed is the same model unpacked."""
 
 from pathlib import Path
 

@@ -5,7 +5,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from support.mlflow_runs import runs
+from support.gridruns import runs
 
 from ctp.cells.cell import key
 from ctp.tracking import database as files

@@ -9,7 +9,7 @@ import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 from support.bench import Bench
-from support.mlflow_runs import runs
+from support.gridruns import runs
 
 from analysis import transfer_matrix
 from analysis.runs import evaluations

@@ -1,28 +1,11 @@
-"""What tests share: see the names."""
-
-import contextlib
-import socket
-
-import pytest
-from support.plans import make
-from support.tinygrid import grid
+"""The board of a run half-way."""
 
 from ctp.cells.cell import Learn
 from ctp.console.board import Board
-from ctp.storage.store import Store
-
-
-@pytest.fixture
-def graph(tmp_path, llama_folder):
-    return make(tmp_path / "g.yaml", **grid(llama_folder))
-
-
-@pytest.fixture
-def store(tmp_path):
-    return Store(str(tmp_path / "store"))
 
 
 def learned(graph):
+    """The key of the first cell that learns."""
     return next(k for k, n in graph.nodes.items() if isinstance(n.cell, Learn))
 
 
@@ -43,20 +26,3 @@ def at_work(graph):
         {"event": "progress", "key": learned(graph), "step": 30, "steps": 100, "loss": 3.5, "tokens_per_s": 99.0}
     )
     return board
-
-
-@pytest.fixture
-def listening():
-    """A port that takes connections, and how many it has been asked for until now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.2)
-
-        def asked():
-            n = 0
-            with contextlib.suppress(TimeoutError):
-                while True:
-                    server.accept()[0].close()
-                    n += 1
-            return n
-
-        yield server.getsockname()[1], asked
