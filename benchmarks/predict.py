@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.report import head, row
-from benchmarks.simulate import Machines, Run, longest_path, simulate
+from benchmarks.simulate import Machines, Run, simulate
 from ctp.cells import Dense
 from ctp.cells.cell import Compress, Evaluate, Learn, key
 from ctp.cells.labels import slug
 from ctp.common.terminal import duration
 from ctp.planning import cost, gridfile
 from ctp.planning.cost import BYTES
-from ctp.planning.graph import Node, Plan
+from ctp.planning.graph import Node, Plan, longest_path
 from ctp.planning.gridtext import GridError
 from ctp.planning.pins import Pins
 from ctp.planning.plan import make

@@ -18,7 +18,7 @@ from ctp.cells.runtime import Runtime
 from ctp.common.messages import one_line
 from ctp.common.redact import scrub
 from ctp.common.terminal import unread
-from ctp.console import dag, explain, preview, status, summary
+from ctp.console import explain, preview, status, summary
 from ctp.console.arguments import number, positive, uri
 from ctp.machine import signals
 from ctp.planning import cost, gridfile
@@ -84,7 +84,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--watch", action="store_true", help="with --status: say it again every few seconds")
     p.add_argument("--explain", metavar="CELL", help="all that is known of one cell, named by its line's name, its key "
                    "or words that only it has")  # fmt: skip
-    p.add_argument("--dag", action="store_true", help="with --plan: the graph, in Mermaid")
     p.add_argument("--json", action="store_true", help="with --plan, --status and --explain: for programs")
     p.add_argument("--stage", choices=(BUILD, TRANSFER), help="run one stage alone: build compresses and learns, "
                    "transfer evaluates")  # fmt: skip
@@ -181,9 +180,7 @@ def foresee(plan: Plan, state: dict[str, str], todo: set[str], store: Store, unp
         pace, at_once = cost.gpu_pace(tflops), 0
     seen = preview.look(plan, state, todo, store, gpu_memory(args.gpu_memory), tflops, args.batch, args.gpu_hour_price,
                         pace, at_once)  # fmt: skip
-    if args.dag:
-        print(dag.mermaid(plan, {k: preview.word(why) for k, why in seen.state.items()}))
-    elif args.json:
+    if args.json:
         print(json.dumps(preview.as_json(seen, list(unpinned))))
     else:
         preview.describe(plan, seen.state, todo)
@@ -205,8 +202,6 @@ def _check_usage(args: argparse.Namespace, looks: bool) -> None:
         raise GridError(["--plan, --status and --explain: one of them"])
     if args.json and not looks:
         raise GridError(["--json is for --plan, --status and --explain"])
-    if args.dag and (args.json or not args.plan):
-        raise GridError(["--dag is for --plan, without --json"])
     if args.watch and not args.status:
         raise GridError(["--watch is for --status"])
 

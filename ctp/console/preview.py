@@ -9,7 +9,7 @@ from ctp.cells.labels import axes, slug
 from ctp.common.terminal import aligned, duration
 from ctp.planning import cost, history
 from ctp.planning.cost import Cost, Pace
-from ctp.planning.graph import Plan
+from ctp.planning.graph import Plan, longest_path
 from ctp.planning.history import Expected
 from ctp.planning.plan import warnings
 from ctp.planning.resources import GIB, Resources
@@ -122,7 +122,7 @@ def totals(p: Preview) -> list[str]:
         return ["Nothing to run."]
     devices = sorted({e.device for e in p.expected.values() if e.device})
     of = sum(bool(e.device) for e in p.expected.values())
-    seconds, path = history.longest_path(p.plan, p.expected)
+    seconds, path = longest_path(p.plan, {k: e.seconds for k, e in p.expected.items()})
     names = " -> ".join(slug(p.plan.nodes[k].cell) for k in path)
     where = f", on {', '.join(devices)} (*)" if devices else ""
     wall = max(seconds, p.seconds / p.at_once) if p.at_once else 0.0
@@ -139,7 +139,7 @@ def totals(p: Preview) -> list[str]:
 
 def as_json(p: Preview, unpinned: list[str]) -> dict[str, Any]:
     """The same as plain data, of every cell."""
-    seconds, path = history.longest_path(p.plan, p.expected)
+    seconds, path = longest_path(p.plan, {k: e.seconds for k, e in p.expected.items()})
     cells = []
     for k, node in p.plan.nodes.items():
         said: dict[str, Any] = {

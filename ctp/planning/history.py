@@ -192,21 +192,3 @@ def _nearest(samples: list[Sample], c: Cost) -> list[Sample]:
     """The few samples of about the same size."""
     alike = [s for s in samples if 1 / ALIKE <= _ratio(c, s.cost) <= ALIKE]
     return sorted(alike, key=lambda s: abs(math.log(_ratio(c, s.cost))))[:NEIGHBOURS]
-
-
-def longest_path(plan: Plan, expected: Mapping[str, Expected]) -> tuple[float, list[str]]:
-    """Seconds and cells of the path that takes longest: no number of machines makes the run shorter."""
-    ends: dict[str, float] = {}
-    before: dict[str, str] = {}
-    for k, node in plan.nodes.items():
-        if k not in expected:
-            continue
-        last = max((i for i in node.inputs if i in ends), key=ends.__getitem__, default="")
-        ends[k] = ends.get(last, 0.0) + expected[k].seconds
-        before[k] = last
-    k = max(ends, key=ends.__getitem__, default="")
-    seconds, path = ends.get(k, 0.0), []
-    while k:
-        path.append(k)
-        k = before[k]
-    return seconds, path[::-1]

@@ -14,7 +14,7 @@ from typing import Any
 from ctp.cells.cell import Cell, Compress, Evaluate, Learn, key
 from ctp.cells.labels import slug
 from ctp.planning.cost import Cost
-from ctp.planning.graph import Plan
+from ctp.planning.graph import Plan, heaviest_paths
 from ctp.planning.resources import BUSY, alone
 from ctp.planning.states import Outcome, runnable
 
@@ -50,8 +50,8 @@ class Walk:
         self.heard: set[str] = set()  # tasks that have told something: they have a slot
         self.free_model = ""  # what the worker that became free last holds
         self.seconds: dict[Group, float] = {}  # sort of cell -> what one takes, of late
-        paths = _paths(plan, self.weights)
-        self.order = {k: (alone(n.cell), -paths[k], i) for i, (k, n) in enumerate(plan.nodes.items())}
+        paths = heaviest_paths(plan, self.weights)
+        self.order = {k: (alone(n.cell), -paths[k][0], i) for i, (k, n) in enumerate(plan.nodes.items())}
         self.needed_by: dict[str, list[str]] = {k: [] for k in plan.nodes}
         self.missing = dict.fromkeys(plan.nodes, 0)
         self.ready: dict[Group, list[tuple[tuple[bool, float, int], str]]] = {}
@@ -250,13 +250,3 @@ def _sort(cell: Cell) -> Group:
 def expected(plan: Plan, costs: Mapping[str, Cost]) -> dict[str, float]:
     """Weights of a walk: each cell's operations by the cost model, and those of reading its model once."""
     return {k: costs[k].flops + n.facts.parameters for k, n in plan.nodes.items()}
-
-
-def _paths(plan: Plan, weights: Mapping[str, float]) -> dict[str, float]:
-    """The work of the heaviest path that begins with each cell: the longest goes first."""
-    path = dict.fromkeys(plan.nodes, 0.0)
-    for k in reversed(plan.nodes):
-        path[k] += weights[k]
-        for i in plan.nodes[k].inputs:
-            path[i] = max(path[i], path[k])
-    return path
