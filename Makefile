@@ -54,9 +54,10 @@ bench: $(STAMP) foreign ## speed next to named peers on a CPU; fails where a cla
 	  echo "== benchmarks.$$part"; $(BIN)/python -m benchmarks.$$part || failed="$$failed $$part"; done; \
 	  test -z "$$failed" || { echo "claims that do not hold:$$failed"; exit 1; }
 
-lint: $(STAMP)
+lint: $(STAMP) ## style, formatting, which package may import which, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 audit: .audit/.installed ## known vulnerabilities of all pinned packages; needs a network, and fails without one

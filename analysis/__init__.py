@@ -1,0 +1,1 @@
+"""What the results say, read from MLflow alone: tables, figures, the transfer matrix, a report, the paper's numbers."""

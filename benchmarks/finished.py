@@ -56,17 +56,9 @@ def mixed() -> dict[str, Any]:
         "matrix": {"recovery": prompts(1), "measures": perplexity("newswire")},
         "others": {"recovery": prompts(10), "measures": others},
     }
-    return {**_shared(), "studies": studies}
-
-
-def matrix_only() -> dict[str, Any]:
-    """About ten thousand perplexities of one text: 6 x 6 x 3 prompts of 90 seeds."""
-    return {**_shared(), "recovery": prompts(90), "measures": perplexity("newswire")}
-
-
-def _shared() -> dict[str, Any]:
     calibration = {**TEXT, "count": 8, "sampling": "crops"}
-    return {"models": "tiny-llama", "compression": SIX, "sources": "all", "calibration": calibration}
+    return {"models": "tiny-llama", "compression": SIX, "sources": "all", "calibration": calibration,
+            "studies": studies}  # fmt: skip
 
 
 def write(folder: Path, name: str, content: dict[str, Any]) -> tuple[Plan, Store, str]:

@@ -1,6 +1,6 @@
-"""What ctp itself costs beside its cells: throughput, planning, a repeated run, the matrix out of MLflow, start-up.
+"""What ctp itself costs beside its cells: throughput, planning, a repeated run, the matrix out of MLflow.
 
-    python -m benchmarks.grid [throughput|plan|again|matrix|start ...] [--cells N] [--no-mlflow] [--repeats N]
+    python -m benchmarks.grid [throughput|plan|again|matrix ...] [--cells N] [--repeats N]
 
 Every part runs the real path on a local store, with MLflow on SQLite beside it. A line says what was measured, the
 median and the range, and what is claimed; the exit code is 1 where a claim does not hold. `throughput` runs 1,000 cells
@@ -10,27 +10,25 @@ cells (see benchmarks.finished). All parts take less than five minutes on two co
 
 import argparse
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 
 import yaml
 
 from benchmarks import finished
+from benchmarks.report import environment, timed
 from ctp.cells.runtime import Runtime
+from ctp.planning import gridfile
 from ctp.planning.pins import Pins
 from ctp.planning.plan import make
 from ctp.planning.resources import Resources
 from ctp.storage.store import Store
 
-PARTS = ("throughput", "plan", "again", "matrix", "start")
 SLOTS, NAP = 2, 0.1
 ROOT = Path(__file__).parents[1]
 
@@ -66,16 +64,6 @@ class Bench:
         return self.folder / "mixed"
 
 
-def timed(work: Callable[[], object], repeats: int) -> list[float]:
-    """Seconds of each repeat."""
-    seconds = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - begun)
-    return seconds
-
-
 def command(folder: Path, *args: str) -> str:
     """Run a Python process in `folder` as a person would; returns what it printed. Raises where it fails."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -89,8 +77,6 @@ def command(folder: Path, *args: str) -> str:
 
 def throughput(bench: Bench) -> None:
     """Cells that sleep, on two slots: what part of the time do the slots sleep?"""
-    from ctp.planning import gridfile
-
     count = bench.args.cells
     folder = bench.folder / "naps"
     folder.mkdir()
@@ -107,15 +93,13 @@ def throughput(bench: Bench) -> None:
     from ctp.scheduling import tune
     from ctp.tracking.tracker import Tracker
 
-    tracker = None if bench.args.no_mlflow else Tracker(f"sqlite:///{folder}/results/mlflow.db", plan, store)
-    if tracker:
-        tracker.begin("benchmark")
+    tracker = Tracker(f"sqlite:///{folder}/results/mlflow.db", plan, store)
+    tracker.begin("benchmark")
     imports, times = time.perf_counter() - begun, []
 
     def on_event(event: dict[str, object]) -> None:
         times.append(time.perf_counter())
-        if tracker:
-            tracker.tell(event)
+        tracker.tell(event)
 
     start = ray.init
     ray.init = lambda **how: start(num_cpus=SLOTS, **how)
@@ -129,10 +113,9 @@ def throughput(bench: Bench) -> None:
     if len(outcome.done) != count:
         raise SystemExit(f"{len(outcome.done)} of {count} cells done: {list(outcome.failed.values())[:1]}")
     ideal, last = count * NAP / SLOTS, times[-1]
-    if tracker:
-        tracker.close("FINISHED")
-    told = f"{count:,} cells of {NAP} s on {SLOTS} slots, ideally {ideal:.1f} s, MLflow {'on' if tracker else 'off'}"
-    print(f"throughput: {told}; MLflow done {time.perf_counter() - begun - whole:.1f} s after the last cell")
+    tracker.close("FINISHED")
+    print(f"throughput: {count:,} cells of {NAP} s on {SLOTS} slots, ideally {ideal:.1f} s; "
+          f"MLflow done {time.perf_counter() - begun - whole:.1f} s after the last cell")  # fmt: skip
     for what, seconds, least in (
         ("from the first cell's start to the last one's end", last - times[0], 0.85),
         ("with Ray's start (the call of run to the last cell's end)", last - begun, None),
@@ -145,7 +128,6 @@ def throughput(bench: Bench) -> None:
 
 def plan(bench: Bench) -> None:
     """A grid file to a plan with all keys; and the command."""
-    from ctp.planning import gridfile
 
     def once() -> None:
         pins = Pins()
@@ -190,24 +172,9 @@ def matrix(bench: Bench) -> None:
     bench.say("matrix: the command", timed(lambda: command(bench.mixed, *args), bench.args.repeats))
     whole = timed(lambda: evaluations("mixed"), 1)
     bench.say("matrix: all 1,200 perplexities of both texts", whole)
-    *_, uri = finished.write(bench.folder / "all", "all", finished.matrix_only())
-    mlflow.set_tracking_uri(uri)
-    seconds = timed(lambda: transfer_matrix.spread(evaluations("all"), "ppl"), 1)
-    bench.say("matrix: of 9,726 runs that all belong to it, 90 seeds an entry", seconds)
 
 
-def start(bench: Bench) -> None:
-    """What starting costs."""
-    seconds = timed(lambda: command(bench.folder, "-c", "import ctp.grid"), bench.args.repeats)
-    bench.say("start: python -c 'import ctp.grid'", seconds)
-    heavy = command(bench.folder, "-c", "import sys, ctp.grid; print(*{'torch', 'ray', 'mlflow', 'transformers', "
-                    "'pandas'} & sys.modules.keys())").strip()  # fmt: skip
-    bench.claim(f"start: heavy modules among its imports: {heavy or 'none'}", not heavy, "none")
-    try:
-        seconds = timed(lambda: command(bench.folder, "-m", "ctp.grid", "demo", "--plan"), bench.args.repeats)
-        bench.say("start: python -m ctp.grid demo --plan", seconds)
-    except subprocess.CalledProcessError as e:
-        print(f"start: python -m ctp.grid demo --plan: {e.stderr.strip().splitlines()[-1]}")
+PARTS = {"throughput": throughput, "plan": plan, "again": again, "matrix": matrix}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -215,17 +182,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of: {', '.join(PARTS)} (default: all)")
     parser.add_argument("--cells", type=int, default=1000, help="of throughput (default 1000; claims are for that)")
-    parser.add_argument("--no-mlflow", action="store_true", help="throughput without MLflow")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args(argv)
-    if odd := set(args.parts) - set(PARTS):
+    if odd := set(args.parts) - PARTS.keys():
         parser.error(f"unknown part {min(odd)!r}; there are: {', '.join(PARTS)}")
-    libraries = ", ".join(f"{n} {version(n)}" for n in ("ray", "mlflow", "torch", "pydantic"))
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; {libraries}", flush=True)
+    print(environment("ray", "mlflow", "torch", "pydantic"), flush=True)
     with tempfile.TemporaryDirectory(prefix="ctp-bench-") as folder:
         bench = Bench(Path(folder), args)
         for part in args.parts or PARTS:
-            globals()[part](bench)
+            PARTS[part](bench)
     if bench.broken:
         print("does not hold:", *bench.broken, sep="\n  ")
     return 1 if bench.broken else 0

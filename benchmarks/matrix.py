@@ -13,7 +13,6 @@ from ctp.cells.cell import Compress, Evaluate
 from ctp.cells.inputs import Windows
 from ctp.cells.runtime import Runtime, location
 from ctp.compression.quantize import fit
-from ctp.data import texts as data_texts
 from ctp.data.documents import read_documents
 from ctp.data.texts import find
 from ctp.execution import loading
@@ -30,12 +29,7 @@ from ctp.storage.store import Store
 MODEL, K, GROUP, BATCH = "smollm2-135m", 100, 64, 4
 TARGETS: list[Any] = ["dense", *({"method": "rounded", "bits": b} for b in (4, 3, 2))]
 TARGETS += [{"method": "rounded", "sparsity": s} for s in (0.5, 0.75)]
-LOCAL: dict[str, dict[str, Any]] = {
-    "c4": {"split": "validation", "documents": 100},
-    "wikitext2": {"split": "test", "documents": 2000},
-    "ptb": {"split": "test"},
-}
-PACKAGED: dict[str, dict[str, Any]] = {
+TEXTS: dict[str, dict[str, Any]] = {
     "newswire": {"split": "test"},
     "pydoc": {"split": "test"},
     "wikipedia": {"split": "train", "documents": 40},  # 1 MB, for a test set's length
@@ -81,8 +75,7 @@ class Rounded(Compression):
 class Bench:
     """The grid of the matrix, its store with targets and prompts, and where everything lies."""
 
-    def __init__(self, folder: Path, data: str | None, seq_len: int, windows: int) -> None:
-        texts = LOCAL if data_texts.local_root(data) else PACKAGED
+    def __init__(self, folder: Path, seq_len: int, windows: int) -> None:
         text = {"seq_len": seq_len, "count": windows}
         grid = {
             "models": MODEL,
@@ -90,11 +83,11 @@ class Bench:
             "sources": [],
             "recovery": [{"method": "random_prompt", "k": K, "seed": seed} for seed in range(6)],
             "measures": [
-                {"method": "perplexity", "text": {**text, "dataset": name, **more}} for name, more in texts.items()
+                {"method": "perplexity", "text": {**text, "dataset": name, **more}} for name, more in TEXTS.items()
             ],
         }
         (folder / "transfer.yaml").write_text(yaml.safe_dump(grid))
-        pins = Pins(data)
+        pins = Pins()
         self.plan = plan.make(gridfile.load(str(folder / "transfer.yaml"), [], pins), pins)
         self.store = Store(str(folder / "store"))
         self.runtime = Runtime(device="cpu", batch=BATCH, locations=pins.locations, datasets=pins.datasets)

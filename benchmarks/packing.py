@@ -13,15 +13,14 @@ weight. `x clone` is a time over the clone's.
 
 import argparse
 import importlib
-import platform
 import statistics
-import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from benchmarks.report import environment, head, row, timed
 from ctp.formats.layer import Layer
 from ctp.formats.pack import pack, stats, unpack
 
@@ -61,18 +60,6 @@ def random_layer(
     )
 
 
-def measure(work: Callable[[], object], repeats: int, device: str) -> list[float]:
-    """Seconds of each repeat, after one that does not count."""
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return seconds[1:]
-
-
 def ours(layer: Layer) -> list[Callable[[], object]]:
     """Packing, unpacking, unpacking to a dense weight."""
     packed = pack({"w": layer})
@@ -102,14 +89,14 @@ def cell(seconds: list[float], clone: float) -> str:
 
 def print_sizes() -> None:
     """Bits per weight and ratio to float16, of every row for every model's linears."""
-    print(f"| linears | {' | '.join(LINEARS)} |\n|{'---|' * (1 + len(LINEARS))}")
-    for row, (bits, sparsity) in ROWS.items():
+    print(head(["linears", *LINEARS]))
+    for name, (bits, sparsity) in ROWS.items():
         cells = []
         for shapes, group in LINEARS.values():
             linears = {f"{i}": random_layer(bits, sparsity, shape=shape, group=group) for i, shape in enumerate(shapes)}
             sizes = stats(pack(linears), {}, torch.float16)
             cells.append(f"{sizes['bits_per_weight']:.2f} bits, {sizes['linear_ratio']:.2f}x")
-        print(f"| {row} | {' | '.join(cells)} |", flush=True)
+        print(row([name, *cells]), flush=True)
 
 
 def main() -> None:
@@ -129,26 +116,24 @@ def print_times(device: str, repeats: int, threads: int) -> None:
     """Every row's times, next to the clone's and those of compressed-tensors."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+
+    def measure(work: Callable[[], object]) -> list[float]:
+        return timed(work, repeats + 1, device)[1:]  # the first does not count
+
     weight: Tensor = torch.randn(SHAPE, device=device).half()
-    seconds = measure(weight.clone, repeats, device)
+    seconds = measure(weight.clone)
     clone = statistics.median(seconds)
-    try:
-        name, note = f"compressed-tensors {version('compressed-tensors')}", ""
-    except ImportError:
-        name, note = "", " compressed-tensors is not installed: no column for it."
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{threads} threads"
-    print(
-        f"{platform.machine()}, {where}; torch {torch.__version__}; {SHAPE[0]} x {SHAPE[1]}, groups of {GROUP};",
-        end=" ",
-    )
-    print(f"clone: {cell(seconds, clone)}.{note}\n")
-    head = ["layer", "pack", "unpack", "to float16", *([f"{name}: pack", f"{name}: unpack"] if name else [])]
-    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for row, (bits, sparsity) in ROWS.items():
+    peer = find_spec("compressed_tensors") is not None
+    gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
+    print(gpu + environment("torch", *["compressed-tensors"] * peer), f"{threads} threads", sep="; ", end="; ")
+    print(f"{SHAPE[0]} x {SHAPE[1]}, groups of {GROUP}; clone: {cell(seconds, clone)}\n")
+    theirs_too = ["compressed-tensors: pack", "compressed-tensors: unpack"] if peer else []
+    print(head(["layer", "pack", "unpack", "to float16", *theirs_too]))
+    for name, (bits, sparsity) in ROWS.items():
         layer = random_layer(bits, sparsity, device)
-        works = [*ours(layer), *(theirs(layer) if name else [])]
-        cells = [cell(measure(work, repeats, device), clone) for work in works]
-        print(f"| {' | '.join([row, *cells, *['-'] * (len(head) - 1 - len(cells))])} |", flush=True)
+        works = [*ours(layer), *(theirs(layer) if peer else [])]
+        cells = [cell(measure(work), clone) for work in works]
+        print(row([name, *cells, *["-"] * (3 + len(theirs_too) - len(cells))]), flush=True)
 
 
 if __name__ == "__main__":

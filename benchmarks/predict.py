@@ -1,28 +1,19 @@
 """A grid's run on N GPUs, predicted: wall time, longest path, idle share, bytes moved, and what limits it.
 
-    python -m benchmarks.predict [GRID] [--gpus 8 64] [--tflops N] [--measured STORE] [--gpu-memory GIB] ...
+    python -m benchmarks.predict [GRID] [--gpus 8 64] [--tflops N] [--gpu-memory GIB] ...
 
-Nothing runs, and no GPU is measured: ctp's own search hands the grid's cells to simulated machines
-(benchmarks/simulate.py says what is assumed of them), and a cell takes
-
-    without --measured   its operations by the cost model (ctp/cost.py) at --tflops, which a GPU is assumed to sustain,
-                         and 10 s;
-    with --measured      what cells of its method took in that finished store: the share of a matmul's speed that they
-                         reached on this machine, whose matmul speed is measured first, times --tflops, a GPU's matmul
-                         speed in 16 bit; and the fixed seconds that they took (benchmarks/celltimes.py);
-
-and the time to read its model at --read GB/s, once a task.
+Nothing runs and no GPU is measured: ctp's own search hands the grid's cells to simulated machines
+(benchmarks/simulate.py states the assumptions). A cell takes its operations by the cost model (ctp/planning/cost.py) at
+--tflops, plus 10 s, plus the time to read its model at --read GB/s, once per task.
 """
 
 import argparse
-import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
-from benchmarks.celltimes import Kind, Pace, assumed, kind, matmul_speed, measured
+from benchmarks.report import head, row
 from benchmarks.simulate import Machines, Run, simulate
 from ctp.cells import Dense
 from ctp.cells.cell import Evaluate, key
@@ -35,11 +26,9 @@ from ctp.planning.gridtext import GridError
 from ctp.planning.pins import Pins
 from ctp.planning.plan import make
 from ctp.planning.resources import GIB, Resources, bundles
-from ctp.storage.remote import StoreError
-from ctp.storage.store import Store
 
-CLOSE = 1.1  # within 10 % of a bound, that bound is what limits
-FORMATS = ("float32", "bfloat16")
+CLOSE = 1.1  # a run within 10 % of a bound is limited by that bound
+SET_UP = 10.0  # seconds a cell takes besides reading and computing: an assumption
 
 
 @dataclass(frozen=True)
@@ -86,16 +75,11 @@ class Predicted:
 class Forecast:
     """A plan with the seconds and bytes of its cells. read: bytes a second. memory: bytes of a GPU."""
 
-    def __init__(self, plan: Plan, paces: Mapping[Kind, Pace], tflops: float, read: float, memory: int) -> None:
+    def __init__(self, plan: Plan, tflops: float, read: float, memory: int) -> None:
         self.plan, self.read, self.memory = plan, read, memory
         self.costs = {k: cost.of(n.cell, n.facts) for k, n in plan.nodes.items()}
         self.loads = {k: self._loads(n) for k, n in plan.nodes.items()}
-        unknown = sorted({" ".join(kind(n.cell)) for n in plan.nodes.values() if kind(n.cell) not in paces})
-        if unknown:
-            raise ValueError(f"--measured: the store has no finished cell of: {', '.join(unknown)}")
-        self.fixed, self.computing = {}, {}
-        for k, n in plan.nodes.items():
-            self.fixed[k], self.computing[k] = paces[kind(n.cell)].seconds(self.costs[k].flops, tflops * 1e12)
+        self.computing = {k: c.flops / (tflops * 1e12) for k, c in self.costs.items()}
 
     def _loads(self, node: Node) -> Loads:
         cell = node.cell
@@ -110,7 +94,7 @@ class Forecast:
     def segments(self, cells: list[str], machine: int = 0) -> list[tuple[float, float]]:
         """(hold, compute) of the cells of a task: the first one loads the model."""
         moved = [self.loads[k].won + (self.loads[k].model if i == 0 else 0.0) for i, k in enumerate(cells)]
-        return [(self.fixed[k] + m / self.read, self.computing[k]) for k, m in zip(cells, moved, strict=True)]
+        return [(SET_UP + m / self.read, self.computing[k]) for k, m in zip(cells, moved, strict=True)]
 
     def alone(self) -> dict[str, float]:
         """Seconds of every cell by itself on a GPU."""
@@ -166,10 +150,7 @@ def table(found: Sequence[Predicted]) -> list[str]:
         "computing, over all GPUs": [_hours(p.work / p.gpus) for p in found],
         "GPU-hours of computing": [f"{p.work / 3600:,.0f}" for p in found],
         "GPU-hours taken (wall time x GPUs)": [f"{p.run.wall * p.gpus / 3600:,.0f}" for p in found],
-        "busy share": [f"{p.busy:.1%}" for p in found],
         "idle share": [f"{1 - p.busy:.1%}" for p in found],
-        "tasks": [str(len(p.run.tasks)) for p in found],
-        "longest task": [_hours(max(t.ended - t.begun for t in p.run.tasks)) for p in found],
         "written to the store": [_gb(p.written) for p in found],
         "read from it, every task anew": [_gb(p.read) for p in found],
         "read from it, once a machine": [_gb(p.read_cached) for p in found],
@@ -178,8 +159,7 @@ def table(found: Sequence[Predicted]) -> list[str]:
         "models downloaded, once a machine": [_gb(p.downloaded) for p in found],
         "limited by": [p.limit for p in found],
     }
-    head = ["", *(f"{p.gpus} GPU{'s' * (p.gpus > 1)}" for p in found)]
-    return [_row(head), f"|{'---|' * len(head)}", *(_row([n, *v]) for n, v in rows.items())]
+    return [head(["", *(f"{p.gpus} GPU{'s' * (p.gpus > 1)}" for p in found)]), *(row([n, *v]) for n, v in rows.items())]
 
 
 def report(forecast: Forecast, found: Sequence[Predicted]) -> list[str]:
@@ -194,20 +174,6 @@ def report(forecast: Forecast, found: Sequence[Predicted]) -> list[str]:
     out.append(f"Cells that need several GPUs of {forecast.memory / GIB:.0f} GiB: {len(several)}; the largest takes "
                f"{most / GIB:.1f} GiB.")  # fmt: skip
     return out
-
-
-def paces_table(paces: Mapping[Kind, Pace]) -> list[str]:
-    """What was fitted to the store, method by method."""
-    out = [_row(["cells of", "number", "fixed", "share of matmul", "missed by the fit", ""]), f"|{'---|' * 6}"]
-    for k, p in sorted(paces.items()):
-        share = "-" if math.isinf(p.share) else f"{p.share:.2f}"
-        note = "" if p.own else f"too small to tell: as all of {k[0]}"
-        out.append(_row([" ".join(k), str(p.cells), f"{p.fixed:.2f} s", share, f"{p.missed:.0%}", note]))
-    return out
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _hours(seconds: float) -> str:
@@ -227,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         predict(args)
     except GridError as e:
         print(*(f"error: {p}" for p in e.problems), sep="\n", file=sys.stderr)
-    except (StoreError, ValueError) as e:
+    except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
     else:
         return 0
@@ -235,26 +201,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def predict(args: argparse.Namespace) -> None:
-    """Print the prediction. Raises ValueError, GridError or StoreError where the arguments do not do."""
-    if args.measured and args.tflops is None:
-        raise ValueError("--measured needs --tflops N: the GPU's own matmul speed, in 10^12 operations a second")
-    tflops = args.tflops or 100.0
+    """Print the prediction. Raises ValueError or GridError for wrong arguments."""
     pins = Pins(None, provisional=True)
     plan = make(gridfile.load(args.grid, args.settings, pins), pins)
     print(f"{plan.name}: {len(plan.nodes)} cells. No GPU was measured: this is a simulation.")
-    if args.measured:
-        speed = lru_cache(lambda dtype: matmul_speed(dtype, args.threads))
-        paces = measured(Store(args.measured), speed)
-        said = ", ".join(f"{d} {speed(d) / 1e9:.0f} GFLOP/s" for d in FORMATS)
-        print(f"Cell times: from {args.measured}; matmul here, {args.threads} threads: {said}; on a GPU, assumed: "
-              f"{tflops:g} TFLOP/s.\n")  # fmt: skip
-        print(*paces_table(paces), sep="\n", end="\n\n")
-    else:
-        paces = assumed(plan.cells())
-        print(f"Cell times: the cost model at {tflops:g} TFLOP/s sustained, assumed, and 10 s a cell, assumed.")
+    print(
+        f"Cell times: the cost model at {args.tflops:g} TFLOP/s sustained, assumed, and {SET_UP:g} s a cell, assumed."
+    )
     print(f"Machines of {args.machine} GPUs of {args.gpu_memory} GiB and {args.cores} cores; models are read at "
           f"{args.read:g} GB/s a task: assumed.\n")  # fmt: skip
-    forecast = Forecast(plan, paces, tflops, args.read * 1e9, args.gpu_memory * GIB)
+    forecast = Forecast(plan, args.tflops, args.read * 1e9, args.gpu_memory * GIB)
     found = [forecast.on(n, args.machine, args.cores) for n in args.gpus]
     print(*table(found), "", *report(forecast, found), sep="\n")
 
@@ -264,9 +220,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("grid", nargs="?", default="full_paper", metavar="GRID", help="default full_paper")
     p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="settings")
     p.add_argument("--gpus", type=int, nargs="+", default=[8, 64], metavar="N", help="default 8 64")
-    p.add_argument("--tflops", type=float, metavar="N", help="10^12 operations a second of a GPU (default 100)")
-    p.add_argument("--measured", metavar="STORE", help="a finished store to take the times of cells from")
-    p.add_argument("--threads", type=int, default=1, metavar="N", help="threads a cell of that store had (default 1)")
+    p.add_argument(
+        "--tflops", type=float, default=100.0, metavar="N", help="10^12 operations a second of a GPU (default 100)"
+    )
     p.add_argument("--gpu-memory", type=int, default=80, metavar="GIB", help="of a GPU (default 80)")
     p.add_argument("--machine", type=int, default=8, metavar="N", help="GPUs of a machine (default 8)")
     p.add_argument("--cores", type=int, default=64, metavar="N", help="cores of a machine (default 64)")

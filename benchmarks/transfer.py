@@ -1,6 +1,6 @@
 """Seconds of a transfer matrix in ctp, next to the plain loop: 6 prompts x 6 compressed targets x 3 texts.
 
-    python -m benchmarks.transfer [--data DIR] [--seq-len N] [--windows N] [--longer N ...] [--threads N]
+    python -m benchmarks.transfer [--seq-len N] [--windows N] [--longer N ...] [--threads N]
 
 The plain loop is what one writes with transformers: for each target and prompt load the target; for each text tokenise
 it, put the prompt's embeddings in front of every window, run the model, take the cross entropy of the window's logits.
@@ -9,8 +9,7 @@ Both take their turn target by target, in fp32, with the same stored targets, pr
 
 Model: SmolLM2-135M. Targets: dense, and rounded to 4, 3, 2 bits or pruned by magnitude without calibration, because
 only the time counts; they are stored as every target is. Prompts: k = 100 rows of the embedding drawn by seed. Texts:
-100 documents of C4, 2000 rows of WikiText-2's test split and all of PTB's from --data DIR (else $CTP_DATA_DIR), without
-it three that come with packages.
+three that come with packages.
 
 Prints where the time goes, the ratio, and the largest relative difference of the summed log-likelihoods; then, for one
 target and prompt, what windows of --longer tokens cost each side (the better of two). One run of each side; the spread
@@ -37,6 +36,7 @@ from torch import Tensor
 
 import ctp
 from benchmarks.matrix import BATCH, MODEL, Bench, K
+from benchmarks.report import head, row
 from ctp.cells import Perplexity
 from ctp.cells.cell import Evaluate
 from ctp.evaluation import perplexity as measuring
@@ -174,10 +174,10 @@ def concatenated(model: Any, windows: Tensor, prompt: Tensor) -> float:
 def table(plain_side: Side, our_side: Side) -> None:
     """Where the time goes, in markdown."""
     totals = [sum(s.targets) for s in (plain_side, our_side)]
-    print(f"| seconds | {' | '.join(STEPS)} | the rest | all |\n|{'---|' * (len(STEPS) + 3)}")
+    print(head(["seconds", *STEPS, "the rest", "all"]))
     for name, side, total in zip(("plain loop", "ctp"), (plain_side, our_side), totals, strict=True):
         cells = [*(side.seconds[s] for s in STEPS), total - sum(side.seconds.values()), total]
-        print(f"| {name} | {' | '.join(f'{c:.1f}' for c in cells)} |")
+        print(row([name, *(f"{c:.1f}" for c in cells)]))
 
 
 def longer(bench: Bench, cell: Evaluate, lengths: list[int]) -> None:
@@ -186,12 +186,12 @@ def longer(bench: Bench, cell: Evaluate, lengths: list[int]) -> None:
     model, tokenizer = ctp.load(bench.place(cell.target), device="cpu")
     prompt = load_prompt(bench.store.folder(ref(cell.recovery)))
     print(f"\nLonger windows, {BATCH} at a time, without loading and tokenising; ctp makes the prefix once a prompt:\n")
-    print(f"| tokens | plain loop | ctp | prefix | ctp / plain loop |\n|{'---|' * 5}")
+    print(head(["tokens", "plain loop", "ctp", "prefix", "ctp / plain loop"]))
     for length in lengths:
         windows = torch.randint(len(tokenizer), (BATCH, length), generator=torch.Generator().manual_seed(0))
         tries = [one_batch(model, windows, prompt) for _ in range(2)]
         loop, made, read = (min(seconds) for seconds in zip(*tries, strict=True))
-        print(f"| {length} | {loop:.2f} s | {read:.2f} s | {made:.2f} s | {read / loop:.2f} |", flush=True)
+        print(row([length, f"{loop:.2f} s", f"{read:.2f} s", f"{made:.2f} s", f"{read / loop:.2f}"]), flush=True)
 
 
 def one_batch(model: Any, windows: Tensor, prompt: Tensor) -> tuple[float, float, float]:
@@ -236,7 +236,6 @@ def run(bench: Bench, lengths: list[int]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", metavar="DIR", help="folder with local copies of C4, WikiText-2 and PTB")
     parser.add_argument("--seq-len", type=int, default=32, help="tokens of a window (default 32)")
     parser.add_argument("--windows", type=int, default=4, help="windows of each text (default 4)")
     parser.add_argument("--longer", type=int, nargs="*", default=[256], help="also these lengths")
@@ -244,7 +243,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory(prefix="ctp-transfer-") as folder:
-        bench = Bench(Path(folder), args.data, args.seq_len, args.windows)
+        bench = Bench(Path(folder), args.seq_len, args.windows)
         about = machine()
         texts = sorted({name_of(c)[2] for cells in bench.tasks() for c in cells})
         print(f"{about['cpu']}, {about['threads']} threads; torch {torch.__version__}, "

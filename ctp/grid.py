@@ -21,12 +21,13 @@ from ctp.common.terminal import unread
 from ctp.console import explain, preview, status, summary
 from ctp.console.arguments import number, positive, uri
 from ctp.machine import signals
+from ctp.machine.device import has_gpu
 from ctp.planning import cost, gridfile
 from ctp.planning.graph import BUILD, TRANSFER, Plan
 from ctp.planning.gridtext import GridError
 from ctp.planning.pins import Pins
 from ctp.planning.plan import make
-from ctp.planning.resources import cores, gpu_memory, has_gpu
+from ctp.planning.resources import cores, gpu_memory
 from ctp.planning.select import keep, where
 from ctp.planning.states import again, states
 from ctp.scheduling.repair import past_damage

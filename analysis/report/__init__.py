@@ -1,0 +1,1 @@
+"""The report: one HTML file with all results of a grid."""

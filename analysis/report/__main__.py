@@ -1,3 +1,5 @@
+"""`python -m analysis.report`."""
+
 import sys
 
 from analysis.report.page import main

@@ -1,0 +1,1 @@
+"""What a person sees: plans, progress, status, explanations and summaries, as text."""

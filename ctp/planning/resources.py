@@ -2,18 +2,16 @@
 
 import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ctp.cells.cell import Cell, Evaluate, Learn
+from ctp.machine import device
 from ctp.planning import cost
 from ctp.planning.graph import Plan
 
 GIB = 2**30
-DRIVERS = ("nvidiactl", "dxg", "kfd")  # of NVIDIA, Windows' Linux, AMD
 BUSY = 3.6e17  # operations of a cell that is long enough, an hour at 100 TFLOP/s, to leave nothing of a GPU's speed
 
 
@@ -54,22 +52,7 @@ def bundles(plan: Plan, each: Resources, gpus: bool, batch: int, cores: float) -
 
 def gpu_memory(gib: int | None) -> int:
     """Bytes of one GPU: as given in GiB, else as found on this machine, else 24 GiB."""
-    if gib is not None:
-        return gib * GIB
-    if not has_gpu():
-        return 24 * GIB
-    import torch
-
-    return int(torch.cuda.get_device_properties(0).total_memory)
-
-
-def has_gpu() -> bool:
-    """Has this machine a GPU that torch can use? Where there is no driver, torch, which takes seconds, is not asked."""
-    if sys.platform == "linux" and not any(Path("/dev", n).exists() for n in DRIVERS):
-        return False
-    import torch
-
-    return torch.cuda.is_available()
+    return (device.gpu_bytes() or 24 * GIB) if gib is None else gib * GIB
 
 
 def cores() -> int:

@@ -1,0 +1,1 @@
+"""The artifact store on any fsspec URI: publish, fetch, verify, collect garbage."""

@@ -11,8 +11,8 @@ from ctp.cells import Compression
 def bench(tmp_path, monkeypatch):
     monkeypatch.setattr(matrix, "MODEL", "tiny-llama")
     monkeypatch.setattr(matrix, "TARGETS", [{"method": "rounded", "bits": 3}, {"method": "rounded", "sparsity": 0.5}])
-    monkeypatch.setattr(matrix, "PACKAGED", {name: {"split": "test"} for name in ("newswire", "pydoc")})
-    return matrix.Bench(tmp_path, None, seq_len=20, windows=5)
+    monkeypatch.setattr(matrix, "TEXTS", {name: {"split": "test"} for name in ("newswire", "pydoc")})
+    return matrix.Bench(tmp_path, seq_len=20, windows=5)
 
 
 def test_the_plain_loop_and_the_cells_of_a_grid_agree(bench):

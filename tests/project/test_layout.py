@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
-# Code outside ctp/, the project as a whole, and tests that need more than the code: a cluster, kills, a GPU, all models.
+# Code outside ctp/, the project as a whole, and what needs more than code: a cluster, kills, a GPU, all models.
 OTHERS = {"analysis", "benchmarks", "tools", "project", "cluster", "faults", "gpu", "zoo"}
 
 

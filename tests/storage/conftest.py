@@ -2,7 +2,6 @@ import uuid
 
 import pytest
 
-from ctp.storage.ref import identity, ref
 from ctp.storage.store import Store
 
 

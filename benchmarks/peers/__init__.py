@@ -1,0 +1,1 @@
+"""What runs the peers, as scripts in environments of their own (`make foreign`)."""
