@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NoReturn
 
@@ -18,7 +18,7 @@ from ctp.cells.runtime import Runtime
 from ctp.common.messages import one_line
 from ctp.common.redact import scrub
 from ctp.common.terminal import unread
-from ctp.console import dag, explain, preview, status, summary
+from ctp.console import explain, preview, status, summary
 from ctp.console.arguments import number, positive, uri
 from ctp.machine import signals
 from ctp.planning import cost, gridfile
@@ -28,7 +28,7 @@ from ctp.planning.pins import Pins
 from ctp.planning.plan import make
 from ctp.planning.resources import cores, gpu_memory, has_gpu
 from ctp.planning.select import keep, where
-from ctp.planning.states import again, states
+from ctp.planning.states import State, again, states, undone
 from ctp.scheduling.repair import past_damage
 from ctp.scheduling.run import INTERRUPTED, LOST, OK, TERMINATED, UNREACHABLE, USAGE, _fail, _stopped, run
 from ctp.storage.remote import StoreError
@@ -84,7 +84,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--watch", action="store_true", help="with --status: say it again every few seconds")
     p.add_argument("--explain", metavar="CELL", help="all that is known of one cell, named by its line's name, its key "
                    "or words that only it has")  # fmt: skip
-    p.add_argument("--dag", action="store_true", help="with --plan: the graph, in Mermaid")
     p.add_argument("--json", action="store_true", help="with --plan, --status and --explain: for programs")
     p.add_argument("--stage", choices=(BUILD, TRANSFER), help="run one stage alone: build compresses and learns, "
                    "transfer evaluates")  # fmt: skip
@@ -140,7 +139,7 @@ def command(args: argparse.Namespace) -> int:
         store.check_writable()
         damaged = store.repair(plan.cells())
     state = states(plan, store)
-    todo = damaged | (again(plan, state) if args.retry_failed else _missing(state))
+    todo = damaged | (again(plan, state) if args.retry_failed else undone(state))
     if args.stage:
         plan = keep(plan, {k for k, n in plan.nodes.items() if n.stage == args.stage})
         todo = {k for k in todo if whole.nodes[k].stage == args.stage}
@@ -154,8 +153,8 @@ def command(args: argparse.Namespace) -> int:
     summary.tell_tracking(tracker)
     if store.damaged:
         print("\n".join(store.damaged), flush=True)
-        known, state = _missing(state), states(plan, store)
-        todo |= {k for k in _missing(state) - known if not args.stage or whole.nodes[k].stage == args.stage}
+        known, state = undone(state), states(plan, store)
+        todo |= {k for k in undone(state) - known if not args.stage or whole.nodes[k].stage == args.stage}
     if not todo:
         why = "No cell failed last time" if args.retry_failed else "Nothing to run"
         print(f"{why}. Store: {scrub(store.uri)}  MLflow: {scrub(tracker.uri)}")
@@ -167,11 +166,7 @@ def command(args: argparse.Namespace) -> int:
     return run(plan, todo, state, store, tracker, runtime, args)
 
 
-def _missing(state: Mapping[str, str]) -> set[str]:
-    return {k for k, why in state.items() if why != "done"}
-
-
-def foresee(plan: Plan, state: dict[str, str], todo: set[str], store: Store, unpinned: Sequence[str],
+def foresee(plan: Plan, state: dict[str, State], todo: set[str], store: Store, unpinned: Sequence[str],
             args: argparse.Namespace) -> int:  # fmt: skip
     """--plan: what would run, and nothing else."""
     tflops = args.tflops or TFLOPS
@@ -181,9 +176,7 @@ def foresee(plan: Plan, state: dict[str, str], todo: set[str], store: Store, unp
         pace, at_once = cost.gpu_pace(tflops), 0
     seen = preview.look(plan, state, todo, store, gpu_memory(args.gpu_memory), tflops, args.batch, args.gpu_hour_price,
                         pace, at_once)  # fmt: skip
-    if args.dag:
-        print(dag.mermaid(plan, {k: preview.word(why) for k, why in seen.state.items()}))
-    elif args.json:
+    if args.json:
         print(json.dumps(preview.as_json(seen, list(unpinned))))
     else:
         preview.describe(plan, seen.state, todo)
@@ -205,8 +198,6 @@ def _check_usage(args: argparse.Namespace, looks: bool) -> None:
         raise GridError(["--plan, --status and --explain: one of them"])
     if args.json and not looks:
         raise GridError(["--json is for --plan, --status and --explain"])
-    if args.dag and (args.json or not args.plan):
-        raise GridError(["--dag is for --plan, without --json"])
     if args.watch and not args.status:
         raise GridError(["--watch is for --status"])
 

@@ -13,7 +13,7 @@ from ctp.common.terminal import duration, how_far, size
 from ctp.planning import cost
 from ctp.planning.graph import Node, Plan
 from ctp.planning.gridtext import GridError
-from ctp.planning.states import states
+from ctp.planning.states import Kind, State, states
 from ctp.storage.drivers import records
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store
@@ -59,21 +59,22 @@ def explain(plan: Plan, text: str, store: Store, tracking: str, batch: int = 4) 
     state = states(plan, store)
     for driver in records(store, plan.name):
         for told in driver["cells"] if driver["state"] == "alive" else ():
-            if state.get(told["key"], "done") != "done":
-                state[told["key"]] = f"running on {driver['machine']}, {how_far(told) or 'it told no step yet'}"
+            if told["key"] in state and not state[told["key"]].done:
+                where = f"{driver['machine']}, {how_far(told) or 'it told no step yet'}"
+                state[told["key"]] = State(Kind.RUNNING, where)
     out: dict[str, Any] = {
-        "key": node.key, "kind": cell.kind, "name": slug(cell), "state": state[node.key], "version": cell.VERSION,
+        "key": node.key, "kind": cell.kind, "name": slug(cell), "state": str(state[node.key]), "version": cell.VERSION,
         "studies": list(node.studies), "folder": store.folder(cell),
-        "inputs": [{"key": i, "name": slug(plan.nodes[i].cell), "state": state[i]} for i in node.inputs],
+        "inputs": [{"key": i, "name": slug(plan.nodes[i].cell), "state": str(state[i])} for i in node.inputs],
         "needed_by": sum(node.key in n.inputs for n in plan.nodes.values()),
         "settings": {n: v for n, v in params(cell).items() if n.startswith("spec.")},
     }  # fmt: skip
-    if state[node.key] == "done":
+    if state[node.key].done:
         out["manifest"] = store.manifest(cell)
     else:
         expected = cost.of(cell, node.facts, batch)
         out["expected"] = {"flops": expected.flops, "stored_bytes": expected.stored, "memory_bytes": expected.memory}
-        if state[node.key].startswith("failed"):
+        if state[node.key].kind is Kind.FAILED:
             out["failure"] = store.failure(cell)
     return {**out, "mlflow": run_of(tracking, plan.name, node.key)}
 

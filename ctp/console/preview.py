@@ -13,8 +13,12 @@ from ctp.planning.graph import Plan
 from ctp.planning.history import Expected
 from ctp.planning.plan import warnings
 from ctp.planning.resources import GIB, Resources
+from ctp.planning.states import Kind, State
 from ctp.storage.store import Store
 
+WORDS = (Kind.DONE, Kind.FAILED, Kind.INTERRUPTED, Kind.STALE, "missing")
+_REASONS = {Kind.FAILED: "failed last time", Kind.DAMAGED: "damaged",
+            Kind.NEEDS: "wait for an input that is to be computed"}  # fmt: skip
 LISTED = 60  # cells that are told of one by one
 STARTING = 10.0  # seconds until Ray and the workers' imports are there
 
@@ -26,16 +30,13 @@ MODEL = (
 )
 
 
-def describe(plan: Plan, state: dict[str, str], todo: set[str]) -> None:
+def describe(plan: Plan, state: dict[str, State], todo: set[str]) -> None:
     """How many cells there are, done and missing, and why."""
-    done = sum(state[k] == "done" for k in plan.nodes)
+    done = sum(state[k].done for k in plan.nodes)
     kinds = Counter(plan.nodes[k].cell.kind for k in plan.nodes)
     listing = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     print(f"{plan.name}: {len(plan.nodes)} cells ({listing}): {done} done, {len(todo)} to run")
-    why = Counter(
-        state[k].split(":")[0] if state[k].startswith(("failed", "damaged")) else _short(state[k]) for k in todo
-    )
-    for reason, n in why.most_common():
+    for reason, n in Counter(_REASONS.get(state[k].kind, str(state[k])) for k in todo).most_common():
         print(f"  {n:>5}  {reason}")
     for warning in warnings(plan):
         print(f"warning: {warning}")
@@ -51,7 +52,7 @@ class Preview:
     """
 
     plan: Plan
-    state: dict[str, str]
+    state: dict[str, State]
     todo: set[str]
     costs: dict[str, Cost]
     expected: dict[str, Expected]
@@ -71,7 +72,7 @@ class Preview:
         return sum(e.seconds for e in self.expected.values())
 
 
-def look(plan: Plan, state: dict[str, str], todo: set[str], store: Store, device: int, tflops: float, batch: int,
+def look(plan: Plan, state: dict[str, State], todo: set[str], store: Store, device: int, tflops: float, batch: int,
          price: float | None, pace: Pace, at_once: int) -> Preview:  # fmt: skip
     """All that `--plan` tells, with what the store has measured. Raises StoreError."""
     costs = {k: cost.of(n.cell, n.facts, batch) for k, n in plan.nodes.items()}
@@ -97,23 +98,21 @@ def detail(p: Preview) -> None:
 
 def groups(p: Preview) -> list[str]:
     """One line for each study, model and kind: how many cells are done and why the others are not."""
-    words = ("done", "failed", "interrupted", "stale", "missing")
     found: dict[tuple[str, str, str], list[str]] = {}
     for k, node in p.plan.nodes.items():
         for study in node.studies:
             found.setdefault((study, str(axes(node.cell)["model"]), node.cell.kind), []).append(k)
-    rows: list[tuple[str, ...]] = [("study", "model", "kind", "cells", *words, "time")]
+    rows: list[tuple[str, ...]] = [("study", "model", "kind", "cells", *WORDS, "time")]
     for names, keys in found.items():
-        counts = Counter(word(p.state[k]) for k in keys)
+        counts = Counter(_word(p.state[k]) for k in keys)
         seconds = sum(p.expected[k].seconds for k in keys if k in p.todo)
-        rows.append((*names, str(len(keys)), *(str(counts[w] or "-") for w in words), duration(seconds)))
+        rows.append((*names, str(len(keys)), *(str(counts[w] or "-") for w in WORDS), duration(seconds)))
     return aligned(rows, left=(0, 1, 2))
 
 
-def word(state: str) -> str:
-    """done, failed, interrupted, stale or missing."""
-    first = state.split(":")[0].split()[0]
-    return first if first in ("done", "failed", "interrupted", "stale") else "missing"
+def _word(state: State) -> str:
+    """One of WORDS."""
+    return state.kind if state.kind in WORDS else "missing"
 
 
 def totals(p: Preview) -> list[str]:
@@ -144,7 +143,7 @@ def as_json(p: Preview, unpinned: list[str]) -> dict[str, Any]:
     for k, node in p.plan.nodes.items():
         said: dict[str, Any] = {
             "key": k, "kind": node.cell.kind, "name": slug(node.cell), "studies": list(node.studies),
-            "inputs": list(node.inputs), "state": word(p.state[k]), "why": p.state[k], "to_run": k in p.todo,
+            "inputs": list(node.inputs), "state": _word(p.state[k]), "why": str(p.state[k]), "to_run": k in p.todo,
         }  # fmt: skip
         if e := p.expected.get(k):
             said |= {"seconds": e.seconds, "memory_bytes": e.memory, "gpu_hours": e.gpu_hours,
@@ -186,7 +185,3 @@ def _row(name: str, own: list[str], new: list[str], todo: set[str], costs: dict[
 
 def _bytes(n: float) -> str:
     return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
-
-
-def _short(reason: str) -> str:
-    return "wait for an input that is to be computed" if reason.startswith("needs ") else reason

@@ -12,11 +12,12 @@ from ctp.common.messages import one_line, plain
 from ctp.common.terminal import aligned, duration, how_far
 from ctp.console.pages import where
 from ctp.planning.graph import Plan
-from ctp.planning.states import FAILED, states
+from ctp.planning.states import Kind, states
 from ctp.storage.drivers import records
 from ctp.storage.store import Store
 
 WATCH_SECONDS = 5.0
+WORDS = (Kind.DONE, Kind.RUNNING, Kind.FAILED, Kind.INTERRUPTED)
 LISTED = 20  # of failed or interrupted cells; --json has all
 CLEAR = "\x1b[H\x1b[2J"
 
@@ -31,12 +32,12 @@ def status(plan: Plan, store: Store) -> dict[str, Any]:
     for k, node in plan.nodes.items():
         own = kinds.setdefault(node.cell.kind, Counter())
         said = {"key": k, "kind": node.cell.kind, "name": slug(node.cell)}
-        word = _word(state[k], k in at_work)
-        own[word] += 1
-        if word == "failed":
-            failed.append({**said, "error": state[k].removeprefix(f"{FAILED}: "), "file": store.failure(node.cell)})
-        elif word == "interrupted":
-            cut_off.append({**said, "state": state[k]})
+        kind = Kind.RUNNING if k in at_work and not state[k].done else state[k].kind
+        own[kind if kind in WORDS else "waiting"] += 1
+        if kind is Kind.FAILED:
+            failed.append({**said, "error": state[k].detail, "file": store.failure(node.cell)})
+        elif kind is Kind.INTERRUPTED:
+            cut_off.append({**said, "state": str(state[k])})
     return {
         "grid": plan.name, "store": store.uri, "cells": len(plan.nodes),
         "kinds": {kind: dict(counts) for kind, counts in kinds.items()},
@@ -45,21 +46,10 @@ def status(plan: Plan, store: Store) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _word(state: str, at_work: bool) -> str:
-    if state == "done":
-        return "done"
-    if at_work:
-        return "running"
-    if state.startswith(FAILED):
-        return "failed"
-    return "interrupted" if state.startswith("interrupted") else "waiting"
-
-
 def lines(said: dict[str, Any]) -> list[str]:
     """The same for people."""
     out = [f"{said['grid']}: {said['done']} of {said['cells']} cells done  ({said['store']})"]
-    words = [w for w in ("done", "running", "failed", "interrupted", "waiting")
-             if any(c.get(w) for c in said["kinds"].values())]  # fmt: skip
+    words = [w for w in (*WORDS, "waiting") if any(c.get(w) for c in said["kinds"].values())]
     rows = [("", *words), *((kind, *(str(c.get(w, 0)) for w in words)) for kind, c in said["kinds"].items())]
     out += [f"  {line}" for line in aligned(rows, left=(0,))]
     out += [line for driver in said["drivers"] for line in _driver(driver)] or ["No run of this grid is going on."]

@@ -19,6 +19,7 @@ from ctp.console.board import Board
 from ctp.machine import signals
 from ctp.planning.graph import Plan
 from ctp.planning.resources import Resources, gpu_memory
+from ctp.planning.states import State
 from ctp.scheduling.repair import complete, past_damage
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store
@@ -36,7 +37,7 @@ LOST = signals.LOST
 GOES_ON = "running the same command again goes on from here"
 
 
-def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker: "Tracker", runtime: Runtime,
+def run(plan: Plan, todo: set[str], state: dict[str, State], store: Store, tracker: "Tracker", runtime: Runtime,
         args: argparse.Namespace) -> int:  # fmt: skip
     """Run the missing cells, follow them, sum up."""
     from ctp.scheduling import (
@@ -61,7 +62,7 @@ def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker
         teller.tell(event)
         tracker.tell(event)
 
-    done = {k for k, why in state.items() if why == "done"}
+    done = {k for k, s in state.items() if s.done}
     try:
         with (telling(board, about) as teller, heartbeat.beating(store, board, about),
               cluster.join(args.address, args.insecure_ray, lambda: tracker.close("KILLED"))):  # fmt: skip

@@ -164,8 +164,7 @@ def test_watching_goes_on_while_something_is_missing(graph, store, capsys):
     assert "0 of 10 cells done" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("args", [["--json"], ["--watch"], ["--plan", "--status"], ["--status", "--explain", "x"],
-                                  ["--dag"], ["--dag", "--plan", "--json"]])  # fmt: skip
+@pytest.mark.parametrize("args", [["--json"], ["--watch"], ["--plan", "--status"], ["--status", "--explain", "x"]])
 def test_options_that_do_not_go_together(args, capsys):
     assert command.main(["demo", *args]) == 2
     assert args[0] in capsys.readouterr().err
