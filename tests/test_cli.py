@@ -141,7 +141,7 @@ def test_nor_one_that_was_never_there(tmp_path, unbuffered):
 
 @pytest.mark.parametrize("name", THERE)
 def test_every_command_ends_so(name):
-    main = cli.load(cli.ALL[name])
+    main = cli.load(cli.ALL[name]).main
     assert main.__code__ is unread(main).__code__
     assert main.__wrapped__.__module__ == cli.ALL[name].module
 

@@ -9,7 +9,8 @@ from typing import Any
 from ctp.cells.labels import params, slug
 from ctp.common.messages import one_line, shown
 from ctp.common.redact import scrub
-from ctp.common.terminal import duration, how_far, size
+from ctp.common.terminal import duration, size
+from ctp.console.progress import how_far
 from ctp.planning import cost
 from ctp.planning.graph import Node, Plan
 from ctp.planning.gridtext import GridError
@@ -58,10 +59,10 @@ def explain(plan: Plan, text: str, store: Store, tracking: str, batch: int = 4) 
     cell = node.cell
     state = states(plan, store)
     for driver in records(store, plan.name):
-        for told in driver["cells"] if driver["state"] == "alive" else ():
-            if told["key"] in state and not state[told["key"]].done:
-                where = f"{driver['machine']}, {how_far(told) or 'it told no step yet'}"
-                state[told["key"]] = State(Kind.RUNNING, where)
+        for at_work in driver.cells if driver.state == "alive" else ():
+            if at_work.key in state and not state[at_work.key].done:
+                where = f"{driver.machine}, {how_far(at_work) or 'it told no step yet'}"
+                state[at_work.key] = State(Kind.RUNNING, where)
     out: dict[str, Any] = {
         "key": node.key, "kind": cell.kind, "name": slug(cell), "state": str(state[node.key]), "version": cell.VERSION,
         "studies": list(node.studies), "folder": store.folder(cell),

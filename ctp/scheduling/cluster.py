@@ -23,6 +23,7 @@ import yaml
 from ray._private import ray_constants, services, worker
 from ray._raylet import Config  # type: ignore[attr-defined]
 
+from ctp.common.exit_codes import Exit
 from ctp.machine import signals
 from ctp.planning.resources import Fleet, fleet
 
@@ -110,7 +111,7 @@ def watched(every: float = 0.5, last: Callable[[], object] = lambda: None) -> It
         os.write(2, f"error: {said}\n".encode())
         with contextlib.suppress(Exception):
             last()
-        os._exit(signals.LOST)
+        os._exit(Exit.RAY_LOST)
 
     if threading.current_thread() is not threading.main_thread():
         yield

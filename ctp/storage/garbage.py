@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from ctp.cells.cell import KINDS
-from ctp.storage.drivers import RUNNING, is_left, records
+from ctp.storage.drivers import RUNNING, records
 from ctp.storage.folders import DAMAGED, DAY, TEMPORARY
 from ctp.storage.manifest import MANIFEST, Damaged, lacking, parse
 from ctp.storage.partial import FAILED, PARTIAL
@@ -198,7 +198,7 @@ def _unfinished(store: Store) -> Iterator[Litter]:
 
 def _dead(store: Store) -> Iterator[Litter]:
     """What drivers that are no more said of themselves; of a file that cannot be read, its age tells."""
-    left = {r["path"].rpartition("/")[2] for r in records(store, None) if is_left(r)}
+    left = {d.path.rpartition("/")[2] for d in records(store, None) if d.is_left}
     for name, file in files(store, RUNNING).items():
         if name in left or time.time() - file.time > DAY:
             yield Litter(f"{RUNNING}/{name}", file.size, "left by a driver that is no more")

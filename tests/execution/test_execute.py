@@ -10,6 +10,7 @@ from support.tiny import STORIES
 from support.tinygrid import model_folder
 
 from ctp.cells.cell import Compress, Evaluate, Learn
+from ctp.cells.events import Notice
 from ctp.cells.labels import slug
 from ctp.compression.walk import compress_model
 from ctp.evaluation.perplexity import perplexity
@@ -70,7 +71,7 @@ def test_experts_short_of_calibration_tokens_are_told_and_recorded(tmp_path):
     assert manifest["metrics"]["experts"] == 8
     assert manifest["metrics"]["experts_short_of_tokens"] == len(short) > 0
     assert manifest["metrics"]["expert_tokens_least"] == min(short.values())
-    (text,) = [event["notice"] for event in told if "notice" in event]
+    (text,) = [event.text for event in told if isinstance(event, Notice)]
     assert text.startswith(f"moe gptq-3bit: {len(short)} of 8 experts were routed fewer calibration tokens than")
     assert "\n" not in text
 

@@ -73,7 +73,7 @@ def look(graph, store, **changes):
     state = states.states(graph, store)
     todo = states.undone(state)
     given = {"device": 24 * GIB, "tflops": 100, "batch": 4, "price": 2.5, "pace": cost.gpu_pace(100), "at_once": 0}
-    return preview.look(graph, state, todo, store, **(given | changes))
+    return preview.look(graph, state, todo, store, preview.Assumed(**(given | changes)))
 
 
 def test_time_is_measured_where_the_like_was_and_scaled(finished, tmp_path, llama_folder):
