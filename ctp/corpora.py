@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from ctp.common import hub
-from ctp.common.exit_codes import Exit, epilog
+from ctp.common.exit_codes import Exit, epilog, fail
 from ctp.common.messages import unknown
 from ctp.common.terminal import program, reader_gone, unread
 from ctp.data.download import DOCUMENTS, SOURCES, _UsageError, fetch, verify
@@ -27,13 +27,13 @@ def main(argv: list[str] | None = None) -> int:
             return verify(args.dir, names)
         return _fetch_all(args.dir, names or list(SOURCES), _documents(args.documents))
     except _UsageError as e:
-        return _fail(Exit.USAGE, str(e))
+        return fail(Exit.USAGE, str(e))
     except hub.Unreachable as e:
-        return _fail(Exit.UNREACHABLE, str(e))
+        return fail(Exit.UNREACHABLE, str(e))
     except (ValueError, OSError) as e:
         if reader_gone():
             raise
-        return _fail(Exit.FAILED, str(e))
+        return fail(Exit.FAILED, str(e))
 
 
 def _fetch_all(root: Path, names: list[str], documents: dict[str, int | None]) -> int:
@@ -45,12 +45,7 @@ def _fetch_all(root: Path, names: list[str], documents: dict[str, int | None]) -
         except hub.Unreachable:
             raise
         except (ValueError, OSError) as e:
-            code = _fail(Exit.FAILED, f"{name}: {e}")
-    return code
-
-
-def _fail(code: int, line: str) -> int:
-    print(f"error: {line}", file=sys.stderr)
+            code = fail(Exit.FAILED, f"{name}: {e}")
     return code
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import NoReturn
 
 from ctp.cells.runtime import Runtime
-from ctp.common.exit_codes import AT_ONCE, Exit, epilog
+from ctp.common.exit_codes import AT_ONCE, Exit, epilog, fail, stopped
 from ctp.common.messages import one_line
 from ctp.common.redact import scrub
 from ctp.common.terminal import program, unread
@@ -27,7 +27,7 @@ from ctp.planning.select import keep, where
 from ctp.planning.states import State, again, states, undone
 from ctp.scheduling.options import Options
 from ctp.scheduling.repair import past_damage
-from ctp.scheduling.run import fail, run, stopped
+from ctp.scheduling.run import run
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store, default_store
 from ctp.tracking.entries import TrackError, tracking_uri

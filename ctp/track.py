@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from ctp.common.exit_codes import Exit, epilog
+from ctp.common.exit_codes import Exit, epilog, fail
 from ctp.common.redact import scrub
 from ctp.common.terminal import program, unread
 from ctp.console.summary import tell_tracking
@@ -43,8 +43,7 @@ def main(argv: list[str] | None = None) -> int:
             tracker.begin(f"python -m ctp.track sync {args.grid}")
             tracker.close("FINISHED")
     except (GridError, StoreError, TrackError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return Exit.USAGE if isinstance(e, GridError) else Exit.UNREACHABLE
+        return fail(Exit.USAGE if isinstance(e, GridError) else Exit.UNREACHABLE, str(e))
     for line in store.damaged:
         print(line, file=sys.stderr)
     tell_tracking(tracker)

@@ -1,6 +1,10 @@
 """The exit codes of every command line."""
 
+import sys
 from enum import IntEnum
+
+from ctp.common.messages import one_line
+from ctp.common.redact import scrub
 
 
 class Exit(IntEnum):
@@ -30,3 +34,16 @@ AT_ONCE = (Exit.RAY_LOST, Exit.INTERRUPTED, Exit.TERMINATED)  # else Ray's exit 
 def epilog(*codes: Exit) -> str:
     """The exit codes of a command in one sentence, for its --help."""
     return f"Exit codes: {'; '.join(f'{code} {MEANING[code]}' for code in codes)}."
+
+
+def fail(code: Exit, *lines: str) -> Exit:
+    """Print the lines as errors; returns the code."""
+    for line in lines:
+        print(f"error: {one_line(scrub(line))}", file=sys.stderr)
+    return code
+
+
+def stopped(code: Exit) -> Exit:
+    """Print that a signal ended the run; returns the code."""
+    print(f"{code.name.lower()}; running the same command again goes on from here", file=sys.stderr)
+    return code

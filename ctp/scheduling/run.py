@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctp.cells.events import Event, Notice
 from ctp.cells.runtime import Runtime
-from ctp.common.exit_codes import Exit
-from ctp.common.messages import one_line
+from ctp.common.exit_codes import Exit, fail, stopped
 from ctp.common.redact import scrub
 from ctp.console import heartbeat, summary
 from ctp.console.board import Board
@@ -106,19 +105,6 @@ def _close(outcome: Outcome, store: Store, tracker: "Tracker", options: Options)
     if interrupted:
         return stopped(Exit.TERMINATED if outcome.stopped_by == signal.SIGTERM else Exit.INTERRUPTED)
     return Exit.FAILED if bad or outcome.unfinished or damaged else Exit.OK
-
-
-def fail(code: Exit, *lines: str) -> Exit:
-    """Print the lines as errors; returns the code."""
-    for line in lines:
-        print(f"error: {one_line(scrub(line))}", file=sys.stderr)
-    return code
-
-
-def stopped(code: Exit) -> Exit:
-    """Say that a signal ended the run; returns the code."""
-    print(f"{code.name.lower()}; running the same command again goes on from here", file=sys.stderr)
-    return code
 
 
 @contextmanager

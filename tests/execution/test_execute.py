@@ -148,8 +148,8 @@ def test_an_interrupted_prompt_goes_on_from_its_last_state(tmp_path, llama_folde
         bench.execute(cell.source)
     whole.execute(cell)
 
-    def die(numbers):
-        if numbers["step"] == 4:
+    def die(progress):
+        if progress.step == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -157,7 +157,7 @@ def test_an_interrupted_prompt_goes_on_from_its_last_state(tmp_path, llama_folde
     assert not cut.store.has(cell)
     assert 3 <= next(iter(cut.store.started().values())) <= 4
     steps = []
-    cut.execute(cell, lambda numbers: steps.append(numbers["step"]))
+    cut.execute(cell, lambda progress: steps.append(progress.step))
     assert min(steps) >= 3
     one, two = (load_prompt(b.store.fetch(cell)) for b in (whole, cut))
     assert torch.equal(one, two)

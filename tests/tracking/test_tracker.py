@@ -371,7 +371,7 @@ def test_an_event_that_a_living_server_does_not_take_holds_nobody_up(finished, u
     handle, bad = tracker._handle, key(finished.cells[0])
 
     def picky(event):
-        if event["key"] == bad:
+        if event.key == bad:
             raise ValueError("no such metric name")
         handle(event)
 
