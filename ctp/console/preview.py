@@ -25,17 +25,16 @@ STARTING = 10.0  # seconds until Ray and the workers' imports are there
 MODEL = (
     "shared: cells that a study above has too; left, hours and bytes are of the others that are to run.\n"
     "Cost model: 2 N T operations a forward pass, 4 N T a learning step (no gradients of weights); GPU-hours at "
-    "{tflops:g}\nTFLOP/s a GPU; memory: weights, activations and logits of what is fed at once (see ctp/cost.py).\n"
+    "{tflops:g}\nTFLOP/s a GPU; memory: weights, activations and logits of what is fed at once (planning/cost.py).\n"
     "! is more than one GPU of {gib:.0f} GiB (--gpu-memory) holds: such a cell takes several."
 )
 
 
 def describe(plan: Plan, state: dict[str, State], todo: set[str]) -> None:
-    """How many cells there are, done and missing, and why."""
+    """Print how many cells there are, done and missing, and why."""
+    kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(n.cell.kind for n in plan.nodes.values()).items())
     done = sum(state[k].done for k in plan.nodes)
-    kinds = Counter(plan.nodes[k].cell.kind for k in plan.nodes)
-    listing = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-    print(f"{plan.name}: {len(plan.nodes)} cells ({listing}): {done} done, {len(todo)} to run")
+    print(f"{plan.name}: {len(plan.nodes)} cells ({kinds}): {done} done, {len(todo)} to run")
     for reason, n in Counter(_REASONS.get(state[k].kind, str(state[k])) for k in todo).most_common():
         print(f"  {n:>5}  {reason}")
     for warning in warnings(plan):

@@ -2,7 +2,7 @@
 
 import time
 
-from ctp.cells.events import Done, Event, Failed, Progress, Skipped, Started
+from ctp.cells.events import Done, Event, Failed, Notice, Progress, Skipped, Started
 from ctp.cells.labels import slug
 from ctp.common.messages import one_line
 from ctp.common.terminal import duration
@@ -36,12 +36,9 @@ class Printer:
                 self._print("FAILED", k, one_line(text))
             case Skipped(reason=text):
                 self._print("skipped", k, one_line(text))
-
-    def announce(self, text: str) -> None:
-        """Print what workers find out about their machines, once."""
-        if text not in self.announced:
-            self.announced.add(text)
-            self._line(text)
+            case Notice(text=text) if text not in self.announced:  # every worker of a machine has the same
+                self.announced.add(text)
+                self._line(text)
 
     def _line(self, text: str) -> None:
         print(text, flush=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ctp.cells.events import Event, Notice
+from ctp.cells.events import Event
 from ctp.cells.runtime import Runtime
 from ctp.common.exit_codes import Exit, fail, stopped
 from ctp.common.redact import scrub
@@ -62,11 +62,8 @@ def _execute(plan: Plan, todo: set[str], done: set[str], store: Store, tracker: 
 
     def on_event(event: Event) -> None:
         look_at_cluster()
-        if isinstance(event, Notice):
-            display.announce(event.text)
-        else:
-            display.show(event)
-            tracker.tell(event)
+        display.show(event)
+        tracker.tell(event)
 
     with (displayed(board, about) as display, heartbeat.beating(store, board, about),
           cluster.join(options.address, options.insecure, lambda: tracker.close("KILLED"))):  # fmt: skip

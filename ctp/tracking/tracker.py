@@ -16,7 +16,7 @@ from typing import TypeVar
 from mlflow.entities import Metric
 
 from ctp.cells.cell import Learn
-from ctp.cells.events import Done, Event, Failed, Progress, Skipped, Started
+from ctp.cells.events import Done, Event, Failed, Notice, Progress, Skipped, Started
 from ctp.common.redact import scrub
 from ctp.machine.process import BEAT, BEAT_SECONDS, signs
 from ctp.planning.graph import Plan
@@ -62,7 +62,7 @@ class Tracker(Writer):
         """Hand over an event; returns at once."""
         if self.invocation is not None:
             self.invocation.tell(event)
-        if not isinstance(event, Skipped):  # such a cell has no run
+        if not isinstance(event, Skipped | Notice):  # these are not in MLflow
             self._events.put(event)
 
     def close(self, status: str) -> None:
