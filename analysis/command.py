@@ -7,6 +7,7 @@ import mlflow
 
 from analysis.results import Results
 from analysis.runs import existing
+from ctp.common.terminal import program
 from ctp.storage.store import Store, default_store
 from ctp.tracking.entries import tracking_uri
 
@@ -14,7 +15,7 @@ from ctp.tracking.entries import tracking_uri
 def parser(module: str, doc: str | None, default: str | None = None) -> argparse.ArgumentParser:
     """The parser of `python -m analysis.MODULE`, with GRID (default: what it is where it is left out) and --store."""
     p = argparse.ArgumentParser(
-        prog=f"python -m analysis.{module}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program(f"analysis.{module}"), description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     optional: dict[str, Any] = {"nargs": "?", "default": default} if default else {}
     p.add_argument("grid", metavar="GRID", help="name of the grid, which is its MLflow experiment", **optional)

@@ -19,6 +19,7 @@ from analysis.comparable import incomparable
 from analysis.paper import HIGHER_IS_BETTER, PaperNumber
 from analysis.results import Measured, Results
 from analysis.runs import AnalysisError
+from ctp.common.exit_codes import Exit
 from ctp.common.terminal import aligned, unread
 from ctp.storage.remote import StoreError
 
@@ -134,27 +135,31 @@ def _tolerance(text: str) -> float:
     return value
 
 
-@unread
-def main(argv: list[str] | None = None) -> int:
-    """Print the comparison; returns 1 where a comparable number is worse, 2 where nothing can be read, else 0."""
+def parser() -> argparse.ArgumentParser:
     p = command.parser("compare", __doc__, default="full_paper")
     p.add_argument("--tolerance", type=_tolerance, default=0.05, help="relative, of perplexities (default %(default)s)")
     p.add_argument("--csv", metavar="FILE", type=Path, help="write the lines there too")
     p.add_argument("--coverage", action="store_true", help="only check that the grid file has a cell for every number; "
                    "needs no run")  # fmt: skip
     p.add_argument("--data", metavar="DIR", help="with --coverage, as in ctp.grid")
-    args = p.parse_args(argv)
+    return p
+
+
+@unread
+def main(argv: list[str] | None = None) -> int:
+    """Print the comparison; returns 1 where a comparable number is worse, 2 where nothing can be read, else 0."""
+    args = parser().parse_args(argv)
     if args.coverage:
         return coverage.main(args.grid, args.data)
     try:
         lines = compare(command.results(args), args.tolerance)
     except (AnalysisError, StoreError) as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2
+        return Exit.USAGE
     show(lines)
     if args.csv:
         write_csv(lines, args.csv)
-    return 1 if any(line.verdict == WORSE for line in lines) else 0
+    return Exit.FAILED if any(line.verdict == WORSE for line in lines) else Exit.OK
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from analysis.results import Results
 from analysis.roles import of_grid
 from analysis.runs import AnalysisError, typed
 from ctp.cells.labels import params
+from ctp.common.exit_codes import Exit
 from ctp.planning import gridfile
 from ctp.planning.graph import Plan
 from ctp.planning.gridtext import GridError
@@ -48,7 +49,7 @@ def main(grid: str, data: str | None) -> int:
         plan = make(gridfile.load(grid, [], pins), pins)
     except GridError as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2
+        return Exit.USAGE
     found = covered(plan)
     print(f"{plan.name}: {len(plan.nodes)} cells\n\n{'':9} numbers  drawn  cells")
     for table in paper.tables():
@@ -60,4 +61,4 @@ def main(grid: str, data: str | None) -> int:
         print(f"missing: {entry.name}: {why}")
     numbers = sum(e.value is not None for e in found)
     print(f"\n{len(found)} entries ({numbers} printed numbers), {len(found) - len(missing)} with their cell")
-    return 1 if missing else 0
+    return Exit.FAILED if missing else Exit.OK

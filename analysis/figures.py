@@ -3,30 +3,36 @@
 Perplexities are over scored tokens. Figures 1, 7 and 8 are answers in words: see analysis.tables.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 from analysis import attach, command
 from analysis.runs import AnalysisError
+from ctp.common.exit_codes import Exit
 from ctp.common.terminal import unread
 from ctp.storage.remote import StoreError
 
 FIGURES = ("figure2", "figure3", "figure4", "figure5", "figure6", "figure9")
 
 
-@unread
-def main(argv: list[str] | None = None) -> int:
-    """Draw the figures; returns 1 where the runs make none, or none of the chosen one."""
+def parser() -> argparse.ArgumentParser:
     p = command.parser("figures", __doc__)
     p.add_argument("--figure", choices=FIGURES, help="this one only")
     p.add_argument("--out", type=Path, default=Path("results/figures"), metavar="DIR", help="default %(default)s")
     attach.add_option(p)
-    args = p.parse_args(argv)
+    return p
+
+
+@unread
+def main(argv: list[str] | None = None) -> int:
+    """Draw the figures; returns 1 where the runs make none, or none of the chosen one."""
+    args = parser().parse_args(argv)
     try:
         from analysis import plots
     except ImportError as e:
         print(f"error: figures need matplotlib (pip install 'ctp[figures]'): {e}", file=sys.stderr)
-        return 1
+        return Exit.FAILED
     drawn: list[Path] = []
     try:
         results = command.results(args)
@@ -42,8 +48,8 @@ def main(argv: list[str] | None = None) -> int:
             attach.told(args.grid, {f"figures/{file.name}": file for file in drawn})
     except (AnalysisError, StoreError) as e:
         print(f"error: {e}", file=sys.stderr)
-        return 1
-    return 0 if drawn else 1
+        return Exit.FAILED
+    return Exit.OK if drawn else Exit.FAILED
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from analysis.paper import PaperNumber
 from analysis.render import FORMATS, Table, markdown
 from analysis.results import Measured, Results, stand_ins
 from analysis.runs import AnalysisError, artifact
+from ctp.common.exit_codes import Exit
 from ctp.common.terminal import unread
 from ctp.storage.remote import StoreError
 
@@ -184,15 +185,19 @@ def formats(text: str) -> list[str]:
     return chosen
 
 
-@unread
-def main(argv: list[str] | None = None) -> int:
-    """Print the tables and write the files; returns 1 where the runs make no table."""
+def parser() -> argparse.ArgumentParser:
     p = command.parser("tables", __doc__)
     p.add_argument("--table", choices=ALL, help="this one only")
     p.add_argument("--out", type=Path, default=Path("results/tables"), metavar="DIR", help="default %(default)s")
     p.add_argument("--format", type=formats, default=list(FORMATS), help=f"default {','.join(FORMATS)}")
     attach.add_option(p)
-    args = p.parse_args(argv)
+    return p
+
+
+@unread
+def main(argv: list[str] | None = None) -> int:
+    """Print the tables and write the files; returns 1 where the runs make no table."""
+    args = parser().parse_args(argv)
     try:
         results = command.results(args)
         tables = [build(name, results) for name in ([args.table] if args.table else ALL)]
@@ -201,8 +206,8 @@ def main(argv: list[str] | None = None) -> int:
             attach.told(args.grid, files)
     except (AnalysisError, StoreError) as e:
         print(f"error: {e}", file=sys.stderr)
-        return 1
-    return 0
+        return Exit.FAILED
+    return Exit.OK
 
 
 def _write(tables: list[Table], kinds: list[str], folder: Path) -> dict[str, Path]:

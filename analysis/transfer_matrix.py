@@ -13,8 +13,9 @@ import mlflow
 import pandas as pd
 
 from analysis.runs import AXES, NUMBERS, SOURCE, AnalysisError, check_alike, evaluations, existing
+from ctp.common.exit_codes import Exit
 from ctp.common.messages import plain
-from ctp.common.terminal import unread
+from ctp.common.terminal import program, unread
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store, default_store
 from ctp.tracking.entries import tracking_uri
@@ -86,30 +87,34 @@ def _short(value: float) -> str:
     return f"{value:.2f}" if value < 10_000 else f"{value:.3g}"
 
 
-@unread
-def main(argv: list[str] | None = None) -> int:
-    """Print the matrices and write the CSV; returns the exit code (0, or 1 where the runs make no table)."""
-    p = argparse.ArgumentParser(prog="python -m analysis.transfer_matrix", description=__doc__)
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog=program("analysis.transfer_matrix"), description=__doc__)
     p.add_argument("grid", metavar="GRID", help="name of the grid, which is its MLflow experiment")
     p.add_argument("--dataset", help="this data set only")
     p.add_argument("--where", default="", metavar="FILTER", help="one more MLflow filter: \"params.k = '16'\"")
     p.add_argument("--csv", metavar="FILE", help="default: results/transfer_matrix_GRID.csv")
     p.add_argument("--store", default=default_store(), help="whose neighbour mlflow.db is read, without "
                    "MLFLOW_TRACKING_URI (default %(default)s)")  # fmt: skip
-    args = p.parse_args(argv)
+    return p
+
+
+@unread
+def main(argv: list[str] | None = None) -> int:
+    """Print the matrices and write the CSV; returns the exit code (0, or 1 where the runs make no table)."""
+    args = parser().parse_args(argv)
     try:
         mlflow.set_tracking_uri(existing(tracking_uri(Store(args.store).uri)))
         table = evaluations(args.grid, args.where, dataset=args.dataset or "")
         show(args.grid, table)
     except (AnalysisError, StoreError) as e:
         print(f"error: {e}", file=sys.stderr)
-        return 1
+        return Exit.FAILED
     path = Path(args.csv or f"results/transfer_matrix_{args.grid}.csv")
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = [*AXES, *SOURCE, "seed", "target", *NUMBERS, "run_id"]
     table.sort_values(columns[:-1])[columns].to_csv(path, index=False)
     print(f"\nWritten to {path}")
-    return 0
+    return Exit.OK
 
 
 if __name__ == "__main__":

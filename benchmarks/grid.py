@@ -22,11 +22,11 @@ import yaml
 
 from benchmarks import finished
 from benchmarks.report import environment, timed
+from ctp.cells.events import Event
 from ctp.cells.runtime import Runtime
 from ctp.planning import gridfile
 from ctp.planning.pins import Pins
 from ctp.planning.plan import make
-from ctp.planning.resources import Resources
 from ctp.storage.store import Store
 
 SLOTS, NAP = 2, 0.1
@@ -91,13 +91,14 @@ def throughput(bench: Bench) -> None:
     import ray
 
     from ctp.scheduling import tune
+    from ctp.scheduling.options import Options
     from ctp.tracking.tracker import Tracker
 
     tracker = Tracker(f"sqlite:///{folder}/results/mlflow.db", plan, store)
     tracker.begin("benchmark")
     imports, times = time.perf_counter() - begun, []
 
-    def on_event(event: dict[str, object]) -> None:
+    def on_event(event: Event) -> None:
         times.append(time.perf_counter())
         tracker.tell(event)
 
@@ -105,8 +106,8 @@ def throughput(bench: Bench) -> None:
     ray.init = lambda **how: start(num_cpus=SLOTS, **how)
     begun = time.perf_counter()
     outcome = tune.run(
-        plan, set(plan.nodes), set(), store=store.uri, address=None, fail_fast=False, on_event=on_event,
-        runtime=Runtime(device="cpu", locations=pins.locations, plugins=dict(plan.grid.plugins)), resources=Resources(),
+        plan, set(plan.nodes), set(), store=store.uri, options=Options(), on_event=on_event,
+        runtime=Runtime(device="cpu", locations=pins.locations, plugins=dict(plan.grid.plugins)),
     )  # fmt: skip
     whole = time.perf_counter() - begun
     ray.init = start

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ctp.cells import Compression, Dense, Perplexity
 from ctp.cells.cell import Compress, Evaluate
+from ctp.cells.events import Done
 from ctp.cells.inputs import Windows
 from ctp.cells.runtime import Runtime, location
 from ctp.compression.quantize import fit
@@ -23,6 +24,7 @@ from ctp.formats.layer import Layer
 from ctp.planning import gridfile, plan
 from ctp.planning.pins import Pins
 from ctp.scheduling.tune import GraphSearch
+from ctp.scheduling.walk import Settings
 from ctp.storage.ref import ref
 from ctp.storage.store import Store
 
@@ -111,13 +113,15 @@ class Bench:
         nodes = self.plan.nodes
         todo = {k for k, n in nodes.items() if isinstance(n.cell, Evaluate) and n.cell.recovery}
         done = {k for k, n in nodes.items() if not isinstance(n.cell, Evaluate)}
-        search = GraphSearch(self.plan, todo, done, 1, {k: {} for k in nodes}, lambda event: None, True)
+        search = GraphSearch(
+            self.plan, todo, done, Settings(1, {k: {} for k in nodes}, fail_fast=True), lambda event: None
+        )
         while search.waiting:
             search.suggest("task")
             keys = search.tasks["task"]
             yield [c for k in keys if isinstance(c := nodes[k].cell, Evaluate)]
             for k in keys:
-                search.on_trial_result("task", {"key": k, "event": "done"})
+                search.on_trial_result("task", {"events": [Done(k)]})
             search.on_trial_complete("task")
 
     def place(self, target: Compress) -> str:

@@ -19,17 +19,18 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
 
 from benchmarks.report import head, row
 from benchmarks.sleeping import WORKER, seconds, transfer_grid
+from ctp.cells.events import Done, Event
 from ctp.cells.runtime import Runtime
 from ctp.planning.graph import Plan
 from ctp.planning.resources import Resources
 from ctp.scheduling import tune
+from ctp.scheduling.options import Options
 from ctp.storage.store import Store
 
 OBJECTS = 80 * 2**20  # bytes of each node's object store: nothing goes through it
@@ -74,13 +75,13 @@ def _timed(plan: Plan, store: Store, address: str) -> tuple[float, float]:
     """When the first gate opened and when the last cell was done."""
     done: list[float] = []
 
-    def on_event(event: dict[str, Any]) -> None:
-        if event["event"] == "done":
+    def on_event(event: Event) -> None:
+        if isinstance(event, Done):
             done.append(time.monotonic())
 
     outcome = tune.run(plan, set(plan.nodes), set(), store=store.uri, runtime=Runtime(device="cpu", plugins=WORKER),
-                           resources=Resources(1), address=address, fail_fast=True, on_event=on_event,
-                           insecure=True)  # fmt: skip
+                           options=Options(Resources(1), address, insecure=True, fail_fast=True),
+                           on_event=on_event)  # fmt: skip
     if outcome.done != set(plan.nodes):
         raise RuntimeError(f"{len(outcome.done)} of {len(plan.nodes)} cells are done: {outcome.failed}")
     return done[0], done[-1]

@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 
 from ray.tune.search import Searcher
 
+from ctp.cells.events import Done, Started
 from ctp.planning import cost
 from ctp.planning.graph import Plan
 from ctp.scheduling.tune import GraphSearch
-from ctp.scheduling.walk import expected
+from ctp.scheduling.walk import Settings, expected
 
 Bundle = Mapping[str, float]
 Segments = Sequence[tuple[float, float]]
@@ -67,8 +68,8 @@ def simulate(plan: Plan, bundles: Mapping[str, Bundle], machines: Machines, slot
     Raises ValueError where a cell fits no machine, or the search ends with cells that were not run.
     """
     weights = expected(plan, {k: cost.of(n.cell, n.facts) for k, n in plan.nodes.items()})
-    search = GraphSearch(plan, set(plan.nodes), set(), slots, {k: dict(b) for k, b in bundles.items()},
-                         lambda event: None, fail_fast=False, weights=weights)  # fmt: skip
+    settings = Settings(slots, {k: dict(b) for k, b in bundles.items()}, weights)
+    search = GraphSearch(plan, set(plan.nodes), set(), settings, lambda event: None)
     floor, hand = _Floor(machines), _Hand(search, slots)
     running: list[Task] = []
     ended: list[Task] = []
@@ -77,7 +78,7 @@ def simulate(plan: Plan, bundles: Mapping[str, Bundle], machines: Machines, slot
         while placed := hand.place(floor):
             for task in placed:
                 task.begun, task.left = now, [list(s) for s in segments(task.cells, task.machine)]
-                search.on_trial_result(task.trial, {"event": "start", "key": task.cells[0]})
+                search.on_trial_result(task.trial, {"events": [Started(task.cells[0])]})
             running += placed
         if not running:
             break
@@ -140,13 +141,12 @@ def _places(task: Task) -> list[tuple[int, int]]:
 def _report(search: GraphSearch, task: Task) -> bool:
     """Tell the search of every cell that has ended; is there one left?"""
     while task.left and sum(task.left[0]) <= 0:
-        done = {"event": "done", "key": task.cells[-len(task.left)]}
-        search.on_trial_result(task.trial, done)
+        search.on_trial_result(task.trial, {"events": [Done(task.cells[-len(task.left)])]})
         task.left.pop(0)
         if task.left:
-            search.on_trial_result(task.trial, {"event": "start", "key": task.cells[-len(task.left)]})
+            search.on_trial_result(task.trial, {"events": [Started(task.cells[-len(task.left)])]})
     if not task.left:
-        search.on_trial_complete(task.trial, done)
+        search.on_trial_complete(task.trial)
     return bool(task.left)
 
 

@@ -114,7 +114,9 @@ def learn_prompt(
     else:
         held_out = _windows(model, tokenizer, validation, length, None, k)
     _announce(notice(AUTOCAST.get(spec.precision, dtype_name(model.dtype)), device))
-    return learn(model, train, held_out, spec, tokenizer=tokenizer, runtime=Runtime(device=device), report=progress)
+    unknown = {"loss": None, "lr": None, "tokens_per_s": None}
+    report = None if progress is None else lambda p: progress(unknown | p.numbers())
+    return learn(model, train, held_out, spec, tokenizer=tokenizer, runtime=Runtime(device=device), report=report)
 
 
 def _prompt_spec(model: Any, texts: Texts, k: int, seq_len: int | None, settings: dict[str, Any]) -> SoftPrompt:

@@ -1,11 +1,8 @@
 """`python -m ctp.corpora fetch DIR [NAME …]` and `verify DIR [NAME …]`: local copies of hub texts, for `--data DIR`.
 
-    DIR/c4/train.jsonl …              one {"text": …} a line, as the texts of grids are read
-    DIR/hellaswag/validation.jsonl …  a task's rows with all columns the hub has
-    DIR/*/manifest.json               hub id, commit, config and, for each file, rows, bytes and sha256
-
-Exit codes: 0 all is there and whole; 1 something is missing, damaged or not to be had; 2 bad usage; 3 the hub cannot
-be reached.
+DIR/c4/train.jsonl …              one {"text": …} a line, as the texts of grids are read
+DIR/hellaswag/validation.jsonl …  a task's rows with all columns the hub has
+DIR/*/manifest.json               hub id, commit, config and, for each file, rows, bytes and sha256
 """
 
 import argparse
@@ -14,9 +11,10 @@ import sys
 from pathlib import Path
 
 from ctp.common import hub
+from ctp.common.exit_codes import Exit, epilog, fail
 from ctp.common.messages import unknown
-from ctp.common.terminal import reader_gone, unread
-from ctp.data.download import DOCUMENTS, FAILED, OK, SOURCES, UNREACHABLE, USAGE, _UsageError, fetch, verify
+from ctp.common.terminal import program, reader_gone, unread
+from ctp.data.download import DOCUMENTS, SOURCES, _UsageError, fetch, verify
 
 
 @unread
@@ -29,39 +27,33 @@ def main(argv: list[str] | None = None) -> int:
             return verify(args.dir, names)
         return _fetch_all(args.dir, names or list(SOURCES), _documents(args.documents))
     except _UsageError as e:
-        return _fail(USAGE, str(e))
+        return fail(Exit.USAGE, str(e))
     except hub.Unreachable as e:
-        return _fail(UNREACHABLE, str(e))
+        return fail(Exit.UNREACHABLE, str(e))
     except (ValueError, OSError) as e:
         if reader_gone():
             raise
-        return _fail(FAILED, str(e))
+        return fail(Exit.FAILED, str(e))
 
 
 def _fetch_all(root: Path, names: list[str], documents: dict[str, int | None]) -> int:
     """Fetch each; one that is refused does not keep the others back, a dead network does."""
-    code = OK
+    code: int = Exit.OK
     for name in names:
         try:
             fetch(root, SOURCES[name], documents if name == "c4" else {})
         except hub.Unreachable:
             raise
         except (ValueError, OSError) as e:
-            code = _fail(FAILED, f"{name}: {e}")
-    return code
-
-
-def _fail(code: int, line: str) -> int:
-    print(f"error: {line}", file=sys.stderr)
+            code = fail(Exit.FAILED, f"{name}: {e}")
     return code
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="python -m ctp.corpora",
+        prog=program("ctp.corpora"),
         description=f"Local copies of hub texts, for --data DIR. NAME: {', '.join(SOURCES)}; default: all.",
-        epilog="Exit codes: 0 all is there and whole, 1 something is missing or damaged, 2 bad usage, 3 the hub cannot "
-        "be reached.",
+        epilog=epilog(Exit.OK, Exit.FAILED, Exit.USAGE, Exit.UNREACHABLE),
     )
     sub = p.add_subparsers(dest="command", required=True)
     for command, text in (("fetch", "download what does not verify"), ("verify", "check every file's bytes")):

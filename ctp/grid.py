@@ -1,23 +1,19 @@
-"""`python -m ctp.grid NAME`: plan a grid, run what is missing, say what happened.
-
-Exit codes: 0 everything is done; 1 some cells failed or could not run; 2 bad usage or grid file;
-3 store or tracking unreachable; 4 a process of Ray's died; 130 interrupted (Ctrl-C), 143 terminated (SIGTERM): what was
-being learned is saved, and after 4, 130 and 143 the same command goes on from there.
-"""
+"""`python -m ctp.grid NAME`: plan a grid, run what is missing, sum up. `ctp.common.exit_codes` has the exit codes."""
 
 import argparse
 import json
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NoReturn
 
 from ctp.cells.runtime import Runtime
+from ctp.common.exit_codes import AT_ONCE, Exit, epilog, fail, stopped
 from ctp.common.messages import one_line
 from ctp.common.redact import scrub
-from ctp.common.terminal import unread
+from ctp.common.terminal import program, unread
 from ctp.console import explain, preview, status, summary
 from ctp.console.arguments import number, positive, uri
 from ctp.machine import signals
@@ -27,11 +23,12 @@ from ctp.planning.graph import BUILD, TRANSFER, Plan
 from ctp.planning.gridtext import GridError
 from ctp.planning.pins import Pins
 from ctp.planning.plan import make
-from ctp.planning.resources import cores, gpu_memory
+from ctp.planning.resources import Resources, cores, gpu_memory
 from ctp.planning.select import keep, where
-from ctp.planning.states import again, states
+from ctp.planning.states import State, again, states, undone
+from ctp.scheduling.options import Options
 from ctp.scheduling.repair import past_damage
-from ctp.scheduling.run import INTERRUPTED, LOST, OK, TERMINATED, UNREACHABLE, USAGE, _fail, _stopped, run
+from ctp.scheduling.run import run
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store, default_store
 from ctp.tracking.entries import TrackError, tracking_uri
@@ -47,36 +44,34 @@ def main(argv: list[str] | None = None) -> int:
         with signals.terminable():
             return command(args)
     except GridError as e:
-        return _fail(USAGE, *e.problems)
+        return fail(Exit.USAGE, *e.problems)
     except (StoreError, TrackError) as e:
-        return _fail(UNREACHABLE, str(e))
+        return fail(Exit.UNREACHABLE, str(e))
     except signals.RayLost as e:
         if signals.stopping:  # a signal to a whole group of processes ends Ray's as well
-            return _stopped(TERMINATED if signals.stopping[0] == signal.SIGTERM else INTERRUPTED)
-        return _fail(LOST, str(e))
+            return stopped(Exit.TERMINATED if signals.stopping[0] == signal.SIGTERM else Exit.INTERRUPTED)
+        return fail(Exit.RAY_LOST, str(e))
     except KeyboardInterrupt as e:
-        return _stopped(TERMINATED if isinstance(e, signals.Terminated) else INTERRUPTED)
+        return stopped(Exit.TERMINATED if isinstance(e, signals.Terminated) else Exit.INTERRUPTED)
 
 
 class _Parser(argparse.ArgumentParser):
     """Bad usage in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"error: {one_line(scrub(message))}; --help says what is allowed\n")
+        self.exit(Exit.USAGE, f"error: {one_line(scrub(message))}; --help says what is allowed\n")
 
 
 def parser() -> argparse.ArgumentParser:
     p = _Parser(
-        prog="python -m ctp.grid",
+        prog=program("ctp.grid"),
         description="Run a grid: compress models, learn prompts through them, measure how the prompts transfer. "
         "What is in the store is not run again.",
         epilog="A cell that fails stops only those that need it. Its line in the summary says why, and which file has "
         "the traceback; MLflow has its run as FAILED. The next run tries it again, with whatever else is missing; "
-        "--retry-failed tries nothing else. "
-        "Exit codes: 0 all done, 1 some cells failed, 2 bad usage or grid file, 3 store or tracking "
-        "unreachable, 4 a process of Ray's died (the same command goes on), 130 interrupted (Ctrl-C), 143 terminated "
-        "(SIGTERM). The first of these signals has prompts saved "
-        "and short cells end, for at most 20 seconds; the second one stops at once.",
+        f"--retry-failed tries nothing else. {epilog(*Exit)} "
+        "The first Ctrl-C or SIGTERM saves prompts and lets short cells end, for at most 20 seconds; the second stops "
+        "at once.",
     )
     p.add_argument("grid", metavar="NAME", help="grid/NAME.yaml, or the path of a grid file")
     p.add_argument("--plan", action="store_true", help="say what would run, and run nothing")
@@ -121,85 +116,29 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def command(args: argparse.Namespace) -> int:
-    looks = bool(args.plan or args.status or args.explain is not None)
-    _check_usage(args, looks)
+def command(args: argparse.Namespace) -> Exit:
+    """Plan the grid, and do what `args` ask for: show it, or run it."""
+    _check_usage(args)
+    looks = args.plan or args.status or args.explain is not None
     pins = Pins(args.data, provisional=looks)
-    grid = gridfile.load(args.grid, args.settings, pins)
-    whole = make(grid, pins)
+    whole = make(gridfile.load(args.grid, args.settings, pins), pins)
     plan = where(whole, args.where) if args.where else whole
     store = Store(args.store)
     if args.status:
         status.show(plan, store, args.json, args.watch)
-        return OK
-    if args.explain is not None:
+    elif args.explain is not None:
         explain.show(whole, args.explain, store, tracking_uri(store.uri), args.json)
-        return OK
-    damaged: set[str] = set()
-    if not args.plan:
-        store.check_writable()
-        damaged = store.repair(plan.refs())
-    state = states(plan, store)
-    todo = damaged | (again(plan, state) if args.retry_failed else _missing(state))
-    if args.stage:
-        plan = keep(plan, {k for k, n in plan.nodes.items() if n.stage == args.stage})
-        todo = {k for k in todo if whole.nodes[k].stage == args.stage}
-    if args.plan:
-        return foresee(plan, state, todo, store, pins.unpinned, args)
-    preview.describe(plan, state, todo)
-    from ctp.tracking.tracker import Tracker  # MLflow takes a second to import: a plan needs none
-
-    tracker = Tracker(tracking_uri(store.uri), whole, store)
-    past_damage(store, lambda: tracker.sync(whole=not (args.where or args.stage), trust=True))
-    summary.tell_tracking(tracker)
-    if store.damaged:
-        print("\n".join(store.damaged), flush=True)
-        known, state = _missing(state), states(plan, store)
-        todo |= {k for k in _missing(state) - known if not args.stage or whole.nodes[k].stage == args.stage}
-    if not todo:
-        why = "No cell failed last time" if args.retry_failed else "Nothing to run"
-        print(f"{why}. Store: {scrub(store.uri)}  MLflow: {scrub(tracker.uri)}")
-        return OK
-    runtime = Runtime(
-        device=args.device, batch=args.batch, checkpoint_seconds=args.checkpoint_seconds, recompute=args.recompute,
-        packed=args.packed, locations=pins.locations, datasets=pins.datasets, plugins=dict(plan.grid.plugins),
-    )  # fmt: skip
-    return run(plan, todo, state, store, tracker, runtime, args)
-
-
-def _missing(state: Mapping[str, str]) -> set[str]:
-    return {k for k, why in state.items() if why != "done"}
-
-
-def foresee(plan: Plan, state: dict[str, str], todo: set[str], store: Store, unpinned: Sequence[str],
-            args: argparse.Namespace) -> int:  # fmt: skip
-    """--plan: what would run, and nothing else."""
-    tflops = args.tflops or TFLOPS
-    if _on_cpu(args):
-        pace, at_once = cost.cpu_pace(min(args.cpus, cores())), max(1, cores() // args.cpus)
+    elif args.plan:
+        _foresee(args, plan, store, pins.unpinned)
     else:
-        pace, at_once = cost.gpu_pace(tflops), 0
-    seen = preview.look(plan, state, todo, store, gpu_memory(args.gpu_memory), tflops, args.batch, args.gpu_hour_price,
-                        pace, at_once)  # fmt: skip
-    if args.json:
-        print(json.dumps(preview.as_json(seen, list(unpinned))))
-    else:
-        preview.describe(plan, seen.state, todo)
-        preview.detail(seen)
-        if unpinned:
-            print(f"not pinned, the hub cannot be reached: {', '.join(unpinned)}: keys are provisional")
-    return OK
+        return _run(args, whole, plan, store, pins)
+    return Exit.OK
 
 
-def _on_cpu(args: argparse.Namespace) -> bool:
-    """Would the cells run on this machine's CPU, as far as can be told: no GPU is here, and none is spoken of?"""
-    spoken = args.tflops or args.gpu_memory or args.gpu_hour_price is not None or args.address
-    return bool(args.device == "cpu" or not (spoken or args.device == "cuda" or has_gpu()))
-
-
-def _check_usage(args: argparse.Namespace, looks: bool) -> None:
-    """Raises GridError where one option asks for what another forbids."""
-    if sum((args.plan, args.status, args.explain is not None)) > 1:
+def _check_usage(args: argparse.Namespace) -> None:
+    """Raises GridError where one option excludes another."""
+    looks = sum((args.plan, args.status, args.explain is not None))
+    if looks > 1:
         raise GridError(["--plan, --status and --explain: one of them"])
     if args.json and not looks:
         raise GridError(["--json is for --plan, --status and --explain"])
@@ -207,7 +146,79 @@ def _check_usage(args: argparse.Namespace, looks: bool) -> None:
         raise GridError(["--watch is for --status"])
 
 
+def _selected(args: argparse.Namespace, plan: Plan, state: dict[str, State]) -> tuple[Plan, set[str]]:
+    """The plan of the stage that was asked for, and the cells of it to run."""
+    todo = again(plan, state) if args.retry_failed else undone(state)
+    return _of_stage(plan, args.stage), _in_stage(plan, todo, args.stage)
+
+
+def _of_stage(plan: Plan, stage: str | None) -> Plan:
+    return keep(plan, _in_stage(plan, set(plan.nodes), stage)) if stage else plan
+
+
+def _in_stage(plan: Plan, keys: set[str], stage: str | None) -> set[str]:
+    return {k for k in keys if stage in (None, plan.nodes[k].stage)}
+
+
+def _foresee(args: argparse.Namespace, plan: Plan, store: Store, unpinned: Sequence[str]) -> None:
+    """--plan: print what would run."""
+    state = states(plan, store)
+    plan, todo = _selected(args, plan, state)
+    seen = preview.look(plan, state, todo, store, _assumed(args))
+    if args.json:
+        print(json.dumps(preview.as_json(seen, list(unpinned))))
+        return
+    preview.describe(plan, seen.state, todo)
+    preview.detail(seen)
+    if unpinned:
+        print(f"not pinned, the hub cannot be reached: {', '.join(unpinned)}: keys are provisional")
+
+
+def _assumed(args: argparse.Namespace) -> preview.Assumed:
+    """The machine that --plan estimates times for: this one's CPU where there is no GPU, and no option names one."""
+    tflops = args.tflops or TFLOPS
+    elsewhere = args.tflops or args.gpu_memory or args.gpu_hour_price is not None or args.address
+    if args.device == "cpu" or not (elsewhere or args.device == "cuda" or has_gpu()):
+        pace, at_once = cost.cpu_pace(min(args.cpus, cores())), max(1, cores() // args.cpus)
+    else:
+        pace, at_once = cost.gpu_pace(tflops), 0
+    return preview.Assumed(gpu_memory(args.gpu_memory), tflops, args.batch, args.gpu_hour_price, pace, at_once)
+
+
+def _run(args: argparse.Namespace, whole: Plan, plan: Plan, store: Store, pins: Pins) -> Exit:
+    """Bring store and MLflow in order, then run what is missing of the plan."""
+    from ctp.tracking.tracker import Tracker  # MLflow takes a second to import: a plan needs none
+
+    store.check_writable()
+    damaged = store.repair(plan.refs())
+    state = states(plan, store)
+    part, todo = _selected(args, plan, state)
+    todo |= _in_stage(plan, damaged, args.stage)
+    preview.describe(part, state, todo)
+    tracker = Tracker(tracking_uri(store.uri), whole, store)
+    past_damage(store, lambda: tracker.sync(whole=part is whole, trust=True))
+    summary.tell_tracking(tracker)
+    if store.damaged:
+        print("\n".join(store.damaged), flush=True)
+        known, state = undone(state), states(part, store)
+        todo |= _in_stage(part, undone(state) - known, args.stage)
+    if not todo:
+        why = "No cell failed last time" if args.retry_failed else "Nothing to run"
+        print(f"{why}. Store: {scrub(store.uri)}  MLflow: {scrub(tracker.uri)}")
+        return Exit.OK
+    runtime = Runtime(
+        device=args.device, batch=args.batch, checkpoint_seconds=args.checkpoint_seconds, recompute=args.recompute,
+        packed=args.packed, locations=pins.locations, datasets=pins.datasets, plugins=dict(plan.grid.plugins),
+    )  # fmt: skip
+    return run(part, todo, state.keys() - undone(state), store, tracker, runtime, options(args))
+
+
+def options(args: argparse.Namespace) -> Options:
+    resources = Resources(args.cpus, gpu_memory(args.gpu_memory))
+    return Options(resources, args.address, args.insecure_ray, args.fail_fast)
+
+
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    os._exit(code) if code in (LOST, INTERRUPTED, TERMINATED) else sys.exit(code)
+    os._exit(code) if code in AT_ONCE else sys.exit(code)

@@ -16,9 +16,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ctp.cells.cell import KINDS
+from ctp.common.exit_codes import Exit, epilog
 from ctp.common.messages import plain
 from ctp.common.redact import scrub
-from ctp.common.terminal import aligned, reader_gone, size, unread
+from ctp.common.terminal import aligned, program, reader_gone, size, unread
 from ctp.execution.open import export_key
 from ctp.formats import FORMATS
 from ctp.planning.gridtext import GridError
@@ -28,13 +29,11 @@ from ctp.storage.garbage import Litter, dependants, litter
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store, default_store
 
-OK, WRONG, USAGE, UNREACHABLE = 0, 1, 2, 3
-
 
 @unread
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 1 something is damaged or was not removed, 2 bad usage,
-    3 store unreachable or an artifact that was asked for damaged."""
+    """Run the command line; returns the exit code: FAILED where something is damaged or was not removed, UNREACHABLE
+    where the store is, or the artifact to export is damaged."""
     args = parser().parse_args(argv)
     try:
         store = Store(args.store)
@@ -45,15 +44,15 @@ def main(argv: list[str] | None = None) -> int:
         for note in export_key(args.key, store, args.folder, args.format):
             print(note)
         print(f"Written to {args.folder}")
-        return OK
+        return Exit.OK
     except ValueError as e:
         print(f"ctp.store: {e}", file=sys.stderr)
-        return USAGE
+        return Exit.USAGE
     except (StoreError, OSError, SafetensorError) as e:
         if reader_gone():
             raise
         print(f"ctp.store: {e}", file=sys.stderr)
-        return UNREACHABLE
+        return Exit.UNREACHABLE
 
 
 def _list(store: Store, kind: str | None, as_json: bool) -> int:
@@ -65,7 +64,7 @@ def _list(store: Store, kind: str | None, as_json: bool) -> int:
         print(plain(table(found)) if found else f"No {kind or 'artifact'} is done in {scrub(store.uri)}")
     for line in damaged:
         print(f"ctp.store: {line}", file=sys.stderr)
-    return WRONG if damaged else OK
+    return Exit.FAILED if damaged else Exit.OK
 
 
 def _plain_data(e: Artifact) -> dict[str, Any]:
@@ -76,7 +75,11 @@ def _plain_data(e: Artifact) -> dict[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m ctp.store", description="What lies in a store, and how to get it out.")
+    p = argparse.ArgumentParser(
+        prog=program("ctp.store"),
+        description="What is in a store, and how to get it out.",
+        epilog=epilog(Exit.OK, Exit.FAILED, Exit.USAGE, Exit.UNREACHABLE),
+    )
     store: Any = {"metavar": "URI", "help": f"CTP_STORE; default {default_store()}"}
     p.add_argument("--store", default=default_store(), **store)
     commands = p.add_subparsers(dest="command", required=True)
@@ -110,9 +113,6 @@ def _line(e: Artifact) -> tuple[str, ...]:
     return e.key[:12], e.kind, size(e.payload_size), *ratios, e.name
 
 
-OK, WRONG, USAGE = 0, 1, 2
-
-
 def parsers(commands: Any) -> list[argparse.ArgumentParser]:
     """Add the commands; returns their parsers."""
     verify = commands.add_parser("verify", help="is every artifact whole, what its key says, with its inputs there?")
@@ -143,19 +143,19 @@ def verify(store: Store, args: argparse.Namespace) -> int:
     if args.json:
         said = {"store": store.uri, "artifacts": len(chosen), "bytes": total, "problems": [asdict(w) for w in wrong]}
         print(json.dumps(said, indent=1))
-        return WRONG if wrong else OK
+        return Exit.FAILED if wrong else Exit.OK
     for w in wrong:
         print(f"{w.path}: {w.problem}. To do: {w.remedy}")
     end = f"{len(wrong)} problem{'s' * (len(wrong) > 1)}" if wrong else "every one is whole"
     print(f"{store.uri}: {len(chosen)} artifacts, {size(total)}: {end}")
-    return WRONG if wrong else OK
+    return Exit.FAILED if wrong else Exit.OK
 
 
 def gc(store: Store, args: argparse.Namespace) -> int:
     """Remove what no run needs, telling what and why. Raises ValueError on a bad grid, StoreError."""
     planned = _planned(args.grid, args.data) if args.grid else None
     _remove(store, litter(store, planned), args.dry_run)
-    return OK
+    return Exit.OK
 
 
 def rm(store: Store, args: argparse.Namespace) -> int:
@@ -167,11 +167,11 @@ def rm(store: Store, args: argparse.Namespace) -> int:
         made = f"{len(behind)} artifacts were made from {_listing(chosen)}: {_listing(behind)}."
         print(f"Nothing removed: {made}\n--with-dependants removes them too; --force leaves them: their numbers stand, "
               "and a run that needs the input computes it again.", file=sys.stderr)  # fmt: skip
-        return WRONG
+        return Exit.FAILED
     # Last what others were made from: should this be cut off, no artifact is without its inputs.
     going = {a.path for a in (*chosen, *(behind if args.with_dependants else ()))}
     _remove(store, [Litter(a.path, a.size, "") for a in reversed(found) if a.path in going], args.dry_run)
-    return OK
+    return Exit.OK
 
 
 COMMANDS: dict[str, Callable[[Store, argparse.Namespace], int]] = {"verify": verify, "gc": gc, "rm": rm}

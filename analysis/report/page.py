@@ -4,6 +4,7 @@ What ran, the paper's tables with ours beside them, figures, answers, failures, 
 the packages from the store. Opens in any browser, light or dark, wide or narrow; tables sort where scripts may run.
 """
 
+import argparse
 import base64
 import hashlib
 import re
@@ -23,6 +24,7 @@ from analysis.report.findings import GLOSSARY, at_a_glance, headline
 from analysis.report.read import FINISHED, Record, versions
 from analysis.report.table import STEPS, ink
 from analysis.runs import AnalysisError, existing
+from ctp.common.exit_codes import Exit
 from ctp.common.terminal import duration, unread
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store
@@ -128,13 +130,17 @@ def _or_trouble(make: Callable[[], Any]) -> Any:
         return str(e)
 
 
-@unread
-def main(argv: list[str] | None = None) -> int:
-    """Write the report; returns 1 where MLflow has nothing to tell."""
+def parser() -> argparse.ArgumentParser:
     p = command.parser("report", __doc__)
     p.add_argument("--out", type=Path, metavar="FILE", help="default results/report_GRID.html")
     attach.add_option(p)
-    args = p.parse_args(argv)
+    return p
+
+
+@unread
+def main(argv: list[str] | None = None) -> int:
+    """Write the report; returns 1 where MLflow has nothing to tell."""
+    args = parser().parse_args(argv)
     try:
         file = write(args.grid, args.out, args.store, existing(tracking_uri(Store(args.store).uri)))
         print(file)
@@ -142,5 +148,5 @@ def main(argv: list[str] | None = None) -> int:
             attach.told(args.grid, {"report.html": file})
     except (AnalysisError, StoreError) as e:
         print(f"error: {e}", file=sys.stderr)
-        return 1
-    return 0
+        return Exit.FAILED
+    return Exit.OK

@@ -1,11 +1,12 @@
-"""Rows as lines of aligned columns, for the terminal."""
+"""Text for the terminal: columns, sizes, durations; and what a command line does once its output pipe is closed."""
 
 import functools
 import os
 import select
 import sys
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+
+from ctp.common.exit_codes import Exit
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
@@ -28,11 +29,13 @@ def size(n: float) -> str:
     return f"{n:.1f} TB"
 
 
-BROKEN_PIPE = 141  # what shells call SIGPIPE
+def program(module: str) -> str:
+    """What a module's command line is called: `ctp NAME` where ctp.cli runs it, else `python -m MODULE`."""
+    return sys.argv[0] if sys.argv[0].startswith("ctp ") else f"python -m {module}"
 
 
 def unread(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
-    """A `main(argv) -> exit code` that returns BROKEN_PIPE, in silence, once nobody reads its standard output on.
+    """A `main(argv) -> exit code` that returns BROKEN_PIPE, without a message, once its output pipe is closed.
 
     A pipe or connection of its own that breaks still raises BrokenPipeError.
     """
@@ -48,7 +51,7 @@ def unread(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
             if not reader_gone():
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
-            return BROKEN_PIPE
+            return Exit.BROKEN_PIPE
 
     return heeding
 
@@ -62,24 +65,6 @@ def reader_gone() -> bool:
     asked = select.poll()
     asked.register(place, 0)  # errors are told whatever is asked
     return bool(asked.poll(0))
-
-
-def how_far(event: dict[str, Any]) -> str:
-    """A cell's progress in words; empty where it told none. left: seconds until its last step, where known."""
-    if "step" not in event:
-        return ""
-    parts = [f"step {event['step']}/{event['steps']}"]
-    if event.get("loss") is not None:
-        parts.append(f"loss {event['loss']:.3f}")
-    if event.get("best_val_loss") is not None:
-        parts.append(f"best validation {event['best_val_loss']:.3f}")
-    if event.get("tokens_per_s"):
-        parts.append(f"{event['tokens_per_s']:,.0f} tokens/s")
-    if "at_once" in event:
-        parts.append(f"for lack of memory {event['at_once']} at once")
-    if event.get("left") is not None:
-        parts.append(f"about {duration(event['left'])} left")
-    return ", ".join(parts)
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Values of command-line arguments. Each function raises ArgumentTypeError, which says what is allowed."""
+"""Types of command-line arguments. Each raises ArgumentTypeError, which says what is allowed."""
 
 import argparse
 import re

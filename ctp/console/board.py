@@ -1,87 +1,86 @@
-"""What a run has told so far: which cells are at work and how far, how many have ended. Any thread may look at it."""
+"""The state of a run, made from its events: which cells are running and how far, how many have ended."""
 
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+from ctp.cells.events import Done, Event, Failed, Progress, Skipped, Started
 from ctp.cells.labels import slug
 from ctp.planning.graph import Plan
+from ctp.storage.drivers import CellAtWork
+
+ENDS: dict[type, str] = {Done: "done", Failed: "failed", Skipped: "skipped"}
 
 
 @dataclass
 class Running:
-    """A cell at work. begun: as time.monotonic() has it. said: its last progress.
+    """A running cell. begun, at, warm: of its start, last progress and second reported step, by time.monotonic().
 
-    warm, warm_step: time and number of the first step that it told after another one. What came before is not its pace:
-    loading, what an earlier run did, and the step in which code is compiled and memory is found.
+    Its pace counts from the second reported step: earlier time went into loading, an earlier run's steps and compiling.
     """
 
     begun: float
+    last: Progress | None = None
+    at: float = 0.0
     first_step: int | None = None
     warm: float = 0.0
     warm_step: int = 0
-    said: dict[str, Any] = field(default_factory=dict)
 
-    def tell(self, progress: dict[str, Any], now: float) -> None:
-        """Take in a progress: step, steps, and numbers."""
-        self.said = {**progress, "at": now}
+    def update(self, progress: Progress, now: float) -> None:
+        self.last, self.at = progress, now
         if self.first_step is None:
-            self.first_step = progress["step"]
-        elif not self.warm and progress["step"] > self.first_step:
-            self.warm, self.warm_step = now, progress["step"]
+            self.first_step = progress.step
+        elif not self.warm and progress.step > self.first_step:
+            self.warm, self.warm_step = now, progress.step
 
     def left(self) -> float | None:
-        """Seconds until its last step at the pace since it was warm; None where no pace is known yet."""
-        made = self.said.get("step", 0) - self.warm_step
-        if not self.warm or made <= 0:
+        """Seconds until its last step; None where no pace is known yet."""
+        if self.last is None or not self.warm or self.last.step <= self.warm_step:
             return None
-        return (self.said["at"] - self.warm) / made * (self.said["steps"] - self.said["step"])
+        return (self.at - self.warm) / (self.last.step - self.warm_step) * (self.last.steps - self.last.step)
 
 
 class Board:
-    """The state of a run, made from its events. total: the cells that it is to do."""
+    """Counts and running cells of a run. total: cells that it is to do. Any thread may read it."""
 
     def __init__(self, plan: Plan, total: int) -> None:
         self.plan, self.total = plan, total
-        self.begun, self.began_at = time.monotonic(), time.time()
+        self.began_at = time.time()
         self.running: dict[str, Running] = {}
         self.ended: Counter[str] = Counter()  # done, failed, skipped
-        self.failed: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def expect(self, cells: set[str]) -> None:
-        """These run again."""
+        """These cells run again."""
         with self._lock:
             self.total += len(cells)
 
-    def tell(self, event: dict[str, Any]) -> None:
-        """An event of a cell: start, progress, done, failed, skipped."""
-        k, kind, now = event["key"], event["event"], time.monotonic()
+    def update(self, event: Event) -> None:
+        k, now = event.key, time.monotonic()
         with self._lock:
-            if kind == "start":
+            if isinstance(event, Started):
                 self.running[k] = Running(now)
-            elif kind == "progress":
-                self.running.setdefault(k, Running(now)).tell(event, now)
-            else:
+            elif isinstance(event, Progress):
+                self.running.setdefault(k, Running(now)).update(event, now)
+            elif type(event) in ENDS:
                 self.running.pop(k, None)
-                self.ended[kind] += 1
-                if kind == "failed":
-                    self.failed[k] = event["error"]
+                self.ended[ENDS[type(event)]] += 1
 
-    def snapshot(self) -> dict[str, Any]:
-        """Plain data for other processes: counts, and of each running cell its name, seconds at work and progress."""
-        now = time.monotonic()
+    def counts(self) -> dict[str, int]:
+        """Cells: total, done, failed, skipped."""
         with self._lock:
-            cells = list(self.running.items())
-            counts = {"total": self.total, **{n: self.ended[n] for n in ("done", "failed", "skipped")}}
-        return {**counts, "began": self.began_at, "cells": [self._told(k, r, now) for k, r in cells]}
+            return {"total": self.total, **{n: self.ended[n] for n in ENDS.values()}}
 
-    def _told(self, k: str, r: Running, now: float) -> dict[str, Any]:
-        cell = self.plan.nodes[k].cell
-        told = {n: r.said[n] for n in ("step", "steps", "loss", "best_val_loss", "tokens_per_s", "at_once")
-                if r.said.get(n) is not None}  # fmt: skip
-        left = r.left()
-        return {"key": k, "kind": cell.kind, "name": slug(cell), "seconds": now - r.begun, **told,
-                **({} if left is None else {"left": left})}  # fmt: skip
+    def cells(self) -> list[CellAtWork]:
+        """The running cells, in the order in which they started."""
+        with self._lock:
+            return [self._at_work(k, r) for k, r in self.running.items()]
+
+    def cell(self, k: str) -> CellAtWork:
+        return self._at_work(k, self.running[k])
+
+    def _at_work(self, k: str, r: Running) -> CellAtWork:
+        cell, numbers = self.plan.nodes[k].cell, r.last.numbers() if r.last else {}
+        seconds = time.monotonic() - r.begun
+        return CellAtWork(key=k, kind=cell.kind, name=slug(cell), seconds=seconds, left=r.left(), **numbers)

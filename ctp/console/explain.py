@@ -1,4 +1,4 @@
-"""`--explain CELL`: all that is known of a cell: its key, what it needs, where it is, what it cost, its MLflow run."""
+"""`--explain CELL`: a cell's key, inputs, folder, cost and MLflow run."""
 
 import difflib
 import json
@@ -9,11 +9,12 @@ from typing import Any
 from ctp.cells.labels import params, slug
 from ctp.common.messages import one_line, shown
 from ctp.common.redact import scrub
-from ctp.common.terminal import duration, how_far, size
+from ctp.common.terminal import duration, size
+from ctp.console.progress import how_far
 from ctp.planning import cost
 from ctp.planning.graph import Node, Plan
 from ctp.planning.gridtext import GridError
-from ctp.planning.states import states
+from ctp.planning.states import Kind, State, states
 from ctp.storage.drivers import records
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store
@@ -24,9 +25,9 @@ NEAREST, LISTED = 3, 8
 
 
 def find(plan: Plan, text: str) -> Node:
-    """The one cell whose slug, folder or key's beginning this is, or whose slug alone contains it.
+    """The one cell with this slug, folder or beginning of a key, or whose slug alone contains these words.
 
-    Raises GridError with the nearest names where there is none, and with all of them where there are several.
+    Raises GridError with the nearest names where there is none, and with the names where there are several.
     """
     slugs = {k: slug(n.cell) for k, n in plan.nodes.items()}
     wanted = text.strip().rstrip("/").rpartition("/")[2]  # the path of its folder is as good
@@ -45,9 +46,7 @@ def find(plan: Plan, text: str) -> Node:
             raise GridError([f"--explain {shown(text)}: {len(found)} cells of {plan.name} are called so; "
                              f"the first digits of a key choose one: {'; '.join([*listed, *more])}"])  # fmt: skip
     names = list(dict.fromkeys(slugs.values()))
-    parts = difflib.get_close_matches(wanted, {part for name in names for part in name.split("_")}, n=1, cutoff=0.6)
     near = difflib.get_close_matches(wanted, names, n=NEAREST, cutoff=0.5)
-    near = near or [name for name in names if parts and parts[0] in name.split("_")][:NEAREST]
     hint = f"; did you mean {' or '.join(near)}?" if near else f"; `--plan` lists the cells of {plan.name}"
     raise GridError([f"--explain {shown(text)}: no cell of {plan.name} is called so{hint}"])
 
@@ -58,40 +57,39 @@ def explain(plan: Plan, text: str, store: Store, tracking: str, batch: int = 4) 
     cell = node.cell
     state = states(plan, store)
     for driver in records(store, plan.name):
-        for told in driver["cells"] if driver["state"] == "alive" else ():
-            if state.get(told["key"], "done") != "done":
-                state[told["key"]] = f"running on {driver['machine']}, {how_far(told) or 'it told no step yet'}"
+        for at_work in driver.cells if driver.state == "alive" else ():
+            if at_work.key in state and not state[at_work.key].done:
+                where = f"{driver.machine}, {how_far(at_work) or 'it told no step yet'}"
+                state[at_work.key] = State(Kind.RUNNING, where)
     out: dict[str, Any] = {
-        "key": node.key, "kind": cell.kind, "name": slug(cell), "state": state[node.key], "version": cell.VERSION,
+        "key": node.key, "kind": cell.kind, "name": slug(cell), "state": str(state[node.key]), "version": cell.VERSION,
         "studies": list(node.studies), "folder": store.folder(node.ref),
-        "inputs": [{"key": i, "name": slug(plan.nodes[i].cell), "state": state[i]} for i in node.inputs],
+        "inputs": [{"key": i, "name": slug(plan.nodes[i].cell), "state": str(state[i])} for i in node.inputs],
         "needed_by": sum(node.key in n.inputs for n in plan.nodes.values()),
         "settings": {n: v for n, v in params(cell).items() if n.startswith("spec.")},
     }  # fmt: skip
-    if state[node.key] == "done":
+    if state[node.key].done:
         out["manifest"] = store.manifest(node.ref)
     else:
         expected = cost.of(cell, node.facts, batch)
         out["expected"] = {"flops": expected.flops, "stored_bytes": expected.stored, "memory_bytes": expected.memory}
-        if state[node.key].startswith("failed"):
+        if state[node.key].kind is Kind.FAILED:
             out["failure"] = store.failures.uri(node.ref)
     return {**out, "mlflow": run_of(tracking, plan.name, node.key)}
 
 
 def run_of(tracking: str, experiment: str, key: str) -> str:
-    """Where MLflow has the cell: run id and status, and a link to a server's page; or why that is not known."""
+    """The cell's MLflow run: id, status and a link to a server's page; or why that is not known."""
     file = sqlite_file(tracking)
     if file is not None and not file.exists():
-        return "no run yet"  # asking would make a database
+        return "no run yet"  # a client would make a database
     try:
-        from ctp.tracking.runs import (
-            MlflowClient,  # MLflow takes a second to import, and reads what ctp.tracking.runs sets before
-        )
+        from ctp.tracking.runs import MlflowClient  # slow to import
 
         client = MlflowClient(tracking_uri=tracking)
         known = client.get_experiment_by_name(experiment)
         runs = client.search_runs([known.experiment_id], f"tags.`{KEY}` = '{key}'", max_results=1) if known else []
-    except Exception as e:  # whatever a server or database that is not well raises
+    except Exception as e:  # whatever a broken server or database raises
         return scrub(one_line(f"{tracking} cannot be asked ({type(e).__name__}: {e})"))
     if known is None or not runs:
         return "no run yet"
@@ -101,15 +99,15 @@ def run_of(tracking: str, experiment: str, key: str) -> str:
 
 
 def lines(said: dict[str, Any]) -> list[str]:
-    """The same for people."""
-    rows: list[tuple[str, str]] = [("key", said["key"]), ("state", one_line(said["state"]))]
-    rows += [("studies", ", ".join(said["studies"]))]
-    rows += [("input", f"{i['key'][:12]} {i['name']} ({one_line(i['state'])})") for i in said["inputs"]]
-    rows += [("needed by", f"{said['needed_by']} cells")]
-    rows += [("lies in" if "manifest" in said else "will lie in", said["folder"])]
-    rows += _made(said["manifest"]) if "manifest" in said else _to_make(said)
-    rows += [("MLflow", said["mlflow"])]
-    rows += [("version", f"{said['version']} of {said['kind']} cells")]
+    """The same as text."""
+    rows: list[tuple[str, str]] = [
+        ("key", said["key"]), ("state", one_line(said["state"])), ("studies", ", ".join(said["studies"])),
+        *(("input", f"{i['key'][:12]} {i['name']} ({one_line(i['state'])})") for i in said["inputs"]),
+        ("needed by", f"{said['needed_by']} cells"),
+        ("lies in" if "manifest" in said else "will lie in", said["folder"]),
+        *(_made(said["manifest"]) if "manifest" in said else _to_make(said)),
+        ("MLflow", said["mlflow"]), ("version", f"{said['version']} of {said['kind']} cells"),
+    ]  # fmt: skip
     out = [f"{said['kind']} {said['name']}", *(f"  {name:<12} {value}" for name, value in rows), "settings"]
     settings = ((n.removeprefix("spec."), json.dumps(v, ensure_ascii=False)) for n, v in said["settings"].items())
     return out + [f"  {name} = {value}" for name, value in settings]
@@ -135,8 +133,8 @@ def _made(m: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _to_make(said: dict[str, Any]) -> list[tuple[str, str]]:
     e = said["expected"]
-    rows = [("expected", f"{e['flops']:.2g} operations, {size(e['memory_bytes'])} of memory, "
-                         f"{size(e['stored_bytes'])} stored (cost model)")]  # fmt: skip
+    takes = f"{e['flops']:.2g} operations, {size(e['memory_bytes'])} of memory, {size(e['stored_bytes'])} stored"
+    rows = [("expected", f"{takes} (cost model)")]
     return [*rows, ("traceback", said["failure"])] if "failure" in said else rows
 
 
@@ -146,4 +144,4 @@ def show(plan: Plan, text: str, store: Store, tracking: str, as_json: bool) -> N
         said = explain(plan, text, store, tracking)
     except OSError as e:
         raise StoreError(f"store {store.uri!r} cannot be read: {e}") from e
-    print(json.dumps(said) if as_json else "\n".join(one for one in lines(said)))
+    print(json.dumps(said) if as_json else "\n".join(lines(said)))

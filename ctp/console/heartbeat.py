@@ -1,43 +1,44 @@
-"""The sign of life that a run keeps in the store, for `--status` on any machine that reads the store.
+"""The record that a running driver keeps in the store, for `--status` on any machine that reads the store.
 
 {root}/running/{grid}-{8 hex digits}.json   one file a driver, written every SECONDS, removed when the driver ends
 """
 
-import json
 import os
 import platform
 import re
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from ctp.common.redact import scrub
 from ctp.console.board import Board
 from ctp.machine.process import signs
-from ctp.storage.drivers import RUNNING, is_left, records
+from ctp.storage.drivers import RUNNING, Driver, records
 from ctp.storage.store import Store
 
 SECONDS = 10.0
-_NAME = re.compile(r"[^\w.-]")
 
 
 @contextmanager
-def beating(store: Store, board: Board, about: dict[str, Any], seconds: float = SECONDS) -> Iterator[None]:
-    """In here a thread writes what the board says, and `about`, into the store. A store that is away is no reason to
-    stop: the next sign says it all. What dead drivers of this grid left goes."""
-    path = f"{store.folders.root}/{RUNNING}/{_NAME.sub('-', board.plan.name)}-{uuid.uuid4().hex[:8]}.json"
-    for record in records(store, board.plan.name):
-        if is_left(record):
+def beating(store: Store, board: Board, about: Mapping[str, Any], seconds: float = SECONDS) -> Iterator[None]:
+    """Inside, a thread keeps the record of this driver; records of dead drivers of this grid are removed.
+
+    about: more fields of Driver. A store that is away does not stop the run: the next record replaces the last.
+    """
+    name = re.sub(r"[^\w.-]", "-", board.plan.name)
+    path = f"{store.folders.root}/{RUNNING}/{name}-{uuid.uuid4().hex[:8]}.json"
+    for driver in records(store, board.plan.name):
+        if driver.is_left:
             with suppress(Exception):
-                store.folders.remove(record["path"])
+                store.folders.remove(driver.path)
     ended = threading.Event()
 
     def beat() -> None:
         while True:
             with suppress(Exception):
-                store.folders.write(path, json.dumps(_record(board, about)).encode())
+                store.folders.write(path, record(board, about).model_dump_json(exclude_none=True).encode())
             if ended.wait(seconds):
                 return
 
@@ -52,7 +53,8 @@ def beating(store: Store, board: Board, about: dict[str, Any], seconds: float = 
             store.folders.remove(path)
 
 
-def _record(board: Board, about: dict[str, Any]) -> dict[str, Any]:
-    said = {n: scrub(v) if isinstance(v, str) else v for n, v in about.items()}
-    who = {"grid": board.plan.name, "machine": platform.node(), "pid": os.getpid(), "signs": signs()}
-    return {**said, **who, **board.snapshot()}
+def record(board: Board, about: Mapping[str, Any]) -> Driver:
+    """The record of this driver as of now."""
+    more = {n: scrub(v) if isinstance(v, str) else v for n, v in about.items()}
+    return Driver(grid=board.plan.name, machine=platform.node(), pid=os.getpid(), signs=signs(), began=board.began_at,
+                  cells=board.cells(), **board.counts(), **more)  # fmt: skip

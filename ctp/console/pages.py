@@ -1,4 +1,4 @@
-"""Where a person looks at MLflow and Ray: their pages, named only where they answer, or the command that opens one."""
+"""The pages of MLflow and Ray, named only where they answer, or the command that opens one."""
 
 import platform
 import shlex
@@ -10,15 +10,15 @@ from urllib.parse import urlsplit
 from ctp.common.redact import scrub
 
 PATIENCE = 0.3  # seconds until a page counts as down
-FRESH = 10.0  # seconds for which an answer holds: a live view asks twice a second
+FRESH = 10.0  # seconds for which an answer is kept: a live view asks twice a second
 PORTS = {"http": 80, "https": 443}
 
 
 def where(name: str, uri: str, machine: str = "") -> str:
     """One line, without secrets; "" where there is no URI.
 
-    name: "MLflow" or "Ray". uri: a page, or MLflow's database. machine: whose word this is (default: this one's); what
-    only that machine can open is not asked from here.
+    name: "MLflow" or "Ray". uri: a page, or MLflow's database. machine: that reports it (default: this one); pages on
+    its loopback are not asked from here.
     """
     elsewhere = machine if machine and machine != platform.node() else ""
     place = _place(uri)

@@ -1,49 +1,64 @@
-"""What is shown while a grid runs: a line an event, in the order in which things happen; on a terminal a live view."""
+"""What is printed while a grid runs: one line an event. On a terminal, ctp.console.live draws a view instead."""
 
 import time
-from typing import Any
 
+from ctp.cells.events import Done, Event, Failed, Notice, Progress, Skipped, Started
 from ctp.cells.labels import slug
 from ctp.common.messages import one_line
-from ctp.common.terminal import duration, how_far
+from ctp.common.terminal import duration
 from ctp.console.board import Board
+from ctp.storage.drivers import CellAtWork
 
 
 class Printer:
-    """Prints ends and, of cells that take long, how far they are (at most one line in `every` seconds each)."""
+    """Prints how cells end and, at most every `every` seconds each, how far running ones are."""
 
     def __init__(self, board: Board, every: float = 10.0) -> None:
         self.board, self.every = board, every
         self.last: dict[str, float] = {}
         self.announced: set[str] = set()
 
-    def tell(self, event: dict[str, Any]) -> None:
-        """Tell the board, and print what there is to say of one event."""
-        k, kind, now = event["key"], event["event"], time.monotonic()
+    def show(self, event: Event) -> None:
+        """Update the board, and print what there is to say of the event."""
+        k, now = event.key, time.monotonic()
         before = self.board.running.get(k)
-        self.board.tell(event)
-        if kind == "start":
-            self.last[k] = now
-        elif kind == "progress":
-            if now - self.last.setdefault(k, now) >= self.every:
+        self.board.update(event)
+        match event:
+            case Started():
                 self.last[k] = now
-                cell = self.board.running[k]
-                self._say("...", k, how_far({**cell.said, "left": cell.left()}))
-        else:
-            took = duration(now - before.begun) if before else ""
-            text = took if kind == "done" else one_line(event["error"])
-            self._say({"done": "done", "failed": "FAILED", "skipped": "skipped"}[kind], k, text)
-
-    def announce(self, text: str) -> None:
-        """Print what workers find out about their machines, once."""
-        if text not in self.announced:
-            self.announced.add(text)
-            self._line(text)
+            case Progress():
+                if now - self.last.setdefault(k, now) >= self.every:
+                    self.last[k] = now
+                    self._print("...", k, how_far(self.board.cell(k)))
+            case Done():
+                self._print("done", k, duration(now - before.begun) if before else "")
+            case Failed(error=text):
+                self._print("FAILED", k, one_line(text))
+            case Skipped(reason=text):
+                self._print("skipped", k, one_line(text))
+            case Notice(text=text) if text not in self.announced:  # every worker of a machine has the same
+                self.announced.add(text)
+                self._line(text)
 
     def _line(self, text: str) -> None:
         print(text, flush=True)
 
-    def _say(self, what: str, k: str, text: str) -> None:
+    def _print(self, what: str, k: str, text: str) -> None:
         cell, total = self.board.plan.nodes[k].cell, self.board.total
         count = f"[{self.board.ended.total():>{len(str(total))}}/{total}]"
         print(f"{count} {what:<7} {cell.kind:<8} {slug(cell)}  {text}".rstrip(), flush=True)
+
+
+def how_far(cell: CellAtWork) -> str:
+    """A cell's progress as text; empty where it has not reported any."""
+    if cell.step is None:
+        return ""
+    parts = [
+        f"step {cell.step}/{cell.steps}",
+        cell.loss is not None and f"loss {cell.loss:.3f}",
+        cell.best_val_loss is not None and f"best validation {cell.best_val_loss:.3f}",
+        cell.tokens_per_s and f"{cell.tokens_per_s:,.0f} tokens/s",
+        cell.at_once is not None and f"for lack of memory {cell.at_once} at once",
+        cell.left is not None and f"about {duration(cell.left)} left",
+    ]
+    return ", ".join(part for part in parts if part)

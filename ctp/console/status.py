@@ -1,87 +1,88 @@
-"""`--status`: what is done, failed and running of a grid, read from the store, on any machine that reaches it."""
+"""`--status`: which cells of a grid are done, failed and running, read from the store on any machine."""
 
-import json
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+
+from pydantic import BaseModel
 
 from ctp.cells.labels import slug
 from ctp.common.messages import one_line, plain
-from ctp.common.terminal import aligned, duration, how_far
+from ctp.common.terminal import aligned, duration
 from ctp.console.pages import where
+from ctp.console.progress import how_far
 from ctp.planning.graph import Plan
-from ctp.planning.states import FAILED, states
-from ctp.storage.drivers import records
+from ctp.planning.states import Kind, states
+from ctp.storage.drivers import CellAtWork, Driver, records
 from ctp.storage.store import Store
 
 WATCH_SECONDS = 5.0
+WORDS = (Kind.DONE, Kind.RUNNING, Kind.FAILED, Kind.INTERRUPTED, "waiting")
 LISTED = 20  # of failed or interrupted cells; --json has all
 CLEAR = "\x1b[H\x1b[2J"
 
 
-def status(plan: Plan, store: Store) -> dict[str, Any]:
-    """Plain data: counts by kind, drivers, running, failed and interrupted cells. Raises StoreError."""
+class Status(BaseModel):
+    """kinds: cells by kind and word of WORDS. failed, interrupted: key, kind and name of cells, with error and file,
+    or state."""
+
+    grid: str
+    store: str
+    cells: int
+    kinds: dict[str, dict[str, int]]
+    done: int
+    drivers: list[Driver]
+    running: list[CellAtWork]
+    failed: list[dict[str, str]]
+    interrupted: list[dict[str, str]]
+
+
+def status(plan: Plan, store: Store) -> Status:
+    """The status of a plan's cells. Raises StoreError."""
     state = states(plan, store)
     drivers = records(store, plan.name)
-    at_work = {c["key"]: c for d in drivers if d["state"] == "alive" for c in d["cells"]}
+    at_work = {c.key: c for d in drivers if d.state == "alive" for c in d.cells}
     kinds: dict[str, Counter[str]] = {}
-    failed, cut_off = [], []
+    failed, interrupted = [], []
     for k, node in plan.nodes.items():
-        own = kinds.setdefault(node.cell.kind, Counter())
-        said = {"key": k, "kind": node.cell.kind, "name": slug(node.cell)}
-        word = _word(state[k], k in at_work)
-        own[word] += 1
-        if word == "failed":
-            failed.append({**said, "error": state[k].removeprefix(f"{FAILED}: "), "file": store.failures.uri(node.ref)})
-        elif word == "interrupted":
-            cut_off.append({**said, "state": state[k]})
-    return {
-        "grid": plan.name, "store": store.uri, "cells": len(plan.nodes),
-        "kinds": {kind: dict(counts) for kind, counts in kinds.items()},
-        "done": sum(c["done"] for c in kinds.values()),
-        "drivers": drivers, "running": list(at_work.values()), "failed": failed, "interrupted": cut_off,
-    }  # fmt: skip
+        name = {"key": k, "kind": node.cell.kind, "name": slug(node.cell)}
+        kind = Kind.RUNNING if k in at_work and not state[k].done else state[k].kind
+        kinds.setdefault(node.cell.kind, Counter())[kind if kind in WORDS else "waiting"] += 1
+        if kind is Kind.FAILED:
+            failed.append({**name, "error": state[k].detail, "file": store.failures.uri(node.ref)})
+        elif kind is Kind.INTERRUPTED:
+            interrupted.append({**name, "state": str(state[k])})
+    return Status(grid=plan.name, store=store.uri, cells=len(plan.nodes), kinds={n: dict(c) for n, c in kinds.items()},
+                  done=sum(s.done for s in state.values()), drivers=drivers, running=list(at_work.values()),
+                  failed=failed, interrupted=interrupted)  # fmt: skip
 
 
-def _word(state: str, at_work: bool) -> str:
-    if state == "done":
-        return "done"
-    if at_work:
-        return "running"
-    if state.startswith(FAILED):
-        return "failed"
-    return "interrupted" if state.startswith("interrupted") else "waiting"
-
-
-def lines(said: dict[str, Any]) -> list[str]:
-    """The same for people."""
-    out = [f"{said['grid']}: {said['done']} of {said['cells']} cells done  ({said['store']})"]
-    words = [w for w in ("done", "running", "failed", "interrupted", "waiting")
-             if any(c.get(w) for c in said["kinds"].values())]  # fmt: skip
-    rows = [("", *words), *((kind, *(str(c.get(w, 0)) for w in words)) for kind, c in said["kinds"].items())]
+def lines(s: Status) -> list[str]:
+    """The status as text."""
+    out = [f"{s.grid}: {s.done} of {s.cells} cells done  ({s.store})"]
+    words = [w for w in WORDS if any(c.get(w) for c in s.kinds.values())]
+    rows = [("", *words), *((kind, *(str(c.get(w, 0)) for w in words)) for kind, c in s.kinds.items())]
     out += [f"  {line}" for line in aligned(rows, left=(0,))]
-    out += [line for driver in said["drivers"] for line in _driver(driver)] or ["No run of this grid is going on."]
-    out += _some("failed", [f"{c['name']}: {one_line(c['error'])} ({c['file']})" for c in said["failed"]])
-    return out + _some("interrupted", [f"{c['name']}: {c['state']}" for c in said["interrupted"]])
+    out += [line for driver in s.drivers for line in _driver(driver)] or ["No run of this grid is going on."]
+    out += _some("failed", [f"{c['name']}: {one_line(c['error'])} ({c['file']})" for c in s.failed])
+    return out + _some("interrupted", [f"{c['name']}: {c['state']}" for c in s.interrupted])
 
 
-def _driver(d: dict[str, Any]) -> list[str]:
-    ago = duration(d["silence"])
-    if d["state"] == "dead":
-        return [f"STALE: a run on {d['machine']} ended without a word, its last sign {ago} ago (process {d['pid']} is "
+def _driver(d: Driver) -> list[str]:
+    ago = duration(d.silence)
+    if d.state == "dead":
+        return [f"STALE: a run on {d.machine} ended without a word, its last sign {ago} ago (process {d.pid} is "
                 "gone): the same command goes on from there."]  # fmt: skip
-    sign = f"last sign {ago} ago" if d["state"] == "alive" else f"STALE: no sign for {ago}, its machine may be gone"
-    ended = d["done"] + d["failed"] + d["skipped"]
-    lasts = duration(max(0.0, time.time() - d["began"]))
-    out = [f"Running on {d['machine']} (process {d['pid']}) for {lasts}: {ended} of {d['total']} cells ended; {sign}"]
-    if d.get("machines", 1) > 1:
-        out.append(f"  {d['machines']} machines, {d['cpus']:g} CPUs, {d['gpus']:g} GPUs")
-    pages = [where(name, d.get(name.lower(), ""), d["machine"]) for name in ("MLflow", "Ray")]
+    sign = f"last sign {ago} ago" if d.state == "alive" else f"STALE: no sign for {ago}, its machine may be gone"
+    lasts, ended = duration(max(0.0, time.time() - d.began)), d.done + d.failed + d.skipped
+    out = [f"Running on {d.machine} (process {d.pid}) for {lasts}: {ended} of {d.total} cells ended; {sign}"]
+    if (d.machines or 1) > 1:
+        out.append(f"  {d.machines} machines, {d.cpus:g} CPUs, {d.gpus:g} GPUs")
+    pages = where("MLflow", d.mlflow, d.machine), where("Ray", d.ray, d.machine)
     out += [f"  {page}" for page in pages if page]
-    for c in d["cells"] if d["state"] == "alive" else ():
-        out.append(f"  {c['kind']:<8} {c['name']}  {how_far(c) or 'for ' + duration(c['seconds'])}")
+    for c in d.cells if d.state == "alive" else ():
+        out.append(f"  {c.kind:<8} {c.name}  {how_far(c) or 'for ' + duration(c.seconds)}")
     return out
 
 
@@ -91,12 +92,12 @@ def _some(title: str, found: list[str]) -> list[str]:
 
 
 def show(plan: Plan, store: Store, as_json: bool, watch: bool, wait: Callable[[float], None] = time.sleep) -> None:
-    """Print the status; again every few seconds until all is done, or Ctrl-C, where it is watched."""
+    """Print the status; watch: again every few seconds until all is done, or Ctrl-C."""
     while True:
-        said = status(plan, store)
-        text = json.dumps(said) if as_json else plain("\n".join(lines(said)))
+        found = status(plan, store)
+        text = found.model_dump_json(exclude_none=True) if as_json else plain("\n".join(lines(found)))
         clear = CLEAR if watch and not as_json and sys.stdout.isatty() else ""
         print(f"{clear}{text}", flush=True)
-        if not watch or (said["done"] == said["cells"] and not said["running"]):
+        if not watch or (found.done == found.cells and not found.running):
             return
         wait(WATCH_SECONDS)

@@ -1,32 +1,33 @@
-"""What a run says at its end: what is new, what was won back, what failed and how to try it again."""
+"""The summary at the end of a run: what is new, the best and worst recovery, what failed and how to try it again."""
 
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
+from ctp.cells import Dense
+from ctp.cells.cell import Compress, Evaluate, key
 from ctp.cells.labels import slug
 from ctp.common.messages import one_line
 from ctp.common.redact import scrub
 from ctp.common.terminal import duration
 from ctp.planning.graph import Plan
+from ctp.planning.states import Outcome
+from ctp.storage.remote import StoreError
 from ctp.storage.store import Store
 
 if TYPE_CHECKING:
-    from ctp.planning.states import Outcome
     from ctp.tracking.writer import Writer
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from dataclasses import dataclass
 
-from ctp.cells import Dense
-from ctp.cells.cell import Evaluate, canonical, key
-from ctp.storage.ref import ref
-from ctp.storage.remote import StoreError
+METRIC = "ppl"
 
 
-def summarise(plan: Plan, outcome: "Outcome", seconds: float, store: Store) -> None:
-    """What is new; a line for each cell that failed, its cause and the file with the traceback; what that held up."""
+def summarise(plan: Plan, outcome: Outcome, seconds: float, store: Store) -> None:
+    """Print what is new; a line for each cell that failed, with the file of its traceback; what that held up."""
     counts = {"done": outcome.done, "failed": outcome.failed, "skipped": outcome.skipped,
               "not started or cut off": outcome.unfinished}  # fmt: skip
     print(f"{plan.name}: " + ", ".join(f"{len(v)} {n}" for n, v in counts.items() if v) + f" in {duration(seconds)}")
@@ -35,36 +36,29 @@ def summarise(plan: Plan, outcome: "Outcome", seconds: float, store: Store) -> N
         print(f"  failed: {slug(node.cell)}: {one_line(outcome.failed[k])} ({store.failures.uri(node.ref)})")
     for k in (k for k in plan.nodes if k in outcome.skipped):
         print(f"  skipped: {slug(plan.nodes[k].cell)}: {outcome.skipped[k]}")
-    if outcome.done:
-        _news(plan, outcome, store)
+    new = [k for k in plan.nodes if k in outcome.done]
+    if new:
+        kinds = Counter(plan.nodes[k].cell.kind for k in new)
+        print(f"  new: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}")
+    if found := recoveries(plan, new, store):
+        for which, one in zip(("best", "worst"), dict.fromkeys((found[0], found[-1])), strict=False):
+            print(f"  {which} recovery: {one}")
     if outcome.failed and not outcome.stopped_by:
         again = [*sys.argv[1:], *(() if "--retry-failed" in sys.argv else ("--retry-failed",))]
         print(scrub(f"Try what failed again, and what it held up: {shlex.join(['python', '-m', 'ctp.grid', *again])}"))
 
 
 def tell_tracking(tracker: "Writer") -> None:
-    """What became of MLflow's database, and what MLflow does not take: each in a line, once."""
+    """Print, once, what became of MLflow's database and what MLflow does not accept."""
     for line in (*tracker.notes, *tracker.refused.values()):
         print(one_line(scrub(line)), file=sys.stderr, flush=True)
     tracker.notes.clear()
     tracker.refused.clear()
 
 
-def _news(plan: Plan, outcome: "Outcome", store: Store) -> None:
-    """How many cells of each kind are new, and the best and the worst recovery among them."""
-    kinds = Counter(plan.nodes[k].cell.kind for k in plan.nodes if k in outcome.done)
-    print(f"  new: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}")
-    won = recoveries(plan, (k for k in plan.nodes if k in outcome.done), store)
-    for which, one in zip(("best", "worst"), dict.fromkeys((won[0], won[-1]) if won else ()), strict=False):
-        print(f"  {which} recovery: {one}")
-
-
-METRIC = "ppl"
-
-
 @dataclass(frozen=True)
 class Recovery:
-    """Perplexities of one evaluation: of the dense model, the compressed one, and the latter behind what was won."""
+    """Perplexities of one evaluation: of the dense model, the compressed one, and that one with the recovery."""
 
     name: str
     dense: float
@@ -73,7 +67,7 @@ class Recovery:
 
     @property
     def share(self) -> float:
-        """(compressed - prompted) / (compressed - dense): 1 is all that compression lost, negative made it worse."""
+        """(compressed - prompted) / (compressed - dense): 1 is all that compression lost; negative is worse."""
         return (self.compressed - self.prompted) / (self.compressed - self.dense)
 
     def __str__(self) -> str:
@@ -82,43 +76,24 @@ class Recovery:
 
 
 def recoveries(plan: Plan, keys: Iterable[str], store: Store) -> list[Recovery]:
-    """Of those evaluations that put something before a compressed model, where all three numbers are in the store and
-    compression did lose something; the best first. What the store cannot tell now is left out."""
-    evaluated = [n.cell for n in plan.nodes.values() if isinstance(n.cell, Evaluate) and n.cell.recovery is None]
-    bare = {(key(c.target), _asked(c)): c for c in evaluated}
-    dense = {(_model(c), _asked(c)): c for c in evaluated if isinstance(c.target.compression, Dense)}
-    read = _reader(store)
+    """The recoveries of compressed models among these evaluations, the best first: those whose three perplexities are
+    in the store, and where compression lost something."""
+
+    @cache
+    def perplexity(k: str) -> float | None:
+        if k in plan.nodes:
+            with suppress(StoreError, OSError):
+                return store.manifest(plan.nodes[k].ref)["metrics"].get(METRIC)
+        return None
+
     found = []
     for k in keys:
         cell = plan.nodes[k].cell
         if not isinstance(cell, Evaluate) or cell.recovery is None or isinstance(cell.target.compression, Dense):
             continue
-        whole, before = dense.get((_model(cell), _asked(cell))), bare.get((key(cell.target), _asked(cell)))
-        if whole is None or before is None:
-            continue
-        numbers = [read(c) for c in (whole, before, cell)]
-        known = [n for n in numbers if n is not None]
-        if len(known) == 3 and known[1] > known[0]:
-            found.append(Recovery(slug(cell), *known))
+        whole = Compress(model=cell.target.model, compression=Dense())
+        bare = (key(Evaluate(target=target, measure=cell.measure)) for target in (whole, cell.target))
+        dense, compressed, prompted = map(perplexity, (*bare, k))
+        if dense is not None and compressed is not None and prompted is not None and compressed > dense:
+            found.append(Recovery(slug(cell), dense, compressed, prompted))
     return sorted(found, key=lambda r: -r.share)
-
-
-def _model(cell: Evaluate) -> str:
-    return canonical(cell.model.model_dump(mode="json"))
-
-
-def _asked(cell: Evaluate) -> str:
-    return cell.measure.remembered("_asked", lambda: canonical(cell.measure.model_dump(mode="json")))
-
-
-def _reader(store: Store) -> Callable[[Evaluate], float | None]:
-    known: dict[str, float | None] = {}
-
-    def read(cell: Evaluate) -> float | None:
-        if key(cell) not in known:
-            known[key(cell)] = None
-            with suppress(StoreError, OSError):
-                known[key(cell)] = store.manifest(ref(cell))["metrics"].get(METRIC)
-        return known[key(cell)]
-
-    return read

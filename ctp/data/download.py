@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ctp.common import hub
+from ctp.common.exit_codes import Exit
 from ctp.common.files import sha256_file, write_json
 from ctp.data.documents import check_column, commit_of, hub_rows
 from ctp.data.tasks import COMMITS
 from ctp.data.texts import CORPORA, Corpus
 
-OK, FAILED, USAGE, UNREACHABLE = 0, 1, 2, 3
 MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
 DOCUMENTS = {"train": 20_000, "validation": 2_100}  # of C4: what full_paper asks for; a file of it has some 356,000
 
@@ -158,7 +158,7 @@ def verify(root: Path, names: list[str]) -> int:
         print(line)
     print(f"{root}: {len(listed)} files checked, {len(bad)} of them bad" if bad else
           f"{root}: {len(listed)} files checked, all as they should be")  # fmt: skip
-    return FAILED if bad else OK
+    return Exit.FAILED if bad else Exit.OK
 
 
 def _expected(root: Path) -> dict[Path, dict[str, Any]]:

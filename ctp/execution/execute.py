@@ -4,7 +4,6 @@ import math
 import platform
 import time
 import traceback
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from ctp.cells import Dense, Learned
 from ctp.cells.cell import Cell, Compress, Evaluate, Learn
+from ctp.cells.events import Report
 from ctp.cells.runtime import Runtime
 from ctp.common.files import Changed
 from ctp.common.messages import shown
@@ -31,11 +31,9 @@ from ctp.storage.ref import identity, ref
 from ctp.storage.store import Store
 from ctp.tracking.entries import OWN, name_problem
 
-Report = Callable[[dict[str, Any]], None]
-
 
 def execute(cell: Cell, store: Store, runtime: Runtime, report: Report) -> None:
-    """Do one cell, unless it is done; its inputs must be. Progress goes to `report` as flat dicts of numbers.
+    """Do one cell, unless it is done; its inputs must be. `report` gets its progress and notices.
 
     Raises what the cell's method raises; OutOfMemory, which says what was tried and what could help, where memory ran
     out; FloatingPointError where a metric is no finite number; Changed where a model, text, adapter or task outside the

@@ -1,7 +1,7 @@
 """What a method is given to do its work with: models, token windows, a folder for what it makes, a place to report."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ctp.cells import HardPrompt
 from ctp.cells.cell import Compress, Evaluate, Learn
+from ctp.cells.events import Notice, Progress, Report
 from ctp.cells.inputs import Model, Pinned, Windows
 from ctp.cells.runtime import Runtime, location
 from ctp.data.windows import text_stats
@@ -26,8 +27,6 @@ if TYPE_CHECKING:  # transformers takes seconds
     from ctp.prompts.prefix import Prefix
 from ctp.execution.loading import _load_base, _prefix, _sha256, forget, load_compressed, token_windows
 from ctp.storage.ref import identity, ref
-
-Report = Callable[[dict[str, Any]], None]
 
 
 @dataclass
@@ -47,12 +46,12 @@ class Job:
 
     def progress(self, done: int, of: int) -> None:
         """Tell how many steps are done."""
-        self.report({"step": done, "steps": of})
+        self.report(Progress(done, of))
 
     def notice(self, text: str) -> None:
         """Tell people a sentence about this cell; "" is not told."""
         if text:
-            self.report({"notice": text})
+            self.report(Notice(text))
 
     def location(self, thing: Pinned) -> str:
         """Where a pinned thing lies on this machine."""
@@ -151,7 +150,7 @@ class EvaluateJob(Job):
 
     def progress(self, done: int, of: int) -> None:
         """Tell how many steps are done."""
-        self.report({"step": done, "steps": of, **self.lowered})
+        self.report(Progress(done, of, **self.lowered))
 
     def windows(self, spec: Windows) -> Tensor:
         """Token windows (n, seq_len) on the CPU. What they are enters the record: numbers on others do not compare."""

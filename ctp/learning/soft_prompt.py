@@ -8,7 +8,6 @@ The model is frozen; the prompt E, kept in spec.dtype, is all that has a gradien
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ def learn(
     runtime: Runtime = Runtime(),  # noqa: B008 (frozen)
     resume: str | Path | None = None,
     checkpoint: Callable[[TrainState], None] | None = None,
-    report: Callable[[dict[str, Any]], None] | None = None,
+    report: training.Report | None = None,
 ) -> LearnedPrompt:
     """Learn `spec.k` rows in front of the windows of `train` (n, s); keep the step with the lowest validation loss.
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ctp.cells import Learned
+from ctp.cells.events import Progress
 from ctp.cells.runtime import Runtime
 from ctp.evaluation.perplexity import PerplexityResult, perplexity
 from ctp.kernels.modules import rounded_weights
@@ -36,7 +36,7 @@ from ctp.machine.threads import keep_heap
 from ctp.prompts.attach import check_fit, frozen
 
 Checkpoint = Callable[[TrainState], None]
-Report = Callable[[dict[str, Any]], None]
+Report = Callable[[Progress], None]
 
 
 @dataclass
@@ -90,9 +90,8 @@ def train(
     make: called once the model is frozen and on its device (runtime.device, unless accelerate has spread it out); what
     it changed about the model it undoes on its way out. resume: folder of a TrainState to go on from, to the same bytes
     as without the interruption. checkpoint: called between two steps, at least runtime.checkpoint_seconds apart.
-    report: called about once a second and after each validation with step, steps, loss (mean since the last
-    validation), lr, tokens_per_s (window tokens, while training), best_val_loss, best_step and, when measured,
-    val_loss; losses are nats per scored token whatever spec.loss is. Where memory runs out, a micro-batch is halved,
+    report: called about once a second and after each validation; losses are nats per scored token whatever spec.loss
+    is, and val_loss is there when it was measured at this step. Where memory runs out, a micro-batch is halved,
     and stays so: the gradient is the same sum up to rounding (and dropout draws other masks); report and history then
     say how many windows go through `at_once`. Half precision that the device has no fast arithmetic for, of the model
     or of spec.precision, is computed in float32, with the weights rounded as asked and without a loss scale.
@@ -140,7 +139,7 @@ def _loop(run: "_Run", checkpoint_seconds: float, checkpoint: Checkpoint | None,
     if not state.history:
         run.validate()
         if report is not None:
-            report(run.numbers())
+            report(run.progress())
     while state.step < spec.steps:
         run.update()
         last = state.step == spec.steps
@@ -150,7 +149,7 @@ def _loop(run: "_Run", checkpoint_seconds: float, checkpoint: Checkpoint | None,
         now = time.monotonic()
         state.seconds = before + now - begun
         if report is not None and (validated or now - told >= 1):
-            report(run.numbers())
+            report(run.progress())
             told = now
         if checkpoint is None or last:
             continue
@@ -263,20 +262,20 @@ class _Run:
             state.best_loss, state.best_step = val_loss, state.step
             state.best = self._values()
 
-    def numbers(self) -> dict[str, Any]:
-        """What `report` is told after a step."""
+    def progress(self) -> Progress:
+        """What is reported after a step."""
         state, measured = self.state, self.state.history[-1]
-        numbers = {
-            "step": state.step,
-            "steps": self.spec.steps,
-            "loss": state.loss_sum / state.loss_count if state.loss_count else measured["loss"],
-            "lr": self.rate if state.step else None,
-            "tokens_per_s": self.trained / self.training_seconds if self.trained else None,
-            "best_val_loss": state.best_loss,
-            "best_step": state.best_step,
+        return Progress(
+            step=state.step,
+            steps=self.spec.steps,
+            loss=state.loss_sum / state.loss_count if state.loss_count else measured["loss"],
+            val_loss=measured["val_loss"] if measured["step"] == state.step else None,
+            lr=self.rate if state.step else None,
+            tokens_per_s=self.trained / self.training_seconds if self.trained else None,
+            best_val_loss=state.best_loss,
+            best_step=state.best_step,
             **smaller(self.micro_batch, self.at_once.size),
-        }
-        return {**numbers, "val_loss": measured["val_loss"]} if measured["step"] == state.step else numbers
+        )
 
     def snapshot(self) -> TrainState:
         """The state with the parameters, the optimiser's moments and the loss scale as they are now."""

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-LOST = 4  # exit code where RayLost ended the run
 SECONDS = 20.0  # Slurm and Kubernetes kill 30 seconds after they have asked
 stopping: list[int] = []  # numbers of the signals that asked this driver to stop
 asked = threading.Event()  # in a worker: its driver wants it to stop

@@ -18,7 +18,7 @@ from ctp.planning import cost
 from ctp.planning.cost import Cost, Pace
 from ctp.planning.graph import Node, Plan
 from ctp.planning.resources import Resources
-from ctp.planning.states import FAILED
+from ctp.planning.states import Kind, State
 from ctp.storage.manifest import MANIFEST, parse
 from ctp.storage.ref import split
 from ctp.storage.remote import StoreError
@@ -28,8 +28,8 @@ READ, READERS = 200, 16
 SAMPLES = 8  # finished cells of one sort that are looked at
 ALIKE = 10.0  # sizes of cells, by the cost model, within which one's seconds say something of another's
 NEIGHBOURS = 3
-FOLLOWS = "stale: an input is"
-SAID = ("damaged", FAILED, "interrupted")  # how states begin that say why a cell is to run
+OTHER_KEY = "the store has it under another key"
+FOLLOWS = State(Kind.STALE, "an input is")
 Manifest = dict[str, Any]
 
 
@@ -58,21 +58,21 @@ class Expected:
     device: str = ""
 
 
-def stale(plan: Plan, state: Mapping[str, str], store: Store) -> tuple[dict[str, str], dict[str, Manifest]]:
-    """key -> why, of the missing cells that the store has under the same name with another key; and the manifests that
+def stale(plan: Plan, state: Mapping[str, State], store: Store) -> tuple[dict[str, State], dict[str, Manifest]]:
+    """key -> state of the missing cells that the store has under the same name with another key; and the manifests that
     were read for it. Raises StoreError."""
     folders = {k: n.ref.folder for k, n in plan.nodes.items()}
     others = _others(set(folders.values()), store)
-    missing = [k for k in plan.nodes if state[k] != "done" and not state[k].startswith(SAID)]
+    missing = [k for k in plan.nodes if state[k].kind in (Kind.NEEDS, Kind.NEVER)]
     named = {k: others.get((plan.nodes[k].cell.kind, split(folders[k])[0]), []) for k in missing}
     found = [k for k in missing if named[k]]
     first = [k for k in found if not any(named.get(i) for i in plan.nodes[k].inputs)]
     read = _read(store, {k: f"{plan.nodes[k].cell.kind}/{named[k][-1]}" for k in first[:READ]})
-    why = {k: f"stale: {differences(plan.nodes[k], read[k])}" for k in read}
+    why = {k: State(Kind.STALE, differences(plan.nodes[k], read[k])) for k in read}
     for k in found:
         if k not in why:
             inputs = any(i in why for i in plan.nodes[k].inputs)
-            why[k] = FOLLOWS if inputs else "stale: the store has it under another key"
+            why[k] = FOLLOWS if inputs else State(Kind.STALE, OTHER_KEY)
     return why, read
 
 
@@ -98,7 +98,7 @@ def differences(node: Node, manifest: Manifest, most: int = 3) -> str:
         names = [n for n in node.cell.INPUTS if getattr(node.cell, n) is not None]
         differ = [n for n, a, b in zip(names, node.inputs, manifest["inputs"], strict=False) if a != b]
         said.append(f"its {' and '.join(differ) or 'inputs'} was made by another VERSION")
-    return "; ".join(said) or "the store has it under another key"
+    return "; ".join(said) or OTHER_KEY
 
 
 def _short(value: Any) -> str:
@@ -131,13 +131,13 @@ def sort(node: Node) -> tuple[str, ...]:
     return cell.kind, cell.method.method, model.name, model.revision, model.dtype
 
 
-def measured(plan: Plan, todo: Collection[str], state: Mapping[str, str], store: Store, costs: Mapping[str, Cost],
+def measured(plan: Plan, todo: Collection[str], state: Mapping[str, State], store: Store, costs: Mapping[str, Cost],
              read: Mapping[str, Manifest], batch: int) -> Samples:  # fmt: skip
     """What finished cells took, by sort, of the sorts that are to run. read: manifests of cells' stale relatives."""
     wanted = {sort(plan.nodes[k]) for k in todo}
     done: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for k, node in plan.nodes.items():
-        if state[k] == "done" and sort(node) in wanted:
+        if state[k].done and sort(node) in wanted:
             done[sort(node)].append(k)
     few = [k for keys in done.values() for k in keys[:: math.ceil(len(keys) / SAMPLES)]][:READ]
     own = _read(store, {k: plan.nodes[k].ref.path for k in few})

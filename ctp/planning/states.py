@@ -1,7 +1,8 @@
-"""What is done of a plan, why the rest is not, and how a run of it ended."""
+"""The state of each cell of a plan: done, or why not; and how a run of the plan ended."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from ctp.cells.labels import slug
 from ctp.planning.graph import Plan
@@ -22,28 +23,69 @@ class Outcome:
     stopped_by: int = 0
 
 
-FAILED = "failed last time"  # how the state of such a cell begins
+class Kind(StrEnum):
+    DONE = "done"
+    DAMAGED = "damaged"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+    NEEDS = "needs"
+    NEVER = "never"
+    STALE = "stale"
+    RUNNING = "running"
 
 
-def states(plan: Plan, store: Store) -> dict[str, str]:
-    """key -> "done", or why the cell is not done: damaged, failed, interrupted, an input is missing, never ran."""
+_SENTENCES = {
+    Kind.DONE: "done",
+    Kind.DAMAGED: "damaged: {}",
+    Kind.FAILED: "failed last time: {}",
+    Kind.INTERRUPTED: "interrupted at step {}",
+    Kind.NEEDS: "needs {}",
+    Kind.NEVER: "never ran",
+    Kind.STALE: "stale: {}",
+    Kind.RUNNING: "running on {}",
+}
+
+
+@dataclass(frozen=True)
+class State:
+    """Whether a cell is done, and why not. `str` of it is a sentence.
+
+    detail: the damage, error, step, missing input, change of settings, or machine.
+    """
+
+    kind: Kind
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return _SENTENCES[self.kind].format(self.detail)
+
+    @property
+    def done(self) -> bool:
+        return self.kind is Kind.DONE
+
+
+DONE, NEVER = State(Kind.DONE), State(Kind.NEVER)
+
+
+def states(plan: Plan, store: Store) -> dict[str, State]:
+    """key -> the cell's state as the store has it; never STALE or RUNNING."""
     done, damaged = store.look(plan.refs())
     failed, started = store.failures.all(), store.states.started()
-    out: dict[str, str] = {}
+    out: dict[str, State] = {}
     for k, node in plan.nodes.items():
         missing = [i for i in node.inputs if i not in done]
         if k in done:
-            out[k] = "done"
+            out[k] = DONE
         elif k in damaged:
-            out[k] = f"damaged: {damaged[k]}"
+            out[k] = State(Kind.DAMAGED, damaged[k])
         elif k in failed:
-            out[k] = f"{FAILED}: {failed[k]}"
+            out[k] = State(Kind.FAILED, failed[k])
         elif (step := started.get(node.ref.folder)) is not None:
-            out[k] = f"interrupted at step {step}"
+            out[k] = State(Kind.INTERRUPTED, str(step))
         elif missing:
-            out[k] = f"needs {slug(plan.nodes[missing[0]].cell)}"
+            out[k] = State(Kind.NEEDS, slug(plan.nodes[missing[0]].cell))
         else:
-            out[k] = "never ran"
+            out[k] = NEVER
     return out
 
 
@@ -59,14 +101,16 @@ def runnable(plan: Plan, todo: set[str], done: set[str]) -> Mapping[str, str]:
     return blocked
 
 
-def again(plan: Plan, state: Mapping[str, str]) -> set[str]:
-    """The cells that failed last time, and those they held up that can run once they are done; no others.
+def undone(state: Mapping[str, State]) -> set[str]:
+    """The keys of cells that are not done."""
+    return {k for k, s in state.items() if not s.done}
 
-    state: as `states` gives it.
-    """
+
+def again(plan: Plan, state: Mapping[str, State]) -> set[str]:
+    """The cells that failed last time, and those they held up that can run once they are done; no others."""
     chosen: set[str] = set()
     for k, node in plan.nodes.items():
-        held_up = state[k] != "done" and chosen.intersection(node.inputs)
-        if state[k].startswith(FAILED) or (held_up and all(state[i] == "done" or i in chosen for i in node.inputs)):
+        held_up = not state[k].done and chosen.intersection(node.inputs)
+        if state[k].kind is Kind.FAILED or (held_up and all(state[i].done or i in chosen for i in node.inputs)):
             chosen.add(k)
     return chosen

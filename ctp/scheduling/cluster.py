@@ -1,5 +1,5 @@
-"""The Ray cluster that a grid runs on: this machine's own, which listens on loopback alone, or one at an address, which
-asks for a token. Beside `ctp.scheduling.tune` nothing else knows Ray.
+"""The Ray cluster that a grid runs on: one on this machine, which listens on loopback alone, or one at an address,
+which asks for a token. Only this module and `ctp.scheduling.tune` import Ray.
 """
 
 import contextlib
@@ -23,16 +23,15 @@ import yaml
 from ray._private import ray_constants, services, worker
 from ray._raylet import Config  # type: ignore[attr-defined]
 
+from ctp.common.exit_codes import Exit
 from ctp.machine import signals
 from ctp.planning.resources import Fleet, fleet
 
 TOKEN = Path("~/.ray/auth_token")
 CONFIG = Path("~/ray_bootstrap_config.yaml")  # where `ray up` puts the cluster's configuration on the head
-HEARD_SECONDS = 10.0  # until it is said again that Ray died
+HEARD_SECONDS = 10.0  # until the death of a process of Ray's is signalled again
 NEEDED = {"raylet": "raylet", "gcs_server": "GCS"}  # of Ray's processes: what they are called
-WORKERS_SECONDS = 600.0  # machines of one's own premises are all started by `ray up`, one ssh session each
-
-
+WORKERS_SECONDS = 600.0  # `ray up` starts local machines one by one, by ssh
 INSECURE = (
     "the Ray cluster at {} takes work from anyone who can reach it: it asks for no token. `ray get-auth-token "
     "--generate` makes one; copy ~/.ray/auth_token to every node and start them with RAY_AUTH_MODE=token "
@@ -51,78 +50,78 @@ except AuthenticationError:
 
 
 class ResourceError(Exception):
-    """There is no cluster at the address, it lets anyone in, or a cell asks for more than any machine in it has."""
+    """No cluster is at the address, it lets anyone in, or a cell needs more than any of its machines has."""
 
 
 @contextmanager
 def join(address: str | None, insecure: bool = False, last: Callable[[], object] = lambda: None) -> Iterator[Fleet]:
-    """The cluster at `address`, or one of this machine's own; yields its machines.
+    """The cluster at `address`, or a new one on this machine; yields its machines. Nested calls join the same one.
 
-    insecure: the cluster need not ask for a token. last: see `watched`. Inside itself: the one that is joined. Raises
-    ResourceError.
+    insecure: the cluster need not ask for a token. last: as in `watched`. Raises ResourceError.
     """
+    find = machines if address else local_machine
     if ray.is_initialized():
-        yield machines() if address else fleet(_alive())
+        yield find()
         return
     for name in ("ray", "ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        with signals.terminable():  # and again afterwards: Ray puts a handler of its own in its place
+        with signals.terminable():  # Ray installs its own handler; this restores ours
             _connect(address, insecure)
     except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as e:
         raise ResourceError(f"no Ray cluster at {address or 'this machine'}: {type(e).__name__}: {e}") from e
     lost = False
     try:
         with contextlib.nullcontext() if address else watched(last=last):
-            yield machines() if address else fleet(_alive())
+            yield find()
     except signals.RayLost:
-        lost = True
+        lost = True  # shutting down would wait for dead processes; the others end with this one
         raise
     finally:
-        if not lost:  # else that would wait for who is dead; what is left of Ray here ends with this process
+        if not lost:
             ray.shutdown()
 
 
 @contextmanager
 def watched(every: float = 0.5, last: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """RayLost in the main thread once one of this machine's Ray processes dies that a run cannot do without. By itself
-    Ray would wait for a minute, and then end the driver without a word.
+    """Raises RayLost in the main thread once one of this machine's Ray processes dies that a run needs. By itself Ray
+    would wait for a minute, and then end the driver without a message.
 
-    every: seconds between two looks. last: called from another thread before the process ends, where the main one is
-    stuck in a call to the dead.
+    every: seconds between two checks. last: called from another thread before the process ends, where the main thread
+    hangs in a call to the dead process.
     """
-    over, said = threading.Event(), ""
+    over, message = threading.Event(), ""
 
     def hear(number: int, frame: FrameType | None) -> None:
         if not over.is_set():
-            raise signals.RayLost(said)
+            raise signals.RayLost(message)
 
-    def look() -> None:
-        nonlocal said
-        while not (said := _dead()):
+    def check() -> None:
+        nonlocal message
+        while not (message := _dead()):
             if over.wait(every):
                 return
-        for _ in range(3):  # somebody may have caught it; not at once again, while the main thread cleans up
-            # To the main thread itself: one that another thread takes late would find no handler, and end the process.
+        for _ in range(3):  # it may have been caught by someone; later, as the main thread may be cleaning up
+            # To the main thread itself: taken late by another thread, it would find no handler and end the process.
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
             if over.wait(HEARD_SECONDS):
                 return
-        os.write(2, f"error: {said}\n".encode())
+        os.write(2, f"error: {message}\n".encode())
         with contextlib.suppress(Exception):
             last()
-        os._exit(signals.LOST)
+        os._exit(Exit.RAY_LOST)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGUSR2, hear)
-    thread = threading.Thread(target=look, name="ray-watch", daemon=True)
+    thread = threading.Thread(target=check, name="ray-watch", daemon=True)
     try:
         thread.start()  # in here: the first signal may come before this returns
         yield
     except BaseException as e:  # from within Ray's compiled code it comes as a SystemError
-        if said:
-            raise signals.RayLost(said) from e
+        if message:
+            raise signals.RayLost(message) from e
         raise
     finally:
         over.set()
@@ -131,7 +130,7 @@ def watched(every: float = 0.5, last: Callable[[], object] = lambda: None) -> It
 
 
 def _dead() -> str:
-    """What to say of a process of Ray's own that has died; empty while all live."""
+    """Which needed process of Ray's has died, and how; empty while all live."""
     node = worker._global_node
     for name, what in NEEDED.items():
         for info in node.all_processes.get(name, ()) if node else ():
@@ -144,7 +143,7 @@ def _dead() -> str:
 
 def _connect(address: str | None, insecure: bool) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
-    worker.print_to_stdstream = _untold
+    worker.print_to_stdstream = lambda *_, **__: None  # raylets' reports would be printed between a grid's lines
     if address:
         _knock(address)
         authenticate(address, insecure)
@@ -154,13 +153,8 @@ def _connect(address: str | None, insecure: bool) -> None:
             ray.init(address="local", include_dashboard=False, object_store_memory=256 * 2**20, **quiet)
 
 
-def _untold(*_: Any, **__: Any) -> None:
-    """In place of what prints a raylet's reports between the lines of a grid, whatever log_to_driver says: a worker's
-    death is told with the cell that it was at."""
-
-
 def _knock(address: str) -> None:
-    """Ray itself tries a dead address for minutes. Raises OSError where nobody listens."""
+    """Raises OSError where nobody listens: Ray itself would try for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
@@ -168,8 +162,7 @@ def _knock(address: str) -> None:
 
 @contextmanager
 def _loopback() -> Iterator[None]:
-    """Ray's processes that start meanwhile bind 127.0.0.1, as they do on macOS and Windows; on Linux they bind every
-    interface, and `_node_ip_address` of 127.0.0.1 is replaced."""
+    """Inside, Ray's new processes bind 127.0.0.1 alone. On Linux they would bind every interface."""
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
@@ -179,7 +172,7 @@ def _loopback() -> Iterator[None]:
 
 
 def _show_token() -> None:
-    """Have Ray show the token that this machine has: by itself it shows it to clusters that it starts only."""
+    """Have Ray show this machine's token: by itself it shows it only to clusters that it starts."""
     if _has_token() and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         Config.initialize("")  # Ray read its environment when it was imported
@@ -192,11 +185,11 @@ def _has_token() -> bool:
 
 
 def authenticate(address: str, insecure: bool) -> None:
-    """Show the cluster this machine's token if it asks for one. Shown to one that does not, it makes this process
-    refuse the calls of the cluster's machines, and every trial dies.
+    """Show the cluster this machine's token if it asks for one (otherwise this process would refuse the calls of the
+    cluster's machines). Of ray://… only whether a token is shown can be known here.
 
-    insecure: the cluster need not ask. Else raises ResourceError where one that other machines can reach takes work
-    without a token, or there is none here. Of ray://… only whether a token is shown can be known here.
+    Raises ResourceError where, unless `insecure`, a cluster that other machines can reach asks for no token, or there
+    is none here.
     """
     if address.startswith("ray://"):
         place = address.removeprefix("ray://")
@@ -227,7 +220,7 @@ def _is_loopback(place: str) -> bool:
 
 
 def _asks(place: str) -> bool:
-    """Does the cluster refuse one who shows no token? Raises OSError where it does not answer."""
+    """Does the cluster refuse callers without a token? Raises OSError where it does not answer."""
     env = {n: v for n, v in os.environ.items() if not n.startswith("RAY_AUTH")} | {"RAY_AUTH_MODE": "disabled"}
     command = [sys.executable, "-c", ASK, place]
     asked = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
@@ -237,9 +230,8 @@ def _asks(place: str) -> bool:
 
 
 def machines() -> Fleet:
-    """The machines of the joined cluster, those included that its autoscaler may start.
-
-    Where none that is there or known runs trials, but some are on their way, waits for the first.
+    """The machines of the joined cluster, with those that its autoscaler may start. Waits for the first worker where
+    none runs trials yet.
     """
     config, end = _config(), time.monotonic() + WORKERS_SECONDS
     found = fleet(_alive(), config)
@@ -252,12 +244,16 @@ def machines() -> Fleet:
     return found
 
 
+def local_machine() -> Fleet:
+    return fleet(_alive())
+
+
 def _alive() -> list[dict[str, float]]:
     return [n["Resources"] for n in ray.nodes() if n["Alive"]]
 
 
 def overview() -> dict[str, Any]:
-    """machines, cpus, gpus of the joined cluster as it is now; ray: its page, where there is one."""
+    """The joined cluster as it is now, as fields of `ctp.storage.drivers.Driver`."""
     there = _alive()
     page = worker.get_dashboard_url()
     total = {name: sum(m.get(resource, 0) for m in there) for name, resource in (("cpus", "CPU"), ("gpus", "GPU"))}

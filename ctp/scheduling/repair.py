@@ -1,4 +1,4 @@
-"""What a run does about damaged artifacts: the store has moved them aside, and their cells run again."""
+"""Damaged artifacts during a run: the store moves them aside, and their cells run again."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -9,12 +9,12 @@ from ctp.planning.states import Outcome
 from ctp.storage.manifest import Damaged
 from ctp.storage.store import Store
 
-ROUNDS = 5  # a disk that damages whatever it is given is no reason to go on for ever
+ROUNDS = 5  # a broken disk must not make a run go on forever
 T = TypeVar("T")
 
 
 def past_damage(store: Store, call: Callable[[], T]) -> T:
-    """What `call` returns. It is called again after each damaged artifact that it met and the store moved aside."""
+    """What `call` returns; it is called again after each damaged artifact that the store moved aside meanwhile."""
     while True:
         known = len(store.damaged)
         try:
@@ -26,8 +26,8 @@ def past_damage(store: Store, call: Callable[[], T]) -> T:
 
 def complete(plan: Plan, todo: set[str], done: set[str], store: Store, run: Callable[[set[str], set[str]], Outcome],
              on_again: Callable[[set[str]], None] = lambda cells: None) -> Outcome:  # fmt: skip
-    """The outcome of run(todo, done), and of running again what was done before but is not any more, with the cells
-    that failed or were skipped for want of it. on_again hears which cells these are."""
+    """The outcome of run(todo, done), and of running again what is not done any more, with the cells that failed or
+    were skipped without it. on_again: called with these cells."""
     outcome = run(todo, done)
     for _ in range(ROUNDS):
         if outcome.unfinished or outcome.stopped_by or not outcome.failed:

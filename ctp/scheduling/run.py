@@ -1,6 +1,5 @@
-"""Runs the missing cells of a plan: MLflow, the display, the heartbeat and Ray Tune around one walk over the graph."""
+"""Runs the missing cells of a plan: MLflow, the display, the driver's record and Ray Tune around one walk."""
 
-import argparse
 import contextlib
 import math
 import os
@@ -8,17 +7,20 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ctp.cells.events import Event
 from ctp.cells.runtime import Runtime
-from ctp.common.messages import one_line
+from ctp.common.exit_codes import Exit, fail, stopped
 from ctp.common.redact import scrub
 from ctp.console import heartbeat, summary
 from ctp.console.board import Board
-from ctp.machine import signals
+from ctp.console.progress import Printer
 from ctp.planning.graph import Plan
-from ctp.planning.resources import Resources, gpu_memory
+from ctp.planning.states import Outcome
+from ctp.scheduling.options import Options
 from ctp.scheduling.repair import complete, past_damage
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store
@@ -26,90 +28,89 @@ from ctp.tracking.entries import TrackError
 
 if TYPE_CHECKING:
     from ctp.tracking.tracker import Tracker
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from ctp.console.progress import Printer
-
-OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
-LOST = signals.LOST
-GOES_ON = "running the same command again goes on from here"
 
 
-def run(plan: Plan, todo: set[str], state: dict[str, str], store: Store, tracker: "Tracker", runtime: Runtime,
-        args: argparse.Namespace) -> int:  # fmt: skip
-    """Run the missing cells, follow them, sum up."""
-    from ctp.scheduling import (
-        cluster,
-        tune,  # Ray takes seconds to import: only where there is something to run
-    )
+def run(plan: Plan, todo: set[str], done: set[str], store: Store, tracker: "Tracker", runtime: Runtime,
+        options: Options) -> Exit:  # fmt: skip
+    """Run the cells in `todo`, follow them, sum up."""
+    from ctp.scheduling.cluster import ResourceError  # Ray takes seconds to import: only where there is work
 
     tracker.begin(shlex.join(["python", "-m", "ctp.grid", *sys.argv[1:]]), len(todo))
-    board = Board(plan, len(todo))
-    about: dict[str, Any] = {"mlflow": tracker.uri, "command": shlex.join(sys.argv[1:])}
-    begun, looked = time.monotonic(), -math.inf
-
-    def on_event(event: dict[str, Any]) -> None:
-        nonlocal looked
-        if time.monotonic() - looked >= heartbeat.SECONDS:
-            looked = time.monotonic()
-            with contextlib.suppress(Exception):  # it is for people to look at: no reason to stop
-                about.update(cluster.overview())
-        if event["event"] == "notice":  # about the machine, and not about how far a cell is
-            teller.announce(event["text"])
-            return
-        teller.tell(event)
-        tracker.tell(event)
-
-    done = {k for k, why in state.items() if why == "done"}
+    begun = time.monotonic()
     try:
-        with (telling(board, about) as teller, heartbeat.beating(store, board, about),
-              cluster.join(args.address, args.insecure_ray, lambda: tracker.close("KILLED"))):  # fmt: skip
-            outcome = complete(plan, todo, done, store, lambda todo, done: tune.run(
-                plan, todo, done, store=store.uri, runtime=runtime, address=args.address, fail_fast=args.fail_fast,
-                resources=Resources(args.cpus, gpu_memory(args.gpu_memory)), on_event=on_event,
-                insecure=args.insecure_ray,
-            ), board.expect)  # fmt: skip
+        outcome = _execute(plan, todo, done, store, tracker, runtime, options)
     except BaseException as e:
+        refused = isinstance(e, ResourceError)
         with contextlib.suppress(StoreError, TrackError):
-            tracker.close("FAILED" if isinstance(e, cluster.ResourceError) else "KILLED")
-        if isinstance(e, cluster.ResourceError):
-            return _fail(USAGE, str(e))
+            tracker.close("FAILED" if refused else "KILLED")
+        if refused:
+            return fail(Exit.USAGE, str(e))
         raise
-    interrupted = bool(outcome.unfinished) and bool(outcome.stopped_by or not (args.fail_fast and outcome.failed))
     summary.summarise(plan, outcome, time.monotonic() - begun, store)
     print(f"Store: {scrub(store.uri)}  MLflow: {scrub(tracker.uri)}", flush=True)
-    how = "KILLED" if interrupted else "FAILED" if outcome.failed or outcome.skipped else "FINISHED"
-    lost = len(store.damaged)
-    past_damage(store, lambda: tracker.close(how))
+    return _close(outcome, store, tracker, options)
+
+
+def _execute(plan: Plan, todo: set[str], done: set[str], store: Store, tracker: "Tracker", runtime: Runtime,
+             options: Options) -> Outcome:  # fmt: skip
+    """The outcome of the cells, whose events go to the display, the driver's record and MLflow meanwhile."""
+    from ctp.scheduling import cluster, tune
+
+    board = Board(plan, len(todo))
+    about: dict[str, Any] = {"mlflow": tracker.uri, "command": shlex.join(sys.argv[1:])}
+    look_at_cluster = _every(heartbeat.SECONDS, lambda: about.update(cluster.overview()))
+
+    def on_event(event: Event) -> None:
+        look_at_cluster()
+        display.show(event)
+        tracker.tell(event)
+
+    with (displayed(board, about) as display, heartbeat.beating(store, board, about),
+          cluster.join(options.address, options.insecure, lambda: tracker.close("KILLED"))):  # fmt: skip
+        return complete(plan, todo, done, store, lambda todo, done: tune.run(
+            plan, todo, done, store=store.uri, runtime=runtime, options=options, on_event=on_event,
+        ), board.expect)  # fmt: skip
+
+
+def _every(seconds: float, call: Callable[[], object]) -> Callable[[], None]:
+    """Calls `call` when it is called itself, at most once in `seconds`; errors are ignored."""
+    last = -math.inf
+
+    def sometimes() -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            with contextlib.suppress(Exception):
+                call()
+
+    return sometimes
+
+
+def _close(outcome: Outcome, store: Store, tracker: "Tracker", options: Options) -> Exit:
+    """Write to MLflow what it lacks, and say what was found damaged meanwhile."""
+    bad = bool(outcome.failed or outcome.skipped)
+    stopped_itself = not outcome.stopped_by and options.fail_fast and outcome.failed
+    interrupted = bool(outcome.unfinished) and not stopped_itself
+    known = len(store.damaged)
+    past_damage(store, lambda: tracker.close("KILLED" if interrupted else "FAILED" if bad else "FINISHED"))
     summary.tell_tracking(tracker)
-    for line in store.damaged[lost:]:
+    damaged = store.damaged[known:]
+    for line in damaged:
         print(line, flush=True)
     if tracker.trouble:
         print(f"MLflow was away for a while ({tracker.trouble}); what it missed has been written now.")
     if interrupted:
-        return _stopped(TERMINATED if outcome.stopped_by == signal.SIGTERM else INTERRUPTED)
-    return FAILED if outcome.failed or outcome.skipped or outcome.unfinished or store.damaged[lost:] else OK
-
-
-def _fail(code: int, *lines: str) -> int:
-    for line in lines:
-        print(f"error: {one_line(scrub(line))}", file=sys.stderr)
-    return code
-
-
-def _stopped(code: int) -> int:
-    print(f"{'interrupted' if code == INTERRUPTED else 'terminated'}; {GOES_ON}", file=sys.stderr)
-    return code
+        return stopped(Exit.TERMINATED if outcome.stopped_by == signal.SIGTERM else Exit.INTERRUPTED)
+    return Exit.FAILED if bad or outcome.unfinished or damaged else Exit.OK
 
 
 @contextmanager
-def telling(board: Board, about: Mapping[str, Any]) -> Iterator["Printer"]:
-    """What tells the board, and people, of events: a live view on a terminal, else a line each."""
+def displayed(board: Board, about: Mapping[str, Any]) -> Iterator[Printer]:
+    """What shows events to people and the board: a live view on a terminal, else a line each."""
     if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
         yield Printer(board)
         return
-    from ctp.console.live import watching  # rich: only where somebody looks on
+    from ctp.console.live import watching  # rich: only on a terminal
 
     with watching(board, about) as live:
         yield live

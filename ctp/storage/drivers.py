@@ -1,43 +1,85 @@
 """The drivers (running grids) that a store knows of, by the records that they keep in it."""
 
-import json
 import time
-from typing import Any
+from typing import Literal
+
+from pydantic import BaseModel
 
 from ctp.machine.process import BEAT, DEAD_SECONDS, OWNER, is_alive, signs
 from ctp.storage.store import Store
 
 RUNNING = "running"
-SILENT = 60.0  # seconds without a sign, after which a driver is said to be silent
+SILENT_SECONDS = 60.0  # without a sign, after which a driver is silent
 
 
-def is_left(record: dict[str, Any]) -> bool:
-    """Did a driver leave this that is dead, or was not heard of for longer than a driver can be?"""
-    return record["state"] == "dead" or record["silence"] > DEAD_SECONDS
+class CellAtWork(BaseModel):
+    """A running cell. seconds: since it started; left: until its last step; the others as in cells.events.Progress."""
+
+    key: str
+    kind: str
+    name: str
+    seconds: float
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    best_val_loss: float | None = None
+    tokens_per_s: float | None = None
+    at_once: int | None = None
+    left: float | None = None
 
 
-def records(store: Store, grid: str | None) -> list[dict[str, Any]]:
-    """What the drivers of a grid (None: of all) said last, the latest first; `silence`: seconds since then; `state`:
-    "alive", "silent" (no sign for long, its machine may be gone) or "dead" (its process is known to be no more).
+class Driver(BaseModel):
+    """A driver's record. signs: of its process; total, done, failed, skipped: cells; began: seconds since 1970.
 
-    Raises StoreError where the store does not answer.
+    machines, cpus, gpus: of its cluster, once known. path, silence (seconds since its last sign), state: as read.
+    """
+
+    grid: str
+    machine: str
+    pid: int
+    signs: dict[str, str]
+    total: int
+    done: int
+    failed: int
+    skipped: int
+    began: float
+    cells: list[CellAtWork]
+    command: str = ""
+    mlflow: str = ""
+    ray: str = ""
+    machines: int | None = None
+    cpus: float | None = None
+    gpus: float | None = None
+    path: str = ""
+    silence: float = 0.0
+    state: Literal["alive", "silent", "dead"] = "alive"
+
+    @property
+    def is_left(self) -> bool:
+        """Is its driver dead, or has it been silent for longer than a running one can be?"""
+        return self.state == "dead" or self.silence > DEAD_SECONDS
+
+
+def records(store: Store, grid: str | None) -> list[Driver]:
+    """The drivers of a grid (None: of all), the last sign first. state: "silent" after SILENT_SECONDS (its machine may
+    be gone), "dead" where its process is known to have ended. Raises StoreError where the store does not answer.
     """
     found = []
     for path in store.folders.glob(RUNNING, "*.json"):
         try:
-            record = json.loads(store.folders.read(path) or b"")
-            if grid not in (None, record["grid"]):
+            driver = Driver.model_validate_json(store.folders.read(path) or b"")
+            if grid not in (None, driver.grid):
                 continue
-            silence = max(0.0, time.time() - float(record["signs"][BEAT]))
-            state = _state(record["signs"], silence)
-        except (ValueError, KeyError, TypeError):
+            silence = max(0.0, time.time() - float(driver.signs[BEAT]))
+            state = _state(driver.signs, silence)
+        except (ValueError, KeyError):
             continue  # cut off while it was written, or of another version
-        found.append({**record, "path": path, "silence": silence, "state": state})
-    return sorted(found, key=lambda r: r["silence"])
+        found.append(driver.model_copy(update={"path": path, "silence": silence, "state": state}))
+    return sorted(found, key=lambda d: d.silence)
 
 
-def _state(told: dict[str, str], silence: float) -> str:
-    here = told[OWNER].partition(" ")[0] == signs()[OWNER].partition(" ")[0]
-    if here and not is_alive(told, 0.0):
+def _state(driver: dict[str, str], silence: float) -> str:
+    here = driver[OWNER].partition(" ")[0] == signs()[OWNER].partition(" ")[0]
+    if here and not is_alive(driver, 0.0):
         return "dead"
-    return "silent" if silence > SILENT else "alive"
+    return "silent" if silence > SILENT_SECONDS else "alive"

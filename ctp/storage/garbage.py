@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ctp.storage.catalog import OURS, Artifact, artifacts
-from ctp.storage.drivers import RUNNING, is_left, records
+from ctp.storage.drivers import RUNNING, records
 from ctp.storage.folders import DAMAGED, DAY, TEMPORARY, File
 from ctp.storage.manifest import PAYLOAD
 from ctp.storage.partial import FAILED, PARTIAL
@@ -71,7 +71,7 @@ def _workspaces(store: Store) -> Iterator[Litter]:
 
 def _records(store: Store) -> Iterator[Litter]:
     """The records of drivers that have ended; one that cannot be read goes when it is a day old."""
-    left = {r["path"].rpartition("/")[2] for r in records(store, None) if is_left(r)}
+    left = {d.path.rpartition("/")[2] for d in records(store, None) if d.is_left}
     for name, file in store.folders.files(RUNNING).items():
         if name in left or time.time() - file.time > DAY:
             yield Litter(f"{RUNNING}/{name}", file.size, "left by a driver that is no more")

@@ -1,12 +1,12 @@
 """What is written of a cell into its MLflow run: as it is learned, when it failed, and all there is once it is done."""
 
 import json
-import time
 from typing import Any
 
 from mlflow.entities import Metric, Param, RunTag
 
 from ctp.cells.cell import Evaluate, Learn
+from ctp.cells.events import Progress
 from ctp.planning.graph import Node, Plan
 from ctp.storage.store import Store
 from ctp.tracking.entries import CURVES, ERROR, PARENT, TOKENS_PER_S, entry, settings, tags
@@ -15,7 +15,6 @@ from ctp.tracking.runs import Known, Runs
 ATTACHED = 4 * 2**20  # bytes of a file that MLflow gets a copy of
 BATCH = 900  # MLflow takes 1,000 metrics a call
 PARAMS = 80  # and 100 params, of 1,000 things in all
-Event = dict[str, Any]
 Point = tuple[str, int, float]  # metric, step, value
 
 
@@ -55,16 +54,17 @@ class CellRuns(Runs):
         known.status = "KILLED"
         self.live.discard(k)
 
-    def progress(self, events: list[Event]) -> None:
-        """Curves of prompts that are being learned, with points as of when they were told."""
+    def progress(self, events: list[Progress]) -> None:
+        """Curves of prompts that are being learned, with points as of when they were reported."""
         metrics: dict[str, list[Metric]] = {}
         for event in events:
-            if not isinstance(self.plan.nodes[event["key"]].cell, Learn):
+            if not isinstance(self.plan.nodes[event.key].cell, Learn):
                 continue
-            at, step = int(1000 * event.get("at", time.time())), int(event["step"])
-            told = {name: event.get(n) for n, name in (*CURVES.items(), ("tokens_per_s", TOKENS_PER_S))}
-            metrics.setdefault(event["key"], []).extend(
-                Metric(name, float(v), at, step) for name, v in told.items() if v is not None
+            numbers, names = event.numbers(), CURVES | {"tokens_per_s": TOKENS_PER_S}
+            metrics.setdefault(event.key, []).extend(
+                Metric(name, float(numbers[n]), int(1000 * event.at), event.step)
+                for n, name in names.items()
+                if n in numbers
             )
         for k, found in metrics.items():
             run = self.run(self.plan.nodes[k])

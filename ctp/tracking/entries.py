@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from ctp.cells.cell import Evaluate, canonical
+from ctp.cells.events import Done, Event, Failed, Skipped
 from ctp.cells.labels import fingerprints, params, slug
 from ctp.common.redact import scrub
 from ctp.machine.process import signs
@@ -172,7 +173,7 @@ def _machine(detail: dict[str, Any]) -> str:
 GRID_FILE, MANIFESTS = "grid.yaml", "manifests.json"
 LARGEST = 64 * 2**20  # bytes of MANIFESTS
 VERSIONS = ("ctp", "torch", "transformers")
-OUTCOMES = ("done", "failed", "skipped")
+OUTCOMES: dict[type, str] = {Done: "done", Failed: "failed", Skipped: "skipped"}
 
 
 class Invocation:
@@ -197,10 +198,10 @@ class Invocation:
         found = versions()
         return {"host": platform.node(), **{n: str(found[n]) for n in VERSIONS if found[n]}}
 
-    def tell(self, event: Mapping[str, object]) -> None:
-        """An event of a cell."""
-        if event["event"] in OUTCOMES:
-            self.ended[str(event["key"])] = str(event["event"])
+    def tell(self, event: Event) -> None:
+        """Count an event of a cell."""
+        if outcome := OUTCOMES.get(type(event)):
+            self.ended[event.key] = outcome
 
     def metrics(self) -> dict[str, float]:
         """grid/cells: that it was to run, of which so many are done, failed and skipped; grid/seconds: since it began.
@@ -208,7 +209,7 @@ class Invocation:
         found: dict[str, float] = {"seconds": time.time() - self.began}
         if self.cells is not None:
             count = Counter(self.ended.values())
-            found |= {"cells": max(self.cells, len(self.ended)), **{n: count[n] for n in OUTCOMES}}
+            found |= {"cells": max(self.cells, len(self.ended)), **{n: count[n] for n in OUTCOMES.values()}}
         return {f"grid/{n}": v for n, v in found.items()}
 
 

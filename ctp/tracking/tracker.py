@@ -9,18 +9,19 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from functools import partial
-from itertools import takewhile
 from typing import TypeVar
 
 from mlflow.entities import Metric
 
 from ctp.cells.cell import Learn
+from ctp.cells.events import Done, Event, Failed, Notice, Progress, Skipped, Started
 from ctp.common.redact import scrub
 from ctp.machine.process import BEAT, BEAT_SECONDS, signs
 from ctp.planning.graph import Plan
 from ctp.storage.store import Store
-from ctp.tracking.cell_runs import BATCH, Event
+from ctp.tracking.cell_runs import BATCH
 from ctp.tracking.entries import MANIFESTS, PARENT, Invocation, TrackError, document
 from ctp.tracking.runs import first_line
 from ctp.tracking.writer import Writer
@@ -61,8 +62,8 @@ class Tracker(Writer):
         """Hand over an event; returns at once."""
         if self.invocation is not None:
             self.invocation.tell(event)
-        if event["event"] != "skipped":  # such a cell has no run
-            self._events.put({"at": time.time(), **event})
+        if not isinstance(event, Skipped | Notice):  # these are not in MLflow
+            self._events.put(event)
 
     def close(self, status: str) -> None:
         """Write what is left, then end the parent run, and cells that were cut off, as FINISHED, FAILED or KILLED."""
@@ -79,10 +80,10 @@ class Tracker(Writer):
     def _rest(self) -> None:
         """What the thread could not write, but for what the store has told since."""
         for event in self._backlog:
-            known = self.runs.known().get(event["key"])
-            failed = event["event"] == "failed" and (known is None or known.status != "FINISHED")
-            if failed or event["event"] == "progress":
-                self._each(event["key"], partial(self._handle, event), ends=failed)
+            known = self.runs.known().get(event.key)
+            failed = isinstance(event, Failed) and (known is None or known.status != "FINISHED")
+            if failed or isinstance(event, Progress):
+                self._each(event.key, partial(self._handle, event), ends=failed)
 
     def _end(self, status: str) -> None:
         for k in self.runs.live & set(self.runs.known()):
@@ -107,12 +108,12 @@ class Tracker(Writer):
             due = self._resume if self._wait else self._beat_at
             try:
                 event = self._events.get(timeout=max(0.0, due - time.monotonic()))
+                if event is None:
+                    return
+                if len(self._backlog) < BACKLOG or not isinstance(event, Progress):
+                    self._backlog.append(event)
             except queue.Empty:
-                event = {}
-            if event is None:
-                return
-            if event and (len(self._backlog) < BACKLOG or event["event"] != "progress"):
-                self._backlog.append(event)
+                pass  # due
             if time.monotonic() >= self._resume:
                 self._write_backlog()
 
@@ -123,10 +124,10 @@ class Tracker(Writer):
                 self._renewed()
                 self._beat()
             while self._backlog:
-                batch = list(takewhile(lambda e: e["event"] == "progress", self._backlog))[: BATCH // 2]
                 event = self._backlog[0]
+                batch = _first_progress(self._backlog, BATCH // 2)
                 write = partial(self.runs.progress, batch) if batch else partial(self._handle, event)
-                self._each(event["key"], write, ends=False)  # the store tells it again at the end
+                self._each(event.key, write, ends=False)  # the store tells it again at the end
                 for _ in range(max(1, len(batch))):
                     self._backlog.popleft()
             self._wait = 0.0
@@ -143,13 +144,23 @@ class Tracker(Writer):
         self._beat_at = time.monotonic() + BEAT_SECONDS
 
     def _handle(self, event: Event) -> None:
-        node = self.plan.nodes[event["key"]]
-        kind = event["event"]
-        if kind == "done":
-            self._finish(node.key)
-        elif kind == "failed":
-            self.runs.fail(node, event["error"], event.get("traceback", ""))
-        elif kind == "start" and isinstance(node.cell, Learn):
-            self.runs.start(node)
-        elif kind == "progress":
-            self.runs.progress([event])
+        node = self.plan.nodes[event.key]
+        match event:
+            case Done():
+                self._finish(node.key)
+            case Failed():
+                self.runs.fail(node, event.error, event.traceback)
+            case Started() if isinstance(node.cell, Learn):
+                self.runs.start(node)
+            case Progress():
+                self.runs.progress([event])
+
+
+def _first_progress(events: Iterable[Event], most: int) -> list[Progress]:
+    """The events of progress before any other event, at most `most`."""
+    found: list[Progress] = []
+    for event in events:
+        if not isinstance(event, Progress) or len(found) == most:
+            break
+        found.append(event)
+    return found

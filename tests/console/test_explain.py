@@ -6,6 +6,7 @@ import re
 import pytest
 
 from ctp.cells.cell import Learn, to_json
+from ctp.cells.events import Progress
 from ctp.cells.labels import slug
 from ctp.console import explain, heartbeat
 from ctp.console.board import Board
@@ -64,8 +65,10 @@ def test_a_missing_and_a_failed_cell(graph, tmp_path):
 def test_a_cell_at_work_says_how_far(graph, tmp_path):
     store = Store(str(tmp_path / "store"))
     node, board = the_learned(graph), Board(graph, 10)
-    board.tell({"event": "progress", "key": node.key, "step": 3, "steps": 9, "loss": 2.0})
-    store.folders.write(f"{store.folders.root}/running/g-0.json", json.dumps(heartbeat._record(board, {})).encode())
+    board.update(Progress(key=node.key, step=3, steps=9, loss=2.0))
+    store.folders.write(
+        f"{store.folders.root}/running/g-0.json", heartbeat.record(board, {}).model_dump_json().encode()
+    )
     said = explain.explain(graph, node.key, store, "sqlite:///none.db")
     assert re.fullmatch(r"running on .*, step 3/9, loss 2\.000", said["state"])
 

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 from support.boards import at_work
 
+from ctp.cells.events import Done, Failed, Started
 from ctp.cells.labels import slug
 from ctp.console import live, progress
 from ctp.console.board import Board
@@ -18,7 +19,7 @@ def frame(board, width, height=24, tell=()):
                       highlight=False)  # fmt: skip
     view = live.View(board, {"mlflow": "sqlite:///results/mlflow.db"}, console)
     for event in tell:
-        view.tell(event)
+        view.show(event)
     console.print(view)
     return console.file.getvalue()
 
@@ -53,7 +54,7 @@ def test_pages_are_named_whole_and_only_where_they_answer(graph, listening):
 def test_more_cells_than_lines(graph):
     board = Board(graph, 10)
     for k in graph.nodes:
-        board.tell({"event": "start", "key": k})
+        board.update(Started(k))
     text = frame(board, 80, height=16)
     assert "and 6 more" in text
     assert len(text.splitlines()) <= 16
@@ -62,8 +63,8 @@ def test_more_cells_than_lines(graph):
 def test_failures_stay_and_done_is_told(graph):
     first, second, *_ = graph.nodes
     text = frame(Board(graph, 10), 120, tell=[
-        {"event": "start", "key": first}, {"event": "done", "key": first},
-        {"event": "failed", "key": second, "error": "ValueError: [bold]no[/bold]\x1b[31m"},
+        Started(first), Done(first),
+        Failed(second, "ValueError: [bold]no[/bold]\x1b[31m"),
     ])  # fmt: skip
     assert f"FAILED compress {slug(graph.nodes[second].cell)}: ValueError: [bold]no[/bold]\\x1b[31m" in text
     assert f"done     compress {slug(graph.nodes[first].cell).removeprefix('tiny-llama_')}" in text
@@ -71,11 +72,11 @@ def test_failures_stay_and_done_is_told(graph):
 
 def test_a_pipe_gets_a_line_an_event(graph, capsys):
     first, second, *_ = graph.nodes
-    with run.telling(Board(graph, 10), {}) as teller:
-        assert type(teller) is progress.Printer
-        teller.tell({"event": "start", "key": first})
-        teller.tell({"event": "done", "key": first})
-        teller.tell({"event": "failed", "key": second, "error": "ValueError: no"})
+    with run.displayed(Board(graph, 10), {}) as display:
+        assert type(display) is progress.Printer
+        display.show(Started(first))
+        display.show(Done(first))
+        display.show(Failed(second, "ValueError: no"))
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(rf"\[ 1/10\] done    compress {re.escape(slug(graph.nodes[first].cell))}  0\.0 s", lines[0])
     assert lines[1].endswith("ValueError: no")

@@ -29,12 +29,12 @@ def wait_for(condition):
 
 
 def test_the_board_knows_pace_and_counts(graph):
-    said = at_work(graph).snapshot()
-    assert (said["total"], said["done"], said["failed"], said["skipped"]) == (10, 1, 1, 0)
-    [cell] = said["cells"]
-    assert cell["name"] == slug(graph.nodes[learned(graph)].cell)
-    assert (cell["step"], cell["steps"], cell["loss"], cell["tokens_per_s"]) == (30, 100, 3.5, 99.0)
-    assert cell["left"] == pytest.approx(70 * 10 / 20, rel=0.05)  # 20 steps in the ten seconds; some ms to tell
+    board = at_work(graph)
+    assert board.counts() == {"total": 10, "done": 1, "failed": 1, "skipped": 0}
+    [cell] = board.cells()
+    assert cell.name == slug(graph.nodes[learned(graph)].cell)
+    assert (cell.step, cell.steps, cell.loss, cell.tokens_per_s) == (30, 100, 3.5, 99.0)
+    assert cell.left == pytest.approx(70 * 10 / 20, rel=0.05)  # 20 steps in the ten seconds; some ms to tell
 
 
 def test_status_of_a_run_from_elsewhere_while_it_lasts(graph, store):
@@ -42,11 +42,11 @@ def test_status_of_a_run_from_elsewhere_while_it_lasts(graph, store):
         wait_for(lambda: drivers.records(store, "g"))
         said = status.status(graph, Store(store.uri))
         text = "\n".join(status.lines(said))
-    assert [d["state"] for d in said["drivers"]] == ["alive"]
-    assert said["kinds"]["learn"] == {"running": 1}
+    assert [d.state for d in said.drivers] == ["alive"]
+    assert said.kinds["learn"] == {"running": 1}
     assert "2 of 10 cells ended; last sign" in text
     assert "step 30/100, loss 3.500, 99 tokens/s, about 35" in text
-    assert "secretpw" not in json.dumps(said)
+    assert "secretpw" not in said.model_dump_json()
     assert not store.folders.glob("running", "*")  # gone with the run
     assert "No run of this grid" in "\n".join(status.lines(status.status(graph, store)))
 
@@ -110,7 +110,7 @@ def test_another_grid_of_this_store_is_not_told_of(graph, store):
     ("elsewhere/x 1 2", 3600, "silent"),
 ])  # fmt: skip
 def test_stale_and_dead_drivers_are_said_to_be(graph, store, owner, ago, state):
-    record = heartbeat._record(Board(graph, 3), {})
+    record = heartbeat.record(Board(graph, 3), {}).model_dump()
     if owner:
         mine = record["signs"]["ctp.owner"].split()[0]
         record["signs"]["ctp.owner"] = f"{mine} 999999999 1" if owner == "dead here" else owner
@@ -119,7 +119,7 @@ def test_stale_and_dead_drivers_are_said_to_be(graph, store, owner, ago, state):
     store.folders.write(path, json.dumps(record).encode())
     store.folders.write(f"{store.folders.root}/running/g-torn.json", b'{"grid": "g"')
     [found] = drivers.records(store, "g")
-    assert found["state"] == state
+    assert found.state == state
     text = "\n".join(status.lines(status.status(graph, store)))
     assert ("STALE" in text, "is gone" in text) == (state != "alive", state == "dead")
     with heartbeat.beating(store, Board(graph, 3), {}):
@@ -148,11 +148,11 @@ def test_failures_and_interruptions_are_told_with_their_files(graph, store):
         lambda f: (f / "x").write_text("x"),
     )
     said = status.status(graph, store)
-    assert [(c["error"], c["file"]) for c in said["failed"]] == [
+    assert [(c["error"], c["file"]) for c in said.failed] == [
         ("ValueError: too few windows", store.failures.uri(ref(cells[1])))
     ]
-    assert [c["state"] for c in said["interrupted"]] == ["interrupted at step 40"]
-    assert said["kinds"]["compress"] == {"waiting": 2, "failed": 1}
+    assert [c["state"] for c in said.interrupted] == ["interrupted at step 40"]
+    assert said.kinds["compress"] == {"waiting": 2, "failed": 1}
 
 
 def test_watching_ends_when_all_is_done(finished, capsys):

@@ -11,7 +11,7 @@ from support.tinygrid import grid
 
 from ctp.cells.cell import Compress, Evaluate, key
 from ctp.console import status
-from ctp.planning.states import states
+from ctp.planning.states import Kind, states
 from ctp.storage import catalog, verify
 from ctp.storage.catalog import entries
 from ctp.storage.ref import identity, ref
@@ -79,7 +79,7 @@ def test_whoever_asks_gets_the_same_answer(copied, damage):
     for asked in (store, Store(store.uri)):
         assert not asked.has(ref(cell))
         assert asked.done(map(ref, copied.cells)) == set(copied.plan.nodes) - {key(cell)}
-        assert states(copied.plan, asked)[key(cell)].startswith("damaged: ")
+        assert states(copied.plan, asked)[key(cell)].kind is Kind.DAMAGED
         assert status.status(copied.plan, asked)["done"] == len(copied.cells) - 1
     found = catalog.artifacts(store)
     assert [a.folder for a in found if not a.done] == [folder.name]

@@ -10,6 +10,7 @@ from support.tiny import STORIES
 from support.tinygrid import model_folder
 
 from ctp.cells.cell import Compress, Evaluate, Learn
+from ctp.cells.events import Notice
 from ctp.cells.labels import slug
 from ctp.compression.walk import compress_model
 from ctp.evaluation.perplexity import perplexity
@@ -71,7 +72,7 @@ def test_experts_short_of_calibration_tokens_are_told_and_recorded(tmp_path):
     assert manifest["metrics"]["experts"] == 8
     assert manifest["metrics"]["experts_short_of_tokens"] == len(short) > 0
     assert manifest["metrics"]["expert_tokens_least"] == min(short.values())
-    (text,) = [event["notice"] for event in told if "notice" in event]
+    (text,) = [event.text for event in told if isinstance(event, Notice)]
     assert text.startswith(f"moe gptq-3bit: {len(short)} of 8 experts were routed fewer calibration tokens than")
     assert "\n" not in text
 
@@ -148,8 +149,8 @@ def test_an_interrupted_prompt_goes_on_from_its_last_state(tmp_path, llama_folde
         bench.execute(cell.source)
     whole.execute(cell)
 
-    def die(numbers):
-        if numbers["step"] == 4:
+    def die(progress):
+        if progress.step == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -157,7 +158,7 @@ def test_an_interrupted_prompt_goes_on_from_its_last_state(tmp_path, llama_folde
     assert not cut.store.has(ref(cell))
     assert 3 <= next(iter(cut.store.states.started().values())) <= 4
     steps = []
-    cut.execute(cell, lambda numbers: steps.append(numbers["step"]))
+    cut.execute(cell, lambda progress: steps.append(progress.step))
     assert min(steps) >= 3
     one, two = (load_prompt(b.store.fetch(ref(cell))) for b in (whole, cut))
     assert torch.equal(one, two)

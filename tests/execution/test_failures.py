@@ -32,7 +32,7 @@ from ctp.planning import plugins
 from ctp.planning.states import again, states
 from ctp.scheduling import tune
 from ctp.scheduling import walk as scheduling_walk
-from ctp.scheduling.walk import WORKER_DIED, death, ended_for_memory, own_words
+from ctp.scheduling.walk import WORKER_DIED, death, ended_for_memory, without_commands
 from ctp.storage.ref import ref
 from ctp.storage.store import Store
 
@@ -82,7 +82,7 @@ def test_learning_goes_on_with_smaller_micro_batches(monkeypatch, undisturbed, f
     assert torch.equal(short.embeddings, halves.embeddings)
     # Adam divides by the root of the squared gradient: rounding of 1e-7 in a sum grows to some 1e-5 of a rate of 0.05.
     torch.testing.assert_close(short.embeddings, whole.embeddings, atol=1e-4, rtol=0)
-    assert {t["at_once"] for t in told if t["step"]} == {2}
+    assert {t.at_once for t in told if t.step} == {2}
     assert short.history[-1]["at_once"] == 2
     assert "at_once" not in whole.history[-1]
 
@@ -324,7 +324,7 @@ Top 10 memory users: PID\tMEM(GB)\tCOMMAND
 
 def test_what_ray_says_of_a_death():
     """As Ray 2.60 writes it, shortened."""
-    words = own_words(DEAD)
+    words = without_commands(DEAD)
     assert "secret" not in words
     assert ended_for_memory(words) == 2
     assert "on 192.0.2.2, where 22.53GB of 23.54GB were in use" in death(words)
@@ -338,7 +338,7 @@ def test_a_retry_after_a_death_for_memory_begins_with_less(tmp_path):
         trial_id, config, error_file = "a", {"cells": "[]"}, str(tmp_path / "error.txt")
 
     class Search:
-        last_words: dict = {}  # noqa: RUF012
+        messages: dict = {}  # noqa: RUF012
 
     witness = tune.Witness(Search())
     witness.on_trial_error(None, Trial)  # no file yet: nothing is known
@@ -346,7 +346,7 @@ def test_a_retry_after_a_death_for_memory_begins_with_less(tmp_path):
     Path(Trial.error_file).write_text(DEAD)
     witness.on_trial_error(None, Trial)
     assert Trial.config["halved"] == 2
-    assert Search.last_words == {"a": own_words(DEAD)}
+    assert Search.messages == {"a": without_commands(DEAD)}
 
 
 @pytest.mark.slow

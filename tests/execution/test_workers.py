@@ -8,11 +8,12 @@ from support.tinygrid import grid, write_grid
 
 from ctp import cells
 from ctp.cells.cell import Evaluate, key
+from ctp.cells.events import Done, Failed, Started
 from ctp.cells.runtime import Runtime
 from ctp.planning import gridfile, plan, plugins
 from ctp.planning.pins import Pins
-from ctp.planning.resources import Resources
 from ctp.scheduling import tune
+from ctp.scheduling.options import Options
 from ctp.scheduling.walk import WORKER_DIED
 from ctp.storage.ref import ref
 from ctp.storage.store import Store
@@ -35,8 +36,7 @@ def run(tmp_path, model, measures, monkeypatch, **changes):
     store, events = Store(str(tmp_path / "store")), []
     runtime = Runtime(device="cpu", locations=pins.locations, plugins=dict(graph.grid.plugins))
     outcome = tune.run(
-        graph, set(graph.nodes), set(), store=store.uri, runtime=runtime, resources=Resources(), address=None,
-        fail_fast=False, on_event=events.append,
+        graph, set(graph.nodes), set(), store=store.uri, runtime=runtime, options=Options(), on_event=events.append,
     )  # fmt: skip
     measured = [c for c in graph.cells() if isinstance(c, Evaluate) and key(c) in outcome.done]
     return outcome, events, [store.manifest(ref(c))["metrics"] for c in measured]
@@ -53,8 +53,8 @@ def test_imports_and_models_are_paid_once_a_worker(tmp_path, llama_folder, monke
     assert len(outcome.failed) == 3  # one a target; those that shared its trial are done
     assert len({m["pid"] for m in found}) <= 2  # two cores, two processes
     assert 3 <= sum(m["loaded"] for m in found) <= 6  # three targets, each loaded once a process at most
-    told = [e["event"] for e in events]
-    assert (told.count("start"), told.count("done"), told.count("failed")) == (66, 63, 3)
+    told = [type(e) for e in events]
+    assert (told.count(Started), told.count(Done), told.count(Failed)) == (66, 63, 3)
 
 
 @pytest.mark.slow

@@ -217,8 +217,8 @@ class Stopped(Exception):
 
 
 def test_a_failure_gives_the_model_back_too(make):
-    def stop(numbers):
-        if numbers["step"] == 2:
+    def stop(progress):
+        if progress.step == 2:
             raise Stopped
 
     model, windows = make(), random_windows(3, S)
@@ -309,9 +309,9 @@ def test_the_adapter_fits_the_ordinary_model(make, tmp_path):
     """PEFT's model, ctp's own loading and the model that learned (split, for BLOOM) give the same logits."""
     model, windows, seen = make(), random_windows(3, S), {}
 
-    def look(numbers):
+    def look(progress):
         with torch.no_grad():
-            seen[numbers["step"]] = scored_logits(model, windows)
+            seen[progress.step] = scored_logits(model, windows)
 
     text = random_windows(5, S, seed=2)
     learned = run(model, text, text, alpha=5, report=look)  # alpha / r is not a whole number

@@ -31,13 +31,13 @@ def test_the_best_step_is_kept_and_everything_is_reported():
     assert learned.history[0]["loss"] is None
     again = perplexity(tiny_llama(), random_windows(5, S, seed=2), learned.embeddings)
     assert math.log(again.ppl) == pytest.approx(learned.best_val_loss, rel=1e-6)
-    assert [t["step"] for t in told if "val_loss" in t] == [0, 2, 4, 5]
+    assert [t.step for t in told if t.val_loss is not None] == [0, 2, 4, 5]
     for name in ("loss", "lr"):  # live as in the history: one curve
-        assert [t[name] for t in told if "val_loss" in t] == [h[name] for h in learned.history]
-    assert set(told[-1]) == {
+        assert [getattr(t, name) for t in told if t.val_loss is not None] == [h[name] for h in learned.history]
+    assert set(told[-1].numbers()) == {
         "step", "steps", "loss", "lr", "tokens_per_s", "best_val_loss", "best_step", "val_loss",
     }  # fmt: skip
-    assert told[-1]["tokens_per_s"] > 0
+    assert told[-1].tokens_per_s > 0
     assert learned.seconds > 0
 
 

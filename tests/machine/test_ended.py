@@ -19,6 +19,7 @@ from support.bench import Bench
 from ctp import cells
 from ctp.cells import Compression, Measure, Recovery
 from ctp.cells.cell import Compress, Evaluate, Learn, to_json
+from ctp.cells.events import Failed
 from ctp.execution.worker import do
 from ctp.machine import signals
 from ctp.machine.contained import MethodEnded, contained, crash
@@ -66,9 +67,9 @@ def test_a_method_that_ends_its_process_fails_its_cell(tmp_path, llama_folder, e
     for cell in bench.all(Compress):
         bench.execute(cell)
     event = told(bench, bench.all(Evaluate)[0])
-    assert event["event"] == "failed"
-    assert event["error"].startswith(ENDS[end][1])
-    assert list(bench.store.failures.all().values()) == [event["error"]]
+    assert isinstance(event, Failed)
+    assert event.error.startswith(ENDS[end][1])
+    assert list(bench.store.failures.all().values()) == [event.error]
     assert os._exit is own
 
 
@@ -136,7 +137,7 @@ def test_a_method_that_writes_nothing_is_not_stored(tmp_path, llama_folder):
         (half, "the recovery 'idle' wrote an adapter that cannot be used: "),
     ):
         event = told(bench, cell)
-        assert re.search(line, event["error"]), event
+        assert re.search(line, event.error), event
         assert not bench.store.has(ref(cell))
 
 
@@ -165,7 +166,7 @@ def test_an_adapter_that_no_cell_could_use_is_not_stored(tmp_path, llama_folder)
         (prompt, r"wrote an adapter that cannot be used: its rows have 24 numbers, but the model's embedding has \d+"),
     ):
         event = told(bench, cell)
-        assert re.search(line, event["error"]), event
+        assert re.search(line, event.error), event
         assert not bench.store.has(ref(cell))
 
 

@@ -15,6 +15,7 @@ from ctp.machine.arithmetic import cpu_rates
 from ctp.planning import cost, history, states
 from ctp.planning.graph import longest_path
 from ctp.planning.resources import GIB
+from ctp.planning.states import Kind, State
 from ctp.storage.ref import ref
 from ctp.storage.store import Store
 
@@ -27,7 +28,7 @@ def changed(finished, tmp_path, llama_folder, change):
 
 def reasons(graph, store):
     why, read = history.stale(graph, states.states(graph, store), store)
-    return {graph.nodes[k].cell.kind: w for k, w in reversed(why.items())}, len(why), len(read)
+    return {graph.nodes[k].cell.kind: str(w) for k, w in reversed(why.items())}, len(why), len(read)
 
 
 def test_a_changed_setting_is_named_and_followed(finished, tmp_path, llama_folder):
@@ -36,7 +37,7 @@ def test_a_changed_setting_is_named_and_followed(finished, tmp_path, llama_folde
 
     found, stale, read = reasons(changed(finished, tmp_path, llama_folder, change), finished.store)
     assert found["learn"] == "stale: recovery.steps was 6, is 12; recovery.lr was 0.01, is 0.5"
-    assert found["evaluate"] == history.FOLLOWS
+    assert found["evaluate"] == str(history.FOLLOWS)
     assert (stale, read) == (4, 1)  # only the manifest that can say something was read
 
 
@@ -44,7 +45,7 @@ def test_a_changed_input_is_told_of_once_and_its_setting_named(finished, tmp_pat
     graph = changed(finished, tmp_path, llama_folder, lambda c: c["calibration"].update(seed=7))
     found, stale, read = reasons(graph, finished.store)
     assert found["compress"] == "stale: calibration.seed was 0, is 7"
-    assert found["learn"] == history.FOLLOWS
+    assert found["learn"] == str(history.FOLLOWS)
     assert (stale, read) == (8, 2)  # not the dense model and its own evaluation
 
 
@@ -59,8 +60,8 @@ def test_another_version_is_named(finished, monkeypatch):
 def test_a_damaged_cell_is_damaged_whatever_else_has_its_name(finished, tmp_path, llama_folder):
     graph = changed(finished, tmp_path, llama_folder, lambda c: c["calibration"].update(seed=7))
     state = states.states(graph, finished.store)
-    k = next(k for k, n in graph.nodes.items() if isinstance(n.cell, Compress) and state[k] != "done")
-    why, _ = history.stale(graph, state | {k: "damaged: manifest.json is not JSON"}, finished.store)
+    k = next(k for k, n in graph.nodes.items() if isinstance(n.cell, Compress) and not state[k].done)
+    why, _ = history.stale(graph, state | {k: State(Kind.DAMAGED, "manifest.json is not JSON")}, finished.store)
     assert k not in why
     assert why
 
@@ -72,9 +73,9 @@ def test_nothing_is_stale_in_a_store_that_has_it_all_or_nothing(finished, tmp_pa
 
 def look(graph, store, **changes):
     state = states.states(graph, store)
-    todo = {k for k, why in state.items() if why != "done"}
+    todo = states.undone(state)
     given = {"device": 24 * GIB, "tflops": 100, "batch": 4, "price": 2.5, "pace": cost.gpu_pace(100), "at_once": 0}
-    return preview.look(graph, state, todo, store, **(given | changes))
+    return preview.look(graph, state, todo, store, preview.Assumed(**(given | changes)))
 
 
 def test_time_is_measured_where_the_like_was_and_scaled(finished, tmp_path, llama_folder):

@@ -10,6 +10,7 @@ from support.gridruns import runs
 
 from ctp import track
 from ctp.cells.cell import Evaluate, Learn, key
+from ctp.cells.events import Done, Progress, Started
 from ctp.execution.execute import check_finite
 from ctp.storage.ref import ref
 from ctp.tracking.entries import name_problem, safe
@@ -89,10 +90,10 @@ def test_an_event_that_mlflow_does_not_take_holds_nobody_up(copied, uri, monkeyp
 
     monkeypatch.setattr(MlflowClient, "log_batch", picky)
     tracker.begin("test")
-    tracker.tell({"event": "start", "key": bad})
-    tracker.tell({"event": "progress", "key": bad, "step": 1, "loss": 2.0})
+    tracker.tell(Started(bad))
+    tracker.tell(Progress(key=bad, step=1, steps=9, loss=2.0))
     for k in copied.plan.nodes:
-        tracker.tell({"event": "done", "key": k})
+        tracker.tell(Done(k))
     tracker.close("FINISHED")
     assert not tracker.trouble
     [line] = tracker.refused.values()

@@ -143,7 +143,8 @@ def test_the_command_line_refuses_in_one_line(tmp_path, llama_folder, monkeypatc
     plan = make(tmp_path / "g.yaml", **grid(llama_folder))
     args = cli.parser().parse_args(["g", "--address", "10.9.8.7:6379"])
     store, tracker = Store(str(tmp_path / "store")), Tracker()
-    assert scheduling_run.run(plan, set(plan.nodes), {}, store, tracker, Runtime(device="cpu"), args) == 2
+    assert scheduling_run.run(plan, set(plan.nodes), set(), store, tracker, Runtime(device="cpu"),
+                              cli.options(args)) == 2  # fmt: skip
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: the Ray cluster at 10.9.8.7:6379 takes work from anyone who can reach it")
     assert tracker.ended == "FAILED"

@@ -8,11 +8,12 @@ from support.plans import make
 from support.tinygrid import grid
 
 from ctp.cells.cell import Compress, Evaluate, Learn
+from ctp.cells.events import Done, Drained, Failed, Skipped, Started
 from ctp.cells.labels import slug
 from ctp.planning import cost
 from ctp.planning.resources import BUSY, GIB, Resources, bundles
 from ctp.scheduling.tune import GraphSearch
-from ctp.scheduling.walk import expected
+from ctp.scheduling.walk import Settings, expected
 
 
 class Walk:
@@ -22,7 +23,8 @@ class Walk:
         self.plan, self.events, self.count = plan, [], 0
         bundles = {k: {"CPU": 1} for k in plan.nodes}
         todo = set(plan.nodes) - set(done) if todo is None else todo
-        self.search = GraphSearch(plan, todo, set(done), slots, bundles, self.events.append, fail_fast, **how)
+        settings = Settings(slots, bundles, fail_fast=fail_fast, **how)
+        self.search = GraphSearch(plan, todo, set(done), settings, self.events.append)
 
     def ask(self):
         self.count += 1
@@ -31,9 +33,9 @@ class Walk:
 
     def end(self, trial, keys, failed=(), **more):
         for k in keys:
-            event = {"event": "failed", "error": "ValueError: no"} if k in failed else {"event": "done", **more}
-            self.search.on_trial_result(trial, {"key": k, **event})
-        self.search.on_trial_complete(trial, {"key": keys[-1], **event})
+            event = Failed(k, "ValueError: no") if k in failed else Done(k, **more)
+            self.search.on_trial_result(trial, {"events": [event]})
+        self.search.on_trial_complete(trial, {"events": [event]})
 
     def names(self, keys):
         return [slug(self.plan.nodes[k].cell).removeprefix("tiny-llama_") for k in keys]
@@ -134,15 +136,15 @@ def test_a_failure_skips_what_needs_it_and_nothing_else(plan):
     assert set(outcome.skipped) == needing
     assert outcome.skipped[cells(plan, Learn)[0]] == "needs tiny-llama_gptq-3bit"
     assert outcome.done == set(plan.nodes) - needing - {gptq}
-    assert sorted(e["event"] for e in walk.events).count("skipped") == len(needing)
+    assert [type(e) for e in walk.events].count(Skipped) == len(needing)
 
 
 def test_a_dead_worker_is_a_failure_of_the_cell_it_died_on(plan):
     walk = Walk(plan, done=set(plan.nodes) - set(cells(plan, Evaluate)), slots=1)
     trial, (first, second) = walk.ask()
-    walk.search.on_trial_result(trial, {"key": first, "event": "start"})
-    walk.search.on_trial_result(trial, {"key": first, "event": "done"})
-    walk.search.on_trial_result(trial, {"key": second, "event": "start"})
+    walk.search.on_trial_result(trial, {"events": [Started(first)]})
+    walk.search.on_trial_result(trial, {"events": [Done(first)]})
+    walk.search.on_trial_result(trial, {"events": [Started(second)]})
     walk.search.on_trial_complete(trial, None, error=True)
     assert set(walk.search.outcome.failed) == {second}
     assert "worker died" in walk.search.outcome.failed[second]
@@ -151,7 +153,7 @@ def test_a_dead_worker_is_a_failure_of_the_cell_it_died_on(plan):
 def test_cells_that_travelled_with_a_killer_get_another_worker(plan):
     walk = Walk(plan, done=set(plan.nodes) - set(cells(plan, Evaluate)), slots=1)
     trial, (first, second) = walk.ask()
-    walk.search.on_trial_result(trial, {"key": first, "event": "start"})
+    walk.search.on_trial_result(trial, {"events": [Started(first)]})
     walk.search.on_trial_complete(trial, None, error=True)
     assert set(walk.search.outcome.failed) == {first}
     assert second in walk.search.waiting
@@ -185,7 +187,7 @@ def test_draining_hands_out_nothing_and_blames_nobody(plan):
     (first, keys), (second, _) = walk.ask(), walk.ask()
     walk.search.drain()
     assert walk.ask() is None  # two still run
-    walk.search.on_trial_result(first, {"events": [{"event": "drained", "key": keys[0]}]})
+    walk.search.on_trial_result(first, {"events": [Drained(keys[0])]})
     walk.search.on_trial_complete(first, {"done": True})
     walk.search.on_trial_complete(second, None, error=True)
     assert walk.ask() == Searcher.FINISHED
@@ -212,7 +214,7 @@ def test_a_dead_workers_last_words_are_looked_up_in_the_store(plan):
     landed.add(first)
     walk.search.on_trial_complete(trial, None, error=True)
     assert (walk.search.outcome.done, set(walk.search.outcome.failed)) == ({first}, {second})
-    assert [(e["event"], e["key"]) for e in walk.events] == [("done", first), ("failed", second)]
+    assert [(type(e), e.key) for e in walk.events] == [(Done, first), (Failed, second)]
 
 
 @pytest.fixture
@@ -246,7 +248,7 @@ def test_what_runs_next_is_decided_when_a_slot_is_free(many):
     first, second = walk.ask(), walk.ask()
     assert walk.ask() is None  # both slots are spoken for
     for trial, keys in (first, second):
-        walk.search.on_trial_result(trial, {"events": [{"event": "start", "key": keys[0]}]})
+        walk.search.on_trial_result(trial, {"events": [Started(keys[0])]})
     assert walk.ask() is None
     walk.end(*first, seconds=0.1)
     assert len(walk.ask()[1]) > 1
@@ -293,7 +295,7 @@ def test_a_report_that_comes_twice_counts_once(plan):
     walk = Walk(plan)
     task = walk.ask()
     walk.end(*task)
-    assert [e["event"] for e in walk.events] == ["done"]
+    assert [type(e) for e in walk.events] == [Done]
 
 
 @pytest.mark.parametrize(("needed", "device", "share"), [(0.5, 24, 0.25), (8, 24, 0.5), (13, 80, 0.25), (18, 24, 1.0),

@@ -8,7 +8,7 @@ from mlflow.tracking import MlflowClient
 
 from ctp.cells.cell import to_json
 from ctp.execution import worker
-from ctp.scheduling.walk import Walk
+from ctp.scheduling.walk import Settings, Walk
 from ctp.storage.store import Store
 
 
@@ -22,14 +22,15 @@ def run(module, *args, cwd):
     return subprocess.run(command(module, *args), cwd=cwd, capture_output=True, text=True, timeout=180, check=False)
 
 
-def run_here(plan, todo, done, *, store, runtime, on_event, fail_fast, **_):
+def run_here(plan, todo, done, *, store, runtime, options, on_event):
     """A run in this process instead of Ray's workers, where a test can break what it likes."""
-    walk = Walk(plan, todo, done, 1, {k: {"CPU": 1} for k in plan.nodes}, on_event, fail_fast)
+    settings = Settings(1, {k: {"CPU": 1} for k in plan.nodes}, fail_fast=options.fail_fast)
+    walk = Walk(plan, todo, done, settings, on_event)
     place, count = Store(store), 0
     while task := walk.next_task(str(count)):
         for k in task:
             data = to_json(plan.nodes[k].cell) | {"key": k}
-            worker.do(data, place, runtime, lambda event, name=str(count): walk.hear(name, event))
+            worker.do(data, place, runtime, lambda event, name=str(count): walk.receive(name, event))
         walk.end(str(count))
         count += 1
     return walk.outcome

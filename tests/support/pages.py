@@ -19,6 +19,7 @@ from pathlib import Path
 import mlflow
 
 from ctp import cli
+from ctp.cells.events import Done, Failed, Skipped, Started
 from ctp.cells.labels import slug
 from ctp.execution import execute
 from ctp.planning.states import Outcome
@@ -117,15 +118,15 @@ def one_after_the_other(plan, todo, done, *, store, runtime, on_event, **_) -> O
         held = next((i for i in node.inputs if i in out.failed or i in out.skipped), None)
         if held is not None:
             out.skipped[k] = f"needs {slug(plan.nodes[held].cell)}, which did not come"
-            on_event({"event": "skipped", "key": k, "error": out.skipped[k]})
+            on_event(Skipped(k, out.skipped[k]))
             continue
-        on_event({"event": "start", "key": k})
+        on_event(Started(k))
         try:
             execute.execute(node.cell, place, runtime, lambda numbers: None)
         except ValueError as e:
             out.failed[k] = f"{type(e).__name__}: {e}"
-            on_event({"event": "failed", "key": k, "error": out.failed[k], "traceback": "…"})
+            on_event(Failed(k, out.failed[k], "…"))
         else:
             out.done.add(k)
-            on_event({"event": "done", "key": k, "seconds": 1.0})
+            on_event(Done(k, 1.0))
     return out

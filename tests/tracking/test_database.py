@@ -8,6 +8,7 @@ import pytest
 from support.gridruns import runs
 
 from ctp.cells.cell import key
+from ctp.cells.events import Done
 from ctp.tracking import database as files
 from ctp.tracking.entries import TrackError, sqlite_file
 from ctp.tracking.tracker import Tracker
@@ -67,13 +68,13 @@ def test_a_database_that_is_lost_while_a_grid_runs_is_made_anew(finished, uri, d
     file, tracker = beside(uri), Tracker(uri, finished.plan, finished.store)
     tracker.begin("test")
     keys = [key(c) for c in finished.cells]
-    tracker.tell({"event": "done", "key": keys[0]})
+    tracker.tell(Done(keys[0]))
     tracker._events.put(None)
     tracker._thread.join()
     tracker._thread = None
     damage(file)
     for k in keys[1:]:
-        tracker.tell({"event": "done", "key": k})
+        tracker.tell(Done(k))
     tracker.close("FINISHED")
     [line] = tracker.notes
     assert ("was removed or replaced while" if damage is removed else "was damaged") in line

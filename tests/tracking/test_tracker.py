@@ -17,6 +17,7 @@ from analysis import attach, transfer_matrix
 from analysis.runs import AnalysisError, evaluations
 from ctp import track
 from ctp.cells.cell import Evaluate, Learn, key
+from ctp.cells.events import Done, Failed, Progress, Skipped, Started
 from ctp.planning.graph import Plan
 from ctp.storage.ref import ref
 from ctp.tracking import entries
@@ -87,7 +88,7 @@ def test_a_trusted_experiment_takes_new_cells_once(finished, uri, asked):
     before = Plan("g", finished.plan.grid, kept)
     tracker = Tracker(uri, before, finished.store)
     tracker.plan = finished.plan
-    tracker._handle({"event": "failed", "key": key(last), "error": "ValueError: no"})
+    tracker._handle(Failed(key(last), "ValueError: no"))
     tracker.plan = before
     tracker.sync(whole=True)
     again = Tracker(uri, before, finished.store)
@@ -95,7 +96,7 @@ def test_a_trusted_experiment_takes_new_cells_once(finished, uri, asked):
     again.plan = finished.plan
     asked.clear()
     again.begin("test")
-    again.tell({"event": "done", "key": key(last)})
+    again.tell(Done(key(last)))
     again.close("FINISHED")
     assert [a for a in asked if "ctp.kind" in a and "FINISHED" not in a] == []
     found = runs(uri)
@@ -131,9 +132,9 @@ def test_events_become_runs_and_a_failed_one_recovers(finished, uri):
     tracker = Tracker(uri, finished.plan, finished.store)
     learned = key(finished.all(Learn)[0])
     tracker.begin("test")
-    tracker.tell({"event": "start", "key": learned})
-    tracker.tell({"event": "progress", "key": learned, "step": 3, "loss": 2.5, "tokens_per_s": 100.0})
-    tracker.tell({"event": "failed", "key": learned, "error": "ValueError: no", "traceback": "here"})
+    tracker.tell(Started(learned))
+    tracker.tell(Progress(key=learned, step=3, steps=9, loss=2.5, tokens_per_s=100.0))
+    tracker.tell(Failed(learned, "ValueError: no", "here"))
     tracker._events.put(None)
     tracker._thread.join()
     [run] = runs(uri)
@@ -153,11 +154,11 @@ def test_curves_have_one_point_a_step_however_often_it_was_told(finished, uri):
     """Live, told again after a resumption, and replayed from the history: all by one name, and each once."""
     cell = finished.all(Learn)[0]
     history = json.loads((finished.store.fetch(ref(cell)) / "history.json").read_text())["history"]
-    told = [{"event": "progress", "key": key(cell), "tokens_per_s": 9.0, **p} for p in history]
+    told = [Progress(key=key(cell), steps=9, tokens_per_s=9.0, **p) for p in history]
     for last in (3, len(told)):  # the first invocation is cut off, the second one goes on from an earlier state
         tracker = Tracker(uri, finished.plan, finished.store)
         tracker.begin("test")
-        tracker.tell({"event": "start", "key": key(cell)})
+        tracker.tell(Started(key(cell)))
         for event in told[:last]:
             tracker.tell(event)
         tracker._events.put(None)
@@ -179,8 +180,8 @@ def test_the_run_of_an_invocation_says_what_it_was_and_what_came_of_it(finished,
     half = Plan("g", finished.plan.grid, {k: n for k, n in finished.plan.nodes.items() if k in cells[:6]})
     tracker = Tracker(uri, half, finished.store)
     tracker.begin("python -m ctp.grid g --api-key=abcdefgh", cells=6)
-    for k, event in zip(cells, ["done"] * 4 + ["failed", "skipped"], strict=False):
-        tracker.tell({"event": event, "key": k, "error": "ValueError: no"})
+    for event in (*map(Done, cells[:4]), Failed(cells[4], "ValueError: no"), Skipped(cells[5], "needs it")):
+        tracker.tell(event)
     tracker.close("FAILED")
     client = MlflowClient(uri)
     run = client.get_run(tracker.parent)
@@ -324,7 +325,7 @@ def test_a_dead_server_never_holds_up_the_end(finished, uri, server):
     server.away = True
     learned = key(finished.all(Learn)[0])
     for step in range(50):
-        tracker.tell({"event": "progress", "key": learned, "step": step, "tokens_per_s": 9.0})
+        tracker.tell(Progress(key=learned, step=step, steps=99, tokens_per_s=9.0))
     tracker._events.put(None)
     tracker._thread.join()
     assert server.refused == 1
@@ -342,7 +343,7 @@ def test_what_waited_is_written_as_soon_as_the_server_is_back(finished, uri, ser
     tracker.begin("test")
     server.away = True
     for cell in finished.cells:
-        tracker.tell({"event": "done", "key": key(cell)})
+        tracker.tell(Done(key(cell)))
     end = time.monotonic() + 20
     while server.refused < 3 and time.monotonic() < end:
         time.sleep(0.05)
@@ -371,14 +372,14 @@ def test_an_event_that_a_living_server_does_not_take_holds_nobody_up(finished, u
     handle, bad = tracker._handle, key(finished.cells[0])
 
     def picky(event):
-        if event["key"] == bad:
+        if event.key == bad:
             raise ValueError("no such metric name")
         handle(event)
 
     monkeypatch.setattr(tracker, "_handle", picky)
     tracker.begin("test")
     for cell in finished.cells[:3]:
-        tracker.tell({"event": "done", "key": key(cell)})
+        tracker.tell(Done(key(cell)))
     end = time.monotonic() + 20
     while len(runs(uri)) < 2 and time.monotonic() < end:
         time.sleep(0.05)

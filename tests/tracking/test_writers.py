@@ -14,6 +14,7 @@ from support.gridruns import runs
 from analysis import transfer_matrix
 from analysis.runs import evaluations
 from ctp.cells.cell import Learn, key, to_json
+from ctp.cells.events import Done, Progress, Started
 from ctp.machine import process
 from ctp.storage.ref import ref
 from ctp.tracking.entries import PARENT
@@ -28,7 +29,7 @@ def died(uri, plan, store, learning=(), tags=()):
     tracker._events.put(None)
     tracker._thread.join()
     for cell in learning:
-        tracker._handle({"event": "start", "key": key(cell)})
+        tracker._handle(Started(key(cell)))
     for name, value in dict(tags or {"ctp.owner": f"{process._machine()} {2**22 + 1} 17"}).items():
         tracker.client.set_tag(tracker.parent, name, value)
     return tracker.parent
@@ -89,7 +90,7 @@ def test_a_living_invocation_keeps_its_cells(finished, uri, tmp_path, llama_fold
     first = died(uri, unfinished.plan, unfinished.store, [learned])
     living = Tracker(uri, unfinished.plan, unfinished.store)
     living.begin("test")
-    living._handle({"event": "start", "key": key(learned)})  # takes over what the dead one was at
+    living._handle(Started(key(learned)))  # takes over what the dead one was at
     Tracker(uri, unfinished.plan, unfinished.store).sync(whole=True)
     assert statuses(uri) == {first: "KILLED", living.parent: "RUNNING", key(learned): "RUNNING"}
     assert runs(uri)[0].data.tags[PARENT] == living.parent
@@ -128,10 +129,10 @@ def test_two_drivers_at_once_leave_one_run_a_cell(finished, uri, monkeypatch, fe
     learned, rest = finished.all(Learn)[0], finished.cells
     for tracker in both:
         tracker.begin("test")
-        tracker._handle({"event": "start", "key": key(learned)})
+        tracker._handle(Started(key(learned)))
     for tracker in both:
         for cell in rest:
-            tracker.tell({"event": "done", "key": key(cell)})
+            tracker.tell(Done(key(cell)))
         tracker._events.put(None)
         tracker._thread.join()
         tracker._thread = None
@@ -152,13 +153,13 @@ def test_a_run_deleted_while_it_is_written_is_found_again(finished, uri, monkeyp
     monkeypatch.setattr("ctp.tracking.tracker.PATIENCE", (0.05, 0.05))
     tracker, learned = Tracker(uri, finished.plan, finished.store), finished.all(Learn)[0]
     tracker.begin("test")
-    tracker._handle({"event": "start", "key": key(learned)})
+    tracker._handle(Started(key(learned)))
     mine = tracker.runs.known()[key(learned)].run_id
     other = Tracker(uri, finished.plan, finished.store)
     other.runs._known = {}
-    other._handle({"event": "start", "key": key(learned)})
+    other._handle(Started(key(learned)))
     tracker.client.delete_run(mine)
-    tracker.tell({"event": "progress", "key": key(learned), "step": 3, "loss": 2.5})
+    tracker.tell(Progress(key=key(learned), step=3, steps=9, loss=2.5))
     tracker.close("FINISHED")
     [run] = [r for r in runs(uri) if r.data.tags["ctp.key"] == key(learned)]
     assert run.info.status == "FINISHED"
