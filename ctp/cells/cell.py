@@ -156,13 +156,11 @@ def key(cell: Cell) -> str:
 
     Raises ValueError where a model, text or adapter is not pinned to a revision: such a key would not name one result.
     """
-    return cell.remembered("_key", lambda: _key(cell))
 
+    def make() -> str:
+        return _key(cell.kind, cell.VERSION, {name: _dump(getattr(cell, name)) for name in type(cell).model_fields})
 
-def _key(cell: Cell) -> str:
-    """The hash of canonical({"fields": …, "kind": …, "version": …}), put together from the fields' own texts."""
-    fields = ",".join(f'"{name}":{_text(getattr(cell, name))}' for name in sorted(type(cell).model_fields))
-    return _sha256(f'{{"fields":{{{fields}}},"kind":{canonical(cell.kind)},"version":{canonical(cell.VERSION)}}}')
+    return cell.remembered("_key", make)
 
 
 def own_key(manifest: Mapping[str, Any]) -> str:
@@ -175,23 +173,24 @@ def own_key(manifest: Mapping[str, Any]) -> str:
     for name in KINDS[manifest["kind"]].INPUTS:
         if fields[name] is not None:
             fields[name] = {"key": inputs.pop(0)}
-    return _sha256(canonical({"fields": fields, "kind": manifest["kind"], "version": manifest["version"]}))
+    return _key(manifest["kind"], manifest["version"], fields)
 
 
-def _sha256(text: str) -> str:
+def _key(kind: str, version: int, fields: Mapping[str, object]) -> str:
+    text = canonical({"fields": fields, "kind": kind, "version": version})
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _text(value: object) -> str:
-    """A field of a cell in canonical JSON; an input by its key. Cells share models, texts and methods."""
+def _dump(value: object) -> object:
+    """A field of a cell as plain data; an input by its key. Cells share models, texts and methods."""
     if isinstance(value, Cell):
-        return f'{{"key":"{key(value)}"}}'
-    return value.remembered("_text", lambda: _canonical(value)) if isinstance(value, Spec) else canonical(value)
+        return {"key": key(value)}
+    return value.remembered("_dump", lambda: _dump_pinned(value)) if isinstance(value, Spec) else value
 
 
-def _canonical(spec: Spec) -> str:
+def _dump_pinned(spec: Spec) -> dict[str, Any]:
     _check_pinned(spec)
-    return canonical(spec.model_dump(mode="python"))
+    return spec.model_dump(mode="python")
 
 
 def _check_pinned(value: object) -> None:

@@ -76,7 +76,7 @@ def look(plan: Plan, state: dict[str, str], todo: set[str], store: Store, device
     """All that `--plan` tells, with what the store has measured. Raises StoreError."""
     costs = {k: cost.of(n.cell, n.facts, batch) for k, n in plan.nodes.items()}
     why, read = history.stale(plan, state, store)
-    samples = history.measured(plan, todo, state, store, costs, read, batch)
+    samples = history.measured(plan, todo, state, store, read, batch)
     expected = history.expect(plan, todo, costs, samples, Resources(gpu_memory=device), tflops, pace)
     return Preview(plan, {**state, **why}, todo, costs, expected, device, tflops, price, pace, at_once)
 

@@ -1,17 +1,9 @@
 """What a cell is going to cost, from a stated model: operations, bytes in the store, peak memory of its device.
 
-N parameters, T tokens fed (prompt rows included), h hidden size, L blocks, V vocabulary entries, b bytes a number:
-
-    a forward pass                2 N T operations
-    a learning step               4 N T: forward, and backward to the inputs; frozen weights have no gradient. The
-                                  prompt's rows count once a micro-batch: its windows share them
-    calibration                   2 x 2 N T for inputs and outputs, 2 T (3 h^2 + f^2) L for Hessians (f: widest input),
-                                  and about 2 N h for the solver
-    a decoded token               2 N, but bound by memory: counted 20 times
-    memory of learning            N b + (6 h + 2 f) L T b: inputs of both norms, queries, keys, values, what attention
-                                  gives, and an MLP's gate and up; a chunk of logits in b bytes and in 4; the linears
-                                  once more where autocast computes in another dtype than theirs
-    memory of the rest            N b + what is fed: V T b of logits, 2 h L T b of keys and values, the Hessians
+A forward pass takes 2 operations for each parameter and token (prompt rows included), and a learning step 4: forward,
+and backward to the inputs; frozen weights have no gradient. The prompt's rows count once a micro-batch: its windows
+share them. Learning keeps of every block the inputs of both norms, queries, keys, values, what attention gives, and
+the MLP's gate and up.
 
 Tokens of whole texts are their bytes / 4; a task has 1,000 documents unless known here, of four choices.
 """
