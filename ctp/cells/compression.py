@@ -31,15 +31,12 @@ class Checkpoint(Pinned, Compression):
 
     NAMED_BY: ClassVar[str] = "path"
     PINNED_BY: ClassVar[str] = "pin_path"
+    LABEL: ClassVar[str] = "checkpoint-{0.path}"
 
     method: Literal["checkpoint"] = "checkpoint"
     path: Annotated[str, Field(min_length=1)]
     parameters: Annotated[int, Field(strict=True, ge=0)] = 0
     width: Annotated[int, Field(strict=True, ge=0)] = 0
-
-    @property
-    def label(self) -> str:
-        return f"checkpoint-{self.path}"
 
 
 class Solver(Compression):

@@ -7,15 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationInfo,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_serializer, model_validator
 
 MOST = 10**9  # of whatever is counted: no run comes near
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
@@ -38,10 +30,9 @@ class Spec(BaseModel):
 
     def remembered(self, what: str, make: Callable[[], T]) -> T:
         """What `make` gave the first time: this object's values never change."""
-        memo = self.__dict__  # beside the fields, as functools.cached_property does: neither compared nor dumped
-        if what not in memo:
-            memo[what] = make()
-        found: T = memo[what]
+        if what not in self.__dict__:  # beside the fields, as functools.cached_property does: not compared or dumped
+            self.__dict__[what] = make()
+        found: T = self.__dict__[what]
         return found
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
@@ -123,8 +114,8 @@ class Windows(Pinned):
     bos: Literal["first", "each", "none"] = "first"
 
     @model_serializer(mode="wrap")
-    def _dumped(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = dump(self)
+    def _dumped(self, dump: Callable[[Self], dict[str, Any]]) -> dict[str, Any]:
+        data = dump(self)
         if data.get("bos") == "first":  # keys are older than this field
             del data["bos"]
         return data

@@ -15,9 +15,13 @@ from ctp.common.messages import unknown
 
 
 class Method(Spec):
-    """Base of compressions, recoveries and measures: picked by the field `method`, found in `registry`."""
+    """Base of compressions, recoveries and measures: picked by the field `method`, found in `registry`.
+
+    LABEL: a template for `label`, where that is not made of all settings.
+    """
 
     registry: ClassVar[dict[str, type["Method"]]]
+    LABEL: ClassVar[str] = ""
     method: str
 
     @classmethod
@@ -49,7 +53,10 @@ class Method(Spec):
 
     @property
     def label(self) -> str:
-        """A short unique name: the method, then every field that is not at its default."""
+        """A short unique name: of LABEL and the seed, or else the method, then every field not at its default."""
+        if self.LABEL:
+            seed = getattr(self, "seed", 0)
+            return self.LABEL.format(self) + (f"-seed{seed}" if seed else "")
         rest = {n: v for n, v in self.changed().items() if n != "method"}
         return "-".join([self.method, *(tag(n, v) for n, v in rest.items())])
 

@@ -98,6 +98,8 @@ class SoftPrompt(Learned):
     or the tokens of init_text. dtype: of the prompt and so of its updates; "bfloat16" is their code's.
     """
 
+    LABEL: ClassVar[str] = "soft_prompt-k{0.k}-{0.text.dataset}"
+
     method: Literal["soft_prompt"] = "soft_prompt"
     k: PositiveInt = 100
     init: Literal["random_rows", "first_rows", "text"] = "random_rows"
@@ -111,10 +113,6 @@ class SoftPrompt(Learned):
         if self.dtype == "bfloat16" and self.precision == "fp16":
             raise ValueError("dtype = 'bfloat16' goes with precision fp32 or bf16, not with the loss scale of fp16")
         return self
-
-    @property
-    def label(self) -> str:
-        return f"soft_prompt-k{self.k}-{self.text.dataset}{_seed(self.seed)}"
 
 
 class LoRA(Learned):
@@ -139,8 +137,8 @@ class LoRA(Learned):
 
     @property
     def label(self) -> str:
-        layers = f"-last{self.layers}" if self.layers else ""
-        return f"lora-r{self.r}{layers}-{self.text.dataset}{_seed(self.seed)}"
+        layers, seed = (f"-last{self.layers}" if self.layers else ""), (f"-seed{self.seed}" if self.seed else "")
+        return f"lora-r{self.r}{layers}-{self.text.dataset}{seed}"
 
 
 class Untrained(Recovery):
@@ -168,13 +166,11 @@ class HardPrompt(Untrained):
 class RandomPrompt(Untrained):
     """k distinct vocabulary rows drawn by `seed`, not trained: where a soft prompt of that seed starts."""
 
+    LABEL: ClassVar[str] = "random_prompt-k{0.k}"
+
     method: Literal["random_prompt"] = "random_prompt"
     k: PositiveInt = 100
     seed: Seed = 0
-
-    @property
-    def label(self) -> str:
-        return f"random_prompt-k{self.k}{_seed(self.seed)}"
 
 
 class Bos(Untrained):
@@ -192,6 +188,7 @@ class Adapter(Pinned, Recovery):
 
     NAMED_BY: ClassVar[str] = "path"
     PINNED_BY: ClassVar[str] = "pin_path"
+    LABEL: ClassVar[str] = "adapter-{0.path}"
     learned: ClassVar[bool] = False
 
     method: Literal["adapter"] = "adapter"
@@ -203,11 +200,3 @@ class Adapter(Pinned, Recovery):
     @property
     def in_front(self) -> bool:
         return self.kind != "lora"
-
-    @property
-    def label(self) -> str:
-        return f"adapter-{self.path}"
-
-
-def _seed(seed: int) -> str:
-    return f"-seed{seed}" if seed else ""
