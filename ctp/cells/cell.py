@@ -24,14 +24,13 @@ from ctp.machine.arithmetic import AUTOCAST
 
 
 class _Cell(Spec):
-    """One unit of work with one artifact. VERSION is raised by hand when the numbers of a kind change.
+    """One unit of work with one artifact. INPUTS: the fields that are cells.
 
-    INPUTS: the fields that are cells. METHOD: the field that is the method.
+    VERSION is raised by hand when the numbers of a kind change.
     """
 
     VERSION: ClassVar[int]
     INPUTS: ClassVar[tuple[str, ...]] = ()
-    METHOD: ClassVar[str]
     kind: ClassVar[str]
 
     @property
@@ -47,8 +46,7 @@ class _Cell(Spec):
     @property
     def method(self) -> Method:
         """Its compression, recovery or measure."""
-        method: Method = getattr(self, self.METHOD)
-        return method
+        return next(value for _, value in self if isinstance(value, Method))
 
     @property
     def dtype(self) -> str:
@@ -58,7 +56,6 @@ class _Cell(Spec):
 
 class Compress(_Cell):
     VERSION: ClassVar[int] = 3  # 3: sums in another order (kernels, batches, refit): a tie rounds to another code
-    METHOD: ClassVar[str] = "compression"
     kind: ClassVar[str] = "compress"
 
     model: Model
@@ -75,7 +72,6 @@ class Compress(_Cell):
 class Learn(_Cell):
     VERSION: ClassVar[int] = 3  # not raised for how half precision rounds: that is the device's, as on a GPU
     INPUTS: ClassVar[tuple[str, ...]] = ("source",)
-    METHOD: ClassVar[str] = "recovery"
     kind: ClassVar[str] = "learn"
 
     source: Compress
@@ -93,7 +89,6 @@ class Learn(_Cell):
 class Evaluate(_Cell):
     VERSION: ClassVar[int] = 2
     INPUTS: ClassVar[tuple[str, ...]] = ("target", "recovery")
-    METHOD: ClassVar[str] = "measure"
     kind: ClassVar[str] = "evaluate"
 
     target: Compress
@@ -152,7 +147,7 @@ def _check_stable(value: object, place: str) -> None:
 
 
 def key(cell: Cell) -> str:
-    """sha256 (hex) of kind, VERSION, own fields and the keys of the inputs; computed once for an object.
+    """sha256 (hex) of kind, VERSION, fields and the keys of the inputs; computed once for an object.
 
     Raises ValueError where a model, text or adapter is not pinned to a revision: such a key would not name one result.
     """
@@ -164,10 +159,9 @@ def key(cell: Cell) -> str:
 
 
 def own_key(manifest: Mapping[str, Any]) -> str:
-    """The key that the manifest's own kind, version, spec and inputs make.
+    """The key that a manifest's kind, version, spec and inputs make, whatever version or plugin wrote it.
 
-    From plain JSON, so that it holds for artifacts of other versions and of plugins. Raises KeyError or TypeError on
-    what is incomplete.
+    Raises KeyError or TypeError where the manifest is incomplete.
     """
     fields, inputs = dict(manifest["spec"]), list(manifest["inputs"])
     for name in KINDS[manifest["kind"]].INPUTS:

@@ -1,7 +1,4 @@
-"""What grids are made of and lies outside them: models and texts, each pinned to one exact version.
-
-Values are strict: a string is no number, an unknown field is an error.
-"""
+"""Models and texts, each pinned to one exact version."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -19,7 +16,7 @@ Bool = Annotated[bool, Field(strict=True)]
 
 
 class Spec(BaseModel):
-    """Frozen data that refuses unknown fields. `extra="forbid"` turns a typo into an error, not a default."""
+    """Frozen data that refuses unknown fields, so that a typo is an error and not a default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -44,7 +41,7 @@ class Spec(BaseModel):
 
 
 class Pinned(Spec):
-    """Settings that name what lies outside the grid, at one exact version.
+    """Settings that name something outside the grid, at one exact version.
 
     NAMED_BY: the field with its name, a path or hub id at first. PINNED_BY: the method of `Pins` that fills
     in `revision` and the short name while a grid is validated, from the name and the given fields to the pinned ones.
@@ -77,8 +74,8 @@ class Pinned(Spec):
 class Model(Pinned):
     """A causal language model at one exact version.
 
-    `revision` is the hub's commit, or `sha256:…` of the files of a folder or package: it is filled in when a grid is
-    planned, so that a key never stands for "whatever is there today". `dtype` "auto" becomes the checkpoint's own.
+    `revision` is the hub's commit, or `sha256:…` of the files of a folder or package, filled in when a grid is planned.
+    `dtype` "auto" becomes the checkpoint's.
     """
 
     NAMED_BY: ClassVar[str] = "name"
@@ -91,13 +88,11 @@ class Windows(Pinned):
     """Token windows of one text, specified to the token.
 
     The documents of a split are joined by `join` (None: the data set's custom), tokenised in one go and cut into
-    windows of `seq_len` tokens without overlap; the tail is dropped. `sampling="crops"` takes a random window out of a
-    random document longer than the window instead (the calibration protocol of GPTQ and SparseGPT), drawn by `seed`.
-
-    count: number of windows, None for all. skip, documents: leave out the first documents, use only so many after them.
-    bos: "first": the text (of crops: each document) is tokenised with the tokenizer's default special tokens, so that
-    the first window begins with BOS if the tokenizer puts it there, and no other does. "each": every window is BOS and
-    seq_len - 1 tokens of the text. "none": the tokens of the text alone.
+    windows of `seq_len` tokens without overlap; the tail is dropped. `sampling="crops"` instead draws, by `seed`,
+    random windows of random longer documents (the calibration protocol of GPTQ and SparseGPT). count: of windows, None
+    for all. skip, documents: leave out the first documents, use only so many after them. bos: "first" tokenises the
+    text (of crops: each document) with the tokenizer's default special tokens; with "each" every window is BOS and
+    seq_len - 1 tokens of the text; with "none" it is tokens of the text alone.
     """
 
     NAMED_BY: ClassVar[str] = "dataset"

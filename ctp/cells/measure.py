@@ -1,4 +1,4 @@
-"""Measures: what is asked of a target, with or without something that was learned."""
+"""Measures: what is measured on a target, with or without a recovery."""
 
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -48,7 +48,7 @@ class Perplexity(Measure):
 
 
 class Task(Pinned, Measure):
-    """A task of lm-evaluation-harness, by its name there or as a YAML file of one's own; zero-shot unless said.
+    """A task of lm-evaluation-harness, by its name there or as a YAML file.
 
     `revision` stands for the task's definition, the data that it reads and the harness: it is filled in when a grid is
     planned. limit: the first so many documents only.

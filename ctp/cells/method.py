@@ -1,8 +1,4 @@
-"""A method: a frozen class of settings in one of three families, and the one function that does it.
-
-Declaring a class registers it under its `method` name, and grid files find it there. Values are strict: a string is no
-number, an unknown field is an error. What does the work is imported where it is done: planning needs no torch.
-"""
+"""A method: a frozen class of settings in one of three families, registered under its `method` name when declared."""
 
 import hashlib
 from collections.abc import Mapping

@@ -53,8 +53,7 @@ class Cost:
 class Pace:
     """How fast cells are assumed to be computed where nothing was measured.
 
-    flops: operations a second by number type. loading: seconds that every cell takes besides. about: the assumption,
-    in words.
+    flops: operations a second by number type. loading: seconds that every cell takes besides. about: the assumption.
     """
 
     flops: Mapping[str, float]

@@ -1,6 +1,6 @@
-"""What a store tells of cells that are not done: which of them it has with other settings, and what their like took.
+"""Estimates from a store: which missing cells it has with other settings, and how long similar cells took.
 
-Manifests are read only where they can say something: at most READ of each sort of question, in threads.
+At most READ manifests are read for each of the two, in threads.
 """
 
 import math
@@ -27,7 +27,7 @@ from ctp.storage.store import Store
 READ, READERS = 200, 16
 DIGITS = 13  # of the key, and the dash before them, at the end of a folder's name
 SAMPLES = 8  # finished cells of one sort that are looked at
-ALIKE = 10.0  # sizes of cells, by the cost model, within which one's seconds say something of another's
+ALIKE = 10.0  # sizes of cells, by the cost model, within which their times are compared
 NEIGHBOURS = 3
 FOLLOWS = "stale: an input is"
 SAID = ("damaged", FAILED, "interrupted")  # how states begin that say why a cell is to run
@@ -36,7 +36,7 @@ Manifest = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sample:
-    """What a finished cell took: seconds and bytes, and what the cost model says of it."""
+    """What a finished cell took: seconds and bytes, and its cost by the model."""
 
     seconds: float
     memory: float

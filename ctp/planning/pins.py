@@ -23,7 +23,7 @@ Fields = dict[str, object]  # of a pinned thing, as they stand in the grid file
 
 
 class Found(NamedTuple):
-    """What a name stands for now: its short name, its exact revision, and where it lies."""
+    """What a name stands for now: its short name, its exact revision, and where it is stored."""
 
     name: str
     revision: str
@@ -31,15 +31,14 @@ class Found(NamedTuple):
 
 
 class Pins:
-    """The validation context of a grid: resolves names to revisions and remembers where each one lies.
+    """The validation context of a grid: resolves names to revisions and remembers where each is stored.
 
     data_dir: a folder with local copies of texts (also CTP_DATA_DIR), preferred to the hub. provisional: for planning
     only: where the hub cannot be reached, texts and known models get the revision "unpinned" and their names go into
     `unpinned`; otherwise that raises ValueError. Raises GridError where there is no folder `data_dir`.
 
-    The methods `pin_…` get a name and all fields that are given with it, and return the fields with the short name and
-    the revision filled in. They raise ValueError, in one sentence, where there is no such thing, or not at the given
-    revision.
+    The methods `pin_…` get a name and all fields given with it, and return the fields with short name and revision.
+    They raise ValueError, in one sentence, where there is no such thing, or not at the given revision.
     """
 
     def __init__(self, data_dir: str | None = None, provisional: bool = False) -> None:
@@ -55,7 +54,7 @@ class Pins:
         self._answers: dict[tuple[str, str, str], Found | ValueError] = {}
 
     def add_datasets(self, raw: object) -> list[str]:
-        """Register a grid file's own `datasets`; returns what is wrong with them."""
+        """Register the `datasets` of a grid file; returns its mistakes."""
         if not isinstance(raw, Mapping):
             return [f"datasets = {shown(raw)}: a mapping of names to descriptions"]
         problems = []
