@@ -115,14 +115,14 @@ Cell: TypeAlias = Compress | Learn | Evaluate
 KINDS: dict[str, type[Cell]] = {c.kind: c for c in (Compress, Learn, Evaluate)}
 
 
-def to_json(cell: Cell) -> dict[str, Any]:
+def to_json(cell: Cell) -> dict[str, object]:
     """Plain data that `from_json` turns back into the same cell."""
     return {"kind": cell.kind, "spec": cell.model_dump(mode="json")}
 
 
-def from_json(data: Mapping[str, Any]) -> Cell:
+def from_json(data: Mapping[str, object]) -> Cell:
     """The cell that `to_json` wrote. Raises KeyError or pydantic.ValidationError on anything else."""
-    return KINDS[data["kind"]].model_validate(data["spec"])
+    return KINDS[str(data["kind"])].model_validate(data["spec"])
 
 
 def canonical(value: object) -> str:
@@ -182,7 +182,7 @@ def _dump(value: object) -> object:
     return value.remembered("_dump", lambda: _dump_pinned(value)) if isinstance(value, Spec) else value
 
 
-def _dump_pinned(spec: Spec) -> dict[str, Any]:
+def _dump_pinned(spec: Spec) -> dict[str, object]:
     _check_pinned(spec)
     return spec.model_dump(mode="python")
 
