@@ -24,14 +24,13 @@ from ctp.machine.arithmetic import AUTOCAST
 
 
 class _Cell(Spec):
-    """One unit of work with one artifact. VERSION is raised by hand when the numbers of a kind change.
+    """One unit of work with one artifact. INPUTS: the fields that are cells.
 
-    INPUTS: the fields that are cells. METHOD: the field that is the method.
+    VERSION is raised by hand when the numbers of a kind change.
     """
 
     VERSION: ClassVar[int]
     INPUTS: ClassVar[tuple[str, ...]] = ()
-    METHOD: ClassVar[str]
     kind: ClassVar[str]
 
     @property
@@ -47,8 +46,7 @@ class _Cell(Spec):
     @property
     def method(self) -> Method:
         """Its compression, recovery or measure."""
-        method: Method = getattr(self, self.METHOD)
-        return method
+        return next(value for _, value in self if isinstance(value, Method))
 
     @property
     def dtype(self) -> str:
@@ -58,7 +56,6 @@ class _Cell(Spec):
 
 class Compress(_Cell):
     VERSION: ClassVar[int] = 3  # 3: sums in another order (kernels, batches, refit): a tie rounds to another code
-    METHOD: ClassVar[str] = "compression"
     kind: ClassVar[str] = "compress"
 
     model: Model
@@ -75,7 +72,6 @@ class Compress(_Cell):
 class Learn(_Cell):
     VERSION: ClassVar[int] = 3  # not raised for how half precision rounds: that is the device's, as on a GPU
     INPUTS: ClassVar[tuple[str, ...]] = ("source",)
-    METHOD: ClassVar[str] = "recovery"
     kind: ClassVar[str] = "learn"
 
     source: Compress
@@ -93,7 +89,6 @@ class Learn(_Cell):
 class Evaluate(_Cell):
     VERSION: ClassVar[int] = 2
     INPUTS: ClassVar[tuple[str, ...]] = ("target", "recovery")
-    METHOD: ClassVar[str] = "measure"
     kind: ClassVar[str] = "evaluate"
 
     target: Compress
@@ -120,14 +115,14 @@ Cell: TypeAlias = Compress | Learn | Evaluate
 KINDS: dict[str, type[Cell]] = {c.kind: c for c in (Compress, Learn, Evaluate)}
 
 
-def to_json(cell: Cell) -> dict[str, Any]:
+def to_json(cell: Cell) -> dict[str, object]:
     """Plain data that `from_json` turns back into the same cell."""
     return {"kind": cell.kind, "spec": cell.model_dump(mode="json")}
 
 
-def from_json(data: Mapping[str, Any]) -> Cell:
+def from_json(data: Mapping[str, object]) -> Cell:
     """The cell that `to_json` wrote. Raises KeyError or pydantic.ValidationError on anything else."""
-    return KINDS[data["kind"]].model_validate(data["spec"])
+    return KINDS[str(data["kind"])].model_validate(data["spec"])
 
 
 def canonical(value: object) -> str:
@@ -152,46 +147,44 @@ def _check_stable(value: object, place: str) -> None:
 
 
 def key(cell: Cell) -> str:
-    """sha256 (hex) of kind, VERSION, own fields and the keys of the inputs; computed once for an object.
+    """sha256 (hex) of kind, VERSION, fields and the keys of the inputs; computed once for an object.
 
     Raises ValueError where a model, text or adapter is not pinned to a revision: such a key would not name one result.
     """
-    return cell.remembered("_key", lambda: _key(cell))
 
+    def make() -> str:
+        return _key(cell.kind, cell.VERSION, {name: _dump(getattr(cell, name)) for name in type(cell).model_fields})
 
-def _key(cell: Cell) -> str:
-    """The hash of canonical({"fields": …, "kind": …, "version": …}), put together from the fields' own texts."""
-    fields = ",".join(f'"{name}":{_text(getattr(cell, name))}' for name in sorted(type(cell).model_fields))
-    return _sha256(f'{{"fields":{{{fields}}},"kind":{canonical(cell.kind)},"version":{canonical(cell.VERSION)}}}')
+    return cell.remembered("_key", make)
 
 
 def own_key(manifest: Mapping[str, Any]) -> str:
-    """The key that the manifest's own kind, version, spec and inputs make.
+    """The key that a manifest's kind, version, spec and inputs make, whatever version or plugin wrote it.
 
-    From plain JSON, so that it holds for artifacts of other versions and of plugins. Raises KeyError or TypeError on
-    what is incomplete.
+    Raises KeyError or TypeError where the manifest is incomplete.
     """
     fields, inputs = dict(manifest["spec"]), list(manifest["inputs"])
     for name in KINDS[manifest["kind"]].INPUTS:
         if fields[name] is not None:
             fields[name] = {"key": inputs.pop(0)}
-    return _sha256(canonical({"fields": fields, "kind": manifest["kind"], "version": manifest["version"]}))
+    return _key(manifest["kind"], manifest["version"], fields)
 
 
-def _sha256(text: str) -> str:
+def _key(kind: str, version: int, fields: Mapping[str, object]) -> str:
+    text = canonical({"fields": fields, "kind": kind, "version": version})
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _text(value: object) -> str:
-    """A field of a cell in canonical JSON; an input by its key. Cells share models, texts and methods."""
+def _dump(value: object) -> object:
+    """A field of a cell as plain data; an input by its key. Cells share models, texts and methods."""
     if isinstance(value, Cell):
-        return f'{{"key":"{key(value)}"}}'
-    return value.remembered("_text", lambda: _canonical(value)) if isinstance(value, Spec) else canonical(value)
+        return {"key": key(value)}
+    return value.remembered("_dump", lambda: _dump_pinned(value)) if isinstance(value, Spec) else value
 
 
-def _canonical(spec: Spec) -> str:
+def _dump_pinned(spec: Spec) -> dict[str, object]:
     _check_pinned(spec)
-    return canonical(spec.model_dump(mode="python"))
+    return spec.model_dump(mode="python")
 
 
 def _check_pinned(value: object) -> None:

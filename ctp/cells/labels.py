@@ -86,10 +86,6 @@ def fingerprints(cell: Evaluate) -> dict[str, str]:
     data: the documents (a text's windows but for their length, a task's revision, the questions). protocol: all other
     settings of the measure, and the version of evaluations.
     """
-    return dict(cell.measure.remembered(f"_fingerprints{cell.VERSION}", lambda: _fingerprints(cell)))
-
-
-def _fingerprints(cell: Evaluate) -> dict[str, str]:
     settings = cell.measure.model_dump(mode="json")
     data = {n: settings.pop(n) for n in sorted(DATA_FIELDS & settings.keys())}
     if isinstance(data.get("text"), dict):

@@ -1,4 +1,4 @@
-"""Measures: what is asked of a target, with or without something that was learned."""
+"""Measures: what is measured on a target, with or without a recovery."""
 
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -10,17 +10,9 @@ from ctp.cells.method import Method, short_hash
 # The questions of the paper's case studies (figures 1, 7 and 8).
 PAPER_QUESTIONS = "\n".join(
     f"Please give the answers to this question: {question}"
-    for question in (
-        "Where is Long Beach?",
-        "Where is Tulsa, Oklahoma?",
-        "What is Asparagus?",
-        "Where is Boston?",
-        "Where is Memphis?",
-        "Where is Colorado Springs?",
-        "Where is Houston?",
-        "Where is Omaha?",
-    )
-)
+    for question in ("Where is Long Beach?", "Where is Tulsa, Oklahoma?", "What is Asparagus?", "Where is Boston?",
+                     "Where is Memphis?", "Where is Colorado Springs?", "Where is Houston?", "Where is Omaha?")
+)  # fmt: skip
 
 
 class Measure(Method):
@@ -45,12 +37,10 @@ class Measure(Method):
 class Perplexity(Measure):
     """Perplexity over fixed windows; the prompt stands outside the window, the first token is not scored."""
 
+    LABEL: ClassVar[str] = "ppl-{0.text.dataset}-{0.text.split}"
+
     method: Literal["perplexity"] = "perplexity"
     text: Windows
-
-    @property
-    def label(self) -> str:
-        return f"ppl-{self.text.dataset}-{self.text.split}"
 
     @property
     def needed_tokens(self) -> int:
@@ -58,7 +48,7 @@ class Perplexity(Measure):
 
 
 class Task(Pinned, Measure):
-    """A task of lm-evaluation-harness, by its name there or as a YAML file of one's own; zero-shot unless said.
+    """A task of lm-evaluation-harness, by its name there or as a YAML file.
 
     `revision` stands for the task's definition, the data that it reads and the harness: it is filled in when a grid is
     planned. limit: the first so many documents only.
@@ -86,6 +76,7 @@ class Latency(Measure):
     alone: ClassVar[bool] = True
     generates: ClassVar[bool] = True
     batched: ClassVar[bool] = False
+    LABEL: ClassVar[str] = "latency-{0.seq_len}"
 
     method: Literal["latency"] = "latency"
     seq_len: PositiveInt = 1024
@@ -93,10 +84,6 @@ class Latency(Measure):
     batch: PositiveInt = 1
     warmup: Count = 2
     repeats: PositiveInt = 7
-
-    @property
-    def label(self) -> str:
-        return f"latency-{self.seq_len}"
 
     @property
     def needed_tokens(self) -> int:
@@ -131,10 +118,7 @@ class Neighbours(Measure):
 
     prompts_only: ClassVar[bool] = True
     batched: ClassVar[bool] = False
+    LABEL: ClassVar[str] = "neighbours"
 
     method: Literal["neighbours"] = "neighbours"
     top: PositiveInt = 100
-
-    @property
-    def label(self) -> str:
-        return "neighbours"

@@ -1,12 +1,8 @@
-"""A method: a frozen class of settings in one of three families, and the one function that does it.
-
-Declaring a class registers it under its `method` name, and grid files find it there. Values are strict: a string is no
-number, an unknown field is an error. What does the work is imported where it is done: planning needs no torch.
-"""
+"""A method: a frozen class of settings in one of three families, registered under its `method` name when declared."""
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from pydantic import ModelWrapValidatorHandler, ValidationInfo, model_validator
 
@@ -15,13 +11,17 @@ from ctp.common.messages import unknown
 
 
 class Method(Spec):
-    """Base of compressions, recoveries and measures: picked by the field `method`, found in `registry`."""
+    """Base of compressions, recoveries and measures: picked by the field `method`, found in `registry`.
+
+    LABEL: a template for `label`, where that is not made of all settings.
+    """
 
     registry: ClassVar[dict[str, type["Method"]]]
+    LABEL: ClassVar[str] = ""
     method: str
 
     @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+    def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
         default = cls.model_fields["method"].default
         if isinstance(default, str):
             known = cls.registry.get(default)
@@ -49,7 +49,10 @@ class Method(Spec):
 
     @property
     def label(self) -> str:
-        """A short unique name: the method, then every field that is not at its default."""
+        """A short unique name: of LABEL and the seed, or else the method, then every field not at its default."""
+        if self.LABEL:
+            seed = getattr(self, "seed", 0)
+            return self.LABEL.format(self) + (f"-seed{seed}" if seed else "")
         rest = {n: v for n, v in self.changed().items() if n != "method"}
         return "-".join([self.method, *(tag(n, v) for n, v in rest.items())])
 

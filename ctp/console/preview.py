@@ -86,7 +86,7 @@ def look(plan: Plan, state: dict[str, State], todo: set[str], store: Store, assu
     """The preview of a plan, with what the store has measured of similar cells. Raises StoreError."""
     costs = {k: cost.of(n.cell, n.facts, assumed.batch) for k, n in plan.nodes.items()}
     why, read = history.stale(plan, state, store)
-    samples = history.measured(plan, todo, state, store, costs, read, assumed.batch)
+    samples = history.measured(plan, todo, state, store, read, assumed.batch)
     each = Resources(gpu_memory=assumed.device)
     expected = history.expect(plan, todo, costs, samples, each, assumed.tflops, assumed.pace)
     return Preview(plan, {**state, **why}, todo, costs, expected, assumed)

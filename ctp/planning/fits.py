@@ -4,20 +4,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from ctp import cells
 from ctp.architectures.families import Use
-from ctp.cells import (
-    Adapter,
-    Bos,
-    Checkpoint,
-    Learned,
-    LoRA,
-    Neighbours,
-    NoRecovery,
-    RandomPrompt,
-    Solver,
-    SparseGPT,
-    Task,
-)
 from ctp.cells.cell import Cell, Compress, Evaluate, Learn
 from ctp.cells.inputs import Pinned, Windows
 from ctp.cells.runtime import location
@@ -29,8 +17,8 @@ def misfits(cell: Cell, facts: Facts) -> list[str]:
     """What cannot work on this model: windows beyond the context, sizes that do not fit its layers."""
     model = _Model(cell.model.name, facts)
     if isinstance(cell, Compress):
-        return [*_compress_misfits(cell, model)]
-    return [*(_learn_misfits(cell, model) if isinstance(cell, Learn) else _evaluate_misfits(cell, model))]
+        return list(_compress_misfits(cell, model))
+    return list(_learn_misfits(cell, model) if isinstance(cell, Learn) else _evaluate_misfits(cell, model))
 
 
 @dataclass(frozen=True)
@@ -58,36 +46,36 @@ def _compress_misfits(cell: Compress, model: _Model) -> Iterator[str]:
     if cell.calibration is not None:
         yield from model.too_long("calibration.seq_len", cell.calibration.seq_len)
     sizes = {"group_size": getattr(spec, "group_size", None)}
-    if isinstance(spec, SparseGPT) and spec.pattern:
+    if isinstance(spec, cells.SparseGPT) and spec.pattern:
         sizes["pattern"] = spec.n_of_m[1]
     for setting, size in sizes.items():
         bad = [n for n in facts.in_features if size and n % size]
         if bad:
             yield (f"compression.{setting} = {size} ({spec.label}): must divide the input sizes of {name}, not so for "
                    f"{bad[0]}")  # fmt: skip
-    if isinstance(spec, Checkpoint) and (spec.parameters, spec.width) != (facts.parameters, facts.width):
+    if isinstance(spec, cells.Checkpoint) and (spec.parameters, spec.width) != (facts.parameters, facts.width):
         yield (f"compression.path = {spec.path}: {spec.parameters:,} parameters, width {spec.width}; not a "
                f"compressed {name}, which has {facts.parameters:,} and {facts.width}")  # fmt: skip
-    if isinstance(spec, Solver) and not facts.in_features:
+    if isinstance(spec, cells.Solver) and not facts.in_features:
         yield f"models: {name} has no linear layers in its decoder blocks that could be compressed"
-    elif isinstance(spec, Solver):
+    elif isinstance(spec, cells.Solver):
         yield from model.refuses("compress")
 
 
 def _learn_misfits(cell: Learn, model: _Model) -> Iterator[str]:
     spec, facts, name = cell.recovery, model.facts, model.name
-    if isinstance(spec, LoRA) or (spec.in_front and not isinstance(spec, NoRecovery)):
+    if isinstance(spec, cells.LoRA) or (spec.in_front and not isinstance(spec, cells.NoRecovery)):
         yield from model.refuses("prompt" if spec.in_front else "lora")
-    if isinstance(spec, Learned):
+    if isinstance(spec, cells.Learned):
         yield from _learned_misfits(spec, cell.model.dtype, model)
-    elif isinstance(spec, Adapter) and spec.width not in (0, facts.width):
+    elif isinstance(spec, cells.Adapter) and spec.width not in (0, facts.width):
         yield (f"recovery.path = {spec.path}: a prompt of width {spec.width} does not fit {name}, whose embedding has "
                f"{facts.width}")  # fmt: skip
-    elif isinstance(spec, RandomPrompt) and spec.k > facts.vocab:
+    elif isinstance(spec, cells.RandomPrompt) and spec.k > facts.vocab:
         yield f"recovery.k = {spec.k}: the vocabulary of {name} has {facts.vocab} entries"
 
 
-def _learned_misfits(spec: Learned, dtype: str, model: _Model) -> Iterator[str]:
+def _learned_misfits(spec: cells.Learned, dtype: str, model: _Model) -> Iterator[str]:
     blocks = getattr(spec, "layers", None) or 0
     if blocks > model.facts.layers:
         yield f"recovery.layers = {blocks}: {model.name} has {model.facts.layers} decoder blocks"
@@ -104,16 +92,16 @@ def _evaluate_misfits(cell: Evaluate, model: _Model) -> Iterator[str]:
     yield from model.too_long(f"measures.{fed}", measure.needed_tokens, cell.prompt_rows)
     if measure.generates and cell.recovery and cell.recovery.recovery.in_front:
         yield from model.refuses("generate")
-    if isinstance(measure, Neighbours) and measure.top > model.facts.vocab:
+    if isinstance(measure, cells.Neighbours) and measure.top > model.facts.vocab:
         yield f"measures.top = {measure.top}: the vocabulary of {model.name} has {model.facts.vocab} entries"
 
 
 def missing_tokens(cell: Cell, specials: Callable[[], Specials | None]) -> list[str]:
     """What cannot work because the model's tokenizer lacks a special token. specials: called only where it matters."""
     places = [f"{place}.bos = 'each'" for place, text in windows_of(cell) if text.bos == "each"]
-    if isinstance(cell.method, Bos):
+    if isinstance(cell.method, cells.Bos):
         places.append("recovery.method = 'bos'")
-    if not places and not isinstance(cell.method, Task):
+    if not places and not isinstance(cell.method, cells.Task):
         return []
     try:
         found = specials()
@@ -122,19 +110,19 @@ def missing_tokens(cell: Cell, specials: Callable[[], Specials | None]) -> list[
     if found is None or found.bos is not None:
         return []
     out = [f"{place}: the tokenizer of {cell.model.name} has no beginning-of-text token" for place in places]
-    if isinstance(cell.method, Task) and found.eos is None:
+    if isinstance(cell.method, cells.Task) and found.eos is None:
         out.append(f"measures.name = {cell.method.name!r}: the tokenizer of {cell.model.name} has neither a "
                    "beginning-of-text nor an end-of-text token, and a task needs one of them")  # fmt: skip
     return out
 
 
-def namesakes(cells: Iterable[Cell], locations: Mapping[str, str]) -> list[str]:
+def namesakes(of: Iterable[Cell], locations: Mapping[str, str]) -> list[str]:
     """Models, checkpoints, adapters and tasks from several places that have one short name.
 
     Tables, MLflow and --where go by these names, and could not tell them apart. locations: as `Runtime` has them.
     """
     places: dict[tuple[str, str], set[str]] = {}
-    for cell in cells:
+    for cell in of:
         for field in type(cell).model_fields:
             thing = getattr(cell, field)
             if isinstance(thing, Pinned) and not isinstance(thing, Windows):  # texts are called as the grid calls them

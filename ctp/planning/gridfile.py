@@ -65,7 +65,7 @@ class Grid:
     path: Path
     text: str  # the file after `extends` and `--set`, as YAML
     studies: tuple[Study, ...]
-    plugins: Mapping[str, str]  # name -> source of the user's own Python files
+    plugins: Mapping[str, str]  # name -> source of the user's Python files
 
 
 def load(name: str, settings: list[str], pins: Pins) -> Grid:
@@ -109,7 +109,7 @@ def _once(problems: list[str]) -> list[str]:
 
 
 def _studies(raw: Settings, name: str, pins: Pins, problems: list[str]) -> tuple[Study, ...]:
-    """Every part of every study. What a file says at its top, all of them share."""
+    """Every part of every study, over the settings at the file's top, which all share."""
     shared = {k: v for k, v in raw.items() if k in STUDY_KEYS}
     given = raw.get("studies", {name: {}})
     if not isinstance(given, dict) or not given:

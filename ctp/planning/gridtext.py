@@ -91,11 +91,11 @@ def _parse_file(path: Path) -> Settings:
         raise GridError([f"{path}: {e}"]) from e
 
 
-def _check_new(own: object, below: object, whole: Settings, path: Path) -> None:
-    """Raise GridError for a definition that is new and used by nothing: a mistyped name, which would change nothing."""
+def _check_new(new: object, below: object, whole: Settings, path: Path) -> None:
+    """Raise GridError for a new definition that nothing uses: a mistyped name, which would change nothing."""
     known = below if isinstance(below, Mapping) else {}
     used = set(_NAME.findall(yaml.safe_dump(whole)))
-    for name in own if isinstance(own, Mapping) else ():
+    for name in new if isinstance(new, Mapping) else ():
         if name not in known and str(name) not in used:
             raise GridError([f"{path}: define.{name}: nothing uses it; {unknown('definition', name, map(str, known))}"])
 

@@ -23,7 +23,7 @@ Fields = dict[str, object]  # of a pinned thing, as they stand in the grid file
 
 
 class Found(NamedTuple):
-    """What a name stands for now: its short name, its exact revision, and where it lies."""
+    """What a name stands for now: its short name, its exact revision, and where it is stored."""
 
     name: str
     revision: str
@@ -31,15 +31,14 @@ class Found(NamedTuple):
 
 
 class Pins:
-    """The validation context of a grid: resolves names to revisions and remembers where each one lies.
+    """The validation context of a grid: resolves names to revisions and remembers where each is stored.
 
     data_dir: a folder with local copies of texts (also CTP_DATA_DIR), preferred to the hub. provisional: for planning
     only: where the hub cannot be reached, texts and known models get the revision "unpinned" and their names go into
     `unpinned`; otherwise that raises ValueError. Raises GridError where there is no folder `data_dir`.
 
-    The methods `pin_…` get a name and all fields that are given with it, and return the fields with the short name and
-    the revision filled in. They raise ValueError, in one sentence, where there is no such thing, or not at the given
-    revision.
+    The methods `pin_…` get a name and all fields given with it, and return the fields with short name and revision.
+    They raise ValueError, in one sentence, where there is no such thing, or not at the given revision.
     """
 
     def __init__(self, data_dir: str | None = None, provisional: bool = False) -> None:
@@ -55,7 +54,7 @@ class Pins:
         self._answers: dict[tuple[str, str, str], Found | ValueError] = {}
 
     def add_datasets(self, raw: object) -> list[str]:
-        """Register a grid file's own `datasets`; returns what is wrong with them."""
+        """Register the `datasets` of a grid file; returns its mistakes."""
         if not isinstance(raw, Mapping):
             return [f"datasets = {shown(raw)}: a mapping of names to descriptions"]
         problems = []
@@ -70,23 +69,19 @@ class Pins:
     def pin_model(self, name: str, fields: Fields) -> Fields:
         """Also its dtype, where that is left to the checkpoint."""
         revision = _revision(fields)
-        found = self._found("model", name, revision, lambda: self._find_model(name, revision))
+
+        def find_model() -> Found:
+            found = Found(*sources.locate(name, revision))
+            if found.location.startswith("hub:") and not self.provisional:
+                hub.check_access(name, found.revision)  # now, and not hours later on a worker
+            return found
+
+        found = self._found("model", name, revision, find_model, f"hub:{name}" if name in known_models() else None)
         known = model_facts(found.location, found.revision)
         check_usable(found.location, found.revision, known.vocab)
         dtype = fields.get("dtype", "auto")
         dtype = known.dtype if dtype == "auto" else dtype
         return {**fields, "name": found.name, "revision": found.revision, "dtype": dtype}
-
-    def _find_model(self, name: str, revision: str) -> Found:
-        try:
-            found = Found(*sources.locate(name, revision))
-        except hub.Unreachable:
-            if not self.provisional or name not in known_models():
-                raise
-            return self._unpinned(name, f"hub:{name}")
-        if found.location.startswith("hub:") and not self.provisional:
-            hub.check_access(name, found.revision)  # now, and not hours later on a worker
-        return found
 
     def pin_path(self, path: str, fields: Fields) -> Fields:
         """An adapter or a checkpoint; also what is read from its files."""
@@ -107,19 +102,14 @@ class Pins:
         given = fields.get("shots")
         shots = given if isinstance(given, int) else 0  # anything else is refused by validation
 
-        def locate() -> Found:
+        def find_task() -> Found:
             from ctp.data import tasks  # finds the harness's files: where a grid names a task only
 
             path = str(beside(name, self.folders)) if name.endswith((".yaml", ".yml")) else name
-            try:
-                return Found(*tasks.locate(path, self.data_dir, shots=shots))
-            except hub.Unreachable:
-                if not self.provisional:
-                    raise
-                return self._unpinned(name, "")
+            return Found(*tasks.locate(path, self.data_dir, shots=shots))
 
         try:
-            found = self._found(f"task with {shots} shots", name, _revision(fields), locate)
+            found = self._found(f"task with {shots} shots", name, _revision(fields), find_task, "")
         except ValueError as e:
             raise ValueError(f"name = {shown(name)}: {e}") from e
         return {**fields, "name": found.name, "revision": found.revision}
@@ -132,34 +122,26 @@ class Pins:
             self.datasets[name] = {"path": corpus.path}  # a folder among the local data
         if not isinstance(split, str):
             return fields
+
+        def find_text() -> Found:
+            location, revision = locate_text(corpus, split, self.data_dir)
+            return Found(name, revision, location)
+
         revision = _revision(fields)
-        found = self._found(f"text {split}", name, "", lambda: self._find_text(corpus, split))
+        found = self._found(f"text {split}", name, "", find_text, f"hub:{corpus.hub}@{UNPINNED}")
         _check_revision(revision, found, f"{name} {split}")
         return {**fields, "revision": found.revision, "join": corpus.join if join is None else join}
 
-    def _find_text(self, corpus: Corpus, split: str) -> Found:
-        try:
-            location, revision = locate_text(corpus, split, self.data_dir)
-            return Found(corpus.name, revision, location)
-        except hub.Unreachable:
-            if not self.provisional:
-                raise
-            return self._unpinned(corpus.name, f"hub:{corpus.hub}@{UNPINNED}")
+    def _found(
+        self, what: str, name: str, revision: str, find: Callable[[], Found], offline: str | None = None
+    ) -> Found:
+        """What `find` gives or raises, called once a grid; its location is noted.
 
-    def _unpinned(self, name: str, location: str) -> Found:
-        """What is planned with where the hub cannot be reached."""
-        if name not in self.unpinned:
-            self.unpinned.append(name)
-        return Found(name, UNPINNED, location)
-
-    def _found(self, what: str, name: str, revision: str, find: Callable[[], Found]) -> Found:
-        """What `find` gives or raises, called once a grid; its location is noted."""
+        offline: the location to plan with where the hub cannot be reached; None where there is no planning without it.
+        """
         question = (what, name, revision)
         if question not in self._answers:
-            try:
-                self._answers[question] = find()
-            except ValueError as e:
-                self._answers[question] = e
+            self._answers[question] = self._ask(name, find, offline)
         found = self._answers[question]
         if isinstance(found, ValueError):
             raise found
@@ -167,6 +149,16 @@ class Pins:
             _check_revision(revision, found, found.name)
         self.locations[f"{found.name}@{found.revision}"] = found.location
         return found
+
+    def _ask(self, name: str, find: Callable[[], Found], offline: str | None) -> Found | ValueError:
+        try:
+            return find()
+        except ValueError as e:
+            if not isinstance(e, hub.Unreachable) or not self.provisional or offline is None:
+                return e
+        if name not in self.unpinned:
+            self.unpinned.append(name)
+        return Found(name, UNPINNED, offline)
 
     def facts(self, model: Model) -> Facts:
         """Size and limits of a pinned model."""

@@ -75,34 +75,30 @@ def _model_cells(study: Study, model: Model) -> list[Cell]:
         for spec in study.compressions
     }
     targets = [cell for label in study.targets for cell in compressed[label]]
+    sources = [cell for label in study.sources for cell in compressed[label]]
+    dense = [Compress(model=model, compression=Dense())]
     learned = [
         Learn(source=source, recovery=recovery)
-        for recovery in study.recoveries
-        if recovery.learned
-        for label in study.sources
-        for source in compressed[label]
-    ]
-    dense = Compress(model=model, compression=Dense())
-    given = [
-        Learn(source=dense, recovery=r) for r in study.recoveries if not r.learned and not isinstance(r, NoRecovery)
+        for recovery in sorted(study.recoveries, key=lambda r: not r.learned)
+        if not isinstance(recovery, NoRecovery)
+        for source in (sources if recovery.learned else dense)
     ]
     evaluations = [
         Evaluate(target=target, recovery=recovery, measure=measure)
         for target in targets
         for measure in study.measures
-        for recovery in (None, *learned, *given)
+        for recovery in (None, *learned)
         if _measured(study, target, recovery, measure)
     ]
-    return [*targets, *learned, *given, *evaluations]
+    return [*targets, *learned, *evaluations]
 
 
 def _measured(study: Study, target: Compress, recovery: Learn | None, measure: Measure) -> bool:
     """Does the study measure this recovery on this target?"""
-    if recovery is None:
-        return not measure.prompts_only
-    if measure.prompts_only and not recovery.recovery.in_front:
+    if measure.prompts_only and not (recovery and recovery.recovery.in_front):
         return False
-    return study.transfer == "all" or not recovery.recovery.learned or recovery.source == target
+    elsewhere = recovery is not None and recovery.recovery.learned and recovery.source != target
+    return study.transfer == "all" or not elsewhere
 
 
 def _ancestors(cell: Cell) -> list[Cell]:
