@@ -12,16 +12,20 @@ the inputs of 8-bit products to 8 bits too; ctp reads the weights alone.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ctp.formats.checks import part
+from ctp.formats import checks
+from ctp.formats.checks import Layers, part
 from ctp.formats.layer import Layer
 
-STATE = ".weight.quant_state.bitsandbytes__"
+STATE = "weight.quant_state.bitsandbytes__"
+FOUR = ("weight", "weight.quant_map", "weight.absmax", "weight.nested_quant_map", "weight.nested_absmax")
+EIGHT = ("SCB", "weight", "weight_format")
 KINDS = ("nf4", "fp4")
 
 
@@ -30,32 +34,21 @@ def check(config: Mapping[str, Any]) -> None:
     four, eight = (config.get(n, config.get(f"_{n}", False)) for n in ("load_in_4bit", "load_in_8bit"))
     if (four is True) == (eight is True):
         raise ValueError(f"load_in_4bit = {four!r} and load_in_8bit = {eight!r} of bitsandbytes: one of them is true")
-    kind, storage = config.get("bnb_4bit_quant_type", "fp4"), config.get("bnb_4bit_quant_storage", "uint8")
-    if four and kind not in KINDS:
-        raise ValueError(f"bnb_4bit_quant_type = {kind!r} of bitsandbytes: allowed: {', '.join(KINDS)}")
-    if four and storage != "uint8":
-        raise ValueError(f"bnb_4bit_quant_storage = {storage!r} of bitsandbytes: allowed: uint8")
+    if four:
+        checks.check_setting("bnb_4bit_quant_type", config.get("bnb_4bit_quant_type", "fp4"), KINDS, " of bitsandbytes")
+        storage = config.get("bnb_4bit_quant_storage", "uint8")
+        checks.check_setting("bnb_4bit_quant_storage", storage, ("uint8",), " of bitsandbytes")
 
 
-def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Layer, set[str]]]:
-    """Every quantized linear of a checkpoint: its name, its compressed form, and the names of its tensors.
-
-    Raises ValueError naming the linear and the tensor that does not fit.
-    """
-    for key in tensors:
-        name, state, kind = key.partition(STATE)
-        if not state and not key.endswith(".SCB"):
-            continue
-        name = name if state else key.removesuffix(".SCB")
-        own = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")}
-        own.pop("bias", None)
-        try:
-            yield name, _four(own, kind) if state else _eight(own), {f"{name}.{n}" for n in own}
-        except (ValueError, RuntimeError) as e:
-            raise ValueError(f"{name}: no bitsandbytes layer: {e}") from e
+def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Layers:
+    """The quantized linears of a checkpoint. Raises ValueError naming the linear and the tensor that does not fit."""
+    for kind in KINDS:
+        fields = (f"{STATE}{kind}", *FOUR)
+        yield from checks.read_layers(tensors, fields, "bitsandbytes", partial(_four, kind))
+    yield from checks.read_layers(tensors, EIGHT, "bitsandbytes", _eight)
 
 
-def _eight(own: Mapping[str, Tensor]) -> Layer:
+def _eight(_: str, own: Mapping[str, Tensor]) -> Layer:
     rows, columns = part(own, "weight", (torch.int8,), (None, None)).shape
     if "weight_format" in own and int(own["weight_format"].sum()):
         raise ValueError(f"weight_format is {own['weight_format'].tolist()}: should be 0, row by row")
@@ -63,8 +56,8 @@ def _eight(own: Mapping[str, Tensor]) -> Layer:
     return Layer((rows, columns), bits=8, codes=(own["weight"].short() + 128).byte(), scale=scale.unsqueeze(1))
 
 
-def _four(own: Mapping[str, Tensor], kind: str) -> Layer:
-    said = _state(part(own, f"weight.quant_state.bitsandbytes__{kind}", (torch.uint8,), (None,)))
+def _four(kind: str, _: str, own: Mapping[str, Tensor]) -> Layer:
+    said = _state(part(own, f"{STATE}{kind}", (torch.uint8,), (None,)))
     rows, columns = said["shape"]
     size, count = said["blocksize"], rows * columns
     octets = part(own, "weight", (torch.uint8,), (-(-count // 2), 1)).flatten()
