@@ -20,6 +20,8 @@ from ctp.architectures.experts import experts_in, silent, split
 from ctp.architectures.linears import all_finite, large, linears
 from ctp.common.messages import brief
 
+DEPENDS = "block {} is called with what depends on the blocks before it"
+
 
 @dataclass
 class _Step:
@@ -67,10 +69,11 @@ def check_chain(model: nn.Module, window: Tensor) -> Chain:
         bad = next((n for n, p in model.named_parameters() if not all_finite(p)), None)
         why = "an activation overflows" if bad is None else f"{bad} holds numbers that are not finite"
         raise ValueError(f"{_name(model)} computes no finite numbers: {why}")
-    if reason := _refusal(model, steps, idle):
-        raise ValueError(reason)
-    outs = [_without_values(step.out) for step in steps]
-    if reason := _rerun(steps, _arguments(model, window, outs)):
+    reason, outs = _refusal(model, steps, idle), []
+    if not reason:
+        outs = [_without_values(step.out) for step in steps]
+        reason = _rerun(steps, _arguments(model, window, outs))
+    if reason:
         raise ValueError(_no_chain(model, reason))
     return Chain(outs, frozenset(idle))
 
@@ -85,22 +88,19 @@ def foreseen(model: nn.Module) -> tuple[str, frozenset[str]]:
         try:
             with silent(model):
                 steps, idle = _observe(model, torch.zeros(1, 2, dtype=torch.long), **kwargs)
-                return _refusal(model, steps, idle), frozenset(idle)
+                reason = _refusal(model, steps, idle)
+                return reason and _no_chain(model, reason), frozenset(idle)
         except Exception:
             continue
     return "", frozenset()
-
-
-def _name(model: nn.Module) -> str:
-    return f"model type {getattr(model.config, 'model_type', '?')}: {type(model).__name__}"
 
 
 def _no_chain(model: nn.Module, reason: str) -> str:
     return f"{_name(model)} is no chain of blocks that can be compressed one by one: {reason}"
 
 
-def _depends(i: int) -> str:
-    return f"block {i} is called with what depends on the blocks before it"
+def _name(model: nn.Module) -> str:
+    return f"model type {getattr(model.config, 'model_type', '?')}: {type(model).__name__}"
 
 
 def _observe(model: nn.Module, window: Tensor, **kwargs: Any) -> tuple[list[_Step], list[str]]:
@@ -145,18 +145,18 @@ def _refusal(model: nn.Module, steps: Sequence[_Step], idle: Sequence[str]) -> s
     if [s.block for s in steps] != list(blocks):
         runs = [sum(s.block is block for s in steps) for block in blocks]
         odd = next((f"block {i} runs {n} times in a pass" for i, n in enumerate(runs) if n != 1), "")
-        return _no_chain(model, odd or "its blocks run in another order")
+        return odd or "its blocks run in another order"
     for i, (one, two) in enumerate(pairwise(steps)):
         out = hidden_of(one.out)
         if not same(two.hidden.to(out.device), out):
-            return _no_chain(model, f"it changes what block {i} gives before block {i + 1} gets it")
+            return f"it changes what block {i} gives before block {i + 1} gets it"
     made: set[int] = set()  # ids of what blocks return beside the hidden states; `steps` keeps them in memory
     for i, step in enumerate(steps):
         if any(id(tensor) in made for tensor in step.call.tensors()):
-            return _no_chain(model, _depends(i))
+            return DEPENDS.format(i)
         made |= {id(o) for o in step.out[1:]} if isinstance(step.out, tuple | list) else set()
     if large(idle, linears(blocks, prefix)):
-        return f"{_name(model)} does not run these linears on text, so they see no input: {', '.join(idle[:3])}"
+        return f"it does not run these linears on text, so they see no input: {', '.join(idle[:3])}"
     return ""
 
 
@@ -168,7 +168,7 @@ def _rerun(steps: Sequence[_Step], batch: Batch, tolerance: float = 1e-3) -> str
     for i, step in enumerate(steps):
         call = batch.calls[step.block]
         if not alike(step.call, call):
-            return _depends(i)
+            return DEPENDS.format(i)
         tensors = [batch.hidden, *call.tensors()]
         versions = [t._version for t in tensors]
         try:
