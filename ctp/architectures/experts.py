@@ -110,8 +110,7 @@ def _routes(module: nn.Module, layout: Layout) -> bool:
 def fused(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """The state of a model given by its linears' weights and other tensors, experts put into their parameters.
 
-    weights: (name, tensor); of experts `NAME.weight`, NAME as in artifacts. model: of the architecture, whose own
-    numbers are not looked at.
+    weights: (name, tensor); of experts `NAME.weight`, NAME as in artifacts. model: gives names and shapes only.
     """
     experts = {f"{m.name}.weight": m for m in matrices(model).values()}
     state: dict[str, Tensor] = {}
@@ -133,8 +132,7 @@ class SplitExperts(nn.Module):
     """The same layer with one nn.Linear for every matrix; their weights are views of the experts' parameters.
 
     Every expert's linears are called in every pass, on no token where none is routed to it: all that come first, then
-    all `down_proj`. all_tokens: experts that are called on all tokens instead, and no other, for what they would see
-    then; what the layer gives is of no use in such a pass.
+    all `down_proj`. all_tokens: if set, only these experts are called, on all tokens; the layer's output is then zeros.
     """
 
     experts: Any

@@ -49,7 +49,7 @@ def _needs_ids(config: Any) -> str:
 
 
 def _no_decoding(config: Any) -> str:
-    """Decoding behind a prompt is told from reading the prompt by what is in a DynamicCache."""
+    """An attached prompt sees by the length of a DynamicCache whether the model decodes or reads the first tokens."""
     arguments = _arguments(config)
     if lacking := [n for n in ATTACHED if arguments and n not in arguments]:
         return f"its forward lacks {', '.join(lacking)}, which decoding behind a prompt needs"

@@ -178,7 +178,7 @@ def _add_gram(total: Tensor, x: Tensor) -> None:
 
 
 def _mirrored(total: Tensor) -> Tensor:
-    """total, what lies below the diagonal made equal to what lies above it, in place."""
+    """total with the triangle above the diagonal copied below it, in place."""
     for own in stripes(len(total)):
         total[own, own] = total[own, own].triu() + total[own, own].triu(1).T
         total[own, : own.start] = total[: own.start, own].T

@@ -1,4 +1,4 @@
-"""A compressed model without its modules, as it lies on disk, and back into an ordinary model."""
+"""A compressed model as its weights, configuration and tokenizer: in memory, on disk, and as an ordinary model."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -61,9 +61,8 @@ class Compressed:
     """What a compressed model consists of.
 
     packed: tensors of its compressed linears (see `pack`). rest: every other weight by name, tied ones once. config:
-    of the architecture, with no quantization of its own; `config.dtype` is what the model computes in. generation:
-    its defaults for `generate`, None where there are none. routing: how many calibration tokens each expert was given,
-    known where the model has just been compressed.
+    of the plain architecture; `config.dtype` is what the model computes in. generation: defaults for `generate`, None
+    without. routing: calibration tokens of each expert, known where the model has just been compressed.
     """
 
     packed: dict[str, Tensor]
@@ -77,7 +76,7 @@ class Compressed:
     def of(cls, model: Any, layers: Mapping[str, Layer], tokenizer: Any) -> "Compressed":
         """A model whose linears have been compressed to `layers` (as `compress_model` gives them).
 
-        Raises ArithmeticError naming the linear where unpacking does not give the very weight that lies in the model.
+        Raises ArithmeticError naming the linear where unpacking does not give exactly the weight in the model.
         """
         packed: dict[str, Tensor] = {}
         experts = {m.name: m for m in matrices(model).values()}

@@ -46,12 +46,13 @@ def _read(own: Mapping[str, Tensor], size: int) -> Layer:
     columns, words = part(own, "qweight", (torch.int32,), (None, None)).shape
     size = columns if size == -1 else size
     groups, rows = -(-columns // size), words * 8
+    zero = _outputs(part(own, "qzeros", (torch.int32,), (groups, words)))
     return Layer(
         (rows, columns),
         bits=BITS,
         codes=_outputs(own["qweight"]),
         scale=part(own, "scales", FLOATS, (groups, rows)).T.contiguous(),
-        zero=checks.unless_centred(_outputs(part(own, "qzeros", (torch.int32,), (groups, words))), BITS),
+        zero=checks.unless_centred(zero, BITS),
         g_idx=checks.group_numbers("group_size", {}, columns, size),
     )
 

@@ -10,13 +10,13 @@ nested_offset. In 8 bits: weight int8 (m, n) and SCB float32 (m,), the weight is
 the inputs of 8-bit products to 8 bits too; ctp reads the weights alone.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
 from torch import Tensor
 
 from ctp.formats import checks
@@ -56,42 +56,38 @@ def _eight(_: str, own: Mapping[str, Tensor]) -> Layer:
     return Layer((rows, columns), bits=8, codes=(own["weight"].short() + 128).byte(), scale=scale.unsqueeze(1))
 
 
+class _State(BaseModel):
+    """What quant_state says of a linear; other fields are not read."""
+
+    model_config = ConfigDict(strict=True)
+    shape: tuple[PositiveInt, PositiveInt]
+    blocksize: PositiveInt
+    nested_blocksize: PositiveInt | None = None
+    nested_offset: FiniteFloat = 0.0
+
+
 def _four(kind: str, _: str, own: Mapping[str, Tensor]) -> Layer:
-    said = _state(part(own, f"{STATE}{kind}", (torch.uint8,), (None,)))
-    rows, columns = said["shape"]
-    size, count = said["blocksize"], rows * columns
+    stored = part(own, f"{STATE}{kind}", (torch.uint8,), (None,))
+    try:
+        state = _State.model_validate_json(bytes(stored.tolist()))
+    except ValidationError as e:
+        raise ValueError(f"quant_state: {'.'.join(map(str, e.errors()[0]['loc']))}: {e.errors()[0]['msg']}") from e
+    (rows, columns), size = state.shape, state.blocksize
+    count = rows * columns
     octets = part(own, "weight", (torch.uint8,), (-(-count // 2), 1)).flatten()
     codes = torch.stack((octets >> 4, octets & 15), 1).flatten()[:count].view(rows, columns)
     table = part(own, "weight.quant_map", (torch.float32,), (16,))
-    absmax = _absmax(own, said, -(-count // size))
-    run = math.gcd(columns, size)  # inputs in a row that lie in one block, whatever the row
+    absmax = _absmax(own, state, -(-count // size))
+    run = math.gcd(columns, size)  # inputs in a row that are in one block, whatever the row
     scale = absmax[torch.arange(0, count, run) // size].view(rows, -1)
     return Layer((rows, columns), bits=4, codes=codes.contiguous(), scale=scale, table=table)
 
 
-def _absmax(own: Mapping[str, Tensor], said: Mapping[str, Any], blocks: int) -> Tensor:
+def _absmax(own: Mapping[str, Tensor], state: _State, blocks: int) -> Tensor:
     """float32 (blocks,)."""
-    if "nested_blocksize" not in said:
+    if (size := state.nested_blocksize) is None:
         return part(own, "weight.absmax", (torch.float32,), (blocks,))
-    size = said["nested_blocksize"]
     codes = part(own, "weight.absmax", (torch.uint8,), (blocks,)).long()
     numbers = part(own, "weight.nested_quant_map", (torch.float32,), (256,))
     nested = part(own, "weight.nested_absmax", (torch.float32,), (-(-blocks // size),))
-    return numbers[codes] * nested[torch.arange(blocks) // size] + said["nested_offset"]
-
-
-def _state(octets: Tensor) -> dict[str, Any]:
-    """The JSON in a tensor. Raises ValueError where it does not say what is needed."""
-    said = json.loads(bytes(octets.tolist()))
-    if not isinstance(said, dict):
-        raise ValueError(f"quant_state is {said!r}: should be an object")
-    shape = said.get("shape")
-    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise ValueError(f"quant_state.shape = {shape!r}: should be outputs, inputs")
-    for field in ("blocksize", "nested_blocksize") if "nested_blocksize" in said else ("blocksize",):
-        if not isinstance(said.get(field), int) or said[field] < 1:
-            raise ValueError(f"quant_state.{field} = {said.get(field)!r}: should be a whole number above 0")
-    offset = said.get("nested_offset", 0.0)
-    if not isinstance(offset, float | int) or not math.isfinite(offset):
-        raise ValueError(f"quant_state.nested_offset = {offset!r}: should be a number")
-    return said
+    return numbers[codes] * nested[torch.arange(blocks) // size] + state.nested_offset

@@ -47,7 +47,7 @@ def unless_centred(zero: Tensor, bits: int) -> Tensor | None:
 
 
 def part(own: Mapping[str, Tensor], field: str, dtypes: Sequence[torch.dtype], shape: Sequence[int | None]) -> Tensor:
-    """The tensor `field` of a layer. Raises ValueError naming it where it lacks, or is of another dtype or shape (None:
+    """The tensor `field` of a layer. Raises ValueError naming it where it is missing, has another dtype or shape (None:
     any length above 0), or holds numbers that are not finite.
     """
     if field not in own:

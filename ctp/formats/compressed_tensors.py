@@ -71,11 +71,7 @@ def _read(own: Mapping[str, Tensor], grids: Collection[tuple[int, int | None]]) 
         rows, columns = part(own, "weight", (torch.int8,), (None, None)).shape
         (bits,) = [b for b in widths if b >= 8] or widths[-1:]
         codes = below("weight", own["weight"].to(torch.int16) + 2 ** (bits - 1), 2**bits).to(torch.uint8)
-    if own["weight_scale"].numel() == 1:
-        scale = part(own, "weight_scale", FLOATS, (1,) * own["weight_scale"].dim()).reshape(1, 1).expand(rows, 1)
-    else:
-        scale = own["weight_scale"].unsqueeze(1) if own["weight_scale"].dim() == 1 else own["weight_scale"]
-        scale = part({"weight_scale": scale}, "weight_scale", FLOATS, (rows, None))
+    scale = _per_output(own, "weight_scale", FLOATS, rows, None)
     sizes = [columns if size is None else size for b, size in grids if b == bits]
     if (size := next((s for s in sizes if -(-columns // s) == scale.shape[1]), None)) is None:
         raise ValueError(f"weight_scale has {scale.shape[1]} groups of {columns} inputs: group_size is {sizes}")
@@ -92,6 +88,18 @@ def _read(own: Mapping[str, Tensor], grids: Collection[tuple[int, int | None]]) 
     )
 
 
+def _per_output(
+    own: Mapping[str, Tensor], field: str, dtypes: Sequence[torch.dtype], rows: int, groups: int | None
+) -> Tensor:
+    """A tensor as (rows, groups), which may be stored as one number for all, or as one for each row."""
+    found = own[field]
+    if found.numel() == 1:
+        found = found.reshape(1, 1).expand(rows, groups or 1)
+    elif found.dim() == 1:
+        found = found.unsqueeze(1)
+    return part({field: found}, field, dtypes, (rows, groups))
+
+
 def _zero(own: Mapping[str, Tensor], bits: int, rows: int, groups: int) -> Tensor | None:
     """Zero points (rows, groups); None where all are the middle of the grid."""
     field = "weight_zero_point"
@@ -101,9 +109,8 @@ def _zero(own: Mapping[str, Tensor], bits: int, rows: int, groups: int) -> Tenso
         words = part(own, field, (torch.int32,), (-(-rows * bits // 32), groups))
         zero = from_words(words.T.contiguous(), bits, rows).T
     else:
-        given = own[field].reshape(1, 1).expand(rows, groups) if own[field].numel() == 1 else own[field]
-        given = part({field: given.unsqueeze(1) if given.dim() == 1 else given}, field, (torch.int8,), (rows, groups))
-        zero = below(field, given.short() + 2 ** (bits - 1), 2**bits).byte()
+        stored = _per_output(own, field, (torch.int8,), rows, groups)
+        zero = below(field, stored.short() + 2 ** (bits - 1), 2**bits).byte()
     return checks.unless_centred(zero, bits)
 
 

@@ -1,8 +1,8 @@
 """GGUF files of llama.cpp, read: the block formats whose weights are evenly spaced, which are most.
 
 A row of weights is cut into blocks, and these into groups of 16 or 32; weight = scale * (code - zero) or, with a least
-weight per group, scale * code + shift. gguf's own dequantizer is asked for each: for the codes with the scales of a
-block set to 1, for the scales with its codes set to 1. Weights are then compared with those that the library makes.
+weight per group, scale * code + shift. gguf's own dequantizer gives the codes where the scales of a block are set to
+1, and the scales where its codes are set to 1. The weights are then compared with those that the library makes.
 """
 
 from collections.abc import Mapping

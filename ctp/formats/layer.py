@@ -13,7 +13,7 @@ from ctp.formats.bits import INTEGERS, chunk
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One compressed weight of shape (outputs, inputs); its tensors lie on one device.
+    """One compressed weight of shape (outputs, inputs); its tensors are on one device.
 
     mask: bool (outputs, inputs), True where a weight is kept; None where nothing is pruned.
     Not quantized: bits, codes, scale, zero and g_idx are None; values holds the kept weights (kept,), row by row.
