@@ -1,4 +1,4 @@
-"""What a decoder block is called with, kept so that it can be run again on its own."""
+"""The arguments that a model calls a decoder block with, kept so that the block can be run again on its own."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 
 class _Stop(Exception):
-    """Ends a forward pass early, once what it was run for has been seen."""
+    """Ends a forward pass early."""
 
 
 @contextmanager
@@ -25,11 +26,15 @@ def stop() -> None:
     raise _Stop
 
 
+def _is_leaf(value: Any) -> bool:
+    return not isinstance(value, tuple)
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What a block is called with, the hidden states apart.
+    """All arguments of a block but the hidden states.
 
-    keyword: the name under which the hidden states are handed over, None where they come first by position.
+    keyword: the name of the hidden states' argument, None where they come first by position.
     """
 
     keyword: str | None = None
@@ -38,7 +43,7 @@ class Call:
 
     @classmethod
     def split(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, "Call"]:
-        """(hidden states, the rest)."""
+        """(hidden states, the other arguments)."""
         if args:
             return args[0], cls(None, args[1:], dict(kwargs))
         rest = dict(kwargs)
@@ -50,14 +55,18 @@ class Call:
             return hidden_of(block(hidden, *self.args, **self.kwargs))
         return hidden_of(block(*self.args, **{self.keyword: hidden}, **self.kwargs))
 
-    def parts(self) -> tuple[Any, ...]:
-        """All arguments, in an order of their own."""
-        return self.keyword, *self.args, *(self.kwargs[n] for n in sorted(self.kwargs))
+    def leaves(self) -> list[Any]:
+        """All arguments, those in tuples one by one."""
+        return tree_leaves((*self.args, *self.kwargs.values()), is_leaf=_is_leaf)
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors among them."""
+        return [value for value in self.leaves() if isinstance(value, Tensor)]
 
 
 @dataclass
 class Batch:
-    """Hidden states (windows, tokens, width) on their way through the blocks, and how each block is called with them.
+    """Hidden states (windows, tokens, width) on their way through the blocks, and the arguments of each block.
 
     A block may keep what later ones read (shared keys and values) in an argument: every batch has its own.
     """
@@ -76,35 +85,38 @@ def hidden_of(out: Any) -> Tensor:
     return hidden
 
 
-def merged(call: Call, others: Sequence[Call], known: dict[int, tuple[Any, Any]]) -> Call:
-    """The call with the tensors of others in place of equal ones."""
-    args = tuple(_kept(a, [o.args[i] for o in others if i < len(o.args)], known) for i, a in enumerate(call.args))
-    kwargs = {n: _kept(a, [o.kwargs[n] for o in others if n in o.kwargs], known) for n, a in call.kwargs.items()}
-    return Call(call.keyword, args, kwargs)
+def share_tensors(call: Call, others: Sequence[Call], known: dict[int, tuple[Tensor, Tensor]]) -> Call:
+    """The call with tensors of `others` instead of equal ones in the same place, so that masks are in memory once.
 
-
-def _kept(value: Any, others: Sequence[Any], known: dict[int, tuple[Any, Any]]) -> Any:
-    if isinstance(value, tuple) and type(value) is tuple:
-        inside = [o for o in others if isinstance(o, tuple) and len(o) == len(value)]
-        return tuple(_kept(v, [o[i] for o in inside], known) for i, v in enumerate(value))
-    if not isinstance(value, Tensor):
-        return value
-    if id(value) not in known:
-        known[id(value)] = value, next((o for o in others if isinstance(o, Tensor) and same(o, value)), value)
-    return known[id(value)][1]
+    known: by id, a tensor and what replaces it; filled here.
+    """
+    values, form = tree_flatten((*call.args, *call.kwargs.values()), is_leaf=_is_leaf)
+    candidates = [other.leaves() for other in others]
+    for i, value in enumerate(values):
+        if isinstance(value, Tensor):
+            if id(value) not in known:
+                found = (c[i] for c in candidates if i < len(c) and isinstance(c[i], Tensor) and same(c[i], value))
+                known[id(value)] = value, next(found, value)
+            values[i] = known[id(value)][1]
+    arguments = tree_unflatten(values, form)
+    n = len(call.args)
+    return Call(call.keyword, arguments[:n], dict(zip(call.kwargs, arguments[n:], strict=True)))
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """One tensor, or two that are equal; what has no values is equal to itself only."""
+    """Equal tensors? On the meta device, which has no values: one and the same?"""
     if a is b or a.is_meta or b.is_meta:
         return a is b
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
-def alike(a: Any, b: Any) -> bool:
-    """Are these the same arguments, as far as values without a state tell?"""
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(alike, a, b))
+def alike(a: Call, b: Call) -> bool:
+    """Do two calls have the same arguments, as far as values without a state tell?"""
+    left, right = a.leaves(), b.leaves()
+    return len(left) == len(right) and a.keyword == b.keyword and all(map(_alike, left, right))
+
+
+def _alike(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return same(a, b)
     return type(a) is type(b) and (holds_state(a) or a is b or bool(a == b))
@@ -112,6 +124,4 @@ def alike(a: Any, b: Any) -> bool:
 
 def holds_state(value: Any) -> bool:
     """Could a block leave something in this argument?"""
-    if isinstance(value, tuple):
-        return any(map(holds_state, value))
     return not isinstance(value, Tensor | str | int | float | torch.dtype | torch.device | slice | None)

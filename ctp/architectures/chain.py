@@ -1,4 +1,8 @@
-"""What a model calls its decoder blocks with, found without running them, and the proof that nothing more is needed."""
+"""The inputs of a model's decoder blocks, found without running them, and the check that blocks can be run one by one.
+
+Compression runs one block after the other. `check_chain` raises unless that is what the model itself does; `capture`
+then gives the first block's hidden states and every block's other arguments.
+"""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -11,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ctp.architectures.blocks import decoder_blocks
-from ctp.architectures.calls import Batch, Call, alike, hidden_of, holds_state, merged, same, stop, stopping
+from ctp.architectures.calls import Batch, Call, alike, hidden_of, holds_state, same, share_tensors, stop, stopping
 from ctp.architectures.experts import experts_in, silent, split
 from ctp.architectures.linears import all_finite, large, linears
 from ctp.common.messages import brief
+
+DEPENDS = "block {} is called with what depends on the blocks before it"
 
 
 @dataclass
@@ -29,10 +35,10 @@ class _Step:
 
 @dataclass(frozen=True, eq=False)
 class Chain:
-    """What is known of a chain of blocks that has been checked.
+    """What `check_chain` learned about the blocks.
 
-    outs: what every block returns, the hidden states None, all else worthless, so that arguments made of it are found
-    out. idle: names of the linears that the model does not run as such; they are left as they are.
+    outs: what every block returns, with None for the hidden states and NaN for the rest, so that a later argument made
+    of the rest is noticed. idle: names of the linears that the model does not call as such; they are left as they are.
     """
 
     outs: list[Any]
@@ -41,77 +47,71 @@ class Chain:
 
 @torch.no_grad()
 def capture(model: nn.Module, windows: Tensor, size: int, chain: Chain | None = None) -> list[Batch]:
-    """What the first block is handed, and how every block is called, for `windows` (n, tokens) in batches of `size`.
+    """The first block's hidden states and every block's other arguments, for `windows` (n, tokens), `size` at a time.
 
-    chain: what `check_chain` gave, for which the first window is taken where it is None. No block is run: each hands
-    on what it gets. Arguments that are alike in several calls (masks, positions) are kept once.
+    chain: what `check_chain` gave; None checks the first window now. No block is run: each passes its input on.
+    Arguments that are equal in several calls (masks, positions) are kept once.
     """
     chain = check_chain(model, windows[:1]) if chain is None else chain
-    blocks = list(decoder_blocks(model)[1])
     batches: list[Batch] = []
     for some in windows.split(size):
-        batches.append(_called(model, blocks, some, chain.outs, batches[-1] if batches else None))
+        batches.append(_arguments(model, some, chain.outs, batches[-1] if batches else None))
     return batches
 
 
 @torch.no_grad()
 def check_chain(model: nn.Module, window: Tensor) -> Chain:
-    """Raises ValueError unless running the blocks one after the other, each with its own arguments, is what the model
-    does with `window` (1, tokens), with finite outputs, and runs the linears in them, small ones apart.
+    """Raises ValueError unless the model, on `window` (1, tokens), runs its blocks one after the other, each with its
+    own arguments, with finite outputs, and calls their linears, small ones apart.
     """
-    blocks = list(decoder_blocks(model)[1])
-    steps, idle = _observed(model, blocks, window)
+    steps, idle = _observe(model, window)
     if steps and not all_finite(hidden_of(steps[-1].out)):
         bad = next((n for n, p in model.named_parameters() if not all_finite(p)), None)
         why = "an activation overflows" if bad is None else f"{bad} holds numbers that are not finite"
         raise ValueError(f"{_name(model)} computes no finite numbers: {why}")
-    if reason := _broken(model, steps, idle):
-        raise ValueError(reason)
-    outs = [_worthless(step.out) for step in steps]
-    if reason := _differing(steps, _called(model, blocks, window, outs)):
+    reason, outs = _refusal(model, steps, idle), []
+    if not reason:
+        outs = [_without_values(step.out) for step in steps]
+        reason = _rerun(steps, _arguments(model, window, outs))
+    if reason:
         raise ValueError(_no_chain(model, reason))
     return Chain(outs, frozenset(idle))
 
 
 @torch.no_grad()
 def foreseen(model: nn.Module) -> tuple[str, frozenset[str]]:
-    """(why `check_chain` will refuse the model, "" where nothing speaks against it; linears that will not be run), of a
-    model without weights, on the meta device. Nothing speaks against one that cannot be run there.
+    """(why `check_chain` will refuse a model that is on the meta device; linears that the model will not call).
+
+    "" and none where that is not known: the model cannot be run without weights.
     """
-    blocks = list(decoder_blocks(model)[1])
     for kwargs in {}, {"attention_mask": torch.zeros(1, 1, 2, 2, device="meta")}:  # most look into masks of their own
         try:
             with silent(model):
-                steps, idle = _observed(model, blocks, torch.zeros(1, 2, dtype=torch.long), **kwargs)
-                return _broken(model, steps, idle), frozenset(idle)
+                steps, idle = _observe(model, torch.zeros(1, 2, dtype=torch.long), **kwargs)
+                reason = _refusal(model, steps, idle)
+                return reason and _no_chain(model, reason), frozenset(idle)
         except Exception:
             continue
     return "", frozenset()
-
-
-def _name(model: nn.Module) -> str:
-    return f"model type {getattr(model.config, 'model_type', '?')}: {type(model).__name__}"
 
 
 def _no_chain(model: nn.Module, reason: str) -> str:
     return f"{_name(model)} is no chain of blocks that can be compressed one by one: {reason}"
 
 
-def _depends(i: int) -> str:
-    return f"block {i} is called with what depends on the blocks before it"
+def _name(model: nn.Module) -> str:
+    return f"model type {getattr(model.config, 'model_type', '?')}: {type(model).__name__}"
 
 
-def _observed(
-    model: nn.Module, blocks: Sequence[nn.Module], window: Tensor, **kwargs: Any
-) -> tuple[list[_Step], list[str]]:
-    """The calls of the blocks in the model's own forward pass, and the names of their linears that it does not run.
+def _observe(model: nn.Module, window: Tensor, **kwargs: Any) -> tuple[list[_Step], list[str]]:
+    """The calls of the blocks in the model's own forward pass, and the names of their linears that it does not call.
 
     The pass ends where the head would begin, whose output nobody reads.
     """
-    prefix, found = decoder_blocks(model)
-    inside = linears(found, prefix)
+    prefix, blocks = decoder_blocks(model)
+    inside = linears(blocks, prefix)
     steps: list[_Step] = []
-    run: set[nn.Module] = set()
+    called: set[nn.Module] = set()
 
     def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         steps.append(_Step(block, *Call.split(args, kwargs)))
@@ -119,65 +119,60 @@ def _observed(
     def after(_: nn.Module, args: Any, out: Any) -> None:
         steps[-1].out = out
 
-    def end(*_: Any) -> None:
-        stop()
-
     with ExitStack() as stack, stopping():
         for block in blocks:
             stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(block.register_forward_hook(after).remove)
         for linear in inside.values():
-            stack.callback(linear.register_forward_pre_hook(lambda m, _: run.add(m)).remove)
+            stack.callback(linear.register_forward_pre_hook(lambda m, _: called.add(m)).remove)
         head: Any = getattr(model, "get_output_embeddings", lambda: None)()
         if head is not None:
-            stack.callback(head.register_forward_pre_hook(end).remove)
+            stack.callback(head.register_forward_pre_hook(lambda *_: stop()).remove)
         _forward(model, window, **kwargs)
-    return steps, sorted(n for n, m in inside.items() if m not in run)
+    return steps, sorted(n for n, m in inside.items() if m not in called)
 
 
 def _forward(model: nn.Module, windows: Tensor, **kwargs: Any) -> None:
-    device = next(model.parameters()).device
     accepted = inspect.signature(model.forward).parameters.values()
-    cached = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted)
-    model(input_ids=windows.to(device), **({"use_cache": False} if cached else {}), **kwargs)
+    if any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted):
+        kwargs["use_cache"] = False
+    model(input_ids=windows.to(next(model.parameters()).device), **kwargs)
 
 
-def _broken(model: nn.Module, steps: Sequence[_Step], idle: Sequence[str]) -> str:
-    """Why the model does more than hand each block's output to the next, or less than run it; "" where it does not."""
+def _refusal(model: nn.Module, steps: Sequence[_Step], idle: Sequence[str]) -> str:
+    """Why the model does more than pass each block's output to the next, or leaves linears out; "" if not."""
     prefix, blocks = decoder_blocks(model)
     if [s.block for s in steps] != list(blocks):
         runs = [sum(s.block is block for s in steps) for block in blocks]
-        odd = next((i for i, n in enumerate(runs) if n != 1), None)
-        return _no_chain(
-            model, "its blocks run in another order" if odd is None else f"block {odd} runs {runs[odd]} times in a pass"
-        )
+        odd = next((f"block {i} runs {n} times in a pass" for i, n in enumerate(runs) if n != 1), "")
+        return odd or "its blocks run in another order"
     for i, (one, two) in enumerate(pairwise(steps)):
         out = hidden_of(one.out)
         if not same(two.hidden.to(out.device), out):
-            return _no_chain(model, f"it changes what block {i} gives before block {i + 1} gets it")
-    made: set[int] = set()  # what blocks give beside the hidden states; the steps keep it alive
+            return f"it changes what block {i} gives before block {i + 1} gets it"
+    made: set[int] = set()  # ids of what blocks return beside the hidden states; `steps` keeps them in memory
     for i, step in enumerate(steps):
-        if any(id(p) in made for p in step.call.parts() if isinstance(p, Tensor)):
-            return _no_chain(model, _depends(i))
+        if any(id(tensor) in made for tensor in step.call.tensors()):
+            return DEPENDS.format(i)
         made |= {id(o) for o in step.out[1:]} if isinstance(step.out, tuple | list) else set()
     if large(idle, linears(blocks, prefix)):
-        return f"{_name(model)} does not run these linears on text, so they see no input: {', '.join(idle[:3])}"
+        return f"it does not run these linears on text, so they see no input: {', '.join(idle[:3])}"
     return ""
 
 
-def _differing(steps: Sequence[_Step], batch: Batch, tolerance: float = 1e-3) -> str:
-    """Why the blocks, run on their own with the arguments in `batch`, are not what the model's pass made of them.
+def _rerun(steps: Sequence[_Step], batch: Batch, tolerance: float = 1e-3) -> str:
+    """Why the blocks, run one by one with the arguments in `batch`, differ from the model's pass; "" where they do not.
 
     tolerance: largest difference relative to the largest value.
     """
     for i, step in enumerate(steps):
         call = batch.calls[step.block]
-        if not alike(step.call.parts(), call.parts()):
-            return _depends(i)
-        tensors = [batch.hidden, *(p for p in call.parts() if isinstance(p, Tensor))]
+        if not alike(step.call, call):
+            return DEPENDS.format(i)
+        tensors = [batch.hidden, *call.tensors()]
         versions = [t._version for t in tensors]
         try:
-            for _ in range(1 + any(map(holds_state, call.parts()))):  # what it leaves there must not add up
+            for _ in range(1 + any(map(holds_state, call.leaves()))):  # twice: what it keeps there must not add up
                 out = batch.run(step.block)
         except torch.OutOfMemoryError:
             raise
@@ -185,28 +180,31 @@ def _differing(steps: Sequence[_Step], batch: Batch, tolerance: float = 1e-3) ->
             return f"block {i} cannot be run on its own: {brief(e)}"
         if versions != [t._version for t in tensors]:
             return f"block {i} overwrites what it is called with"
-        wanted = hidden_of(step.out)
-        difference = float((out - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
-        if not difference <= tolerance:
+        if not (difference := _difference(out, hidden_of(step.out))) <= tolerance:
             return f"block {i} on its own differs by {difference:.1e} of the largest value"
         batch.hidden = out
     return ""
 
 
-def _called(
-    model: nn.Module, blocks: Sequence[nn.Module], windows: Tensor, outs: Sequence[Any], before: Batch | None = None
-) -> Batch:
-    """What the blocks are called with; none is run. before: a batch whose equal arguments are kept instead."""
+def _difference(x: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest expected value."""
+    return float((x - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def _arguments(model: nn.Module, windows: Tensor, outs: Sequence[Any], before: Batch | None = None) -> Batch:
+    """The arguments of the blocks; none is run. before: a batch whose equal tensors are kept instead."""
+    blocks = list(decoder_blocks(model)[1])
     calls: dict[nn.Module, Call] = {}
     first: list[Tensor] = []
-    known: dict[int, tuple[Any, Any]] = {}  # by id: an argument, which it keeps alive, and what stands for it
+    known: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def instead(block: nn.Module, out: Any) -> Callable[..., Any]:
+    def passing_on(block: nn.Module, out: Any) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden, call = Call.split(args, kwargs)
-            first.extend([hidden] * (not first))
-            last = calls[blocks[len(calls) - 1]] if calls else None
-            calls[block] = merged(call, [c for c in (before and before.calls[block], last) if c], known)
+            if not calls:
+                first.append(hidden)
+            others = ([before.calls[block]] if before else []) + list(calls.values())[-1:]
+            calls[block] = share_tensors(call, others, known)
             if len(calls) == len(blocks):
                 stop()
             return (hidden, *out[1:]) if isinstance(out, tuple) else [hidden, *out[1:]] if out else hidden
@@ -216,25 +214,25 @@ def _called(
     with ExitStack() as stack, stopping():
         for block, out in zip(blocks, outs, strict=True):
             stack.callback(_restore, block, block.__dict__.get("forward"))
-            block.forward = instead(block, out)
+            block.forward = passing_on(block, out)
         _forward(model, windows)
     return Batch(first[0], calls)
 
 
 def _restore(block: nn.Module, forward: Any) -> None:
-    """Takes back the place of `forward`; libraries that spread a model over GPUs put their own into the module."""
+    """Undoes the replacement of `forward`; libraries that spread a model over GPUs put their own into the module."""
     del block.forward
     if forward is not None:
         block.forward = forward
 
 
-def _worthless(out: Any) -> Any:
-    """What a block returned, without the hidden states, and with nothing in it that may be used. None for a tensor."""
+def _without_values(out: Any) -> Any:
+    """What a block returned, with None for the hidden states and NaN for other floats; None for a mere tensor."""
     if isinstance(out, Tensor):
         return None
     if not isinstance(out, tuple | list):
         raise RuntimeError(
-            f"a block returns a {type(out).__name__}: hidden states, or a tuple of them and more, are run"
+            f"a block returns a {type(out).__name__}, neither hidden states nor a tuple of them and more"
         )
     rest = [torch.full_like(o, torch.nan) if isinstance(o, Tensor) and o.is_floating_point() else None for o in out[1:]]
     return (None, *rest) if isinstance(out, tuple) else [None, *rest]
@@ -243,9 +241,9 @@ def _worthless(out: Any) -> Any:
 @torch.no_grad()
 def check_experts(model: nn.Module, window: Tensor, chain: Chain, tolerance: float = 1e-2) -> None:
     """Raises ValueError unless every block computes the same on `window` (1, tokens) with its experts split into
-    linears, up to rounding.
+    linears, up to rounding: they may do more than is known of them.
 
-    tolerance: largest difference relative to the largest value. Catches experts that do more than is known of them.
+    tolerance: largest difference relative to the largest value.
     """
     prefix, blocks = decoder_blocks(model)
     if not experts_in(blocks):
@@ -254,7 +252,7 @@ def check_experts(model: nn.Module, window: Tensor, chain: Chain, tolerance: flo
     for i, block in enumerate(blocks):
         whole = batch.run(block)
         with split(block):
-            difference = float((whole - batch.run(block)).abs().max() / whole.abs().max().clamp(min=1e-30))
+            difference = _difference(batch.run(block), whole)
         if not difference <= tolerance:
             raise ValueError(
                 f"{_name(model)}: the experts of {prefix}.{i}, run one by one, differ from their layer by "

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ class Matrix:
     """One weight (outputs, inputs) of one expert.
 
     name: of the linear in artifacts and exports. original: do the model's original checkpoints have it by that name?
-    layer: name of the module of the experts. part: where it lies in there; count: among how many experts.
+    layer: name of the module of the experts. part: where it is stored in there; count: of experts.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Matrix:
 
     @property
     def parameter(self) -> str:
-        """The parameter that it lies in, by its name in the model."""
+        """The name in the model of the parameter that holds it."""
         return f"{self.layer}.{self.part.parameter}"
 
     def of(self, parameter: Tensor) -> Tensor:
@@ -45,12 +45,12 @@ def _view(parameter: Tensor, part: Part, expert: int, count: int) -> Tensor:
 
 def matrices(model: nn.Module) -> dict[str, Matrix]:
     """Every expert's weights of a model of transformers, by the name of the linear that each would be in it."""
-    found: dict[str, Matrix] = {}
-    for path, _, layout in experts_in(model):
-        for expert in range(layout.count):
-            for own, part in layout.parts.items():
-                name = f"{path}.{expert}.{own}"
-                found[name] = Matrix(name, False, path, part, expert, layout.count)
+    found = {
+        (name := f"{path}.{expert}.{own}"): Matrix(name, False, path, part, expert, layout.count)
+        for path, _, layout in experts_in(model)
+        for expert in range(layout.count)
+        for own, part in layout.parts.items()
+    }
     named = _original_names(model, found)
     return {n: replace(m, name=named[n], original=True) if n in named else m for n, m in found.items()}
 
@@ -70,16 +70,14 @@ def experts_in(root: nn.Module) -> list[tuple[str, nn.Module, Layout]]:
 def _original_names(model: Any, found: Mapping[str, Matrix]) -> dict[str, str]:
     """The names in the model's original checkpoints, where those have one linear for every matrix; {} elsewhere.
 
-    transformers is asked what it would save for parameters whose numbers tell which matrix they are.
+    Found by letting transformers convert parameters whose values number the matrices.
     """
     if not found:
         return {}
     numbers = dict(enumerate(found))
     marked: dict[str, list[list[int]]] = {}
     for number, m in enumerate(found.values()):
-        of_expert = marked.setdefault(m.parameter, [])
-        of_expert.extend([] for _ in range(m.expert + 1 - len(of_expert)))
-        of_expert[m.expert].append(number)
+        marked.setdefault(m.parameter, [[] for _ in range(m.count)])[m.expert].append(number)
     saved = as_original(model, {n: torch.tensor(rows).unsqueeze(2) for n, rows in marked.items()})
     if any(t.numel() != 1 or not n.endswith(".weight") for n, t in saved.items()):
         return {}
@@ -112,8 +110,7 @@ def _routes(module: nn.Module, layout: Layout) -> bool:
 def fused(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """The state of a model given by its linears' weights and other tensors, experts put into their parameters.
 
-    weights: (name, tensor); of experts `NAME.weight`, NAME as in artifacts. model: of the architecture, whose own
-    numbers are not looked at.
+    weights: (name, tensor); of experts `NAME.weight`, NAME as in artifacts. model: gives names and shapes only.
     """
     experts = {f"{m.name}.weight": m for m in matrices(model).values()}
     state: dict[str, Tensor] = {}
@@ -135,8 +132,7 @@ class SplitExperts(nn.Module):
     """The same layer with one nn.Linear for every matrix; their weights are views of the experts' parameters.
 
     Every expert's linears are called in every pass, on no token where none is routed to it: all that come first, then
-    all `down_proj`. all_tokens: experts that are called on all tokens instead, and no other, for what they would see
-    then; what the layer gives is of no use in such a pass.
+    all `down_proj`. all_tokens: if set, only these experts are called, on all tokens; the layer's output is then zeros.
     """
 
     experts: Any
@@ -186,18 +182,14 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return linear
 
 
-@contextmanager
-def split(root: nn.Module) -> Iterator[None]:
+def split(root: nn.Module) -> AbstractContextManager[None]:
     """The experts in `root` are linears meanwhile; what is written into them is written into the experts."""
-    with _replaced(root, SplitExperts):
-        yield
+    return _replaced(root, SplitExperts)
 
 
-@contextmanager
-def silent(root: nn.Module) -> Iterator[None]:
-    """The experts in `root` give zeros meanwhile, whatever tokens they are given: even some without numbers."""
-    with _replaced(root, lambda *_: _Silent()):
-        yield
+def silent(root: nn.Module) -> AbstractContextManager[None]:
+    """The experts in `root` return zeros meanwhile, whatever they are given, on the meta device too."""
+    return _replaced(root, lambda *_: _Silent())
 
 
 class _Silent(nn.Module):

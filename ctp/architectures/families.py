@@ -1,8 +1,8 @@
-"""What ctp refuses for a kind of model, known from its configuration before any weights are read.
+"""What ctp refuses for a model type, known from the configuration before any weights are read.
 
-Each entry of `_RULES` is one use of a model and a function that gives the reason, "" where the use works. A rule looks
-at what the configuration says (a field, a layer type) wherever that decides, so that it covers models that do not
-exist yet; it goes by the name of the model type where nothing else tells.
+`_RULES` has for each use of a model functions that give the reason against it, "" where there is none. A rule looks at
+fields and layer types wherever these decide, so that it covers models that do not exist yet, and else at the name of
+the model type.
 """
 
 import inspect
@@ -49,42 +49,33 @@ def _needs_ids(config: Any) -> str:
 
 
 def _no_decoding(config: Any) -> str:
-    """Decoding behind a prompt is told from reading the prompt by what is in a DynamicCache."""
+    """An attached prompt sees by the length of a DynamicCache whether the model decodes or reads the first tokens."""
     arguments = _arguments(config)
     if lacking := [n for n in ATTACHED if arguments and n not in arguments]:
         return f"its forward lacks {', '.join(lacking)}, which decoding behind a prompt needs"
-    from transformers import DynamicCache
-    from transformers.cache_utils import (
-        CacheLayerMixin,
-        DynamicLayer,
-        DynamicSlidingWindowLayer,
-        LinearAttentionCacheLayerMixin,
-    )
+    from transformers import cache_utils as cache
 
     try:
-        layers = DynamicCache(config=config).layers
+        layers = cache.DynamicCache(config=config).layers
     except Exception:  # of a configuration that no such cache is made for
         return "it decodes with a cache of its own, which an attached prompt does not know"
-    states = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+    states = any(isinstance(layer, cache.LinearAttentionCacheLayerMixin) for layer in layers)
     if getattr(_class(config), "_is_stateful", False) and not states:
         return "its decoding state lies outside the cache, where an attached prompt cannot see it"
-    if layers and not any(isinstance(layer, CacheLayerMixin) for layer in layers):
+    if layers and not any(isinstance(layer, cache.CacheLayerMixin) for layer in layers):
         return "no layer of its cache counts tokens, which decoding behind a prompt needs"
-    kinds = {type(layer) for layer in layers if not isinstance(layer, LinearAttentionCacheLayerMixin)}
-    if odd := kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
+    kinds = {type(layer) for layer in layers if not isinstance(layer, cache.LinearAttentionCacheLayerMixin)}
+    if odd := kinds - {cache.DynamicLayer, cache.DynamicSlidingWindowLayer}:
         names = ", ".join(sorted(kind.__name__ for kind in odd))
         return f"an attached prompt does not know what its cache keeps ({names})"
     return ""
 
 
-_RULES: list[tuple[Use, Callable[[Any], str]]] = [
-    ("prompt", _not_causal),
-    ("prompt", _needs_ids),
-    ("lora", _not_causal),
-    ("generate", _not_causal),
-    ("generate", _needs_ids),
-    ("generate", _no_decoding),
-]
+_RULES: dict[Use, tuple[Callable[[Any], str], ...]] = {
+    "prompt": (_not_causal, _needs_ids),
+    "lora": (_not_causal,),
+    "generate": (_not_causal, _needs_ids, _no_decoding),
+}
 
 
 def _class(config: Any) -> Any:
@@ -109,11 +100,8 @@ def refusals(config: Any) -> dict[str, str]:
     The text names the model type and the reason in one sentence, without a full stop.
     """
     text = config.get_text_config()
-    found: dict[str, str] = {}
-    for use, reason in _RULES:
-        if why := reason(text):
-            found.setdefault(use, f"model type {text.model_type}: {why}")
-    return found
+    reasons = {use: next(filter(None, (rule(text) for rule in rules)), "") for use, rules in _RULES.items()}
+    return {use: f"model type {text.model_type}: {why}" for use, why in reasons.items() if why}
 
 
 def needs_bos(config: Any) -> bool:

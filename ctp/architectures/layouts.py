@@ -1,8 +1,8 @@
-"""How the experts of a mixture lie in a module's parameters, and what a layer of them computes.
+"""How the experts of a mixture are stored in a module's parameters, and what a layer of them computes.
 
 transformers marks most such modules alike (`use_experts_implementation`): 3-D parameters `gate_up_proj` or `up_proj`,
-and `down_proj`, with an expert to every index of their first dimension, and attributes that say how a matrix lies
-there. DBRX has 2-D parameters in which the experts' matrices follow one another.
+and `down_proj`, whose first dimension is the expert, and attributes that describe the layout of a matrix. DBRX has 2-D
+parameters in which the experts' matrices follow one another.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ _ALL = slice(None)
 
 @dataclass(frozen=True)
 class Part:
-    """Where one linear of every expert lies. parameter: by its name in the module. rows: the linear's outputs there.
+    """Where one linear of every expert is. parameter: its name in the module. rows: the linear's outputs there.
     transposed: does it hold inputs before outputs? bias: likewise the parameter (experts, outputs), "" without one.
     """
 

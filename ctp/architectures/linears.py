@@ -1,4 +1,4 @@
-"""The linears of a block: nn.Linear, and the Conv1D of GPT-2, whose weight lies transposed."""
+"""The linears of a block: nn.Linear, and the Conv1D of GPT-2, whose weight is stored transposed."""
 
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -13,7 +13,7 @@ from ctp.architectures.experts import routers
 
 
 def all_finite(x: Tensor) -> bool:
-    """Is every number of x finite? In one pass, without a copy: a NaN would be the least and the largest of all."""
+    """Is every number of x finite? One pass without a copy: a NaN is both the least and the largest of all."""
     return not x.numel() or bool(torch.isfinite(torch.stack(x.aminmax())).all())
 
 

@@ -27,15 +27,18 @@ def as_original(model: Any, state: dict[str, Tensor], only_names: bool = False) 
 
 def original_names(model: Any, linears: Iterable[str]) -> dict[str, str]:
     """module name -> its name in original checkpoints, for linears that are the same there."""
-    numbers = dict(enumerate(linears))
-    found = as_original(model, {f"{n}.weight": torch.tensor(i) for i, n in numbers.items()}, only_names=True)
-    return {numbers[int(i)]: n.removesuffix(".weight") for n, i in found.items()}
+    found = _original(model, [f"{name}.weight" for name in linears])
+    return {here.removesuffix(".weight"): name.removesuffix(".weight") for name, here in found.items()}
 
 
 def names_here(model: Any) -> dict[str, str]:
     """name in original checkpoints -> name in the model, of parameters and of the modules whose weights they are."""
-    numbers = dict(enumerate(n for n, _ in model.named_parameters(remove_duplicate=False)))
-    found = as_original(model, {n: torch.tensor(i) for i, n in numbers.items()}, only_names=True)
-    out = {n: numbers[int(i)] for n, i in found.items()}
+    out = _original(model, [n for n, _ in model.named_parameters(remove_duplicate=False)])
     weights = [(n, here) for n, here in out.items() if n.endswith(".weight") and here.endswith(".weight")]
     return out | {n.removesuffix(".weight"): here.removesuffix(".weight") for n, here in weights}
+
+
+def _original(model: Any, names: list[str]) -> dict[str, str]:
+    """name in original checkpoints -> name in the model: found by converting tensors that hold the names' numbers."""
+    found = as_original(model, {name: torch.tensor(i) for i, name in enumerate(names)}, only_names=True)
+    return {name: names[int(i)] for name, i in found.items()}

@@ -21,7 +21,7 @@ def to_storage(scale: Tensor, model: torch.dtype) -> Tensor:
 
 
 def fit(x: Tensor, bits: int, *, sym: bool, mse: bool, model: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """The grid of every column of x (weights that share a grid lie along dimension 0).
+    """The grid of every column of x (dimension 0: the weights that share a grid).
 
     x: (k, n). Returns scale and zero point, each (n,) in x's dtype; zero points are whole numbers in 0 .. 2^bits - 1.
     The range always holds 0, so that a pruned weight is on the grid. sym: zero point fixed at 2^(bits - 1).

@@ -56,7 +56,7 @@ def pieces(block: nn.Module, stage: Sequence[Group]) -> list[list[Group]]:
 def filled_up(
     block: nn.Module, groups: Sequence[Group], measure: Measure, prefix: str, routing: Routing
 ) -> list[Tensor]:
-    """The Hessians of groups, those of experts that see too few tokens filled up; `routing` is told of every expert."""
+    """The Hessians of groups, those of experts that see too few tokens filled up; `routing` counts the tokens."""
     hessians, counts = measure(groups)
     few: dict[tuple[str, str], list[int]] = {}
     for i, (group, tokens) in enumerate(zip(groups, counts, strict=True)):

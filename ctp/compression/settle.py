@@ -14,7 +14,7 @@ MAX_COLUMNS = 128  # that a kernel settles at once: what comes behind them is a 
 
 @dataclass(eq=False)
 class Block:
-    """Columns that are settled one after the other, all outputs at once; everything lies on one device.
+    """Columns that are settled one after the other, all outputs at once; everything is on one device.
 
     work: (columns, outputs), contiguous, their weights with the errors of all columns before them taken in; settled in
     place. upper: the part of U that belongs to them, (columns, columns), of any strides. errors: (columns, outputs),

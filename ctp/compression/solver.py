@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -84,10 +84,7 @@ def _invert(upper: Tensor, out: Tensor, small: int = 256) -> Tensor:
 
 def check_shape(columns: int, compression: Solver) -> None:
     """Raises ValueError where a group size or n:m pattern does not divide the number of inputs."""
-    sizes = {"group_size": compression.group_size}
-    if isinstance(compression, SparseGPT) and compression.pattern is not None:
-        sizes["m of pattern"] = compression.n_of_m[1]
-    for name, size in sizes.items():
+    for name, size in (("group_size", compression.group_size), ("m of pattern", (_n_of_m(compression) or (0, 1))[1])):
         if size is not None and columns % size:
             allowed = [d for d in range(2, columns + 1) if columns % d == 0]
             raise ValueError(f"{name} = {size} does not divide {columns} inputs; allowed: {allowed}")
@@ -95,25 +92,22 @@ def check_shape(columns: int, compression: Solver) -> None:
 
 @dataclass
 class _Grids:
-    """Scales and zero points (groups, outputs), and the group of every column in solving order, int64 (columns,)."""
+    """Scales and zero points (groups, outputs), and the group of every column in solving order, int64 (columns,).
+
+    size: columns per group. dynamic: a group is fitted when the solver reaches it, on the weights as they are then.
+    """
 
     bits: int
     sym: bool
-    mse: bool
-    model: torch.dtype
     size: int
-    dynamic: bool  # fitted when the solver reaches a group, on the weights as they are then
+    dynamic: bool
     group: Tensor
     scale: Tensor
     zero: Tensor
+    fit: Callable[[Tensor], tuple[Tensor, Tensor]]  # weights (columns, outputs) -> scale, zero point (outputs,)
 
     def set(self, group: int, weights: Tensor) -> None:
-        self.scale[group], self.zero[group] = fit(weights, self.bits, sym=self.sym, mse=self.mse, model=self.model)
-
-    def reach(self, column: int, work: Tensor) -> None:
-        """Before column is settled: fit its group if it opens one. work: (columns, outputs)."""
-        if self.dynamic and column % self.size == 0:
-            self.set(column // self.size, work[column : column + self.size])
+        self.scale[group], self.zero[group] = self.fit(weights)
 
 
 def _grids(original: Tensor, order: Tensor, compression: Solver, model: torch.dtype) -> _Grids | None:
@@ -125,22 +119,22 @@ def _grids(original: Tensor, order: Tensor, compression: Solver, model: torch.dt
     size = compression.group_size or columns
     static = compression.static_groups or size == columns
     group = (order if static else torch.arange(columns, device=order.device)) // size
-    empty = original.new_ones(columns // size, rows)
-    grids = _Grids(bits, compression.sym, compression.scale == "mse", model, size, not static, group, empty, empty + 0)
+    scale, zero = (original.new_ones(columns // size, rows) for _ in range(2))
+    fitted = partial(fit, bits=bits, sym=compression.sym, mse=compression.scale == "mse", model=model)
+    grids = _Grids(bits, compression.sym, size, not static, group, scale, zero, fitted)
     if static:
         for g in range(columns // size):
             grids.set(g, original[g * size : (g + 1) * size])
     return grids
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Pruning:
-    """Which weights fall: `drop` (columns, outputs) bool in solving order, chosen block by block."""
+    """What is pruned: `drop` (columns, outputs) bool in solving order, chosen block by block; a share, or n of m."""
 
     drop: Tensor
     sparsity: float | None
     n_of_m: tuple[int, int] | None
-    done: int = 0
 
     def open_block(self, start: int, work: Tensor, diagonal: Tensor) -> None:
         """Unstructured: the block's weights with the least w^2 / U_jj^2 (SparseGPT, section 3.3).
@@ -150,31 +144,26 @@ class _Pruning:
         if self.sparsity is None:
             return
         score = (work / diagonal[:, None]).square_().flatten()
-        reached = (start + len(work)) * work.shape[1]
-        count = round(self.sparsity * reached) - self.done
-        self.done += count
+        before = start * work.shape[1]
+        count = round(self.sparsity * (before + work.numel())) - round(self.sparsity * before)
         self.drop[start : start + len(work)].view(-1)[_least(score, count)] = True
 
 
 def _least(score: Tensor, count: int) -> Tensor:
-    """Where the `count` least of (n,) are."""
+    """The indices of the `count` least of (n,)."""
     if score.device.type == "cpu" and count:  # several times as fast as torch's own
         return torch.from_numpy(np.argpartition(score.numpy(), count - 1)[:count])
     return torch.topk(score, count, largest=False, sorted=False).indices
 
 
-def _pruning(work: Tensor, compression: Solver) -> _Pruning | None:
-    if not isinstance(compression, SparseGPT):
-        return None
-    n_of_m = None if compression.pattern is None else compression.n_of_m
-    return _Pruning(torch.zeros_like(work, dtype=torch.bool), compression.sparsity, n_of_m)
+def _n_of_m(compression: Solver) -> tuple[int, int] | None:
+    return compression.n_of_m if isinstance(compression, SparseGPT) and compression.pattern is not None else None
 
 
 def _block(compression: Solver, columns: int) -> int:
     """block_size, raised to whole groups and patterns: a grid is fitted on columns that are up to date."""
     group = compression.group_size if getattr(compression, "bits", None) else None
-    m = compression.n_of_m[1] if isinstance(compression, SparseGPT) and compression.pattern else 1
-    unit = math.lcm(group or 1, m)
+    unit = math.lcm(group or 1, (_n_of_m(compression) or (0, 1))[1])
     return min(math.ceil(compression.block_size / unit) * unit, columns)
 
 
@@ -192,7 +181,9 @@ def solve(weight: Tensor, inverse: Inverse, compression: Solver) -> tuple[Tensor
     original[inverse.dead] = 0
     work = original.index_select(0, inverse.order)
     grids = _grids(original, inverse.order, compression, weight.dtype)
-    pruning = _pruning(work, compression)
+    pruning = None
+    if isinstance(compression, SparseGPT):
+        pruning = _Pruning(torch.zeros_like(work, dtype=torch.bool), compression.sparsity, _n_of_m(compression))
     errors = torch.empty_like(work)
     block = _block(compression, len(work))
     for start in range(0, len(work), block):
@@ -215,8 +206,8 @@ def _settle(
     if pruning:
         pruning.open_block(start, work[start:stop], diagonal[start:stop])
     for a, b in _pieces(start, stop, size, m):
-        if grids:
-            grids.reach(a, work)
+        if grids and grids.dynamic and a % grids.size == 0:
+            grids.set(a // grids.size, work[a : a + grids.size])
         if pruning and n_of_m and size % m and a % m == 0:
             choose(work[a : a + m], diagonal[a : a + m], n_of_m, pruning.drop[a : a + m])
         block = Block(work[a:b], upper[a:b, a:b], errors[a:b])
@@ -241,8 +232,7 @@ def _pieces(start: int, stop: int, size: int, m: int) -> Iterator[tuple[int, int
         cuts.update(range(a, min(a + (size or stop - start), stop), step))
     if size % m:
         cuts.update(range(start, stop, m))
-    edges = sorted(cuts)
-    yield from pairwise(edges)
+    yield from pairwise(sorted(cuts))
 
 
 def _finish(
@@ -252,20 +242,19 @@ def _finish(
     back = torch.argsort(inverse.order)
     work.add_(0)  # -0 becomes 0, the only zero that codes and masks give back
     final = work.index_select(0, back).T.contiguous().to(weight.dtype)
-    shape = (weight.shape[0], weight.shape[1])
     mask = None if pruning is None else ~pruning.drop.index_select(0, back).T.contiguous()
     if grids is None:
         assert mask is not None
-        return final, Layer(shape, mask=mask, values=final[mask])
+        return final, Layer((len(final), len(work)), mask=mask, values=final[mask])
     group = grids.group
     codes = work.div_(grids.scale.index_select(0, group)).round_().add_(grids.zero.index_select(0, group))
     codes = codes.to(torch.uint8).index_select(0, back).T.contiguous()
     if mask is not None:
         codes.masked_fill_(~mask, 0)
     g_idx = group[back].to(torch.int32)
-    regular = torch.equal(g_idx, torch.arange(shape[1], dtype=torch.int32, device=g_idx.device) // grids.size)
+    regular = torch.equal(g_idx, torch.arange(len(g_idx), dtype=torch.int32, device=g_idx.device) // grids.size)
     layer = Layer(
-        shape,
+        (len(final), len(work)),
         bits=grids.bits,
         codes=codes,
         scale=grids.scale.T.to(torch.float16).contiguous(),

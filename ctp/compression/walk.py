@@ -1,7 +1,7 @@
 """The walk through a model: block by block, compress the linears, hand the compressed block's outputs to the next."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from ctp.machine.arithmetic import widened
 from ctp.machine.threads import keep_heap, side_by_side
 
 Progress = Callable[[int, int], None]
-CPU_TOKENS = 1024
+CPU_TOKENS = 1024  # in a forward pass: larger activations than the cache holds cost time in every pass
 PROBE = 8  # tokens that show how a block is put together
 
 
@@ -37,18 +37,17 @@ def compress_model(
     progress: Progress | None = None,
     routing: Routing | None = None,
 ) -> dict[str, Layer]:
-    """Compresses the linears of all decoder blocks in place, experts' among them; head, embeddings, norms and routers
-    stay.
+    """Compresses the linears of all decoder blocks in place, also of experts; head, embeddings, norms and routers stay.
 
-    model: a causal language model of transformers on any device. windows: token ids (n, tokens). batch: windows per
-    forward pass, by default 4, on a CPU as many as make CPU_TOKENS tokens. progress is told (blocks done, blocks).
-    routing: where the tokens of every expert are counted. Returns the compressed form of every weight by module name,
-    of experts by the names of `experts.matrices`. A model in half precision that its device has no fast
-    arithmetic for runs in float32; its weights come out rounded to their own type as ever.
+    model: a causal language model of transformers on any device; in half precision that the device has no fast
+    arithmetic for it runs in float32, and its weights are rounded to their own type. windows: token ids (n, tokens).
+    batch: windows per forward pass, by default 4, on a CPU as many as make CPU_TOKENS tokens. progress is called with
+    (blocks done, blocks). routing: counts the tokens of every expert. Returns the compressed form of every weight by
+    module name, of experts by the names of `experts.matrices`.
 
-    Raises ValueError naming the linear where a group size does not fit or a Hessian cannot be factorised, or the
-    matrix in a block that is not a linear's, or where the model is no chain of blocks: all but the Hessian's before
-    anything is changed; ArithmeticError where the result is not what the spec promises.
+    Raises ValueError before anything is changed where a group size does not fit a linear, a matrix in a block is not a
+    linear's or the model is no chain of blocks, and later where a Hessian cannot be factorised; ArithmeticError where
+    the result is not what the spec promises.
     """
     if windows.ndim != 2 or not windows.numel():
         raise ValueError(f"windows must be token ids (n, tokens), at least one; got shape {tuple(windows.shape)}")
@@ -59,13 +58,18 @@ def compress_model(
     experts = matrices(model)
     dtypes = {n: matrix(m).dtype for n, m in linears(blocks, prefix).items()}
     dtypes |= {n: model.get_parameter(m.parameter).dtype for n, m in experts.items()}
-    with torch.no_grad(), _evaluating(model), _full_precision(), widened(model):
+    with torch.no_grad(), _calibrating(model), widened(model):
         keep_heap()
         chain = check_chain(model, windows[:1])
         with split(blocks):
-            _check_shapes({n: m for n, m in linears(blocks, prefix).items() if n not in chain.idle}, compression)
+            for name, linear in linears(blocks, prefix).items():
+                if name not in chain.idle:
+                    with _naming(name):
+                        check_shape(matrix(linear).shape[1], compression)
         check_experts(model, windows[:1, :PROBE], chain)
-        batches = capture(model, windows, batch or _batch(model, windows.shape[1]), chain)
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        batch = batch or (max(1, CPU_TOKENS // windows.shape[1]) if on_cpu else 4)
+        batches = capture(model, windows, batch, chain)
         probe = capture(model, windows[:1, :PROBE], 1, chain)[0]
         for i, block in enumerate(blocks):
             done = compress_block(block, batches, compression, f"{prefix}.{i}", probe, dtypes, chain.idle, routing)
@@ -77,12 +81,6 @@ def compress_model(
             if progress:
                 progress(i + 1, len(blocks))
     return layers
-
-
-def _batch(model: nn.Module, tokens: int) -> int:
-    """Windows per forward pass. Larger activations than a CPU's cache holds are paid for in every pass."""
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return max(1, CPU_TOKENS // tokens) if on_cpu else 4
 
 
 def compress_block(
@@ -97,17 +95,16 @@ def compress_block(
 ) -> dict[str, Layer]:
     """Compresses one block's linears in place on the inputs in `batches`; names get `prefix` in front.
 
-    probe: anything that the block can be run with, to see which linears share an input. dtypes: by name, what a weight
-    is rounded to and stored in, where that is not the type in which it is held. idle: names of linears to leave.
-    routing: see `compress_model`. With true_sequential, each group of linears sees the inputs that the compressed ones
-    before it produce.
+    probe: a small batch, to see which linears share an input. dtypes: by name, what a weight is rounded to and stored
+    in, where that is not its current type. idle: names of linears to leave. routing: see `compress_model`. With
+    true_sequential, each group of linears sees the inputs that the compressed ones before it produce.
     """
     layers: dict[str, Layer] = {}
     with split(block):
         groups = shared_inputs(block, probe, [n.removeprefix(f"{prefix}.") for n in idle])
         for stage in stages(block, groups) if compression.true_sequential else [groups] * bool(groups):
             for part in pieces(block, stage):
-                sums = filled_up(block, part, partial(_measured, block, batches), prefix, routing or Routing())
+                sums = filled_up(block, part, partial(hessians, block, batches), prefix, routing or Routing())
                 jobs = _jobs(block, part, sums, compression, prefix, dtypes or {})
                 names = [f"{prefix}.{name}" for group in part for name in group]
                 layers |= zip(names, side_by_side(jobs, batches[0].hidden.device), strict=True)
@@ -142,44 +139,35 @@ def _compress_weight(name: str, weight: Tensor, inverse: Inverse, compression: S
     return layer.to("cpu")  # a GPU may not hold the compressed form of the whole model beside it
 
 
-def hessians(block: nn.Module, groups: Sequence[Sequence[str]], batches: Sequence[Batch]) -> list[Tensor]:
-    """X^T X / tokens of every group's shared input, float32 (inputs, inputs); a token counts once, whatever its batch.
+def hessians(
+    block: nn.Module, batches: Sequence[Batch], groups: Sequence[Sequence[str]]
+) -> tuple[list[Tensor], list[int]]:
+    """X^T X / tokens of every group's shared input, float32 (inputs, inputs), and the number of tokens, which is 0
+    where an expert was given none. A token counts once, whatever its batch.
 
     The pass ends at the last group's input: what comes after it in the block is not computed.
     """
-    return _measured(block, batches, groups)[0]
-
-
-def _measured(
-    block: nn.Module, batches: Sequence[Batch], groups: Sequence[Sequence[str]]
-) -> tuple[list[Tensor], list[int]]:
-    """The Hessians, and how many tokens each is of; 0 where an expert was given none."""
     weights = [matrix(block.get_submodule(names[0])) for names in groups]
     sums = [torch.zeros(w.shape[1], w.shape[1], device=w.device) for w in weights]
     counts, calls = [0] * len(groups), [0] * len(groups)
     ends = False  # known after the first batch: only where no linear is run twice does the last group's run come last
 
-    def collect(i: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1]).float()  # 2-D in OPT's fc1 and fc2, 3-D elsewhere
-            _add_gram(sums[i], x)
-            counts[i] += len(x)
-            calls[i] += 1
-            if ends and i == len(groups) - 1:
-                stop()
+    def collect(i: int, _: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].reshape(-1, args[0].shape[-1]).float()  # 2-D in OPT's fc1 and fc2, 3-D elsewhere
+        _add_gram(sums[i], x)
+        counts[i] += len(x)
+        calls[i] += 1
+        if ends and i == len(groups) - 1:
+            stop()
 
-        return hook
-
-    handles = [block.get_submodule(g[0]).register_forward_pre_hook(collect(i)) for i, g in enumerate(groups)]
-    try:
-        with packed_linears(block):
-            for batch in batches:
-                with stopping():
-                    batch.run(block)
-                ends = max(calls) == 1 or ends
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack, packed_linears(block):
+        for i, names in enumerate(groups):
+            hook = block.get_submodule(names[0]).register_forward_pre_hook(partial(collect, i))
+            stack.callback(hook.remove)
+        for batch in batches:
+            with stopping():
+                batch.run(block)
+            ends = max(calls) == 1 or ends
     return [_mirrored(s).div_(max(n, 1)) for s, n in zip(sums, counts, strict=True)], counts
 
 
@@ -190,18 +178,11 @@ def _add_gram(total: Tensor, x: Tensor) -> None:
 
 
 def _mirrored(total: Tensor) -> Tensor:
-    """total, what lies below the diagonal made equal to what lies above it, in place."""
+    """total with the triangle above the diagonal copied below it, in place."""
     for own in stripes(len(total)):
         total[own, own] = total[own, own].triu() + total[own, own].triu(1).T
         total[own, : own.start] = total[: own.start, own].T
     return total
-
-
-def _check_shapes(found: Mapping[str, nn.Module], compression: Solver) -> None:
-    """Before hours of work: group size and pattern fit every linear."""
-    for name, linear in found.items():
-        with _naming(name):
-            check_shape(matrix(linear).shape[1], compression)
 
 
 @contextmanager
@@ -214,21 +195,13 @@ def _naming(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
+def _calibrating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no TensorFloat-32: a Hessian of 10-bit products is often not positive definite."""
+    training, precision = model.training, torch.get_float32_matmul_precision()
     model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TensorFloat-32: a Hessian of 10-bit products is not positive definite often enough."""
-    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(precision)
+        model.train(training)

@@ -1,4 +1,4 @@
-"""A compressed model without its modules, as it lies on disk, and back into an ordinary model."""
+"""A compressed model as its weights, configuration and tokenizer: in memory, on disk, and as an ordinary model."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -61,9 +61,8 @@ class Compressed:
     """What a compressed model consists of.
 
     packed: tensors of its compressed linears (see `pack`). rest: every other weight by name, tied ones once. config:
-    of the architecture, with no quantization of its own; `config.dtype` is what the model computes in. generation:
-    its defaults for `generate`, None where there are none. routing: how many calibration tokens each expert was given,
-    known where the model has just been compressed.
+    of the plain architecture; `config.dtype` is what the model computes in. generation: defaults for `generate`, None
+    without. routing: calibration tokens of each expert, known where the model has just been compressed.
     """
 
     packed: dict[str, Tensor]
@@ -77,21 +76,23 @@ class Compressed:
     def of(cls, model: Any, layers: Mapping[str, Layer], tokenizer: Any) -> "Compressed":
         """A model whose linears have been compressed to `layers` (as `compress_model` gives them).
 
-        Raises ArithmeticError naming the linear where unpacking does not give the very weight that lies in the model.
+        Raises ArithmeticError naming the linear where unpacking does not give exactly the weight in the model.
         """
         packed: dict[str, Tensor] = {}
         experts = {m.name: m for m in matrices(model).values()}
         held: set[str] = set()
         for name, layer in layers.items():  # one after the other, where the model is: a GPU does it many times as fast
             m = experts.get(name)
-            parameter = f"{name}.weight" if m is None else m.parameter
-            weight = matrix(model.get_submodule(name)) if m is None else m.of(model.get_parameter(parameter))
+            parameter = m.parameter if m else f"{name}.weight"
+            weight = m.of(model.get_parameter(parameter)) if m else matrix(model.get_submodule(name))
             made = pack({name: layer.to(weight.device)})
             if not torch.equal(unpack(made)[name].dense(weight.dtype), weight.detach()):
                 raise ArithmeticError(f"{name}: unpacking does not give the model's weight")
             packed |= {field: t.cpu() for field, t in made.items()}
             held.add(parameter)
-        rest = _rest(model, held)
+        tied = set(getattr(model, "all_tied_weights_keys", None) or {})  # to another weight, as the configuration says
+        rest = {n: t for n, t in model.state_dict().items() if n not in held | tied}
+        rest = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in rest.items()}
         config = copy.deepcopy(model.config)
         config.dtype = model.dtype  # a model that was made and not loaded has none in its config
         return cls(packed, rest, config, tokenizer, model.generation_config)
@@ -140,12 +141,11 @@ class Compressed:
         less memory. Raises ValueError where the weights are not those of the architecture.
         """
         dtype = self.config.dtype
-        state = {n: t.to(dtype if t.is_floating_point() else t.dtype, copy=True) for n, t in self.rest.items()}
-        where = device if torch.cuda.device_count() < 2 else "cpu"  # several GPUs: one may not hold it all
-        if where != "cpu":  # loaded where it stays: a copy of the model would not fit beside it
-            state = {n: t.to(where) for n, t in state.items()}
+        # Loaded where it stays: a copy of the model would not fit beside it. Several GPUs: one may not hold it all.
+        where = device if torch.cuda.device_count() < 2 else "cpu"
+        state = {n: t.to(where, dtype if t.is_floating_point() else t.dtype, copy=True) for n, t in self.rest.items()}
         bare = skeleton(self.config)
-        inside = dict(bare.named_modules())  # a name that it lacks is told by `build`
+        inside = dict(bare.named_modules())
         if packed:
             nothing, experts = torch.zeros((), dtype=dtype), {m.name: m.parameter for m in matrices(bare).values()}
             shapes = {n.removesuffix(".shape"): t.tolist()[:2] for n, t in self.packed.items() if n.endswith(".shape")}
@@ -209,13 +209,3 @@ def save_generation(generation: Any, folder: Path) -> None:
     """Defaults for `generate` as they are: transformers' own way refuses what many published models say."""
     if generation is not None:
         (folder / GENERATION).write_text(generation.to_json_string())
-
-
-def _rest(model: Any, packed: set[str]) -> dict[str, Tensor]:
-    """A copy of every weight that is neither packed nor, as the configuration says, tied to another."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    return {
-        n: t.detach().to("cpu", copy=True).contiguous()
-        for n, t in model.state_dict().items()
-        if n not in packed and n not in tied
-    }

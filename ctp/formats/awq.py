@@ -8,13 +8,14 @@ A linear of n inputs and m outputs is stored, inputs first, as
 Weight = scale * (code - zero).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ctp.formats.checks import FLOATS, group_numbers, part
+from ctp.formats import checks
+from ctp.formats.checks import FLOATS, Layers, part
 from ctp.formats.layer import Layer
 from ctp.formats.pack import from_words
 
@@ -25,33 +26,20 @@ PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # of outputs 0 to 7 within a word
 def check(config: Mapping[str, Any]) -> None:
     """Raises ValueError naming what in a quantization config ctp does not read."""
     version = str(config.get("version") or config.get("checkpoint_format") or config.get("format") or VERSION)
-    if version.lower() != VERSION:
-        raise ValueError(f"version = {version!r} of awq: allowed: {VERSION}")
-    bits = config.get("bits", config.get("w_bit", BITS))
-    if isinstance(bits, bool) or bits != BITS:
-        raise ValueError(f"bits = {bits!r} of awq: allowed: {BITS}")
-    if config.get("zero_point", True) is not True:
-        raise ValueError(f"zero_point = {config['zero_point']!r} of awq: allowed: True")
-    size = _group_size(config)
-    if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
-        raise ValueError(f"group_size = {size!r} of awq: should be a whole number above 0, or -1")
+    checks.check_setting("version", version.lower(), (VERSION,), " of awq")
+    checks.check_setting("bits", config.get("bits", config.get("w_bit", BITS)), (BITS,), " of awq")
+    checks.check_setting("zero_point", config.get("zero_point", True), (True,), " of awq")
+    checks.check_group_size(_group_size(config), " of awq")
 
 
 def _group_size(config: Mapping[str, Any]) -> Any:
     return config.get("group_size", config.get("q_group_size", 128))
 
 
-def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Layer, set[str]]]:
-    """Every quantized linear of a checkpoint: its name, its compressed form, and the names of its tensors.
-
-    config: the checkpoint's quantization config. Raises ValueError naming the linear and the tensor that does not fit.
-    """
-    for name in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
-        own = {n: tensors[f"{name}.{n}"] for n in ("qweight", "qzeros", "scales") if f"{name}.{n}" in tensors}
-        try:
-            yield name, _read(own, _group_size(config)), {f"{name}.{n}" for n in own}
-        except (ValueError, RuntimeError) as e:
-            raise ValueError(f"{name}: no AWQ layer: {e}") from e
+def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Layers:
+    """The quantized linears of a checkpoint with this quantization config. Raises ValueError naming what is wrong."""
+    fields = ("qweight", "qzeros", "scales")
+    return checks.read_layers(tensors, fields, "AWQ", lambda _, own: _read(own, _group_size(config)))
 
 
 def _read(own: Mapping[str, Tensor], size: int) -> Layer:
@@ -64,8 +52,8 @@ def _read(own: Mapping[str, Tensor], size: int) -> Layer:
         bits=BITS,
         codes=_outputs(own["qweight"]),
         scale=part(own, "scales", FLOATS, (groups, rows)).T.contiguous(),
-        zero=None if bool((zero == 2 ** (BITS - 1)).all()) else zero,
-        g_idx=group_numbers("group_size", {}, columns, size),
+        zero=checks.unless_centred(zero, BITS),
+        g_idx=checks.group_numbers("group_size", {}, columns, size),
     )
 
 

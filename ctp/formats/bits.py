@@ -1,8 +1,8 @@
 """Streams of whole numbers 1 to 16 bits wide: value i of width b occupies the bits i*b .. i*b + b - 1, least
 significant first, so that 8 values fill b bytes and 3 bits waste nothing.
 
-Values lie in lanes of 8 bits, from 9 bits on of 16, and 64-bit words hold 8 or 4 lanes. Packing moves neighbours
-together, then pairs of them, then fours: a few shifts a word instead of one for every value.
+Before packing, each value is in a lane of 8 bits, from 9 bits on of 16, and 64-bit words hold 8 or 4 lanes. Packing
+moves neighbours together, then pairs of them, then fours: a few shifts a word instead of one for every value.
 """
 
 import math

@@ -10,18 +10,22 @@ nested_offset. In 8 bits: weight int8 (m, n) and SCB float32 (m,), the weight is
 the inputs of 8-bit products to 8 bits too; ctp reads the weights alone.
 """
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, ValidationError
 from torch import Tensor
 
-from ctp.formats.checks import part
+from ctp.formats import checks
+from ctp.formats.checks import Layers, part
 from ctp.formats.layer import Layer
 
-STATE = ".weight.quant_state.bitsandbytes__"
+STATE = "weight.quant_state.bitsandbytes__"
+FOUR = ("weight", "weight.quant_map", "weight.absmax", "weight.nested_quant_map", "weight.nested_absmax")
+EIGHT = ("SCB", "weight", "weight_format")
 KINDS = ("nf4", "fp4")
 
 
@@ -30,32 +34,21 @@ def check(config: Mapping[str, Any]) -> None:
     four, eight = (config.get(n, config.get(f"_{n}", False)) for n in ("load_in_4bit", "load_in_8bit"))
     if (four is True) == (eight is True):
         raise ValueError(f"load_in_4bit = {four!r} and load_in_8bit = {eight!r} of bitsandbytes: one of them is true")
-    kind, storage = config.get("bnb_4bit_quant_type", "fp4"), config.get("bnb_4bit_quant_storage", "uint8")
-    if four and kind not in KINDS:
-        raise ValueError(f"bnb_4bit_quant_type = {kind!r} of bitsandbytes: allowed: {', '.join(KINDS)}")
-    if four and storage != "uint8":
-        raise ValueError(f"bnb_4bit_quant_storage = {storage!r} of bitsandbytes: allowed: uint8")
+    if four:
+        checks.check_setting("bnb_4bit_quant_type", config.get("bnb_4bit_quant_type", "fp4"), KINDS, " of bitsandbytes")
+        storage = config.get("bnb_4bit_quant_storage", "uint8")
+        checks.check_setting("bnb_4bit_quant_storage", storage, ("uint8",), " of bitsandbytes")
 
 
-def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Layer, set[str]]]:
-    """Every quantized linear of a checkpoint: its name, its compressed form, and the names of its tensors.
-
-    Raises ValueError naming the linear and the tensor that does not fit.
-    """
-    for key in tensors:
-        name, state, kind = key.partition(STATE)
-        if not state and not key.endswith(".SCB"):
-            continue
-        name = name if state else key.removesuffix(".SCB")
-        own = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")}
-        own.pop("bias", None)
-        try:
-            yield name, _four(own, kind) if state else _eight(own), {f"{name}.{n}" for n in own}
-        except (ValueError, RuntimeError) as e:
-            raise ValueError(f"{name}: no bitsandbytes layer: {e}") from e
+def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Layers:
+    """The quantized linears of a checkpoint. Raises ValueError naming the linear and the tensor that does not fit."""
+    for kind in KINDS:
+        fields = (f"{STATE}{kind}", *FOUR)
+        yield from checks.read_layers(tensors, fields, "bitsandbytes", partial(_four, kind))
+    yield from checks.read_layers(tensors, EIGHT, "bitsandbytes", _eight)
 
 
-def _eight(own: Mapping[str, Tensor]) -> Layer:
+def _eight(_: str, own: Mapping[str, Tensor]) -> Layer:
     rows, columns = part(own, "weight", (torch.int8,), (None, None)).shape
     if "weight_format" in own and int(own["weight_format"].sum()):
         raise ValueError(f"weight_format is {own['weight_format'].tolist()}: should be 0, row by row")
@@ -63,42 +56,38 @@ def _eight(own: Mapping[str, Tensor]) -> Layer:
     return Layer((rows, columns), bits=8, codes=(own["weight"].short() + 128).byte(), scale=scale.unsqueeze(1))
 
 
-def _four(own: Mapping[str, Tensor], kind: str) -> Layer:
-    said = _state(part(own, f"weight.quant_state.bitsandbytes__{kind}", (torch.uint8,), (None,)))
-    rows, columns = said["shape"]
-    size, count = said["blocksize"], rows * columns
+class _State(BaseModel):
+    """What quant_state says of a linear; other fields are not read."""
+
+    model_config = ConfigDict(strict=True)
+    shape: tuple[PositiveInt, PositiveInt]
+    blocksize: PositiveInt
+    nested_blocksize: PositiveInt | None = None
+    nested_offset: FiniteFloat = 0.0
+
+
+def _four(kind: str, _: str, own: Mapping[str, Tensor]) -> Layer:
+    stored = part(own, f"{STATE}{kind}", (torch.uint8,), (None,))
+    try:
+        state = _State.model_validate_json(bytes(stored.tolist()))
+    except ValidationError as e:
+        raise ValueError(f"quant_state: {'.'.join(map(str, e.errors()[0]['loc']))}: {e.errors()[0]['msg']}") from e
+    (rows, columns), size = state.shape, state.blocksize
+    count = rows * columns
     octets = part(own, "weight", (torch.uint8,), (-(-count // 2), 1)).flatten()
     codes = torch.stack((octets >> 4, octets & 15), 1).flatten()[:count].view(rows, columns)
     table = part(own, "weight.quant_map", (torch.float32,), (16,))
-    absmax = _absmax(own, said, -(-count // size))
-    run = math.gcd(columns, size)  # inputs in a row that lie in one block, whatever the row
+    absmax = _absmax(own, state, -(-count // size))
+    run = math.gcd(columns, size)  # inputs in a row that are in one block, whatever the row
     scale = absmax[torch.arange(0, count, run) // size].view(rows, -1)
     return Layer((rows, columns), bits=4, codes=codes.contiguous(), scale=scale, table=table)
 
 
-def _absmax(own: Mapping[str, Tensor], said: Mapping[str, Any], blocks: int) -> Tensor:
+def _absmax(own: Mapping[str, Tensor], state: _State, blocks: int) -> Tensor:
     """float32 (blocks,)."""
-    if "nested_blocksize" not in said:
+    if (size := state.nested_blocksize) is None:
         return part(own, "weight.absmax", (torch.float32,), (blocks,))
-    size = said["nested_blocksize"]
     codes = part(own, "weight.absmax", (torch.uint8,), (blocks,)).long()
     numbers = part(own, "weight.nested_quant_map", (torch.float32,), (256,))
     nested = part(own, "weight.nested_absmax", (torch.float32,), (-(-blocks // size),))
-    return numbers[codes] * nested[torch.arange(blocks) // size] + said["nested_offset"]
-
-
-def _state(octets: Tensor) -> dict[str, Any]:
-    """The JSON in a tensor. Raises ValueError where it does not say what is needed."""
-    said = json.loads(bytes(octets.tolist()))
-    if not isinstance(said, dict):
-        raise ValueError(f"quant_state is {said!r}: should be an object")
-    shape = said.get("shape")
-    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise ValueError(f"quant_state.shape = {shape!r}: should be outputs, inputs")
-    for field in ("blocksize", "nested_blocksize") if "nested_blocksize" in said else ("blocksize",):
-        if not isinstance(said.get(field), int) or said[field] < 1:
-            raise ValueError(f"quant_state.{field} = {said.get(field)!r}: should be a whole number above 0")
-    offset = said.get("nested_offset", 0.0)
-    if not isinstance(offset, float | int) or not math.isfinite(offset):
-        raise ValueError(f"quant_state.nested_offset = {offset!r}: should be a number")
-    return said
+    return numbers[codes] * nested[torch.arange(blocks) // size] + state.nested_offset

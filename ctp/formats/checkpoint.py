@@ -4,8 +4,7 @@ pruned one, as `Compressed`.
 Their weights are unpacked by ctp's own code: no foreign kernel ever computes with them or carries a gradient.
 """
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,12 @@ from ctp.architectures.names import names_here
 from ctp.common import hub
 from ctp.formats import awq, bitsandbytes, compressed_tensors, gguf, gptq
 from ctp.formats.artifact import PACKED, Compressed, read_generation, read_tensors
-from ctp.formats.checks import FLOATS, part
+from ctp.formats.checks import FLOATS, Layers, part
 from ctp.formats.layer import Layer
 from ctp.formats.pack import pack
 from ctp.models import gguf as model_gguf
 from ctp.models import tiny
-from ctp.models.files import weight_files
+from ctp.models.files import read_object, weight_files
 from ctp.models.hf import LOCAL, skeleton
 from ctp.models.sources import check_pinned
 
@@ -52,15 +51,15 @@ def fetch(location: str, revision: str, weights: bool = True) -> Path:
 def quantization(folder: Path) -> dict[str, Any] | None:
     """The quantization config of a checkpoint, from config.json or AutoGPTQ's quantize_config.json; None without one.
 
-    Raises ValueError, naming the file and field, where ctp cannot read what it says.
+    Raises ValueError naming the file or field that ctp cannot read.
     """
     if folder.suffix == model_gguf.SUFFIX:
         return None  # the file itself says it
-    config = _json(folder / "config.json")
+    config = read_object(folder / "config.json")
     found = next((config[n] for n in ("quantization_config", "compression_config") if config.get(n) is not None), None)
     beside = folder / "quantize_config.json"
     if found is None and beside.is_file():
-        found = {"quant_method": "gptq", **_json(beside)}
+        found = {"quant_method": "gptq", **read_object(beside)}
     if found is None:
         return None
     if not isinstance(found, dict):
@@ -71,20 +70,12 @@ def quantization(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        read: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path} is missing or damaged: {e}") from e
-    return read
-
-
 def open_checkpoint(folder: Path, dtype: str = "auto", tokenizer: Any = None) -> Compressed:
     """The compressed model in `folder`, or in a GGUF file; ctp's own included.
 
     dtype: what it computes in, "auto" as its config says. tokenizer: the base model's; without one, the folder's own.
-    Raises ValueError, in one sentence, where it is no compressed model, in a format that ctp does not read, or not
-    whole, or where a tensor does not fit the configuration.
+    Raises ValueError, in one sentence, where it is not compressed, not complete, in a format that ctp does not read, or
+    does not fit its configuration.
     """
     if (folder / PACKED).is_file():  # ctp's own
         opened = Compressed.open(folder)
@@ -93,28 +84,29 @@ def open_checkpoint(folder: Path, dtype: str = "auto", tokenizer: Any = None) ->
     file = folder if folder.suffix == model_gguf.SUFFIX and folder.is_file() else None
     if file is not None:
         folder = model_gguf.folder(file)
-    said = quantization(folder)
+    settings = quantization(folder)
     config = AutoConfig.from_pretrained(folder, **LOCAL)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     bare = skeleton(config)
+    modules = dict(bare.named_modules())
     tensors = _renamed(_tensors(folder), bare)
     if file is not None:
         found = gguf.layers(tensors, file, bare)
     else:
-        found = _pruned(tensors, bare) if said is None else READERS[said["quant_method"]].layers(tensors, said)
+        found = READERS[settings["quant_method"]].layers(tensors, settings) if settings else _pruned(tensors, bare)
     packed: dict[str, Tensor] = {}
     used: set[str] = set()
     for name, layer, parts in found:
-        _check_linear(name, layer.shape, bare)
+        _check_linear(name, layer.shape, modules)
         packed |= pack({name: layer})
         used |= parts
     if not packed:
         raise ValueError(
             f"{(file or folder).name} holds no quantized and no pruned weights: it is a model, not a compressed one"
         )
-    rest = {n: t for n, t in tensors.items() if n not in used and not _leftover(n, t, bare)}
+    rest = {n: t for n, t in tensors.items() if n not in used and not _leftover(n, t, modules)}
     _check_rest(rest, bare)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder, **LOCAL)
     return Compressed(packed, rest, config, tokenizer, read_generation(folder))
@@ -154,29 +146,27 @@ def _module_name(name: str, bare: nn.Module) -> str:
     return f"{prefix}.{name}" if prefix and first not in dict(bare.named_children()) else name
 
 
-def _pruned(tensors: Mapping[str, Tensor], bare: nn.Module) -> Iterator[tuple[str, Layer, set[str]]]:
+def _pruned(tensors: Mapping[str, Tensor], bare: nn.Module) -> Layers:
     """Linears of the decoder blocks with so many zeros that a mask pays."""
     prefix, blocks = decoder_blocks(bare)
     known = linears(blocks, prefix)
     for name in [*known, *(m.name for m in matrices(bare).values())]:
         stored = tensors.get(f"{name}.weight")
         if stored is None:
-            continue  # told when the model is built: a weight is missing
+            continue  # refused when the model is built
         weight = as_stored(known.get(name), stored)
         mask = weight != 0
         if int(mask.sum()) + weight.numel() / (8 * weight.element_size()) < weight.numel():
             yield name, Layer((weight.shape[0], weight.shape[1]), mask=mask, values=weight[mask]), {f"{name}.weight"}
 
 
-def _check_linear(name: str, shape: tuple[int, int], bare: nn.Module) -> None:
-    """Raises ValueError where a compressed weight is of another shape than the model's."""
-    try:
-        linear = bare.get_submodule(name)
-    except AttributeError:
-        return  # an expert's, or told when the model is built
-    own = tuple(matrix(linear).shape)
-    if own != shape:
-        raise ValueError(f"{name}: its tensors make a weight {shape}, and config.json says {own}")
+def _check_linear(name: str, shape: tuple[int, int], modules: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError where a compressed weight has not the shape of the model's.
+
+    Not of an expert's; a name that is unknown is refused when the model is built.
+    """
+    if name in modules and (expected := tuple(matrix(modules[name]).shape)) != shape:
+        raise ValueError(f"{name}: its tensors make a weight {shape}, and config.json says {expected}")
 
 
 def _check_rest(rest: Mapping[str, Tensor], bare: nn.Module) -> None:
@@ -184,7 +174,7 @@ def _check_rest(rest: Mapping[str, Tensor], bare: nn.Module) -> None:
     wanted = bare.state_dict()
     for name, tensor in rest.items():
         if name not in wanted:
-            continue  # told when the model is built: a name that is unknown, or that transformers knows as another
+            continue  # another name to transformers, or unknown and refused when the model is built
         dtypes = (*FLOATS, torch.float64) if wanted[name].is_floating_point() else (wanted[name].dtype,)
         try:
             part({"it": tensor}, "it", dtypes, tuple(wanted[name].shape))
@@ -192,13 +182,9 @@ def _check_rest(rest: Mapping[str, Tensor], bare: nn.Module) -> None:
             raise ValueError(f"{name}: {e}") from e
 
 
-def _leftover(name: str, tensor: Tensor, bare: nn.Module) -> bool:
+def _leftover(name: str, tensor: Tensor, modules: Mapping[str, nn.Module]) -> bool:
     """What old checkpoints carry along: buffers that transformers computes, all-zero biases of linears without bias."""
-    if name.endswith("rotary_emb.inv_freq"):
-        return True
     module, _, field = name.rpartition(".")
-    try:
-        linear = bare.get_submodule(module)
-    except AttributeError:
-        return False
-    return field == "bias" and is_linear(linear) and linear.bias is None and not bool(tensor.any())
+    linear = modules.get(module)
+    unused = field == "bias" and linear is not None and is_linear(linear) and linear.bias is None
+    return name.endswith("rotary_emb.inv_freq") or (unused and not bool(tensor.any()))

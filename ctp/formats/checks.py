@@ -1,18 +1,53 @@
-"""What the tensors of somebody else's checkpoint must be before anything is made of them."""
+"""What the readers of other tools' checkpoints share: a loop over the linears, and checks of settings and tensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ctp.architectures.linears import all_finite
+from ctp.formats.layer import Layer
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 INTS = (torch.int32, torch.int64)
+Layers = Iterator[tuple[str, Layer, set[str]]]  # of each linear: its name, its compressed form, names of its tensors
+
+
+def read_layers(
+    tensors: Mapping[str, Tensor], fields: Sequence[str], format: str, read: Callable[[str, dict[str, Tensor]], Layer]
+) -> Layers:
+    """Every linear NAME of a checkpoint with a tensor `NAME.{fields[0]}`.
+
+    read: makes a layer of the linear's name and its tensors by field. Raises ValueError naming the linear.
+    """
+    for name in [key.removesuffix(f".{fields[0]}") for key in tensors if key.endswith(f".{fields[0]}")]:
+        own = {field: tensors[f"{name}.{field}"] for field in fields if f"{name}.{field}" in tensors}
+        try:
+            yield name, read(name, own), {f"{name}.{field}" for field in own}
+        except (ValueError, RuntimeError) as e:
+            raise ValueError(f"{name}: no {format} layer: {e}") from e
+
+
+def check_setting(field: str, value: Any, allowed: Sequence[Any], of: str = "") -> None:
+    """Raises ValueError naming a setting of a checkpoint that is none of the allowed ones. of: " of FORMAT"."""
+    if value not in allowed:
+        raise ValueError(f"{field} = {value!r}{of}: allowed: {', '.join(map(str, allowed))}")
+
+
+def check_group_size(size: Any, of: str = "", whole: str = ", or -1") -> None:
+    """Raises ValueError where a group size is no number above 0. whole: names what else is allowed, -1 by default."""
+    if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and not (whole and size == -1)):
+        raise ValueError(f"group_size = {size!r}{of}: should be a whole number above 0{whole}")
+
+
+def unless_centred(zero: Tensor, bits: int) -> Tensor | None:
+    """Zero points, or None where all are the middle of the grid, as `Layer` has it for symmetric ones."""
+    return None if bool((zero == 2 ** (bits - 1)).all()) else zero.contiguous()
 
 
 def part(own: Mapping[str, Tensor], field: str, dtypes: Sequence[torch.dtype], shape: Sequence[int | None]) -> Tensor:
-    """The tensor `field` of a layer. Raises ValueError naming it where it lacks, or is of another dtype or shape (None:
+    """The tensor `field` of a layer. Raises ValueError naming it where it is missing, has another dtype or shape (None:
     any length above 0), or holds numbers that are not finite.
     """
     if field not in own:

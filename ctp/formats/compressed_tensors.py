@@ -9,35 +9,27 @@ A linear of n inputs and m outputs is stored in pack-quantized as
 and in int-quantized as `weight` (int8, code - 2^(bits - 1)), weight_scale and an int8 weight_zero_point.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ctp.formats.checks import FLOATS, INTS, below, group_numbers, part
+from ctp.formats import checks
+from ctp.formats.checks import FLOATS, INTS, Layers, below, part
 from ctp.formats.layer import Layer
 from ctp.formats.pack import from_words, stored_codes, to_words
 
 PACK, INT = "pack-quantized", "int-quantized"
 BITS = (2, 3, 4, 8)
 STRATEGIES = ("group", "channel", "tensor")
-PARTS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+PARTS = ("weight_scale", "weight_packed", "weight", "weight_zero_point", "weight_shape", "weight_g_idx")
 
 
-def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Layer, set[str]]]:
-    """Every quantized linear of a checkpoint: its name, its compressed form, and the names of its tensors.
-
-    config: the checkpoint's quantization config. Raises ValueError naming what is not supported, or the linear whose
-    tensors do not fit.
-    """
+def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Layers:
+    """The quantized linears of a checkpoint with this quantization config. Raises ValueError naming what is wrong."""
     grids = {_grid(g["weights"]) for g in config["config_groups"].values()}
-    for name in [n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")]:
-        own = {n: tensors[f"{name}.{n}"] for n in PARTS if f"{name}.{n}" in tensors}
-        try:
-            yield name, _read(own, grids), {f"{name}.{n}" for n in own}
-        except (ValueError, RuntimeError) as e:
-            raise ValueError(f"{name}: no layer of compressed-tensors: {e}") from e
+    return checks.read_layers(tensors, PARTS, "compressed-tensors", lambda _, own: _read(own, grids))
 
 
 def _grid(weights: Mapping[str, Any]) -> tuple[int, int | None]:
@@ -45,8 +37,7 @@ def _grid(weights: Mapping[str, Any]) -> tuple[int, int | None]:
     size = weights.get("group_size")
     if weights["strategy"] != "group":
         return int(weights["num_bits"]), None
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"group_size = {size!r} of compressed-tensors: should be a whole number above 0")
+    checks.check_group_size(size, " of compressed-tensors", whole="")
     return int(weights["num_bits"]), size
 
 
@@ -62,10 +53,8 @@ def check(config: Mapping[str, Any]) -> None:
         weights = group.get("weights") or {}
         if group.get("input_activations") or weights.get("type", "int") != "int":
             raise ValueError("input_activations or float weights of compressed-tensors: ctp reads integer weights only")
-        for field, allowed in (("num_bits", BITS), ("strategy", STRATEGIES)):
-            if weights.get(field) not in allowed:
-                choice = ", ".join(map(str, allowed))
-                raise ValueError(f"{field} = {weights.get(field)!r} of compressed-tensors: allowed: {choice}")
+        checks.check_setting("num_bits", weights.get("num_bits"), BITS, " of compressed-tensors")
+        checks.check_setting("strategy", weights.get("strategy"), STRATEGIES, " of compressed-tensors")
 
 
 def _read(own: Mapping[str, Tensor], grids: Collection[tuple[int, int | None]]) -> Layer:
@@ -82,11 +71,7 @@ def _read(own: Mapping[str, Tensor], grids: Collection[tuple[int, int | None]]) 
         rows, columns = part(own, "weight", (torch.int8,), (None, None)).shape
         (bits,) = [b for b in widths if b >= 8] or widths[-1:]
         codes = below("weight", own["weight"].to(torch.int16) + 2 ** (bits - 1), 2**bits).to(torch.uint8)
-    if own["weight_scale"].numel() == 1:
-        scale = part(own, "weight_scale", FLOATS, (1,) * own["weight_scale"].dim()).reshape(1, 1).expand(rows, 1)
-    else:
-        scale = own["weight_scale"].unsqueeze(1) if own["weight_scale"].dim() == 1 else own["weight_scale"]
-        scale = part({"weight_scale": scale}, "weight_scale", FLOATS, (rows, None))
+    scale = _per_output(own, "weight_scale", FLOATS, rows, None)
     sizes = [columns if size is None else size for b, size in grids if b == bits]
     if (size := next((s for s in sizes if -(-columns // s) == scale.shape[1]), None)) is None:
         raise ValueError(f"weight_scale has {scale.shape[1]} groups of {columns} inputs: group_size is {sizes}")
@@ -99,8 +84,20 @@ def _read(own: Mapping[str, Tensor], grids: Collection[tuple[int, int | None]]) 
         codes=codes,
         scale=scale.contiguous(),
         zero=_zero(own, bits, rows, scale.shape[1]),
-        g_idx=group_numbers("weight_g_idx", own, columns, size),
+        g_idx=checks.group_numbers("weight_g_idx", own, columns, size),
     )
+
+
+def _per_output(
+    own: Mapping[str, Tensor], field: str, dtypes: Sequence[torch.dtype], rows: int, groups: int | None
+) -> Tensor:
+    """A tensor as (rows, groups), which may be stored as one number for all, or as one for each row."""
+    found = own[field]
+    if found.numel() == 1:
+        found = found.reshape(1, 1).expand(rows, groups or 1)
+    elif found.dim() == 1:
+        found = found.unsqueeze(1)
+    return part({field: found}, field, dtypes, (rows, groups))
 
 
 def _zero(own: Mapping[str, Tensor], bits: int, rows: int, groups: int) -> Tensor | None:
@@ -112,10 +109,9 @@ def _zero(own: Mapping[str, Tensor], bits: int, rows: int, groups: int) -> Tenso
         words = part(own, field, (torch.int32,), (-(-rows * bits // 32), groups))
         zero = from_words(words.T.contiguous(), bits, rows).T
     else:
-        given = own[field].reshape(1, 1).expand(rows, groups) if own[field].numel() == 1 else own[field]
-        given = part({field: given.unsqueeze(1) if given.dim() == 1 else given}, field, (torch.int8,), (rows, groups))
-        zero = below(field, given.short() + 2 ** (bits - 1), 2**bits).byte()
-    return None if bool((zero == 2 ** (bits - 1)).all()) else zero.contiguous()
+        stored = _per_output(own, field, (torch.int8,), rows, groups)
+        zero = below(field, stored.short() + 2 ** (bits - 1), 2**bits).byte()
+    return checks.unless_centred(zero, bits)
 
 
 def write(name: str, layer: Layer, sym: bool) -> dict[str, Tensor]:

@@ -5,13 +5,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import save_torch_state_dict
 from torch import nn
 
 from ctp.architectures.blocks import decoder_blocks
-from ctp.architectures.experts import Matrix, experts_in, matrices, routers
+from ctp.architectures.experts import experts_in, matrices, routers
 from ctp.architectures.names import as_original, original_names
 from ctp.common.files import new_folder
 from ctp.common.messages import unknown
@@ -19,7 +19,7 @@ from ctp.formats import FORMATS, compressed_tensors, gptq
 from ctp.formats.artifact import Compressed, save_generation, save_model
 from ctp.formats.checkpoint import open_checkpoint
 from ctp.formats.layer import Layer
-from ctp.formats.loaders import refusal, unopened
+from ctp.formats.loaders import refusal
 from ctp.models.hf import quiet, skeleton
 
 
@@ -53,19 +53,20 @@ def export(model: Compressed | str | Path, folder: str | Path, format: str) -> l
 
 
 def _quantized(model: Compressed, folder: Path, format: str) -> list[str]:
-    """Write weights and config in one of the quantized formats."""
+    """Write weights and config in one of the quantized formats; returns notes for readers."""
     config = copy.deepcopy(model.config)
     bare = skeleton(config)
     experts = {m.name: m for m in matrices(bare).values()}
-    grids, sparsity = _survey(model, format, experts)
+    grids = _grids(model, format)
     bits, group_size = _common(format, grids)
+    if why := refusal(format, bare, {n: grid.shape for n, grid in grids.items()}, experts, bits):
+        raise ValueError(why)
     sym = not any(n.endswith(".zero") for n in model.packed)
     act_order = any(n.endswith(".g_idx") for n in model.packed)
-    notes = _notes(format, bits, sym, act_order, sparsity)
+    notes = _notes(format, bits, sym, act_order, model.stats()["sparsity"], bool(experts))
     state = {n: t.to(model.config.dtype) if t.is_floating_point() else t for n, t in model.rest.items()}
-    written: dict[str, str] = {}  # linears that lie under other names than in transformers
+    written: dict[str, str] = {}  # linears with other names than in transformers
     if experts:
-        notes += _notes_of_experts(format, bits, sym, act_order)
         state, written = as_original(bare, state), original_names(bare, grids.keys() - experts)
     if format == "gptq":
         split = _split(grids) if bits == 4 and not sym and group_size is None else None
@@ -73,16 +74,16 @@ def _quantized(model: Compressed, folder: Path, format: str) -> list[str]:
             notes.append(f"Each channel's scale is written for {split} inputs at a time: {_MISREAD}.")
         for name, layer in model.layers():
             state |= gptq.write(written.get(name, name), _regrouped(layer, split) if split else layer, sym)
-        said = gptq.settings(bits, split or group_size, sym, act_order)
-        said["block_name_to_quantize"] = decoder_blocks(bare)[0]  # transformers' loader knows some models' names only
-        (folder / "quantize_config.json").write_text(json.dumps(said, indent=2) + "\n")  # where AutoGPTQ looks
+        settings = gptq.settings(bits, split or group_size, sym, act_order)
+        settings["block_name_to_quantize"] = decoder_blocks(bare)[0]  # transformers' loader knows some models' only
+        (folder / "quantize_config.json").write_text(json.dumps(settings, indent=2) + "\n")  # where AutoGPTQ looks
     else:
         for name, layer in model.layers():
             if name in experts and layer.scale is not None:  # transformers unpacks them in the type of their scales
                 layer = replace(layer, scale=layer.scale.to(config.dtype))
             state |= compressed_tensors.write(written.get(name, name), layer, sym)
-        said = compressed_tensors.settings(bits, group_size, sym, _ignored(bare, grids))
-    config.quantization_config = said
+        settings = compressed_tensors.settings(bits, group_size, sym, _ignored(bare, grids))
+    config.quantization_config = settings
     config.architectures = [type(bare).__name__]
     config.save_pretrained(folder)
     save_torch_state_dict(state, folder, metadata={"format": "pt"})
@@ -93,28 +94,40 @@ def _quantized(model: Compressed, folder: Path, format: str) -> list[str]:
 _MISREAD = "GPTQModel's default kernel for CPUs misreads 4 bit asymmetric channels"
 
 
-def _survey(
-    model: Compressed, format: str, experts: Mapping[str, Matrix]
-) -> tuple[dict[str, tuple[int, int, int]], float]:
-    """(bits, inputs, groups) of every linear, and the share pruned. Raises ValueError where the format has no form."""
-    grids: dict[str, tuple[int, int, int]] = {}
-    kept = weights = 0
+class _Grid(NamedTuple):
+    """Of one linear. shape: (outputs, inputs)."""
+
+    bits: int
+    shape: tuple[int, int]
+    groups: int
+
+
+def _grids(model: Compressed, format: str) -> dict[str, _Grid]:
+    """The grid of every linear. Raises ValueError naming one that the format cannot hold."""
+    grids = {}
     for name, layer in model.layers():
-        if layer.bits not in (*gptq.BITS, None):
-            raise ValueError(f"{format} has no form for {layer.bits} bits ({name}): export hf")
         if layer.bits is None:
             raise ValueError(f"{format} has no form for pruned weights that are not quantized ({name}): export hf")
+        if layer.bits not in gptq.BITS:
+            raise ValueError(f"{format} has no form for {layer.bits} bits ({name}): export hf")
         if layer.table is not None or layer.shift is not None:
             raise ValueError(f"{format} has no form for codes that are not evenly spaced around a zero point ({name}): "
                              "export hf")  # fmt: skip
-        grids[name] = layer.bits, layer.shape[1], layer.zero_points().shape[1]
-        kept, weights = kept + layer.kept, weights + layer.shape[0] * layer.shape[1]
-    why = unopened(format, skeleton(model.config), grids, experts)
-    if format == "gptq" and not why:
-        why = gptq.unaligned({n: layer.shape for n, layer in model.layers()}, max(g[0] for g in grids.values()))
-    if why:
-        raise ValueError(refusal(format, model.config, why))
-    return grids, 1 - kept / weights
+        grids[name] = _Grid(layer.bits, layer.shape, layer.zero_points().shape[1])
+    return grids
+
+
+def _common(format: str, grids: Mapping[str, _Grid]) -> tuple[int, int | None]:
+    """(bits, group size) that all linears share; group size None: one grid per output. Raises ValueError if none."""
+    if uneven := [name for name, grid in grids.items() if grid.shape[1] % grid.groups]:
+        raise ValueError(f"{format}: the groups of {uneven[0]} are not of one size: export hf")
+    widths = {grid.bits for grid in grids.values()}
+    sizes = {grid.shape[1] // grid.groups for grid in grids.values()}
+    if all(grid.groups == 1 for grid in grids.values()):
+        sizes = set()
+    if len(widths) > 1 or len(sizes) > 1:
+        raise ValueError(f"{format}: linears differ in bits {sorted(widths)} or group size {sorted(sizes)}: export hf")
+    return widths.pop(), sizes.pop() if sizes else None
 
 
 def _ignored(bare: Any, grids: Mapping[str, Any]) -> list[str]:
@@ -124,23 +137,10 @@ def _ignored(bare: Any, grids: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys([*kept, *original_names(bare, kept).values()])) if left else kept
 
 
-def _common(format: str, grids: dict[str, tuple[int, int, int]]) -> tuple[int, int | None]:
-    """(bits, group size) of all linears, from (bits, inputs, groups) of each; None for one scale per output channel."""
-    uneven = [name for name, (_, columns, groups) in grids.items() if columns % groups]
-    if uneven:
-        raise ValueError(f"{format}: the groups of {uneven[0]} are not of one size: export hf")
-    widths = {bits for bits, _, _ in grids.values()}
-    sizes = {columns // groups for _, columns, groups in grids.values() if groups > 1}
-    sizes |= {columns for _, columns, groups in grids.values() if groups == 1} if sizes else set()
-    if len(widths) > 1 or len(sizes) > 1:
-        raise ValueError(f"{format}: linears differ in bits {sorted(widths)} or group size {sorted(sizes)}: export hf")
-    return widths.pop(), sizes.pop() if sizes else None
-
-
-def _split(grids: dict[str, tuple[int, int, int]]) -> int:
+def _split(grids: Mapping[str, _Grid]) -> int:
     """A group size that divides the inputs of all linears."""
     for size in (128, 64, 32):
-        if all(columns % size == 0 for _, columns, _ in grids.values()):
+        if all(grid.shape[1] % size == 0 for grid in grids.values()):
             return size
     raise ValueError(f"gptq: {_MISREAD}, and no group of 128, 64 or 32 divides the inputs of all linears: export hf")
 
@@ -152,19 +152,17 @@ def _regrouped(layer: Layer, size: int) -> Layer:
     return replace(layer, scale=layer.scale.repeat(1, times), zero=layer.zero_points().repeat(1, times))
 
 
-def _notes_of_experts(format: str, bits: int, sym: bool, act_order: bool) -> list[str]:
-    """Likewise for experts. Raises ValueError where no loader of the format would take them for what they are."""
-    if not sym:
+def _notes(format: str, bits: int, sym: bool, act_order: bool, sparsity: float, experts: bool) -> list[str]:
+    """How the format, or a well-known reader of it, treats this model.
+
+    Raises ValueError where no loader of the format would read the experts of a mixture right.
+    """
+    if experts and not sym:
         raise ValueError(
             f"{format}: loaders read experts on symmetric grids only: compress with sym: true, or export hf"
         )
-    if format == "gptq" and (bits not in (4, 8) or act_order):
+    if experts and format == "gptq" and (bits not in (4, 8) or act_order):
         raise ValueError("gptq: loaders read experts of 4 or 8 bits without act-order only: export hf")
-    return ["transformers opens no experts of this format; vLLM and ctp.load do."] if format == "gptq" else []
-
-
-def _notes(format: str, bits: int, sym: bool, act_order: bool, sparsity: float) -> list[str]:
-    """What the format, or a well-known reader of it, makes of this model."""
     notes = []
     if sparsity:
         notes.append(
@@ -176,4 +174,6 @@ def _notes(format: str, bits: int, sym: bool, act_order: bool, sparsity: float) 
         notes.append("vLLM reads this format with 4 or 8 bits, symmetric and without act-order only; transformers all.")
     if format == "compressed-tensors" and bits not in (4, 8):
         notes.append(f"vLLM has kernels for 4 and 8 bits of this format, not for {bits}; transformers reads all.")
+    if format == "gptq" and experts:
+        notes.append("transformers opens no experts of this format; vLLM and ctp.load do.")
     return notes

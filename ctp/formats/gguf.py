@@ -1,11 +1,11 @@
 """GGUF files of llama.cpp, read: the block formats whose weights are evenly spaced, which are most.
 
 A row of weights is cut into blocks, and these into groups of 16 or 32; weight = scale * (code - zero) or, with a least
-weight per group, scale * code + shift. gguf's own dequantizer is asked for each: for the codes with the scales of a
-block set to 1, for the scales with its codes set to 1. Weights are then compared with those that the library makes.
+weight per group, scale * code + shift. gguf's own dequantizer gives the codes where the scales of a block are set to
+1, and the scales where its codes are set to 1. The weights are then compared with those that the library makes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ctp.formats.checks import Layers
 from ctp.formats.layer import Layer
 
 Bytes = dict[tuple[int, int], tuple[int, ...]]  # place in a block -> what to write there, repeated
@@ -53,33 +54,24 @@ FORMATS = {
 PLAIN = ("F32", "F16", "BF16", "F64")
 
 
-def layers(tensors: Mapping[str, Tensor], file: Path, bare: Any) -> Iterator[tuple[str, Layer, set[str]]]:
+def layers(tensors: Mapping[str, Tensor], file: Path, bare: Any) -> Layers:
     """Every quantized linear of a GGUF file: its name, its compressed form, and the name of its weight.
 
     tensors: the file's weights as transformers makes them. Raises ValueError naming a tensor whose format is not read.
     """
     from gguf import GGUFReader
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-        read_field,
-    )  # fmt: skip
+    from transformers import modeling_gguf_pytorch_utils as hf
 
     reader = GGUFReader(file)
-    kind = TENSOR_PROCESSORS.get(read_field(reader, "general.architecture")[0], TensorProcessor)
+    kind = hf.TENSOR_PROCESSORS.get(hf.read_field(reader, "general.architecture")[0], hf.TensorProcessor)
     processor = kind(config=bare.config.to_dict())
-    names = get_gguf_hf_weights_map(bare, processor)
-    linears = {f"{n}.weight": n for n, m in bare.named_modules() if isinstance(m, nn.Linear)}
+    names = hf.get_gguf_hf_weights_map(bare, processor)
+    head = bare.get_output_embeddings()
+    linears = {f"{n}.weight": n for n, m in bare.named_modules() if isinstance(m, nn.Linear) and m is not head}
     for found in reader.tensors:
         name, quant = names.get(found.name, ""), found.tensor_type.name
         weight = tensors.get(name)
-        if (
-            name not in linears
-            or quant in PLAIN
-            or weight is None
-            or bare.get_output_embeddings() is bare.get_submodule(linears[name])
-        ):
+        if name not in linears or quant in PLAIN or weight is None:
             continue
         if quant not in FORMATS:
             raise ValueError(f"{found.name} is {quant} in {file.name}: allowed: {', '.join((*FORMATS, *PLAIN))}")
@@ -100,9 +92,9 @@ def read(data: np.ndarray[Any, Any], quant: str, ordered: Any = torch.from_numpy
     how = FORMATS[quant]
     codes = ordered(_weights(data, quant, how.unit)) + (2 ** (how.bits - 1) if how.none is None else 0)
     scale = ordered(np.ascontiguousarray(_weights(data, quant, how.one)[:, :: how.group]))
-    shift = (
-        None if how.none is None else ordered(np.ascontiguousarray(_weights(data, quant, how.none)[:, :: how.group]))
-    )
+    shift = None
+    if how.none is not None:
+        shift = ordered(np.ascontiguousarray(_weights(data, quant, how.none)[:, :: how.group]))
     half = scale.half()
     return Layer(
         (codes.shape[0], codes.shape[1]),

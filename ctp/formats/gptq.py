@@ -10,13 +10,14 @@ Weight = scale * (code - zero). Version 1 has no room for a zero point of 0 and 
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ctp.formats.checks import FLOATS, group_numbers, part
+from ctp.formats import checks
+from ctp.formats.checks import FLOATS, Layers, part
 from ctp.formats.layer import Layer
 from ctp.formats.pack import from_words, stored_codes, to_words
 
@@ -26,28 +27,21 @@ V1, V2 = "gptq", "gptq_v2"
 
 def check(config: Mapping[str, Any]) -> None:
     """Raises ValueError naming what in a quantization config ctp does not read."""
-    if (version := _version(config)) not in (V1, V2):
-        raise ValueError(f"checkpoint_format = {version!r}: allowed: {V1}, {V2}")
-    if config.get("bits") not in BITS:
-        raise ValueError(f"bits = {config.get('bits')!r}: allowed: {', '.join(map(str, BITS))}")
+    checks.check_setting("checkpoint_format", _version(config), (V1, V2))
+    checks.check_setting("bits", config.get("bits"), BITS)
 
 
 def _version(config: Mapping[str, Any]) -> str:
     return str(config.get("checkpoint_format") or config.get("format") or V1)
 
 
-def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[tuple[str, Layer, set[str]]]:
-    """Every quantized linear of a checkpoint: its name, its compressed form, and the names of its tensors.
+def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Layers:
+    """The quantized linears of a checkpoint with this quantization config. Raises ValueError naming what is wrong."""
 
-    config: the checkpoint's quantization config. Raises ValueError naming the linear and the tensor that does not fit.
-    """
-    version = _version(config)
-    for name in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
-        own = {n: tensors[f"{name}.{n}"] for n in ("qweight", "qzeros", "scales", "g_idx") if f"{name}.{n}" in tensors}
-        try:
-            yield name, _read(own, *_settings(name, config), version), {f"{name}.{n}" for n in own}
-        except (ValueError, RuntimeError) as e:
-            raise ValueError(f"{name}: no GPTQ layer: {e}") from e
+    def read(name: str, own: dict[str, Tensor]) -> Layer:
+        return _read(own, *_settings(name, config), _version(config))
+
+    return checks.read_layers(tensors, ("qweight", "qzeros", "scales", "g_idx"), "GPTQ", read)
 
 
 def _settings(name: str, config: Mapping[str, Any]) -> tuple[int, int | None]:
@@ -57,10 +51,8 @@ def _settings(name: str, config: Mapping[str, Any]) -> tuple[int, int | None]:
         if re.match(pattern.removeprefix("+:"), name) and isinstance(fields, dict):
             bits, size = fields.get("bits", bits), fields.get("group_size", size)
             break
-    if bits not in BITS:
-        raise ValueError(f"bits = {bits!r}: allowed: {', '.join(map(str, BITS))}")
-    if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
-        raise ValueError(f"group_size = {size!r}: should be a whole number above 0, or -1")
+    checks.check_setting("bits", bits, BITS)
+    checks.check_group_size(size)
     return int(bits), None if size == -1 else size
 
 
@@ -77,7 +69,7 @@ def _read(own: Mapping[str, Tensor], bits: int, size: int | None, version: str) 
     if version == V1 and bits != 3:
         # By words, as GPTQModel: undoes the borrows of files whose zero points of 0 were lowered by words.
         qzeros = qzeros + to_words(torch.ones(1, rows), bits)
-    zero = from_words(qzeros, bits, rows).T.contiguous()
+    zero = from_words(qzeros, bits, rows).T
     if version == V1 and bits == 3:  # its lanes straddle words: lowered and raised one by one
         zero = (zero + 1) % 8
     return Layer(
@@ -85,8 +77,8 @@ def _read(own: Mapping[str, Tensor], bits: int, size: int | None, version: str) 
         bits=bits,
         codes=from_words(qweight.T.contiguous(), bits, columns),
         scale=scales.T.contiguous(),
-        zero=None if bool((zero == 2 ** (bits - 1)).all()) else zero,
-        g_idx=group_numbers("g_idx", own, columns, size),
+        zero=checks.unless_centred(zero, bits),
+        g_idx=checks.group_numbers("g_idx", own, columns, size),
     )
 
 

@@ -1,4 +1,4 @@
-"""The compressed form of one weight, and the check that it is what was asked for."""
+"""The compressed form of one weight, and the check that it is what was requested."""
 
 from dataclasses import dataclass, replace
 
@@ -13,7 +13,7 @@ from ctp.formats.bits import INTEGERS, chunk
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One compressed weight of shape (outputs, inputs); its tensors lie on one device.
+    """One compressed weight of shape (outputs, inputs); its tensors are on one device.
 
     mask: bool (outputs, inputs), True where a weight is kept; None where nothing is pruned.
     Not quantized: bits, codes, scale, zero and g_idx are None; values holds the kept weights (kept,), row by row.
@@ -42,14 +42,8 @@ class Layer:
 
     def to(self, device: torch.device | str) -> "Layer":
         """The same with its tensors on another device."""
-
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
-
-        return replace(
-            self, codes=moved(self.codes), scale=moved(self.scale), zero=moved(self.zero), g_idx=moved(self.g_idx),
-            mask=moved(self.mask), values=moved(self.values), table=moved(self.table), shift=moved(self.shift),
-        )  # fmt: skip
+        moved = {n: value.to(device) for n, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)  # type: ignore[arg-type]
 
     def groups(self) -> Tensor:
         """The group of each input, int64 (inputs,)."""
@@ -136,9 +130,9 @@ def _kept(mask: Tensor) -> Tensor:
 
 
 def check(layer: Layer, weight: Tensor, compression: Solver) -> None:
-    """Raises ArithmeticError unless `weight`, as it lies in the model, is what `compression` promises.
+    """Raises ArithmeticError unless `weight`, as the model has it, is what `compression` promises.
 
-    Weight equals the layer's dense form; pruned weights are exactly zero and as many as asked for; codes and zero
+    Weight equals the layer's dense form; pruned weights are exactly zero and as many as requested; codes and zero
     points fit into the bits, so that every kept weight is on its grid.
     """
     weight = weight.detach()
@@ -150,8 +144,9 @@ def check(layer: Layer, weight: Tensor, compression: Solver) -> None:
     bits = getattr(compression, "bits", None)
     if layer.bits != bits:
         raise ArithmeticError(f"compressed to {layer.bits} bits, not {bits}")
-    if bits is not None:
-        _check_grid(layer, bits)
+    tops = [int(t.max()) for t in (layer.codes, layer.zero) if t is not None and t.numel()]
+    if bits is not None and any(top >= 2**bits for top in tops):
+        raise ArithmeticError(f"code or zero point {max(tops)} does not fit into {bits} bits")
 
 
 def _check_pruned(layer: Layer, weight: Tensor, compression: Solver) -> None:
@@ -168,12 +163,3 @@ def _check_pruned(layer: Layer, weight: Tensor, compression: Solver) -> None:
         n, m = (int(v) for v in pattern.split(":"))
         if not (layer.mask.reshape(len(weight), -1, m).sum(-1) == m - n).all():
             raise ArithmeticError(f"a group of {m} inputs does not have {n} zeros")
-
-
-def _check_grid(layer: Layer, bits: int) -> None:
-    # The weight is the dense form of the codes: with codes of these bits it is on the grid.
-    assert layer.codes is not None
-    assert layer.scale is not None
-    tops = [int(t.max()) for t in (layer.codes, layer.zero) if t is not None and t.numel()]
-    if any(top >= 2**bits for top in tops):
-        raise ArithmeticError(f"code or zero point {max(tops)} does not fit into {bits} bits")

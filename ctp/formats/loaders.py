@@ -1,4 +1,4 @@
-"""What keeps other tools from opening a compressed model of some architecture, known from its modules alone."""
+"""Which compressed models other tools' loaders open, known from a model's modules alone."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -22,34 +22,36 @@ def refusals(config: Any, bits: int = 4) -> dict[str, str]:
     experts = {m.name: m for m in matrices(bare).values()}
     shapes = {n: matrix(m).shape for n, m in linears(blocks, prefix).items() if n not in idle}
     shapes |= {n: m.of(bare.get_parameter(m.parameter)).shape for n, m in experts.items()}
-    why = {f: unopened(f, bare, shapes, experts) for f in ("compressed-tensors", "gptq")}
-    why["gptq"] = why["gptq"] or gptq.unaligned(shapes, bits)
-    return {f: refusal(f, config, reason) for f, reason in why.items() if reason}
+    found = {f: refusal(f, bare, shapes, experts, bits) for f in ("compressed-tensors", "gptq")}
+    return {f: why for f, why in found.items() if why}
 
 
-def refusal(format: str, config: Any, why: str) -> str:
-    """One sentence for a format that a model type does not fit."""
-    return f"{format}: model type {config.get_text_config().model_type}: {why}: export hf"
+def refusal(
+    format: str, bare: Any, shapes: Mapping[str, Sequence[int]], experts: Mapping[str, Matrix], bits: int
+) -> str:
+    """One sentence where loaders of a format would not open a model with these weights packed; "" where they would.
 
-
-def unopened(format: str, bare: Any, names: Collection[str], experts: Mapping[str, Matrix]) -> str:
-    """Why transformers would not open packed forms of these weights in the place of those of `bare`; "" if it would.
-
-    names: of linears, and of the matrices in `experts`.
+    bare: the model without weights. shapes: (outputs, inputs) of the packed linears, and of those in `experts`.
     """
+    why = _unopened(format, bare, shapes, experts) or (gptq.unaligned(shapes, bits) if format == "gptq" else "")
+    return why and f"{format}: model type {bare.config.get_text_config().model_type}: {why}: export hf"
+
+
+def _unopened(format: str, bare: Any, names: Collection[str], experts: Mapping[str, Matrix]) -> str:
+    """Why transformers would not open packed forms of these weights instead of those of `bare`; "" if it would."""
     inside, blocks = decoder_blocks(bare)
     plain = sorted(linears(blocks, inside).keys() - set(names))
     if plain and format == "gptq":
         return f"{plain[0]} is not quantized, which loaders expect of all linears of a decoder block"
-    packed = []
+    packed: list[nn.Linear] = []
     for name in sorted(names):
-        if name in experts:
-            if not experts[name].original:
-                return f"its checkpoints hold no linear for each expert, which loaders look for ({name})"
-            continue
-        if not name.startswith(f"{inside}.") or type(bare.get_submodule(name)) is not nn.Linear:
-            return f"{name} is no nn.Linear of a decoder block, which loaders expect"
-        packed += [m for m in [bare.get_submodule(name)] if type(m) is nn.Linear]
+        if name not in experts:
+            module = bare.get_submodule(name)
+            if not name.startswith(f"{inside}.") or type(module) is not nn.Linear:
+                return f"{name} is no nn.Linear of a decoder block, which loaders expect"
+            packed.append(module)
+        elif not experts[name].original:
+            return f"its checkpoints hold no linear for each expert, which loaders look for ({name})"
     if experts and (odd := _merged(bare, {f"{n}.weight" for n in names})):
         return f"its checkpoints hold {odd} in another form, which loaders of quantized models do not convert"
     if _opens(bare, packed):
@@ -66,7 +68,7 @@ def _merged(bare: Any, packed: Collection[str]) -> str:
 
 
 def _opens(bare: Any, packed: Sequence[nn.Linear]) -> bool:
-    """Can transformers do without the weights of these what it always does before it takes those of a checkpoint?"""
+    """Can transformers initialise the model, as it always does before loading, without the weights of these linears?"""
     weights = [m.weight for m in packed]
     for module in packed:
         del module.weight

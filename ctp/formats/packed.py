@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from ctp.architectures.experts import Matrix, matrices, put
@@ -93,17 +94,16 @@ class PackedExperts(nn.Module):
     """Frozen experts of a mixture, each matrix of the bits that its artifact stores; all are unpacked for one use of
     the layer, once for its output and once for the gradient, and computed with as the layer itself does.
 
-    experts: the layer, whose parameters are taken away. found: where each of `linears` lies in them.
+    experts: the layer, whose parameters are taken away. found: where each of `linears` is stored in them.
     """
 
     def __init__(self, experts: nn.Module, found: Sequence[Matrix], linears: Sequence[PackedLinear]) -> None:
         super().__init__()
         self.found, self.linears = list(found), nn.ModuleList(linears)
-        own = dict.fromkeys(m.part.parameter for m in found)
-        self.shapes = {name: experts.get_parameter(name).shape for name in own}
-        for name in own:
-            at, _, last = name.rpartition(".")
-            delattr(experts.get_submodule(at), last)
+        self.shapes = {m.part.parameter: experts.get_parameter(m.part.parameter).shape for m in found}
+        for name in self.shapes:
+            module, _, parameter = name.rpartition(".")
+            delattr(experts.get_submodule(module), parameter)
         self.experts = experts
         self.register_buffer("like", torch.empty(0, dtype=linears[0].dtype), persistent=False)
 
@@ -114,14 +114,7 @@ class PackedExperts(nn.Module):
         return out
 
     def _computed(self, *args: Any, **kwargs: Any) -> Tensor:
-        places = {name: name.rpartition(".") for name in self.shapes}
-        for name, weight in self._unpacked().items():
-            setattr(self.experts.get_submodule(places[name][0]), places[name][2], weight)
-        try:
-            out: Tensor = self.experts(*args, **kwargs)
-        finally:
-            for at, _, last in places.values():
-                delattr(self.experts.get_submodule(at), last)
+        out: Tensor = functional_call(self.experts, self._unpacked(), args, kwargs)
         return out
 
     @torch.no_grad()

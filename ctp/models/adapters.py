@@ -64,7 +64,7 @@ def pinned_files(location: str) -> list[Path]:
 
 
 def check_pinned(location: str, revision: str) -> None:
-    """Raises Changed, in one sentence, where what lies at a location is not (or no more) of this revision."""
+    """Raises Changed, in one sentence, unless the files at a location have this revision."""
     check_same(f"the adapter {location}", revision, lambda: pinned_files(location))
 
 
@@ -98,7 +98,7 @@ def adapter_facts(folder: str | Path) -> AdapterFacts:
 
 
 def copy_adapter(folder: Path, to: Path) -> None:
-    """Copy an adapter's two files, whatever else lies beside them."""
+    """Copy an adapter's two files, and no other."""
     for name in FILES:
         shutil.copyfile(folder / name, to / name)
 
@@ -110,6 +110,6 @@ def parameters(folder: str | Path) -> int:
 
 def _check_files(folder: Path) -> None:
     """Raise ValueError, in one sentence, unless `folder` holds the two files of an adapter."""
-    if lacking := [name for name in FILES if not (folder / name).is_file()]:
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
         pickled = "; ctp loads no pickled weights" if (folder / "adapter_model.bin").exists() else ""
-        raise ValueError(f"{str(folder)!r} is no PEFT adapter: it has no {lacking[0]}{pickled}")
+        raise ValueError(f"{str(folder)!r} is no PEFT adapter: it has no {missing[0]}{pickled}")

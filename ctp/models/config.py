@@ -30,6 +30,7 @@ def model_facts(location: str, revision: str) -> Facts:
     if memo.exists() and (remembered := Facts.read(json.loads(memo.read_text()))):
         return remembered
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     folder, _ = model_folder(location, revision, weights=False)
     model_files.check_config(folder)
@@ -38,12 +39,12 @@ def model_facts(location: str, revision: str) -> Facts:
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, **LOCAL)
-            _check_causal(config)
+            if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+                raise ValueError(f"model_type = {config.model_type!r} is no causal language model of transformers")
             found = config_facts(config)
     except Exception as e:  # whatever a configuration that fits no model makes transformers and torch raise
-        raise ValueError(
-            f"the configuration of {location} cannot be used: {model_files.needs_code(folder) or brief(e)}"
-        ) from e
+        why = model_files.needs_code(folder) or brief(e)
+        raise ValueError(f"the configuration of {location} cannot be used: {why}") from e
     check_pinned(location, revision)
     write_json(memo, asdict(found))
     return found
@@ -94,10 +95,3 @@ def config_facts(config: Any) -> Facts:
         refused=refused,
         needs_bos=families.needs_bos(config),
     )
-
-
-def _check_causal(config: Any) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ValueError(f"model_type = {config.model_type!r} is no causal language model that transformers knows")

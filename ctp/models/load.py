@@ -60,9 +60,8 @@ def load_tokenizer(location: str, revision: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, **LOCAL)
     except Exception as e:  # transformers' own, and those of the libraries below it, have no common kind
-        raise ValueError(
-            f"the tokenizer of {location} cannot be loaded: {model_files.needs_code(folder) or brief(e)}"
-        ) from e
+        why = model_files.needs_code(folder) or brief(e)
+        raise ValueError(f"the tokenizer of {location} cannot be loaded: {why}") from e
 
 
 def check_usable(location: str, revision: str, vocab: int) -> None:

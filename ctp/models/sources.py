@@ -37,20 +37,21 @@ class Facts:
     needs_bos: bool = False  # must every window begin with the beginning-of-text token?
 
     @classmethod
-    def read(cls, said: Mapping[str, Any]) -> "Facts | None":
-        """From JSON; None where it does not have these very fields, as what an older ctp remembered."""
-        same = said.keys() == cls.__dataclass_fields__.keys()
-        return cls(**{**said, "in_features": tuple(said["in_features"])}) if same else None
+    def read(cls, fields: Mapping[str, Any]) -> "Facts | None":
+        """From JSON; None where the fields are others, as in files of an older ctp."""
+        same = fields.keys() == cls.__dataclass_fields__.keys()
+        return cls(**{**fields, "in_features": tuple(fields["in_features"])}) if same else None
 
 
 @lru_cache
 def known_models() -> dict[str, tuple[str, Facts]]:
     """hub id, or `package:…` -> (revision, Facts) of the models that are planned with unseen."""
     out = {}
-    for name, said in json.loads(KNOWN.read_text()).items():
-        found = Facts.read({n: v for n, v in said.items() if n != "commit"})
+    for name, fields in json.loads(KNOWN.read_text()).items():
+        commit = str(fields.pop("commit"))
+        found = Facts.read(fields)
         assert found is not None, f"{KNOWN.name}: {name} has other fields than Facts"
-        out[name] = (str(said["commit"]), found)
+        out[name] = (commit, found)
     return out
 
 

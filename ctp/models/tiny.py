@@ -21,67 +21,20 @@ SCHEME = "tiny:"
 VERSION = 1  # of what makes weights and tokenizer from a recipe: raise it when either changes
 VOCAB = 258  # bytes, <eos>, <bos>
 EOS, BOS = 256, 257
-CONTEXT = 2048
 GAIN = 2.0  # of a linear: blocks outweigh the embedding, so that logits depend on more than the last token
 EMBEDDING_STD = 0.1
 SPREAD = 0.05  # standard deviation of biases, and of norms around 1
 
 
-def _opt(width: int, layers: int) -> dict[str, Any]:
-    return {
-        "model_type": "opt",
-        "hidden_size": width,
-        "word_embed_proj_dim": width,
-        "ffn_dim": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "max_position_embeddings": CONTEXT,
-        "activation_function": "relu",
-        "do_layer_norm_before": True,
-        "dropout": 0.1,
-        "tie_word_embeddings": True,
-    }
-
-
-_LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": CONTEXT,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-    "tie_word_embeddings": False,
-}
-_BLOOM = {
-    "model_type": "bloom",
-    "hidden_size": 64,
-    "n_layer": 3,
-    "n_head": 4,
-    "layer_norm_epsilon": 1e-5,
-    "hidden_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "tie_word_embeddings": True,
-}
-_KNOWN: dict[str, tuple[dict[str, Any], int]] = {  # name -> configuration, seed
-    "tiny-opt-1": (_opt(64, 2), 1),
-    "tiny-opt-2": (_opt(64, 3), 2),
-    "tiny-opt-3": (_opt(128, 3), 3),
-    "tiny-llama": (_LLAMA, 4),
-    "tiny-bloom": (_BLOOM, 5),
-}
-NAMES = tuple(_KNOWN)
+RECIPES = json.loads(Path(__file__).with_name("tiny_models.json").read_text())  # name -> seed, config
+NAMES = tuple(RECIPES)
 
 
 def recipe(name: str) -> dict[str, Any]:
     """All that the weights and the tokenizer of a tiny model follow from, as JSON values."""
-    config, seed = _KNOWN[name]
     tokens = {"vocab_size": VOCAB, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": None}
     scales = {"gain": GAIN, "embedding_std": EMBEDDING_STD, "spread": SPREAD}
-    return {"version": VERSION, "seed": seed, "config": {**config, **tokens}, "scales": scales}
+    return {"version": VERSION, **RECIPES[name], "config": {**RECIPES[name]["config"], **tokens}, "scales": scales}
 
 
 def locate(name: str) -> tuple[str, str, str]:
@@ -96,7 +49,7 @@ def folder(location: str, revision: str) -> Path:
     Raises ValueError where this version of ctp makes another revision.
     """
     name = location.removeprefix(SCHEME)
-    if name not in _KNOWN:
+    if name not in RECIPES:
         raise ValueError(f"there is no tiny model {name!r}, allowed: {', '.join(NAMES)}")
     if (here := locate(name)[1]) != revision:
         raise ValueError(f"revision = {revision!r}: this version of ctp makes {name} as {here}")

@@ -200,7 +200,7 @@ def test_a_linear_that_runs_twice_is_calibrated_on_both_inputs():
     with torch.no_grad():
         groups = shared_inputs(block, batches[0])
         assert groups == [["again"], ["once"]]
-        sums = hessians(block, groups, batches)
+        sums, _ = hessians(block, batches, groups)
         x = torch.cat([b.hidden for b in batches]).flatten(0, 1)
         both = torch.cat([x, block.again(x)])
     torch.testing.assert_close(sums[0], both.T @ both / 24)

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from ctp.architectures.experts import experts_in, matrices, split
 from ctp.cells import GPTQ, SparseGPT
 from ctp.compression.calibration import shared_inputs
 from ctp.compression.routing import filled_up, pieces, stages
-from ctp.compression.walk import _measured, compress_model
+from ctp.compression.walk import compress_model, hessians
 from ctp.formats.artifact import Compressed, Routing
 from ctp.formats.checkpoint import open_checkpoint
 from ctp.formats.export import export
@@ -75,9 +76,7 @@ def measured(model: nn.Module, windows: torch.Tensor, layer: str) -> tuple[dict[
         with split(blocks[at]):
             groups = shared_inputs(blocks[at], batches[0])
             routing = Routing()
-            sums = filled_up(
-                blocks[at], groups, lambda some: _measured(blocks[at], batches, some), f"{prefix}.{at}", routing
-            )
+            sums = filled_up(blocks[at], groups, partial(hessians, blocks[at], batches), f"{prefix}.{at}", routing)
     inside = layer.removeprefix(f"{prefix}.{at}.") + "."
     return {
         n.removeprefix(inside): h for g, h in zip(groups, sums, strict=True) for n in g if n.startswith(inside)

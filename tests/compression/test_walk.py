@@ -107,7 +107,7 @@ def test_the_result_does_not_depend_on_the_batch_size(case):
     windows = random_windows(7, 16)
     with torch.no_grad():
         sums = [
-            hessians(decoder_blocks(m)[1][0], groups_of(m, windows), capture(m, windows, n))
+            hessians(decoder_blocks(m)[1][0], capture(m, windows, n), groups_of(m, windows))[0]
             for m, n in ((model, 7), (other, 2))
         ]
     for a, b in zip(*sums, strict=True):
@@ -148,7 +148,7 @@ def test_a_hessian_is_the_mean_over_tokens(case):
     handle.remove()
     x = seen[0].reshape(36, -1).double()
     with torch.no_grad():
-        got = hessians(block, [[name]], capture(model, windows, 2))[0]
+        got = hessians(block, capture(model, windows, 2), [[name]])[0][0]
     torch.testing.assert_close(got.double(), x.T @ x / 36, rtol=1e-4, atol=1e-5)
 
 
@@ -160,7 +160,7 @@ def test_a_hessian_of_many_stripes_is_whole_and_symmetric(columns):
     block = nn.Sequential(linear)
     batches = [Batch(part, {block: Call()}) for part in x.split([3, 6])]
     with torch.no_grad():
-        got = hessians(block, [["0"]], batches)[0]
+        got = hessians(block, batches, [["0"]])[0][0]
     exact = x.flatten(0, 1).double()
     assert torch.equal(got, got.T)
     torch.testing.assert_close(got.double(), exact.T @ exact / 63, rtol=0, atol=1e-5)  # sums of 63 terms around 1
