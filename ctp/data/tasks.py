@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness, and tasks of one's own in its YAML: pinned to one definition, data and harness.
+"""Tasks of lm-evaluation-harness and in its YAML format, pinned to one definition, data and harness version.
 
-`locate` pins a task while a grid is validated; `read` gives a worker what was pinned, or says that it has changed. The
-harness itself is not imported here: it takes seconds, and planning needs only its files.
+`locate` pins a task when a grid is planned; `check_pinned` gives a worker what was pinned, or raises Changed. The
+harness is not imported here, as that takes seconds.
 """
 
 import glob
@@ -14,7 +14,7 @@ from typing import Any
 
 from ctp.common import hub
 from ctp.common.files import cache_dir, changed, digest
-from ctp.data.harness import harness_file, harness_version, merged, own_file
+from ctp.data.taskfiles import harness_file, harness_version, merged, user_file
 from ctp.data.texts import local_root
 
 BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # what `dataset_path` may be called for files of one's own
@@ -31,8 +31,8 @@ COMMITS = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task lies. task: `harness:NAME`, or the path of a YAML file. data: a folder with a {split}.jsonl for each
-    split, read instead of the data set that the definition names. commit: of its data set on the hub.
+    """Where a task is. task: `harness:NAME`, or the path of a YAML file. data: a folder with {split}.jsonl files, read
+    instead of the data set that the definition names. commit: of its data set on the hub.
     """
 
     task: str
@@ -46,11 +46,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Task:
-    """A task as it is defined there: its name, the merged YAML, where that lies, and every file that it is made of.
+    """A task's definition: its name, YAML file, merged settings, and every file that it is made of.
 
-    changes: what the harness is to read instead of what the YAML says, so that it finds the pinned data. lacking:
-    the split that worked examples come from, where the local data does not have it. data: the local data files, by a
-    name for each. hub: the data set's id where it is read from there.
+    changes: settings to replace, so that the harness finds the pinned data. lacking: the split of the worked examples,
+    if the local data does not have it. data: the local data files, by name. hub: the data set's id, if it is there.
     """
 
     name: str
@@ -83,7 +82,7 @@ def locate(
     """
     harness_version()
     if name.endswith((".yaml", ".yml")):
-        source = Source(str(own_file(name, base)))
+        source = Source(str(user_file(name, base)))
     else:
         root = local_root(data_dir)
         folder = root / name if root is not None else None
@@ -96,8 +95,8 @@ def locate(
     return task.name, _revision(source, task), json.dumps({n: v for n, v in asdict(source).items() if v})
 
 
-def read(location: str, revision: str) -> Task:
-    """The task that `locate` pinned. Raises ValueError where it has changed since then, or lies no longer there."""
+def check_pinned(location: str, revision: str) -> Task:
+    """The task that `locate` pinned. Raises Changed if it has changed since then, ValueError if it cannot be read."""
     source = Source(**json.loads(location))
     task = _define(source)
     if _revision(source, task, anew=True) != revision:
@@ -146,14 +145,9 @@ def _define(source: Source) -> Task:
     return _own_data(task, source.commit)
 
 
-def _splits(config: dict[str, Any]) -> dict[str, str]:
-    """Field -> split, those that the task names."""
-    return {field: config[field] for field in SPLITS if config.get(field)}
-
-
 def _from_folder(task: Task, folder: Path) -> Task:
     """The task on {split}.jsonl of a folder. What is evaluated must be there; splits for examples may be missing."""
-    named = _splits(task.config)
+    named = {field: task.config[field] for field in SPLITS if task.config.get(field)}  # field -> split
     evaluated = named.get("test_split") or named.get("validation_split")
     given = (task.config.get("fewshot_config") or {}).get("split") or named.get("fewshot_split")
     there = {split: folder / f"{split}.jsonl" for split in (*named.values(), *([given] if given else []))}
@@ -217,8 +211,7 @@ def _files(builder: str, files: Any, kwargs: dict[str, Any] | None = None, name:
 
 
 def _arrow() -> str:
-    """Where `datasets` keeps its copies of local files."""
-    return str(cache_dir() / "datasets")
+    return str(cache_dir() / "datasets")  # its copies of local files
 
 
 def _hub_commit(name: str, data: str, revision: str | None) -> str:

@@ -2,33 +2,33 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, astuple
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import Any
 
-from ctp.cells import Generation, HardPrompt, Latency, Measure, Neighbours, Perplexity, Task
+from ctp.cells import Generation, Latency, Measure, Neighbours, Perplexity, Task
 from ctp.execution.jobs import EvaluateJob
 from ctp.machine.memory import AtOnce, smaller
 from ctp.machine.record import machine
 
 
 def measure(job: EvaluateJob) -> dict[str, float]:
-    """Numbers about `job.model`, behind `job.prompt` where there is one; files go into `job.folder`.
+    """Numbers about `job.model`, behind `job.prompt` if there is one; files go into `job.folder`. A measure's own
+    `measure(job)` comes first.
 
-    A measure class with a `measure(job)` of its own, as plugins have, does it itself. Where memory runs out, batched
-    measures start again with fewer inputs at a time. Raises OutOfMemory where one input is too many.
+    If memory runs out, a batched measure starts again with fewer inputs at a time. Raises OutOfMemory if one input is
+    too many.
     """
     if not job.cell.measure.batched:
         return _once(job)
-    asked, before, at_once = job.runtime.batch, dict(job.record), AtOnce(job.runtime.batch, job.runtime.halved)
+    requested, record, at_once = job.runtime.batch, dict(job.record), AtOnce(job.runtime.batch, job.runtime.halved)
 
     def attempt(batch: int) -> dict[str, float]:
         for left in job.folder.iterdir():
             left.unlink() if left.is_file() else shutil.rmtree(left)
         job.record.clear()
-        job.record.update(before)
-        job.runtime, job.lowered = job.runtime.model_copy(update={"batch": batch}), smaller(asked, batch)
+        job.record.update(record)
+        job.runtime, job.lowered = job.runtime.model_copy(update={"batch": batch}), smaller(requested, batch)
         return _once(job)
 
     metrics = at_once(attempt)
@@ -38,9 +38,7 @@ def measure(job: EvaluateJob) -> dict[str, float]:
 
 def _once(job: EvaluateJob) -> dict[str, float]:
     spec = job.cell.measure
-    own = getattr(spec, "measure", None)
-    metrics: dict[str, float] = own(job) if own else _measure(spec, job)
-    return metrics
+    return spec.measure(job) if hasattr(spec, "measure") else _measure(spec, job)
 
 
 @singledispatch
@@ -49,8 +47,6 @@ def _measure(spec: Measure, job: EvaluateJob) -> dict[str, float]:
 
 
 # Each imports what it computes with: lm-evaluation-harness, for one, takes seconds.
-
-
 @_measure.register
 def _perplexity(spec: Perplexity, job: EvaluateJob) -> dict[str, float]:
     from ctp.evaluation.perplexity import PerplexityResult, perplexity
@@ -58,7 +54,7 @@ def _perplexity(spec: Perplexity, job: EvaluateJob) -> dict[str, float]:
     ids = job.windows(spec.text)
     done, results = 0, []
     for windows, front in job.behind(ids):
-        progress = _after(done, len(ids), job.progress)
+        progress = partial(_progress_after, job, done, len(ids))
         results.append(perplexity(job.model, windows, front, batch=job.runtime.batch, progress=progress))
         done += len(windows)
     result = PerplexityResult(*(sum(column) for column in zip(*map(astuple, results), strict=True)))
@@ -66,8 +62,8 @@ def _perplexity(spec: Perplexity, job: EvaluateJob) -> dict[str, float]:
     return {"ppl": result.ppl, "ppl_paper": result.ppl_paper, **sums}
 
 
-def _after(done: int, of: int, progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    return lambda more, _: progress(done + more, of)
+def _progress_after(job: EvaluateJob, done: int, of: int, more: int, _: int) -> None:
+    job.progress(done + more, of)
 
 
 @_measure.register
@@ -78,18 +74,12 @@ def _task(spec: Task, job: EvaluateJob) -> dict[str, float]:
     task = build(job.location(spec), spec.revision, spec.shots)
     result = run_task(
         task, job.model, job.tokenizer, job.prompt,
-        batch=job.runtime.batch, limit=spec.limit, text=_hard_prompt(job), progress=job.progress,
+        batch=job.runtime.batch, limit=spec.limit, text=job.hard_prompt, progress=job.progress,
     )  # fmt: skip
     with (job.folder / "samples.jsonl").open("w", encoding="utf-8") as f:
         f.writelines(json.dumps(line, default=str) + "\n" for line in result.samples)
     job.record["task"] = {**result.about, "shots": spec.shots}
     return result.metrics
-
-
-def _hard_prompt(job: EvaluateJob) -> str:
-    """The text in front of every input, "" where the prompt is not one."""
-    recovery = job.cell.recovery.recovery if job.cell.recovery else None
-    return recovery.text if isinstance(recovery, HardPrompt) else ""
 
 
 @_measure.register
@@ -124,7 +114,7 @@ def _generation(spec: Generation, job: EvaluateJob) -> dict[str, float]:
     questions = [line for line in spec.questions.splitlines() if line.strip()]
     made = answer_tokens(
         job.model, job.tokenizer, questions, job.prompt, spec.new_tokens, job.runtime.batch, job.progress,
-        _hard_prompt(job),
+        job.hard_prompt,
     )  # fmt: skip
     rows = [
         {"question": question, "answer": plain_text(job.tokenizer, ids), "tokens": len(ids)}

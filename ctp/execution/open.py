@@ -1,7 +1,7 @@
 """Models and exports by the key of a stored artifact."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ctp.cells import Dense
 from ctp.cells.cell import Cell, Compress, Learn
@@ -15,14 +15,17 @@ from ctp.models.sources import locate
 from ctp.storage.catalog import find
 from ctp.storage.store import Store, default_store
 
+if TYPE_CHECKING:  # torch
+    from ctp.execution.loading import Loaded
 
-def load_key(text: str, uri: str | None, device: str) -> tuple[Any, Any]:
+
+def load_key(text: str, uri: str | None, device: str) -> "Loaded":
     """(model, tokenizer) of the Compress or Learn cell with that key, a learned prompt or adapter attached.
 
     Raises ValueError where it is no model, or the base model is not where it was; StoreError from the store.
     """
-    from ctp.execution.loading import open_model
-    from ctp.prompts.adapter import attach_adapter  # torch and transformers: not for `ls`
+    from ctp.execution.loading import open_model  # torch: not for `ls`
+    from ctp.prompts.adapter import attach_adapter
 
     store = Store(uri or default_store())
     cell, _ = find(store, text)
@@ -70,7 +73,7 @@ def _formats(cell: Cell) -> tuple[str, ...]:
 
 
 def _runtime(cell: Compress, store: Store) -> Runtime:
-    """Where a dense artifact's model lies: where it lay when the artifact was made, if it is still the same."""
+    """With the location of a dense artifact's model: where it was when the artifact was made, if it is the same."""
     if not isinstance(cell.compression, Dense):
         return Runtime()
     where = store.manifest(cell)["location"]

@@ -26,7 +26,8 @@ from ctp.architectures.families import FUSED, QUERY, VALUE
 from ctp.architectures.linears import linears
 from ctp.cells import LoRA
 from ctp.cells.runtime import Runtime
-from ctp.learning.train import Checkpoint, Report, Trainable, train
+from ctp.learning.run import Trainable
+from ctp.learning.train import Checkpoint, Report, train
 from ctp.machine.random import generator
 from ctp.models.adapters import ADAPTER
 from ctp.prompts.adapter import restored
@@ -34,14 +35,15 @@ from ctp.prompts.attach import frozen
 from ctp.prompts.files import Outcome
 
 NAME = "learned"  # of the adapter, while it is inside the model
+Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class LearnedLoRA(Outcome):
     """LoRA at the step with the lowest validation loss.
 
-    weights: by PEFT's names, fp32 on the CPU, as they fit the ordinary model. trained: how many numbers were learned;
-    fewer than `weights` has for BLOOM, where keys have zeros. settings: of PEFT's LoraConfig.
+    weights: by PEFT's names, fp32 on the CPU. trained: how many numbers were learned; fewer than `weights` has for
+    BLOOM, where keys have zeros. settings: of PEFT's LoraConfig.
     """
 
     weights: dict[str, Tensor]
@@ -53,7 +55,6 @@ class LearnedLoRA(Outcome):
         return self.trained
 
     def save(self, folder: str | Path, base_model_name: str) -> None:
-        """Write PEFT's two files, which `PeftModel.from_pretrained(model, folder)` reads, and history.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self.weights, folder / ADAPTER, metadata={"format": "pt"})
@@ -76,11 +77,9 @@ def learn_lora(
 ) -> LearnedLoRA:
     """Learn LoRA on the token windows (n, s); keep the step with the lowest validation loss.
 
-    The model moves to runtime.device (unless accelerate has spread it out) and is otherwise left as it was found.
-    resume, checkpoint, report: as `ctp.learning.train.train` has them, which says what else is raised.
-
-    Raises ValueError where the model is refused, has no query and value projections that ctp knows, or fewer blocks
-    than spec.layers.
+    The model moves to runtime.device (unless accelerate has spread it out) and is otherwise left as it was.
+    resume, checkpoint, report, errors: see `ctp.learning.train.train`. Also raises ValueError if the model is refused,
+    has no query and value projections that ctp knows, or fewer blocks than spec.layers.
     """
     families.check(model.config, "lora")
     state = train(
@@ -94,10 +93,10 @@ def learn_lora(
 
 @contextmanager
 def injected(model: PreTrainedModel, spec: LoRA) -> Iterator[Trainable]:
-    """The model with LoRA inside, in evaluation mode; modules, flags and weights are as before on the way out.
+    """The model with LoRA inside, in evaluation mode; modules, flags and weights are restored on the way out.
 
-    The parameters are fp32 whatever the model is, `MODULE.lora_A` (r, in) drawn as PEFT draws them (Kaiming's uniform)
-    by spec.seed, `MODULE.lora_B` (out, r) zero. Raises ValueError as `learn_lora` does.
+    The parameters are fp32: `MODULE.lora_A` (r, in) drawn as by PEFT (Kaiming's uniform) from spec.seed,
+    `MODULE.lora_B` (out, r) zero. Raises ValueError as `learn_lora` does.
     """
     with restored(model), frozen(model):
         names = _projections(model, spec.layers)
@@ -116,9 +115,8 @@ def _trainable(model: PreTrainedModel, layers: dict[str, LoraLayer], spec: LoRA)
     dropout: list[nn.Module] = []
     for name, layer in layers.items():
         a, b = layer.lora_A[NAME].float().weight, layer.lora_B[NAME].float().weight
-        start = nn.init.kaiming_uniform_(
-            torch.empty(a.shape), math.sqrt(5), generator=generator("lora", spec.seed, name)
-        )
+        draw = generator("lora", spec.seed, name)
+        start = nn.init.kaiming_uniform_(torch.empty(a.shape), math.sqrt(5), generator=draw)
         with torch.no_grad():
             a.copy_(start)
             b.zero_()
@@ -140,12 +138,6 @@ def _projections(model: PreTrainedModel, layers: int | None) -> list[str]:
             _split(blocks[i], fused, model.config.num_attention_heads)
         names += [f"{place}.{i}.{n}" for n in linears(blocks[i]) if n.split(".")[-1] in (QUERY, VALUE)]
     return names
-
-
-def _outside(model: PreTrainedModel) -> bool:
-    """Are there linears of these names outside the decoder blocks, as in a tower for images?"""
-    inside = decoder_blocks(model)[0]
-    return any(n.split(".")[-1] in (QUERY, VALUE) for n in linears(model) if not n.startswith(f"{inside}."))
 
 
 class SplitProjection(nn.Module):
@@ -195,28 +187,25 @@ def _fuse(learned: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
 
 
 def _settings(model: PreTrainedModel, spec: LoRA) -> dict[str, Any]:
-    """PEFT's settings of what is learned, before a fused projection is put together."""
+    """PEFT's settings of what is learned, before a fused projection is joined."""
     place, blocks = decoder_blocks(model)
     count = len(blocks)
     last = None if spec.layers is None else list(range(count - spec.layers, count))
     target: list[str] | str = [QUERY, VALUE]
-    if _outside(model):  # PEFT takes names for ends of names, anywhere; a pattern is for whole names
+    outside = (n for n in linears(model) if not n.startswith(f"{place}."))
+    if any(n.split(".")[-1] in (QUERY, VALUE) for n in outside):  # in a tower for images: PEFT would match those too
         numbers = "|".join(map(str, last or range(count)))
         target, last = rf"{re.escape(place)}\.({numbers})\..*\b({QUERY}|{VALUE})", None
     return {
-        "task_type": TaskType.CAUSAL_LM,
-        "r": spec.r,
-        "lora_alpha": spec.alpha,
-        "lora_dropout": spec.dropout,
-        "target_modules": target,
-        "layers_to_transform": last,
-    }
+        "task_type": TaskType.CAUSAL_LM, "r": spec.r, "lora_alpha": spec.alpha, "lora_dropout": spec.dropout,
+        "target_modules": target, "layers_to_transform": last,
+    }  # fmt: skip
 
 
 def _as_saved(
     model: PreTrainedModel, spec: LoRA, learned: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(weights by PEFT's names, settings of its LoraConfig) as they fit the ordinary model."""
+    """(weights by PEFT's names, settings of its LoraConfig) for the ordinary model."""
     settings, fused = _settings(model, spec), FUSED.get(model.config.model_type)
     if fused:
         learned = _fuse(learned, model.config.num_attention_heads)
