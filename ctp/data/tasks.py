@@ -74,9 +74,8 @@ def locate(
 ) -> tuple[str, str, str]:
     """(short name, revision, location) of a task: a YAML file, relative to `base` or the working directory, or a name.
 
-    A task of the harness reads `data_dir`/NAME/{split}.jsonl where that folder exists (default: $CTP_DATA_DIR), else
-    its data set on the hub, at the commit that is there now. The revision is a hash of the definition's files, of the
-    data (local files, or the hub's commit) and of the harness's version.
+    A task of the harness reads `data_dir`/NAME/{split}.jsonl (default: $CTP_DATA_DIR) if that folder exists, else its
+    data set's present commit on the hub. The revision is a hash of the definition's files, the data and the version.
 
     Raises ValueError, in one sentence: no such task, a group of tasks, data that cannot be pinned, no harness.
     """
@@ -100,10 +99,8 @@ def check_pinned(location: str, revision: str) -> Task:
     source = Source(**json.loads(location))
     task = _define(source)
     if _revision(source, task, anew=True) != revision:
-        raise changed(
-            f"the task {task.name} ({source.title})",
-            f"its definition, its data or the harness, which is {harness_version()} here",
-        )
+        why = f"its definition, its data or the harness, which is {harness_version()} here"
+        raise changed(f"the task {task.name} ({source.title})", why)
     kwargs = task.changes.get("dataset_kwargs") or {}
     if "cache_dir" in kwargs:  # `datasets` tells files apart by path and time: a copy for each revision
         kwargs = {**kwargs, "cache_dir": f"{kwargs['cache_dir']}/{revision.removeprefix('sha256:')[:16]}"}
@@ -146,7 +143,7 @@ def _define(source: Source) -> Task:
 
 
 def _from_folder(task: Task, folder: Path) -> Task:
-    """The task on {split}.jsonl of a folder. What is evaluated must be there; splits for examples may be missing."""
+    """The task on a folder's {split}.jsonl. What is evaluated must be there; splits for examples may be missing."""
     named = {field: task.config[field] for field in SPLITS if task.config.get(field)}  # field -> split
     evaluated = named.get("test_split") or named.get("validation_split")
     given = (task.config.get("fewshot_config") or {}).get("split") or named.get("fewshot_split")
@@ -179,9 +176,8 @@ def _own_data(task: Task, commit: str) -> Task:
         files = {n: [_data_file(task, f) for f in (v if isinstance(v, list) else [v])] for n, v in parts.items()}
         data = [(f"{split} {i}", file) for split, listed in files.items() for i, file in enumerate(listed)]
         local = {split: [_pattern(f) for f in listed] for split, listed in files.items()}
-        return replace(
-            task, changes=_files(path, local, kwargs, name=task.config.get("dataset_name")), data=tuple(data)
-        )
+        changes = _files(path, local, kwargs, name=task.config.get("dataset_name"))
+        return replace(task, changes=changes, data=tuple(data))
     if path.startswith((".", "/")) or folder.is_dir():
         found = sorted(f for f in folder.rglob("*") if f.is_file() and not f.name.startswith("."))
         if not found:
@@ -218,8 +214,7 @@ def _hub_commit(name: str, data: str, revision: str | None) -> str:
     try:
         return hub.commit(data, revision or COMMITS.get(data, ""), "data set")
     except hub.Unreachable as e:
-        raise hub.Unreachable(
-            f"the task {name}: the hub ({data}) cannot be reached; give --data DIR or CTP_DATA_DIR with a folder {name}"
-        ) from e
+        remedy = f"give --data DIR or CTP_DATA_DIR with a folder {name}"
+        raise hub.Unreachable(f"the task {name}: the hub ({data}) cannot be reached; {remedy}") from e
     except ValueError as e:
         raise ValueError(f"the task {name}: {e}") from e

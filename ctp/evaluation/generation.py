@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ctp.data.specials import opening_ids, plain_ids
-from ctp.prompts.attach import context_of, frozen
+from ctp.prompts.attach import check_context, frozen
 from ctp.prompts.attached import attach_prompt, reads_padded
 from ctp.prompts.prefix import stretched
 
@@ -78,15 +80,12 @@ def _check_questions(
     for name, value in {"number of questions": len(questions), "new_tokens": new_tokens, "batch": batch}.items():
         if value < 1:
             raise ValueError(f"{name} = {value}, allowed: 1 and more")
-    context = context_of(model)
     for question, ids in zip(questions, read, strict=True):
         if not ids:
             raise ValueError(f"the question {question!r} has no tokens: the model needs at least one to go on from")
-        length = k + len(ids) + new_tokens
-        if context is not None and length > context:
-            short = question if len(question) <= 60 else question[:60] + "…"
-            sizes = f"{k} prompt rows + {len(ids)} tokens + {new_tokens} new ones = {length}"
-            raise ValueError(f"the question {short!r}: {sizes} exceed the model's context of {context}")
+        short = question if len(question) <= 60 else question[:60] + "…"
+        sizes = f"the question {short!r}: {k} prompt rows + {len(ids)} tokens + {new_tokens} new ones"
+        check_context(model, k + len(ids) + new_tokens, sizes)
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -98,9 +97,9 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[in
 
 def _padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     """(ids, mask), each (b, longest): rows with padding on the left, mask 0 there."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
-    return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    left = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = left([torch.tensor(row) for row in rows], padding_value=pad)
+    return ids, left([torch.ones(len(row), dtype=torch.long) for row in rows])
 
 
 def _until(row: list[int], ends: list[int]) -> list[int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ctp.machine.record import process_peak
-from ctp.prompts.attach import check_readable, context_of, frozen
+from ctp.prompts.attach import check_context, check_readable, check_shape, frozen
 from ctp.prompts.prefix import kept, with_prompt
 
 SEED = 0  # of the tokens that are read
@@ -177,13 +177,9 @@ def _check(
         least = 0 if name == "warmup" else 1
         if value < least:
             raise ValueError(f"{name} = {value}, allowed: {least} and more")
-    k, context = 0 if prompt is None else len(prompt), context_of(model)
-    width = model.get_input_embeddings().embedding_dim
-    if prompt is not None and (prompt.dim() != 2 or k == 0 or prompt.shape[1] != width):
-        raise ValueError(f"prompt of shape {tuple(prompt.shape)}: must be (k, {width}) for this model, with k > 0")
     if prompt is not None:
+        check_shape(model, prompt)
         check_readable(model)
-    total = k + seq_len + new_tokens
-    if context is not None and total > context:
-        sizes = f"{k} prompt rows + {seq_len} tokens + {new_tokens} new ones = {total}"
-        raise ValueError(f"{sizes} exceed the model's context of {context}")
+    k = 0 if prompt is None else len(prompt)
+    sizes = f"{k} prompt rows + {seq_len} tokens + {new_tokens} new ones"
+    check_context(model, k + seq_len + new_tokens, sizes)

@@ -4,7 +4,6 @@ import json
 import shutil
 from dataclasses import asdict, astuple
 from functools import partial, singledispatch
-from typing import Any
 
 from ctp.cells import Generation, Latency, Measure, Neighbours, Perplexity, Task
 from ctp.execution.jobs import EvaluateJob
@@ -88,12 +87,8 @@ def _latency(spec: Latency, job: EvaluateJob) -> dict[str, float]:
     from ctp.evaluation.latency import latency
 
     model = job.model
-    about: dict[str, Any] = {
-        **machine(),
-        "device": job.device,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
-    }
+    about = machine() | {"device": job.device, "attention": model.config._attn_implementation}
+    about["dtype"] = str(model.dtype).removeprefix("torch.")
     result = latency(
         model, spec.seq_len, spec.new_tokens, job.prompt, batch=spec.batch, warmup=spec.warmup, repeats=spec.repeats,
         progress=job.progress,
@@ -105,29 +100,17 @@ def _latency(spec: Latency, job: EvaluateJob) -> dict[str, float]:
 
 @_measure.register
 def _generation(spec: Generation, job: EvaluateJob) -> dict[str, float]:
-    """Answers in answers.json with their lengths in tokens; how long and repetitive they are.
-
-    `repeated_4grams` is left out where no answer has four tokens.
-    """
+    """Answers in answers.json with their lengths in tokens; `repeated_4grams` unless no answer has four tokens."""
     from ctp.evaluation.generation import answer_tokens, plain_text, repeated_4grams
 
     questions = [line for line in spec.questions.splitlines() if line.strip()]
-    made = answer_tokens(
-        job.model, job.tokenizer, questions, job.prompt, spec.new_tokens, job.runtime.batch, job.progress,
-        job.hard_prompt,
-    )  # fmt: skip
-    rows = [
-        {"question": question, "answer": plain_text(job.tokenizer, ids), "tokens": len(ids)}
-        for question, ids in zip(questions, made, strict=True)
-    ]
-    job.write_json("answers.json", rows)
-    written = sum(map(len, made))
-    out = {
-        "questions": len(rows),
-        "tokens": written,
-        "tokens_per_answer": written / len(rows),
-        "empty_answers": sum(not str(row["answer"]).strip() for row in rows),
-    }
+    batch, front = job.runtime.batch, job.hard_prompt
+    made = answer_tokens(job.model, job.tokenizer, questions, job.prompt, spec.new_tokens, batch, job.progress, front)
+    answers = [plain_text(job.tokenizer, ids) for ids in made]
+    rows = zip(questions, answers, made, strict=True)
+    job.write_json("answers.json", [{"question": q, "answer": a, "tokens": len(ids)} for q, a, ids in rows])
+    written, empty = sum(map(len, made)), sum(not answer.strip() for answer in answers)
+    out = {"questions": len(made), "tokens": written, "tokens_per_answer": written / len(made), "empty_answers": empty}
     repeated = repeated_4grams(made)
     return out if repeated is None else {**out, "repeated_4grams": repeated}
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ctp.cells import Dense
-from ctp.cells.cell import Cell, Compress, Learn
+from ctp.cells.cell import Compress, Learn
 from ctp.cells.labels import slug
 from ctp.cells.runtime import Runtime
 from ctp.common.files import new_folder
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # torch
 def load_key(text: str, uri: str | None, device: str) -> "Loaded":
     """(model, tokenizer) of the Compress or Learn cell with that key, a learned prompt or adapter attached.
 
-    Raises ValueError where it is no model, or the base model is not where it was; StoreError from the store.
+    Raises ValueError if it is no model, or the base model is not where it was; StoreError from the store.
     """
     from ctp.execution.loading import open_model  # torch: not for `ls`
     from ctp.prompts.adapter import attach_adapter
@@ -47,11 +47,14 @@ def export_key(text: str, store: Store, folder: Path, format: str) -> list[str]:
     from ctp.formats.export import export
 
     cell, _ = find(store, text)
-    allowed = _formats(cell)
+    dense = isinstance(cell, Compress) and isinstance(cell.compression, Dense)
+    allowed: tuple[str, ...] = ("hf",) if dense else FORMATS
+    if not isinstance(cell, Compress):
+        allowed = ("peft",) if isinstance(cell, Learn) else ()
     if format not in allowed:
         why = ", ".join(allowed) if allowed else "none, it is an evaluation"
         raise ValueError(f"--format {format}: for {slug(cell)} allowed: {why}")
-    if isinstance(cell, Compress) and not isinstance(cell.compression, Dense):
+    if isinstance(cell, Compress) and not dense:
         return export(Compressed.open(store.fetch(cell)), folder, format)
     with quiet(), new_folder(folder) as work:
         if isinstance(cell, Compress):
@@ -62,14 +65,6 @@ def export_key(text: str, store: Store, folder: Path, format: str) -> list[str]:
         copy_adapter(store.fetch(cell), work)
     made = f"Learned through {slug(cell.source)}" if cell.recovery.learned else "Imported, not learned here"
     return [f"{made}: PeftModel.from_pretrained(model, {str(folder)!r})."]
-
-
-def _formats(cell: Cell) -> tuple[str, ...]:
-    if isinstance(cell, Learn):
-        return ("peft",)
-    if not isinstance(cell, Compress):
-        return ()
-    return ("hf",) if isinstance(cell.compression, Dense) else FORMATS
 
 
 def _runtime(cell: Compress, store: Store) -> Runtime:

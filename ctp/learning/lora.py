@@ -1,8 +1,8 @@
 """Learning LoRA through a compressed model, on the query and value projections (appendix A.5 of the paper).
 
-A projection W becomes W + (alpha / r) B A with A (r, in) and B (out, r); W stays frozen, B starts at 0. BLOOM computes
-queries, keys and values with one fused matrix: it is split into three while A and B are learned, and the two adapters
-are then written as one of rank 2r that fits the fused matrix.
+A projection W becomes W + (alpha / r) B A with A (r, in) and B (out, r); W stays frozen, B starts at 0. BLOOM's fused
+matrix of queries, keys and values is split into three while A and B are learned; the two adapters are then saved as one
+of rank 2r for the fused matrix.
 """
 
 import math
@@ -141,7 +141,7 @@ def _projections(model: PreTrainedModel, layers: int | None) -> list[str]:
 
 
 class SplitProjection(nn.Module):
-    """A fused linear as three of its own: rows (heads, [query, key, value], head size), the same function."""
+    """A fused linear, with rows (heads, [query, key, value], head size), as three: the same function."""
 
     def __init__(self, fused: nn.Linear, heads: int) -> None:
         super().__init__()
@@ -163,11 +163,11 @@ class SplitProjection(nn.Module):
 
 
 def _split(block: nn.Module, name: str, heads: int) -> None:
-    """Put a SplitProjection in the place of the block's fused linear."""
+    """Replace the block's fused linear by a SplitProjection."""
     for path, module in list(block.named_modules()):
-        if path.split(".")[-1] == name and isinstance(module, nn.Linear):
-            parent, _, own = path.rpartition(".")
-            setattr(block.get_submodule(parent), own, SplitProjection(module, heads))
+        parent, _, last = path.rpartition(".")
+        if last == name and isinstance(module, nn.Linear):
+            setattr(block.get_submodule(parent), last, SplitProjection(module, heads))
 
 
 def _fuse(learned: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
@@ -202,9 +202,7 @@ def _settings(model: PreTrainedModel, spec: LoRA) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _as_saved(
-    model: PreTrainedModel, spec: LoRA, learned: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _as_saved(model: PreTrainedModel, spec: LoRA, learned: Weights) -> tuple[Weights, dict[str, Any]]:
     """(weights by PEFT's names, settings of its LoraConfig) for the ordinary model."""
     settings, fused = _settings(model, spec), FUSED.get(model.config.model_type)
     if fused:

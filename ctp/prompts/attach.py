@@ -91,6 +91,20 @@ def context_of(model: PreTrainedModel) -> int | None:
     return context_length(model.config)
 
 
+def check_context(model: PreTrainedModel, total: int, sizes: str) -> None:
+    """Raise ValueError if `total` positions, the sum of `sizes`, exceed the model's context."""
+    context = context_of(model)
+    if context is not None and total > context:
+        raise ValueError(f"{sizes} = {total} exceed the model's context of {context}")
+
+
+def check_shape(model: PreTrainedModel, prompt: Tensor) -> None:
+    """Raise ValueError unless the prompt has k > 0 rows as wide as the model's embedding."""
+    width = model.get_input_embeddings().embedding_dim
+    if prompt.dim() != 2 or len(prompt) == 0 or prompt.shape[1] != width:
+        raise ValueError(f"prompt of shape {tuple(prompt.shape)}: must be (k, {width}) for this model, with k > 0")
+
+
 def check_fit(model: PreTrainedModel, windows: Tensor, k: int, width: int | None = None) -> None:
     """Raise ValueError unless `windows` are token windows (n, s) that the model can read behind k rows of `width`."""
     if windows.dim() != 2 or windows.dtype != torch.long or len(windows) == 0 or windows.shape[1] < 2:
@@ -110,9 +124,8 @@ def check_fit(model: PreTrainedModel, windows: Tensor, k: int, width: int | None
                 f"windows hold the padding token {pad}, by which model type {model.config.model_type} counts "
                 "positions: behind a prompt it cannot"
             )
-    context, s = context_of(model), windows.shape[1]
-    if context is not None and k + s > context:
-        raise ValueError(f"{k} prompt rows + windows of {s} tokens = {k + s} exceed the model's context of {context}")
+    s = windows.shape[1]
+    check_context(model, k + s, f"{k} prompt rows + windows of {s} tokens")
 
 
 _readable: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()  # the reason why not, or ""

@@ -18,7 +18,7 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 from ctp.architectures import families
 from ctp.machine.memory import ran_out
 from ctp.prompts.agreement import body_states, mostly, read, spread_tokens
-from ctp.prompts.attach import check_readable, context_of, frozen
+from ctp.prompts.attach import check_context, check_readable, check_shape, frozen
 from ctp.prompts.files import LearnedPrompt
 from ctp.prompts.prefix import stretched, with_prompt
 
@@ -84,16 +84,12 @@ def attach_prompt(model: PreTrainedModel, prompt: Tensor | LearnedPrompt) -> "At
     families.check(model.config, "generate")
     lacking = [n for n in families.ATTACHED if n not in inspect.signature(model.forward).parameters]
     if lacking or not all(hasattr(model, name) for name in REPLACED):
-        raise ValueError(
-            f"{type(model).__name__} cannot have a prompt attached: it does not generate, or its forward "
-            f"lacks one of {', '.join(families.ATTACHED)}"
-        )
+        raise ValueError(f"{type(model).__name__} cannot have a prompt attached: it does not generate, or its forward "
+                         f"lacks one of {', '.join(families.ATTACHED)}")  # fmt: skip
     check_readable(model)
     if isinstance(prompt, LearnedPrompt):
         prompt = prompt.embeddings
-    width = model.get_input_embeddings().embedding_dim
-    if prompt.dim() != 2 or len(prompt) == 0 or prompt.shape[1] != width:
-        raise ValueError(f"prompt of shape {tuple(prompt.shape)}: must be (k, {width}) for this model, with k > 0")
+    check_shape(model, prompt)
     if not prompt.is_floating_point() or not bool(torch.isfinite(prompt).all()):
         raise ValueError("a prompt's rows must be finite floating-point numbers")
     return AttachedPrompt(model, prompt)
@@ -142,15 +138,14 @@ class AttachedPrompt:
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], mode: Any, *args: Any
     ) -> Any:
         """Refuse what cannot work before anything is computed; then as the model does."""
-        length = self._fit(generation_config.max_length, f"input and new tokens ({generation_config.max_length})")
+        tokens, length = generation_config.max_length, self._k + generation_config.max_length
+        check_context(self._model, length, f"{self._k} prompt rows + input and new tokens ({tokens})")
         if mode not in MODES or generation_config.is_assistant:
             allowed = ", ".join(m.value for m in MODES)
             raise ValueError(f"{mode.value} does not work behind a soft prompt; allowed: {allowed}")
         if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation = {generation_config.cache_implementation!r} does not work behind a soft "
-                "prompt; allowed: 'dynamic', or use_cache=False"
-            )
+            given = f"cache_implementation = {generation_config.cache_implementation!r}"
+            raise ValueError(f"{given} does not work behind a soft prompt; allowed: 'dynamic', or use_cache=False")
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         if cache is not None and cache.get_seq_length():
             raise ValueError("generate cannot go on from a filled cache behind a soft prompt: give all tokens")
@@ -211,18 +206,10 @@ class AttachedPrompt:
         tokens = filled + ids.shape[1] - (self._k if filled else 0)
         if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != (len(ids), tokens)):
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"attention_mask {shape}: must be ({len(ids)}, {tokens}), what is cached included, no prompt"
-            )
-        self._fit(tokens, f"{tokens} tokens")
+            wanted = f"({len(ids)}, {tokens})"
+            raise ValueError(f"attention_mask {shape}: must be {wanted}, what is cached included, no prompt")
+        check_context(self._model, self._k + tokens, f"{self._k} prompt rows + {tokens} tokens")
         return filled
-
-    def _fit(self, tokens: int, title: str) -> int:
-        """Positions of so many tokens behind the prompt. Raises ValueError if they exceed the context."""
-        total, context = self._k + tokens, context_of(self._model)
-        if context is not None and total > context:
-            raise ValueError(f"{self._k} prompt rows + {title} = {total} exceed the model's context of {context}")
-        return total
 
 
 def _insert(front: Tensor, back: Tensor, padding: Tensor | None) -> Tensor:

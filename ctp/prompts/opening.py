@@ -1,11 +1,11 @@
 """Texts that begin with a special token, behind a hard prompt: the token stands once, in front of the prompt."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ctp.data.specials import Specials, plain_ids
 from ctp.prompts.rows import embedding_rows
@@ -24,7 +24,7 @@ class Opening:
     rows: Tensor | None
 
     @classmethod
-    def of_windows(cls, model: PreTrainedModel, tokenizer: Any, text: str) -> "Opening | None":
+    def of_windows(cls, model: PreTrainedModel, tokenizer: Tokenizer, text: str) -> "Opening | None":
         """For token windows; None if the tokenizer has no BOS, or puts several tokens before a text."""
         known = Specials.of(tokenizer)
         if len(known.before) > 1 or (not known.before and known.bos is None):
@@ -34,7 +34,7 @@ class Opening:
         return cls._of(model, first, [first, *plain_ids(tokenizer, text)])
 
     @classmethod
-    def of_requests(cls, model: PreTrainedModel, tokenizer: Any, text: str, empty: int) -> "Opening | None":
+    def of_requests(cls, model: PreTrainedModel, tokenizer: Tokenizer, text: str, empty: int) -> "Opening | None":
         """For a task's requests, which begin as the tokenizer begins a text, or with `empty` after no context."""
         before = Specials.of(tokenizer).before
         if len(before) > 1:

@@ -1,7 +1,7 @@
 """Rows of a model's embedding: what a soft prompt starts from, and prompts that are not trained at all."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from ctp.machine.random import generator
 
 if TYPE_CHECKING:  # torch itself is needed above
     from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 def embedding_rows(model: "PreTrainedModel", ids: Sequence[int]) -> Tensor:
@@ -28,7 +29,7 @@ def embedding_rows(model: "PreTrainedModel", ids: Sequence[int]) -> Tensor:
     return rows.to("cpu", torch.float32, copy=True)
 
 
-def token_ids(model: "PreTrainedModel", tokenizer: Any) -> list[int]:
+def token_ids(model: "PreTrainedModel", tokenizer: "Tokenizer | None") -> list[int]:
     """The ids of all tokens in order, special ones included, without the rows that pad an embedding.
 
     All rows without a tokenizer.
@@ -38,7 +39,7 @@ def token_ids(model: "PreTrainedModel", tokenizer: Any) -> list[int]:
     return sorted({i for i in known if 0 <= i < size})
 
 
-def distinct_rows(model: "PreTrainedModel", k: int, seed: int | None, tokenizer: Any = None) -> Tensor:
+def distinct_rows(model: "PreTrainedModel", k: int, seed: int | None, tokenizer: "Tokenizer | None" = None) -> Tensor:
     """Embeddings (k, d) of k distinct tokens: drawn by `seed`, or the first k if it is None.
 
     Raises ValueError if there are too few.
@@ -50,7 +51,7 @@ def distinct_rows(model: "PreTrainedModel", k: int, seed: int | None, tokenizer:
     return embedding_rows(model, [ids[i] for i in order])
 
 
-def untrained_rows(spec: Untrained, model: "PreTrainedModel", tokenizer: Any) -> Tensor:
+def untrained_rows(spec: Untrained, model: "PreTrainedModel", tokenizer: "Tokenizer") -> Tensor:
     """The rows (k, d), fp32 on the CPU, of an untrained prompt. Raises ValueError if there are none."""
     if isinstance(spec, RandomPrompt):
         return distinct_rows(model, spec.k, spec.seed, tokenizer)
