@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from peft import LoraConfig, TaskType, inject_adapter_in_model
@@ -25,9 +25,8 @@ from ctp.architectures.blocks import decoder_blocks
 from ctp.architectures.families import FUSED, QUERY, VALUE
 from ctp.architectures.linears import linears
 from ctp.cells import LoRA
-from ctp.cells.runtime import Runtime
 from ctp.learning.run import Trainable
-from ctp.learning.train import Checkpoint, Report, train
+from ctp.learning.train import How, train
 from ctp.machine.random import generator
 from ctp.models.adapters import ADAPTER
 from ctp.prompts.adapter import restored
@@ -65,27 +64,16 @@ class LearnedLoRA(Outcome):
 
 
 def learn_lora(
-    model: PreTrainedModel,
-    windows: Tensor,
-    validation: Tensor,
-    spec: LoRA,
-    *,
-    runtime: Runtime = Runtime(),  # noqa: B008 (frozen)
-    resume: str | Path | None = None,
-    checkpoint: Checkpoint | None = None,
-    report: Report | None = None,
+    model: PreTrainedModel, windows: Tensor, validation: Tensor, spec: LoRA, **how: Unpack[How]
 ) -> LearnedLoRA:
     """Learn LoRA on the token windows (n, s); keep the step with the lowest validation loss.
 
     The model moves to runtime.device (unless accelerate has spread it out) and is otherwise left as it was.
-    resume, checkpoint, report, errors: see `ctp.learning.train.train`. Also raises ValueError if the model is refused,
+    how, errors: see `ctp.learning.train.train`. Also raises ValueError if the model is refused,
     has no query and value projections that ctp knows, or fewer blocks than spec.layers.
     """
     families.check(model.config, "lora")
-    state = train(
-        model, lambda: injected(model, spec), windows, validation, spec,
-        runtime=runtime, resume=resume, checkpoint=checkpoint, report=report,
-    )  # fmt: skip
+    state = train(model, lambda: injected(model, spec), windows, validation, spec, **how)
     trained = sum(t.numel() for t in state.best.values())
     weights, settings = _as_saved(model, spec, state.best)
     return LearnedLoRA(weights, settings, trained, **state.outcome())

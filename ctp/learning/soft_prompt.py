@@ -6,16 +6,15 @@ The model is frozen; the prompt E, kept in spec.dtype, is all that has a gradien
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctp.cells import SoftPrompt
-from ctp.cells.runtime import Runtime
 from ctp.learning.run import Trainable
-from ctp.learning.train import Checkpoint, Report
+from ctp.learning.train import How
 from ctp.learning.train import train as minimise
 from ctp.prompts.files import LearnedPrompt
 from ctp.prompts.rows import distinct_rows, embedding_rows
@@ -30,15 +29,12 @@ def learn(
     spec: SoftPrompt,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    runtime: Runtime = Runtime(),  # noqa: B008 (frozen)
-    resume: str | Path | None = None,
-    checkpoint: Checkpoint | None = None,
-    report: Report | None = None,
+    **how: Unpack[How],
 ) -> LearnedPrompt:
     """Learn `spec.k` rows in front of the windows of `train` (n, s); keep the step with the lowest validation loss.
 
     The model moves to runtime.device (unless accelerate has spread it out) and is otherwise left as it was.
-    resume, checkpoint, report, errors: see `ctp.learning.train.train`.
+    how, errors: see `ctp.learning.train.train`.
     """
 
     def in_front() -> AbstractContextManager[Trainable]:
@@ -47,10 +43,7 @@ def learn(
         prompt = torch.nn.Parameter(rows.to(device, getattr(torch, spec.dtype), copy=True))
         return nullcontext(Trainable(model, {PROMPT: prompt}, prompt))
 
-    state = minimise(
-        model, in_front, train, validation, spec,
-        runtime=runtime, resume=resume, checkpoint=checkpoint, report=report,
-    )  # fmt: skip
+    state = minimise(model, in_front, train, validation, spec, **how)
     return LearnedPrompt(state.best[PROMPT].to(torch.float32), **state.outcome())
 
 
