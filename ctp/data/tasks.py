@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness, and tasks of one's own in its YAML: pinned to one definition, data and harness.
+"""Tasks of lm-evaluation-harness and in its YAML format, pinned to one definition, data and harness version.
 
-`locate` pins a task while a grid is validated; `read` gives a worker what was pinned, or says that it has changed. The
-harness itself is not imported here: it takes seconds, and planning needs only its files.
+`locate` pins a task when a grid is planned; `check_pinned` gives a worker what was pinned, or raises Changed. The
+harness is not imported here, as that takes seconds.
 """
 
 import glob
@@ -14,7 +14,7 @@ from typing import Any
 
 from ctp.common import hub
 from ctp.common.files import cache_dir, changed, digest
-from ctp.data.harness import harness_file, harness_version, merged, own_file
+from ctp.data.taskfiles import harness_file, harness_version, merged, user_file
 from ctp.data.texts import local_root
 
 BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # what `dataset_path` may be called for files of one's own
@@ -31,8 +31,8 @@ COMMITS = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task lies. task: `harness:NAME`, or the path of a YAML file. data: a folder with a {split}.jsonl for each
-    split, read instead of the data set that the definition names. commit: of its data set on the hub.
+    """Where a task is. task: `harness:NAME`, or the path of a YAML file. data: a folder with {split}.jsonl files, read
+    instead of the data set that the definition names. commit: of its data set on the hub.
     """
 
     task: str
@@ -46,11 +46,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Task:
-    """A task as it is defined there: its name, the merged YAML, where that lies, and every file that it is made of.
+    """A task's definition: its name, YAML file, merged settings, and every file that it is made of.
 
-    changes: what the harness is to read instead of what the YAML says, so that it finds the pinned data. lacking:
-    the split that worked examples come from, where the local data does not have it. data: the local data files, by a
-    name for each. hub: the data set's id where it is read from there.
+    changes: settings to replace, so that the harness finds the pinned data. lacking: the split of the worked examples,
+    if the local data does not have it. data: the local data files, by name. hub: the data set's id, if it is there.
     """
 
     name: str
@@ -75,15 +74,14 @@ def locate(
 ) -> tuple[str, str, str]:
     """(short name, revision, location) of a task: a YAML file, relative to `base` or the working directory, or a name.
 
-    A task of the harness reads `data_dir`/NAME/{split}.jsonl where that folder exists (default: $CTP_DATA_DIR), else
-    its data set on the hub, at the commit that is there now. The revision is a hash of the definition's files, of the
-    data (local files, or the hub's commit) and of the harness's version.
+    A task of the harness reads `data_dir`/NAME/{split}.jsonl (default: $CTP_DATA_DIR) if that folder exists, else its
+    data set's present commit on the hub. The revision is a hash of the definition's files, the data and the version.
 
     Raises ValueError, in one sentence: no such task, a group of tasks, data that cannot be pinned, no harness.
     """
     harness_version()
     if name.endswith((".yaml", ".yml")):
-        source = Source(str(own_file(name, base)))
+        source = Source(str(user_file(name, base)))
     else:
         root = local_root(data_dir)
         folder = root / name if root is not None else None
@@ -96,15 +94,13 @@ def locate(
     return task.name, _revision(source, task), json.dumps({n: v for n, v in asdict(source).items() if v})
 
 
-def read(location: str, revision: str) -> Task:
-    """The task that `locate` pinned. Raises ValueError where it has changed since then, or lies no longer there."""
+def check_pinned(location: str, revision: str) -> Task:
+    """The task that `locate` pinned. Raises Changed if it has changed since then, ValueError if it cannot be read."""
     source = Source(**json.loads(location))
     task = _define(source)
     if _revision(source, task, anew=True) != revision:
-        raise changed(
-            f"the task {task.name} ({source.title})",
-            f"its definition, its data or the harness, which is {harness_version()} here",
-        )
+        why = f"its definition, its data or the harness, which is {harness_version()} here"
+        raise changed(f"the task {task.name} ({source.title})", why)
     kwargs = task.changes.get("dataset_kwargs") or {}
     if "cache_dir" in kwargs:  # `datasets` tells files apart by path and time: a copy for each revision
         kwargs = {**kwargs, "cache_dir": f"{kwargs['cache_dir']}/{revision.removeprefix('sha256:')[:16]}"}
@@ -146,14 +142,9 @@ def _define(source: Source) -> Task:
     return _own_data(task, source.commit)
 
 
-def _splits(config: dict[str, Any]) -> dict[str, str]:
-    """Field -> split, those that the task names."""
-    return {field: config[field] for field in SPLITS if config.get(field)}
-
-
 def _from_folder(task: Task, folder: Path) -> Task:
-    """The task on {split}.jsonl of a folder. What is evaluated must be there; splits for examples may be missing."""
-    named = _splits(task.config)
+    """The task on a folder's {split}.jsonl. What is evaluated must be there; splits for examples may be missing."""
+    named = {field: task.config[field] for field in SPLITS if task.config.get(field)}  # field -> split
     evaluated = named.get("test_split") or named.get("validation_split")
     given = (task.config.get("fewshot_config") or {}).get("split") or named.get("fewshot_split")
     there = {split: folder / f"{split}.jsonl" for split in (*named.values(), *([given] if given else []))}
@@ -185,9 +176,8 @@ def _own_data(task: Task, commit: str) -> Task:
         files = {n: [_data_file(task, f) for f in (v if isinstance(v, list) else [v])] for n, v in parts.items()}
         data = [(f"{split} {i}", file) for split, listed in files.items() for i, file in enumerate(listed)]
         local = {split: [_pattern(f) for f in listed] for split, listed in files.items()}
-        return replace(
-            task, changes=_files(path, local, kwargs, name=task.config.get("dataset_name")), data=tuple(data)
-        )
+        changes = _files(path, local, kwargs, name=task.config.get("dataset_name"))
+        return replace(task, changes=changes, data=tuple(data))
     if path.startswith((".", "/")) or folder.is_dir():
         found = sorted(f for f in folder.rglob("*") if f.is_file() and not f.name.startswith("."))
         if not found:
@@ -217,16 +207,14 @@ def _files(builder: str, files: Any, kwargs: dict[str, Any] | None = None, name:
 
 
 def _arrow() -> str:
-    """Where `datasets` keeps its copies of local files."""
-    return str(cache_dir() / "datasets")
+    return str(cache_dir() / "datasets")  # its copies of local files
 
 
 def _hub_commit(name: str, data: str, revision: str | None) -> str:
     try:
         return hub.commit(data, revision or COMMITS.get(data, ""), "data set")
     except hub.Unreachable as e:
-        raise hub.Unreachable(
-            f"the task {name}: the hub ({data}) cannot be reached; give --data DIR or CTP_DATA_DIR with a folder {name}"
-        ) from e
+        remedy = f"give --data DIR or CTP_DATA_DIR with a folder {name}"
+        raise hub.Unreachable(f"the task {name}: the hub ({data}) cannot be reached; {remedy}") from e
     except ValueError as e:
         raise ValueError(f"the task {name}: {e}") from e

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 CHUNK = 2**22  # fp32 numbers that one step may copy, of the table or of cosines: 16 MiB
 BINS = 100  # of the histogram: 0.02 each, from -1 to 1
@@ -59,7 +60,7 @@ def histogram(cosines: Tensor) -> dict[str, list[Any]]:
     return {"edges": edges, "counts": counts.tolist()}
 
 
-def nearest_words(cosines: Tensor, ids: Tensor, tokenizer: Any) -> list[dict[str, Any]]:
+def nearest_words(cosines: Tensor, ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """The nearest word of each row, as text and as the tokenizer writes the token (None beyond its vocabulary)."""
     return [
         {"row": row, "word": tokenizer.decode([token]), "token": _token(tokenizer, token), "id": token,
@@ -79,6 +80,6 @@ def summary(cosines: Tensor, ids: Tensor) -> dict[str, float]:
     }
 
 
-def _token(tokenizer: Any, token: int) -> str | None:
+def _token(tokenizer: PreTrainedTokenizerBase, token: int) -> str | None:
     """How the tokenizer writes the token; None for rows of the table beyond its vocabulary."""
     return tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else None

@@ -17,7 +17,7 @@ from ctp.common.files import Changed
 from ctp.common.messages import shown
 from ctp.execution import payload
 from ctp.execution.compress import compress
-from ctp.execution.jobs import CompressJob, LearnJob, evaluating
+from ctp.execution.jobs import CompressJob, LearnJob, Place, evaluating
 from ctp.execution.learn import recover
 from ctp.execution.loading import forget
 from ctp.execution.measure import measure
@@ -36,8 +36,8 @@ def execute(cell: Cell, store: Store, runtime: Runtime, report: Report) -> None:
     """Do one cell, unless it is done; its inputs must be. `report` gets its progress and notices.
 
     Raises what the cell's method raises; OutOfMemory, which says what was tried and what could help, where memory ran
-    out; FloatingPointError where a metric is no finite number; Changed where a model, text, adapter or task outside the
-    store is not what was pinned, or does not stay it. Nothing is published then.
+    out; FloatingPointError where a metric is not finite; Changed where a model, text, adapter or task outside the store
+    is not what was pinned, or changes meanwhile. Nothing is published then.
     """
     if store.has(ref(cell)):
         return
@@ -53,7 +53,7 @@ def execute(cell: Cell, store: Store, runtime: Runtime, report: Report) -> None:
         failure = explained(e, traceback.format_exc(), _advice(cell, runtime, device))
     else:
         return
-    free()  # the next cell of this process finds room: no frame of the failed one is held any more
+    free()  # room for the next cell of this process: no frame of the failed one is held any more
     raise failure
 
 
@@ -64,29 +64,36 @@ def _publish(cell: Cell, store: Store, runtime: Runtime, device: str, report: Re
         torch.cuda.reset_peak_memory_stats()
     begun = time.monotonic()
     with store.publish(ref(cell), identity(cell)) as draft, reading(cell, runtime.locations) as reads:
-        base: dict[str, Any] = {"store": store, "runtime": runtime, "device": device, "report": report}
-        base["reads"] = reads
-        base |= {"folder": draft.path, "record": draft.record}
-        width = 0
-        if isinstance(cell, Compress):
-            metrics = compress(CompressJob(**base, cell=cell))
-        elif isinstance(cell, Learn):
-            learning = LearnJob(**base, cell=cell)
-            metrics, width = recover(learning), learning.width
-        elif isinstance(cell, Evaluate):
-            with evaluating(cell, **base) as job:
-                metrics = measure(job)
-            check_finite(metrics, least=1)
-            job.write_json("result.json", metrics)
-        else:
-            raise TypeError(f"nothing here does a {type(cell).__name__}")
-        check_finite(metrics)
-        payload.check(cell, draft.path, width)
-        draft.record["metrics"] = metrics
+        metrics = _work(cell, (store, runtime, device, draft.path, draft.record, report, reads))
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else process_peak()
-        draft.record |= {"seconds": time.monotonic() - begun, "device": device, "peak_memory_bytes": peak}
-        draft.record["computed_in"] = computed_in(cell.dtype, device)
-        draft.record |= {"created": time.time(), **about}
+        draft.record |= {
+            "metrics": metrics,
+            "seconds": time.monotonic() - begun,
+            "device": device,
+            "peak_memory_bytes": peak,
+            "computed_in": computed_in(cell.dtype, device),
+            "created": time.time(),
+            **about,
+        }
+
+
+def _work(cell: Cell, place: Place) -> dict[str, float]:
+    """The cell's metrics; what it makes is in its job's folder. Raises where either cannot be used."""
+    width = 0
+    if isinstance(cell, Compress):
+        metrics = compress(CompressJob(*place, cell))
+    elif isinstance(cell, Learn):
+        learning = LearnJob(*place, cell)
+        metrics, width = recover(learning), learning.width
+    else:
+        assert isinstance(cell, Evaluate)
+        with evaluating(cell, place) as job:
+            metrics = measure(job)
+        check_finite(metrics, least=1)
+        job.write_json("result.json", metrics)
+    check_finite(metrics)
+    payload.check(cell, place[3], width)
+    return metrics
 
 
 def check_finite(metrics: Any, least: int = 0) -> None:

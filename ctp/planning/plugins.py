@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from ctp.cells import Compression, Measure, Method, Recovery
 from ctp.common.files import there
 from ctp.common.messages import shown
 from ctp.machine.contained import MethodEnded, contained
@@ -29,14 +30,27 @@ def read(given: object, folders: Sequence[Path], problems: list[str]) -> dict[st
             problems.append(f"{place}: there is no such file, here or beside the grid file")
         elif name in out:
             problems.append(f"{place}: two plugins are called {name}")
-        else:
-            try:
-                out[name] = path.read_text("utf-8") if is_file else ""
-                with contained():
-                    load({name: out[name]})
-            except (Exception, SystemExit, MethodEnded) as e:  # whatever the file itself raises
-                problems.append(f"{place}: {type(e).__name__}: {e}")
+            continue
+        try:
+            out[name] = path.read_text("utf-8") if item.endswith(".py") else ""
+            with contained():
+                load({name: out[name]})
+        except (Exception, SystemExit, MethodEnded) as e:  # whatever the file itself raises
+            problems.append(f"{place}: {type(e).__name__}: {e}")
+        problems += [f"{place}: {problem}" for problem in _undone(f"ctp_plugin_{name}" if out.get(name) else name)]
     return out
+
+
+def _undone(module: str) -> list[str]:
+    """Methods of a module that nothing does: without a function, and derived from no built-in method."""
+    families: dict[type[Method], str] = {Compression: "compress", Recovery: "recover", Measure: "measure"}
+    return [
+        f"the method {name!r} needs a function {verb}(self, job)"
+        for family, verb in families.items()
+        for name, kind in family.registry.items()
+        if kind.__module__ == module and not hasattr(kind, verb)
+        and not any(b is not family and issubclass(b, family) and b.__module__.startswith("ctp.") for b in kind.__mro__)
+    ]  # fmt: skip
 
 
 _sources: dict[str, str] = {}
