@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis import command, coverage, paper
-from analysis.comparable import incomparable
-from analysis.paper import HIGHER_IS_BETTER, PaperNumber
-from analysis.results import Measured, Results
-from analysis.runs import AnalysisError
 from ctp.common.terminal import aligned, unread
 from ctp.storage.remote import StoreError
+
+from . import command, coverage, paper
+from .comparable import incomparable
+from .paper import HIGHER_IS_BETTER, PaperNumber
+from .results import Measured, Results
+from .runs import AnalysisError
 
 OK, BETTER, WORSE, OTHER, MISSING = "ok", "better", "worse", "not comparable", "not run"
 STANDARD_ERRORS = 2  # accuracies this many combined standard errors apart, or less, agree

@@ -6,10 +6,11 @@ Perplexities are over scored tokens. Figures 1, 7 and 8 are answers in words: se
 import sys
 from pathlib import Path
 
-from analysis import attach, command
-from analysis.runs import AnalysisError
 from ctp.common.terminal import unread
 from ctp.storage.remote import StoreError
+
+from . import attach, command
+from .runs import AnalysisError
 
 FIGURES = ("figure2", "figure3", "figure4", "figure5", "figure6", "figure9")
 
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     attach.add_option(p)
     args = p.parse_args(argv)
     try:
-        from analysis import plots
+        from . import plots
     except ImportError as e:
         print(f"error: figures need matplotlib (pip install 'ctp[figures]'): {e}", file=sys.stderr)
         return 1

@@ -15,11 +15,11 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from analysis import paper
-from analysis.paper import PaperNumber
-from analysis.render import short
-from analysis.results import Measured, Results, stand_ins
-from analysis.runs import artifact, check_alike
+from . import paper
+from .paper import PaperNumber
+from .render import short
+from .results import Measured, Results, stand_ins
+from .runs import artifact, check_alike
 
 GREEN, BLUE, RED, BLACK = "#009E73", "#0072B2", "#D55E00", "#000000"
 SERIES = [(BLUE, "o"), (RED, "s"), (GREEN, "^"), ("#CC79A7", "D")]

@@ -6,10 +6,10 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import paper, roles
-from analysis.paper import PaperNumber
-from analysis.roles import Roles
-from analysis.runs import REQUIRED, AnalysisError, check_alike, finished, of_measure, told, varied
+from . import paper, roles
+from .paper import PaperNumber
+from .roles import Roles
+from .runs import REQUIRED, AnalysisError, check_alike, finished, of_measure, told, varied
 
 COLUMN = {"target": "target_level", "source": "source_level"}  # axis of an entry -> column, where they differ
 IN_ROLES = ("model", "dataset", "task", "learned_on")

@@ -7,8 +7,8 @@ from typing import Any
 import mlflow
 import yaml
 
-from analysis.paper import document
-from analysis.runs import AnalysisError, artifact
+from .paper import document
+from .runs import AnalysisError, artifact
 
 NAMED_BY = ("name", "dataset", "path")
 

@@ -11,9 +11,10 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 
 import mlflow
 
-from analysis.paper import level
 from ctp.common.redact import scrub
 from ctp.tracking.entries import every_run, sqlite_file
+
+from .paper import level
 
 AXES = ["model", "dataset", "split", "seq_len"]  # one matrix each
 SOURCE = ["source", "recovery", "adapter", "k", "learned_on"]  # one row each

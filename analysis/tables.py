@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from analysis import attach, command, paper
-from analysis.paper import PaperNumber
-from analysis.render import FORMATS, Table, markdown
-from analysis.results import Measured, Results, stand_ins
-from analysis.runs import AnalysisError, artifact
 from ctp.common.terminal import unread
 from ctp.storage.remote import StoreError
+
+from . import attach, command, paper
+from .paper import PaperNumber
+from .render import FORMATS, Table, markdown
+from .results import Measured, Results, stand_ins
+from .runs import AnalysisError, artifact
 
 TABLES = ("table1", "table2", "table3", "table5", "table6", "table7", "table8", "figure5")
 CASES = ("figure1", "figure7", "figure8")

@@ -12,12 +12,13 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 
-from analysis.runs import AXES, NUMBERS, SOURCE, AnalysisError, check_alike, evaluations, existing
 from ctp.common.messages import plain
 from ctp.common.terminal import unread
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store, default_store
 from ctp.tracking.entries import tracking_uri
+
+from .runs import AXES, NUMBERS, SOURCE, AnalysisError, check_alike, evaluations, existing
 
 NO_PROMPT, REFERENCE = "no prompt", "dense, no prompt"
 

@@ -9,13 +9,14 @@ from importlib import metadata
 
 import pandas as pd
 
-from analysis import paper, tables
-from analysis.compare import BETTER, MISSING, OK, OTHER, WORSE, Line, judge, shown
-from analysis.report.figures import by_severity, called
-from analysis.report.read import FINISHED, Cell, Record
-from analysis.report.table import LONG, Sheet, Value, number, of_paper, text
-from analysis.runs import AXES, AnalysisError
 from ctp.common.terminal import duration
+
+from .. import paper, tables
+from ..compare import BETTER, MISSING, OK, OTHER, WORSE, Line, judge, shown
+from ..runs import AXES, AnalysisError
+from .figures import by_severity, called
+from .read import FINISHED, Cell, Record
+from .table import LONG, Sheet, Value, number, of_paper, text
 
 TOLERANCE = 0.05  # as `analysis.compare` has it
 TONE = {OK: "ok", BETTER: "ok", WORSE: "bad"}

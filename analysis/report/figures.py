@@ -8,18 +8,19 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import transfer_matrix
-from analysis.report.chart import Chart, curves, levels
-from analysis.report.read import Record
-from analysis.report.table import Heat, Sheet, Value, heat, number, percent, reach, steady, text
-from analysis.runs import AXES, AnalysisError, check_alike
+from ctp.evaluation.recovered import won_back
 from ctp.tracking.entries import CURVES
+
+from .. import transfer_matrix
+from ..runs import AXES, AnalysisError, check_alike
+from .chart import Chart, curves, levels
+from .read import Record
+from .table import Heat, Sheet, Value, heat, number, percent, reach, steady, text
 
 VAL_LOSS = CURVES["val_loss"]
 SERIES = 3  # kinds of prompts in a panel beside "no prompt"; tables have them all
 FEW = 8  # rows of a table that stands open under its charts
 LINES = 8  # of a panel of curves
-LOST = 1.05  # times the dense perplexity: below it there is too little to win back for a share to mean something
 
 
 @dataclass
@@ -122,14 +123,6 @@ def own_prompts(rows: pd.DataFrame) -> dict[str, dict[str, float]]:
     order = common.sort_values(["n", "k"], ascending=False, kind="stable").index
     means = own.groupby(["called", "target"]).ppl.mean()
     return {str(c): {str(t): float(v) for t, v in means[c].items()} for c in order}
-
-
-def won_back(dense: float | None, without: float | None, behind: float) -> float | None:
-    """Share of the lost log-likelihood that comes back, in percent; None where (next to) nothing was lost, or it is not
-    known."""
-    if not dense or not without or without < LOST * dense:
-        return None
-    return 100 * math.log(without / behind) / math.log(without / dense)
 
 
 def _gains(caption: str, targets: list[str], without: dict[str, float], behind: dict[str, dict[str, float]],

@@ -7,10 +7,12 @@ from statistics import median
 
 import pandas as pd
 
-from analysis.report.figures import LOST, by_model, dense_of, won_back
-from analysis.report.read import Record
-from analysis.report.table import Sheet, Value, number, percent, text
-from analysis.runs import AXES
+from ctp.evaluation.recovered import LOST, won_back
+
+from ..runs import AXES
+from .figures import by_model, dense_of
+from .read import Record
+from .table import Sheet, Value, number, percent, text
 
 HEAD = ["model and text", "what was learned", "helps its own model", "loss won back, median", "helps other models",
         "dense model's perplexity"]  # fmt: skip

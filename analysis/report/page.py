@@ -17,16 +17,17 @@ import mlflow
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from analysis import attach, command
-from analysis.report import facts, figures, words
-from analysis.report.findings import GLOSSARY, at_a_glance, headline
-from analysis.report.read import FINISHED, Record, versions
-from analysis.report.table import STEPS, ink
-from analysis.runs import AnalysisError, existing
 from ctp.common.terminal import duration, unread
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store
 from ctp.tracking.entries import tracking_uri
+
+from .. import attach, command
+from ..runs import AnalysisError, existing
+from . import facts, figures, words
+from .findings import GLOSSARY, at_a_glance, headline
+from .read import FINISHED, Record, versions
+from .table import STEPS, ink
 
 LARGEST = 5_000_000  # bytes of a report
 ROWS = (2000, 300, 50)  # of a table at most; the next where a report would be too large
@@ -72,7 +73,7 @@ def render(record: Record, found: list[dict[str, str]] | None = None) -> str:
 
 
 def _page(content: dict[str, Any]) -> str:
-    loader = PackageLoader("analysis.report", "templates")
+    loader = PackageLoader(__package__, "templates")
     # autoescape for all there is: names, labels, answers and errors come from models and from strangers
     jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     script, style = (jinja.loader.get_source(jinja, name)[0] for name in ("report.js", "report.css"))  # type: ignore[union-attr]

@@ -11,11 +11,12 @@ import mlflow
 import pandas as pd
 import yaml
 
-from analysis import roles
-from analysis.results import Results
-from analysis.runs import REQUIRED, AnalysisError, artifact, frame, of_measure
 from ctp.storage.store import Store
 from ctp.tracking.entries import CURRENT, ERROR, KEY, KIND, every_run
+
+from .. import roles
+from ..results import Results
+from ..runs import REQUIRED, AnalysisError, artifact, frame, of_measure
 
 FINISHED = "FINISHED"
 MANIFESTS = 20  # read at most, for versions

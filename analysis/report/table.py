@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from analysis.render import Table, short
+from ..render import Table, short
 
 # From much lower than the baseline over as low to much higher: blue and orange, which colour-blind people tell apart.
 STEPS = {

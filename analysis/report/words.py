@@ -5,12 +5,12 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.report.chart import curves, histogram
-from analysis.report.figures import LINES, Part, by_model, by_severity, called
-from analysis.report.read import Record
-from analysis.report.table import Sheet, number, text
-from analysis.runs import AnalysisError, check_alike
-from analysis.tables import readable
+from ..runs import AnalysisError, check_alike
+from ..tables import readable
+from .chart import curves, histogram
+from .figures import LINES, Part, by_model, by_severity, called
+from .read import Record
+from .table import Sheet, number, text
 
 ANSWER = 2000  # characters
 

@@ -9,12 +9,13 @@ from ctp.cells.labels import slug
 from ctp.common.messages import one_line
 from ctp.common.redact import scrub
 from ctp.common.terminal import duration
+from ctp.evaluation.recovered import won_back
 from ctp.planning.graph import Plan
 from ctp.storage.store import Store
 
 if TYPE_CHECKING:
     from ctp.planning.states import Outcome
-    from ctp.tracking.writer import Writer
+    from ctp.tracking.tracker import Tracker
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ def summarise(plan: Plan, outcome: "Outcome", seconds: float, store: Store) -> N
         print(scrub(f"Try what failed again, and what it held up: {shlex.join(['python', '-m', 'ctp.grid', *again])}"))
 
 
-def tell_tracking(tracker: "Writer") -> None:
+def tell_tracking(tracker: "Tracker") -> None:
     """What became of MLflow's database, and what MLflow does not take: each in a line, once."""
     for line in (*tracker.notes, *tracker.refused.values()):
         print(one_line(scrub(line)), file=sys.stderr, flush=True)
@@ -63,21 +64,20 @@ METRIC = "ppl"
 
 @dataclass(frozen=True)
 class Recovery:
-    """Perplexities of one evaluation: of the dense model, the compressed one, and the latter behind what was won."""
+    """Perplexities of one evaluation: of the dense model, the compressed one, and the latter behind what was learned.
+
+    share: percent of the loss won back, as `won_back` has it.
+    """
 
     name: str
     dense: float
     compressed: float
     prompted: float
-
-    @property
-    def share(self) -> float:
-        """(compressed - prompted) / (compressed - dense): 1 is all that compression lost, negative made it worse."""
-        return (self.compressed - self.prompted) / (self.compressed - self.dense)
+    share: float
 
     def __str__(self) -> str:
         numbers = f"{self.compressed:.2f} -> {self.prompted:.2f}, dense {self.dense:.2f}"
-        return f"{100 * self.share:.0f} % of the perplexity lost ({numbers}): {self.name}"
+        return f"{self.share:.0f} % of the loss won back ({numbers}): {self.name}"
 
 
 def recoveries(plan: Plan, keys: Iterable[str], store: Store) -> list[Recovery]:
@@ -97,8 +97,8 @@ def recoveries(plan: Plan, keys: Iterable[str], store: Store) -> list[Recovery]:
             continue
         numbers = [read(c) for c in (whole, before, cell)]
         known = [n for n in numbers if n is not None]
-        if len(known) == 3 and known[1] > known[0]:
-            found.append(Recovery(slug(cell), *known))
+        if len(known) == 3 and (share := won_back(*known)) is not None:
+            found.append(Recovery(slug(cell), *known, share))
     return sorted(found, key=lambda r: -r.share)
 
 

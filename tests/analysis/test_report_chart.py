@@ -10,17 +10,8 @@ import pytest
 from analysis.render import Table
 from analysis.report import page
 from analysis.report.chart import Scale, levels
-from analysis.report.figures import series_of, severity, won_back
+from analysis.report.figures import series_of, severity
 from analysis.report.table import STEPS, change, contrast, heat, ink, of_paper, percent, reach, steady, step
-
-
-def test_shares_of_the_loss():
-    assert won_back(10.0, 20.0, 10.0) == pytest.approx(100)
-    assert won_back(10.0, 20.0, 20.0) == 0
-    assert won_back(10.0, 20.0, 40.0) == pytest.approx(-100)
-    assert won_back(10.0, 40.0, 20.0) == pytest.approx(50)  # half of the log-perplexity that was lost
-    assert won_back(10.0, 10.2, 9.0) is None  # nothing was lost
-    assert won_back(None, 20.0, 9.0) is None
 
 
 def test_compressions_stand_by_kind_and_strength():
