@@ -98,7 +98,7 @@ def recoveries(plan: Plan, keys: Iterable[str], store: Store) -> list[Recovery]:
         numbers = [read(c) for c in (whole, before, cell)]
         known = [n for n in numbers if n is not None]
         if len(known) == 3 and (share := won_back(*known)) is not None:
-            found.append(Recovery(slug(cell), *known, share))
+            found.append(Recovery(slug(cell), known[0], known[1], known[2], share))
     return sorted(found, key=lambda r: -r.share)
 
 
