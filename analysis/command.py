@@ -24,7 +24,12 @@ def parser(module: str, doc: str | None, default: str | None = None) -> argparse
     return p
 
 
+def connect(args: argparse.Namespace) -> None:
+    """Read MLFLOW_TRACKING_URI, else the database beside `args.store`. Raises AnalysisError or StoreError."""
+    mlflow.set_tracking_uri(existing(tracking_uri(Store(args.store).uri)))
+
+
 def results(args: argparse.Namespace) -> Results:
     """The finished cells of `args.grid`. Raises AnalysisError or StoreError."""
-    mlflow.set_tracking_uri(existing(tracking_uri(Store(args.store).uri)))
+    connect(args)
     return Results.read(args.grid)

@@ -1,4 +1,7 @@
-"""The paper's figures, drawn from our runs. Colours are Okabe and Ito's, which colour-blind people tell apart."""
+"""The paper's figures as PNG and PDF, for papers; a report draws its own, see `analysis.report.chart`.
+
+Colours are Okabe and Ito's, which colour-blind people tell apart.
+"""
 
 import textwrap
 from pathlib import Path
@@ -15,9 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from . import paper
-from .paper import PaperNumber
-from .render import short
-from .results import Measured, Results, stand_ins
+from .render import SPREAD, short
+from .results import Found, Measured, Results, stand_ins
 from .runs import check_alike, json_artifact
 
 GREEN, BLUE, RED, BLACK = "#009E73", "#0072B2", "#D55E00", "#000000"
@@ -26,9 +28,7 @@ WITHOUT, WITH, BASELINE = "without prompt", "with prompt", "baseline (not compre
 STYLE = {WITHOUT: (RED, "o"), WITH: (BLUE, "s")}
 SPARSITY = {"sparsegpt-50": "50", "sparsegpt-62.5": "62.5", "sparsegpt-75": "75"}
 BITS = {"gptq-4bit": "4", "gptq-3bit": "3", "gptq-2bit": "2"}
-SPREAD = 8  # largest over smallest value from which an axis is logarithmic
 PERPLEXITY = "Perplexity (per scored token)"
-Found = dict[PaperNumber, Measured | None]
 
 
 def draw(name: str, results: Results) -> Figure | None:

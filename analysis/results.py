@@ -43,7 +43,10 @@ class Measured:
         return self.rows.iloc[0]
 
 
-def stand_ins(found: Mapping[PaperNumber, Measured | None]) -> str:
+Found = Mapping[PaperNumber, Measured | None]
+
+
+def stand_ins(found: Found) -> str:
     """One sentence where something else plays the part of the paper's model, text, task, k or rank; "" where not."""
     parts: dict[str, str] = {}
     for entry, measured in found.items():

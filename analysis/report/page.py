@@ -13,17 +13,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import mlflow
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ctp.common.terminal import duration, unread
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store
-from ctp.tracking.entries import tracking_uri
 
 from .. import attach, command
-from ..runs import AnalysisError, existing
+from ..runs import AnalysisError
 from . import facts, figures, words
 from .findings import GLOSSARY, at_a_glance, headline, outcomes
 from .read import Record, versions
@@ -42,27 +40,11 @@ PALETTE = {
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # what HTML cannot say
 
 
-def write(grid: str, out: str | Path | None = None, store: str | None = None, uri: str | None = None) -> Path:
-    """Write the report of a grid to `out` (default results/report_GRID.html); returns the file.
-
-    store: where the cells' manifests lie, for the packages; without it they are left out. uri: whose MLflow; without it
-    the one that `mlflow.set_tracking_uri` named.
-    Raises AnalysisError where MLflow has no such grid. Runs that lack numbers, or do not belong in one table, are told
-    in the place of what cannot be shown.
-    """
-    if uri:
-        mlflow.set_tracking_uri(uri)
-    record = Record(grid)
-    found = versions(record.cells, Store(store)) if store else []
-    page = render(record, found)
-    path = Path(out or f"results/report_{grid}.html")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    return path
-
-
 def render(record: Record, found: list[dict[str, str]] | None = None) -> str:
-    """The page; `found`: packages, as `versions` gives them. Long tables are cut where it would pass LARGEST."""
+    """The page; `found`: packages, as `versions` gives them. Long tables are cut where it would pass LARGEST.
+
+    Runs that lack numbers, or do not belong in one table, are told in the place of what cannot be shown.
+    """
     content = _content(record, found or [])
     page = ""
     for rows in ROWS:
@@ -136,7 +118,11 @@ def main(argv: list[str] | None = None) -> int:
     attach.add_option(p)
     args = p.parse_args(argv)
     try:
-        file = write(args.grid, args.out, args.store, existing(tracking_uri(Store(args.store).uri)))
+        command.connect(args)
+        record = Record(args.grid)
+        file = args.out or Path(f"results/report_{args.grid}.html")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(render(record, versions(record.cells, Store(args.store))), encoding="utf-8")
         print(file)
         if args.log:
             attach.told(args.grid, {"report.html": file})
