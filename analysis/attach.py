@@ -8,8 +8,7 @@ from tempfile import TemporaryDirectory
 
 import mlflow
 
-from analysis.runs import AnalysisError
-from ctp.tracking.entries import KIND
+from .runs import AnalysisError, invocations
 
 
 def add_option(p: argparse.ArgumentParser) -> None:
@@ -25,28 +24,18 @@ def attach(grid: str, files: Mapping[str, Path]) -> str:
 
     Raises AnalysisError where MLflow has no such run, or does not take them.
     """
-    client = mlflow.MlflowClient()
-    at = f"MLflow at {mlflow.get_tracking_uri()}"
-    try:
-        experiment = client.get_experiment_by_name(grid)
-        ids = [experiment.experiment_id] if experiment else []
-        newest = ["attributes.start_time DESC"]
-        found = ids and client.search_runs(ids, f"tags.`{KIND}` = 'grid'", max_results=1, order_by=newest)
-        if not found:
-            raise AnalysisError(
-                f"{at} has no run of an invocation of {grid!r} to attach to: `ctp track sync {grid}` makes one"
-            )
-        with TemporaryDirectory() as folder:
-            for path, file in files.items():
-                to = Path(folder, path)
-                to.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, to)
-            client.log_artifacts(found[0].info.run_id, folder)
-    except AnalysisError:
-        raise
-    except Exception as e:  # each artifact store raises its own
-        raise AnalysisError(f"{at} does not take {', '.join(files)}: {type(e).__name__}: {e}") from e
-    return str(found[0].info.run_name)
+    newest = invocations(grid)[0].info
+    with TemporaryDirectory() as folder:
+        for path, file in files.items():
+            to = Path(folder, path)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, to)
+        try:
+            mlflow.MlflowClient().log_artifacts(newest.run_id, folder)
+        except Exception as e:  # each artifact store raises its own
+            at = f"MLflow at {mlflow.get_tracking_uri()}"
+            raise AnalysisError(f"{at} does not take {', '.join(files)}: {type(e).__name__}: {e}") from e
+    return str(newest.run_name)
 
 
 def told(grid: str, files: Mapping[str, Path]) -> None:

@@ -74,6 +74,9 @@ def latex(table: Table) -> str:
     ])  # fmt: skip
 
 
+SPREAD = 8  # largest over smallest value from which an axis is logarithmic
+
+
 def short(value: float) -> str:
     """A perplexity with three digits: 7.48, 31.5, 127, 60.1k, 1.94M; 2e12 beyond."""
     for unit, scale in (("", 1.0), ("k", 1e3), ("M", 1e6)):

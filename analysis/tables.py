@@ -5,19 +5,19 @@ numbers do. Figure 5's matrices, the case studies (figures 1, 7, 8) and the near
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from analysis import attach, command, paper
-from analysis.paper import PaperNumber
-from analysis.render import FORMATS, Table, markdown
-from analysis.results import Measured, Results, stand_ins
-from analysis.runs import AnalysisError, artifact
 from ctp.common.exit_codes import Exit
 from ctp.common.terminal import unread
 from ctp.storage.remote import StoreError
+
+from . import attach, command, paper
+from .paper import PaperNumber
+from .render import FORMATS, Table, markdown
+from .results import Found, Measured, Results, stand_ins
+from .runs import AnalysisError, json_artifact
 
 TABLES = ("table1", "table2", "table3", "table5", "table6", "table7", "table8", "figure5")
 CASES = ("figure1", "figure7", "figure8")
@@ -39,35 +39,33 @@ def build(name: str, results: Results) -> Table:
 # ------------------------------------------------------------------------ numbers
 
 
-def _side_by_side(name: str, found: dict[PaperNumber, Measured | None]) -> Table:
+def _side_by_side(name: str, found: Found) -> Table:
     """In the paper's layout, each of its columns as ours and the paper's."""
-    columns = {e.column: e.metric for e in found}
-    order = [c for c in _columns(name) if c in columns]
-    rows = list(dict.fromkeys(_rows(name)))
+    metrics = {e.column: e.metric for e in found}
+    columns = [(c, what) for c in _columns(name) if c in metrics for what in SHOWN[metrics[c]]]
+    rows = _rows(name)
     labels = max(map(len, rows))
     by_place = {(e.row, e.column): e for e in found}
     body = []
     for row in rows:
-        cells = [*row, *[""] * (labels - len(row))]
-        for column in order:
-            entry = by_place.get((row, column))
-            shown = SHOWN[columns[column]]
-            cells += ["NA"] * len(shown) if entry is None else [_cell(entry, found[entry], what) for what in shown]
-        body.append(cells)
-    head = [""] * labels + [f"{c} {what}" for c in order for what in SHOWN[columns[c]]]
+        entries = [(by_place.get((row, c)), what) for c, what in columns]
+        cells = ["NA" if e is None else _cell(e, found[e], what) for e, what in entries]
+        body.append([*row, *[""] * (labels - len(row)), *cells])
+    head = [""] * labels + [f"{c} {what}" for c, what in columns]
     return Table(name, paper.spec(name)["title"], head, body, labels, False, _notes(found), _data(found))
 
 
-def _stacked(name: str, found: dict[PaperNumber, Measured | None]) -> Table:
-    """Matrices: each row of the paper's as three, ppl, ppl_paper and the paper's."""
+def _stacked(name: str, found: Found) -> Table:
+    """Matrices: each row of the paper's as three, ppl, ppl_paper and the paper's; the first one names the row."""
     columns = _columns(name)
     by_place = {(e.row, e.column): e for e in found}
-    body = [
-        [*(row if i == 0 else [""] * len(row)), what, *(_cell(e, found[e], what) for e in entries)]
-        for row in dict.fromkeys(_rows(name))
-        for entries in [[by_place[row, c] for c in columns]]
-        for i, what in enumerate(SHOWN["ppl"])
-    ]
+    body = []
+    for row in _rows(name):
+        entries = [by_place[row, c] for c in columns]
+        label = list(row)
+        for what in SHOWN["ppl"]:
+            body.append([*label, what, *(_cell(e, found[e], what) for e in entries)])
+            label = [""] * len(row)
     head = ["text", "source", "", *columns]
     return Table(name, paper.spec(name)["title"], head, body, 3, False, _notes(found), _data(found))
 
@@ -78,7 +76,8 @@ def _columns(name: str) -> list[str]:
 
 
 def _rows(name: str) -> list[tuple[str, ...]]:
-    return [tuple(row["label"]) for row in paper.spec(name)["rows"]]
+    """The labels of its rows, each once."""
+    return list(dict.fromkeys(tuple(row["label"]) for row in paper.spec(name)["rows"]))
 
 
 def _cell(entry: PaperNumber, measured: Measured | None, what: str) -> str:
@@ -87,38 +86,39 @@ def _cell(entry: PaperNumber, measured: Measured | None, what: str) -> str:
     if measured is None:
         return "-"
     metric = "ppl_paper" if what == "ppl_paper" else entry.metric
-    value, std = measured.mean(metric), measured.std(metric)
-    if entry.exact:
-        return f"{value:,.0f}"
-    spread = f" ± {std:.2g} ({measured.n})" if measured.n > 1 else ""
-    if metric == "score" and not spread and "score_stderr" in measured.rows:
+    spread = ""
+    if measured.n > 1 and not entry.exact:
+        spread = f" ± {measured.std(metric):.2g} ({measured.n})"
+    elif metric == "score" and "score_stderr" in measured.rows:
         spread = f" ± {measured.mean('score_stderr'):.3f}"
-    return (f"{value:.3f}" if metric == "score" else f"{value:.2f}" if value < 100_000 else f"{value:.3g}") + spread
+    return entry.digits(measured.mean(metric)) + spread
 
 
-def _notes(found: dict[PaperNumber, Measured | None]) -> list[str]:
-    notes = [said] if (said := stand_ins(found)) else []
+def _notes(found: Found) -> list[str]:
+    there = [m for m in found.values() if m is not None]
+    notes = [note] if (note := stand_ins(found)) else []
     if any(e.metric == "ppl" for e in found):
         notes.append(
             "ppl: over scored tokens. ppl_paper: over all positions, the prompt's too, as the paper's numbers."
         )
-    if any(m is not None and m.n > 1 for m in found.values()):
+    if any(m.n > 1 for m in there):
         notes.append("Means ± standard deviations over seeds, their number in brackets.")
-    other = sorted({m.first.task for m in found.values() if m is not None and m.first.metric not in ("", "acc_norm")})
+    other = sorted({m.first.task for m in there if m.first.metric not in ("", "acc_norm")})
     if any(e.metric == "score" for e in found) and other:
         notes.append(f"Accuracy, not normalised, of which the harness has none there: {', '.join(other)}.")
     missing = [e.name.removeprefix(f"{e.table}: ") for e, m in found.items() if m is None]
     return notes + ([f"Not run ({len(missing)} of {len(found)}): {'; '.join(missing)}."] if missing else [])
 
 
-def _data(found: dict[PaperNumber, Measured | None]) -> list[list[object]]:
+def _data(found: Found) -> list[list[object]]:
+    """A line for each entry, every digit kept."""
     rows: list[list[object]] = [DATA_HEAD]
     for e, m in found.items():
-        ours: list[Any] = [""] * 5
+        ours: list[object] = [""] * 5
         if m is not None:
-            is_ppl, is_score = e.metric == "ppl", "score_stderr" in m.rows and e.metric == "score"
-            ours = [m.mean(e.metric), m.mean("ppl_paper") if is_ppl else "", m.std(e.metric), m.n,
-                    m.mean("score_stderr") if is_score else ""]  # fmt: skip
+            paper_ppl = m.mean("ppl_paper") if e.metric == "ppl" else ""
+            stderr = m.mean("score_stderr") if e.metric == "score" and "score_stderr" in m.rows else ""
+            ours = [m.mean(e.metric), paper_ppl, m.std(e.metric), m.n, stderr]
         ids = "" if m is None else " ".join(m.rows.run_id)
         rows.append([e.table, ", ".join(e.row), e.column, e.metric, *ours, e.value, e.stderr, ids])
     return rows
@@ -133,14 +133,12 @@ def case_study(name: str, results: Results) -> Table:
     answers: dict[str, dict[str, str]] = {}
     for entry, measured in found.items():
         if measured is not None:
-            for one in _json(measured, "answers.json"):
+            for one in json_artifact(measured.first.run_id, "answers.json"):
                 answers.setdefault(one["question"], {})[entry.column] = one["answer"].strip()
-    wanted = paper.spec(name)["questions"]
-    own = [q for word in wanted for q in answers if word in q]
-    head = ["Question", *(e.column for e in found)]
-    body = [[q, *(answers[q].get(c, "-") for c in head[1:])] for q in own or answers]
-    title = paper.spec(name)["title"]
-    return Table(name, title, head, body, 0, True, _notes(found))
+    asked = [q for word in paper.spec(name)["questions"] for q in answers if word in q] or list(answers)
+    columns = [e.column for e in found]
+    body = [[q, *(answers[q].get(c, "-") for c in columns)] for q in asked]
+    return Table(name, paper.spec(name)["title"], ["Question", *columns], body, 0, True, _notes(found))
 
 
 def nearest_words(name: str, results: Results) -> Table:
@@ -149,7 +147,7 @@ def nearest_words(name: str, results: Results) -> Table:
     [(_, measured)] = found.items()
     body = []
     if measured is not None:
-        words = [readable(row) for row in _json(measured, "neighbours.json")["nearest"]]
+        words = [readable(row) for row in json_artifact(measured.first.run_id, "neighbours.json")["nearest"]]
         below = paper.spec(name)["below"]
         body = [
             ["nearest words", ", ".join(f'"{w}"' for w in words)],
@@ -164,14 +162,6 @@ def readable(row: dict[str, Any]) -> str:
     """A word as text; as the tokenizer writes it where it is a part of a character, or nothing that can be seen."""
     word = str(row["word"])
     return word if word.strip() and word.isprintable() and "\ufffd" not in word else str(row["token"])
-
-
-def _json(measured: Measured, name: str) -> Any:
-    run = str(measured.first.run_id)
-    try:
-        return json.loads(artifact(run, name))
-    except ValueError as e:
-        raise AnalysisError(f"run {run}: {name} is not JSON: {e}") from e
 
 
 # ------------------------------------------------------------------------ command

@@ -9,16 +9,15 @@ import re
 import sys
 from pathlib import Path
 
-import mlflow
 import pandas as pd
 
-from analysis.runs import AXES, NUMBERS, SOURCE, AnalysisError, check_alike, evaluations, existing
 from ctp.common.exit_codes import Exit
 from ctp.common.messages import plain
-from ctp.common.terminal import program, unread
+from ctp.common.terminal import unread
 from ctp.storage.remote import StoreError
-from ctp.storage.store import Store, default_store
-from ctp.tracking.entries import tracking_uri
+
+from . import command
+from .runs import AXES, NUMBERS, SOURCE, AnalysisError, check_alike, evaluations
 
 NO_PROMPT, REFERENCE = "no prompt", "dense, no prompt"
 
@@ -62,13 +61,11 @@ def matrix(table: pd.DataFrame, number: str) -> pd.DataFrame:
 
 def spread(table: pd.DataFrame, number: str) -> pd.DataFrame:
     """`matrix` as text: the mean and, of several seeds, ± their standard deviation (n - 1) and how many they are."""
-    table = table.assign(row=table.apply(label, axis=1))
     out = matrix(table, number).map(lambda v: "-" if pd.isna(v) else _short(v))
-    for _, group in table.groupby(["row", "target"]):
-        if len(group) > 1:
-            row, target = str(group.row.iloc[0]), str(group.target.iloc[0])
-            mean = _short(float(group[number].mean()))
-            out.at[row, target] = f"{mean} ± {_short(float(group[number].std(ddof=1)))} ({len(group)})"
+    seeds = table.assign(row=table.apply(label, axis=1)).groupby(["row", "target"])[number].agg(["mean", "std", "size"])
+    for row, target in seeds.index[seeds["size"] > 1]:
+        mean, std, n = seeds.loc[(row, target)]
+        out.at[row, target] = f"{_short(mean)} ± {_short(std)} ({n:.0f})"
     return out
 
 
@@ -88,13 +85,10 @@ def _short(value: float) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog=program("analysis.transfer_matrix"), description=__doc__)
-    p.add_argument("grid", metavar="GRID", help="name of the grid, which is its MLflow experiment")
+    p = command.parser("transfer_matrix", __doc__)
     p.add_argument("--dataset", help="this data set only")
     p.add_argument("--where", default="", metavar="FILTER", help="one more MLflow filter: \"params.k = '16'\"")
     p.add_argument("--csv", metavar="FILE", help="default: results/transfer_matrix_GRID.csv")
-    p.add_argument("--store", default=default_store(), help="whose neighbour mlflow.db is read, without "
-                   "MLFLOW_TRACKING_URI (default %(default)s)")  # fmt: skip
     return p
 
 
@@ -103,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print the matrices and write the CSV; returns the exit code (0, or 1 where the runs make no table)."""
     args = parser().parse_args(argv)
     try:
-        mlflow.set_tracking_uri(existing(tracking_uri(Store(args.store).uri)))
+        command.connect(args)
         table = evaluations(args.grid, args.where, dataset=args.dataset or "")
         show(args.grid, table)
     except (AnalysisError, StoreError) as e:

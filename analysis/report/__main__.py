@@ -2,6 +2,6 @@
 
 import sys
 
-from analysis.report.page import main
+from .page import main
 
 sys.exit(main())

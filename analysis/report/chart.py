@@ -1,17 +1,18 @@
-"""Small charts for one column of a page, as geometry: `templates/chart.html` writes them as SVG in the page's colours.
+"""Small charts for one column of a page, as geometry: `templates/parts.html` writes them as SVG.
 
-Lengths are the units of an SVG that is WIDTH wide; a label is as wide as LETTER for each of its characters.
+They follow the page's light and dark colours, say in words what they show, and need no matplotlib; `analysis.plots`
+draws PNG and PDF for papers, which these cannot be. Lengths are in units of an SVG that is WIDTH wide.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from analysis.render import short
+from ..render import SPREAD, short
 
-WIDTH, LETTER, LINE = 360, 6.1, 24
+WIDTH, LETTER, LINE = 360, 6.1, 24  # LETTER: of a label, for each character
+BOTTOM = 178.0  # of a plot with a vertical axis
 SIDE = 4.5  # between the marks of two series on one line
-SPREAD = 8  # largest over smallest value from which an axis is logarithmic
 MARKERS = 4  # shapes; with 8 colours no two series look alike
 POINTS = 200  # of a line at most
 
@@ -117,45 +118,36 @@ def cut(text: str, most: int = 24) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def levels(
-    caption: str, unit: str, rows: Sequence[tuple[str, Sequence[float | None]]], series: Sequence[str],
-    reference: tuple[str, float] | None = None,
-) -> Chart:  # fmt: skip
+def _chart(caption: str, alt: str, left: float, bottom: float) -> Chart:
+    return Chart(caption, alt, bottom + 36, left, 4, WIDTH - 14, bottom)
+
+
+Row = tuple[str, Sequence[float | None]]  # name, a value for each series
+
+
+def levels(caption: str, unit: str, rows: Sequence[Row], series: Sequence[str],
+           reference: tuple[str, float] | None = None) -> Chart:  # fmt: skip
     """A line for each name, on it a mark for each series that has a value; a rule at the reference. Smaller is left."""
-    values = [v for _, own in rows for v in own if v is not None] + ([reference[1]] if reference else [])
+    there = [(name, {s: v for s, v in enumerate(own) if v is not None}) for name, own in rows]
+    alt = [f"{reference[0]} {short(reference[1])}"] if reference else []
+    alt += [f"{name} {', '.join(f'{short(v)} {series[s]}' for s, v in own.items())}" for name, own in there]
     left = 10 + LETTER * max(len(cut(name)) for name, _ in rows)
-    bottom = 8 + LINE * len(rows)
-    chart = Chart(caption, _told(caption, rows, series, reference), bottom + 36, left, 4, WIDTH - 14, bottom)
+    chart = _chart(caption, f"{caption}: {'; '.join(alt)}.", left, 8 + LINE * len(rows))
+    values = [v for _, own in there for v in own.values()] + ([reference[1]] if reference else [])
     scale = Scale.over(values, left + 6, WIDTH - 20)
     chart.xticks, chart.xlabel = scale.ticks(), unit + (", log scale" if scale.log else "")
-    for i, (name, own) in enumerate(rows):
+    for i, (name, own) in enumerate(there):
         y = 8 + LINE * (i + 0.5)
         chart.yticks.append((y, cut(name)))
-        places = [scale(v) for v in own if v is not None]
-        chart.links.append((min(places), y, max(places)))
+        chart.links.append((scale(min(own.values())), y, scale(max(own.values()))))
         apart = [SIDE * (s - (len(series) - 1) / 2) for s in range(len(series))]  # marks that meet are both seen
-        chart.marks += [
-            Mark(scale(v), y + apart[s], s, f"{name}, {series[s]}: {short(v)}")
-            for s, v in enumerate(own)
-            if v is not None
-        ]
-    used = [s for s in range(len(series)) if any(own[s] is not None for _, own in rows)]
-    chart.legend = [(s, series[s]) for s in used]
+        chart.marks += [Mark(scale(v), y + apart[s], s, f"{name}, {series[s]}: {short(v)}") for s, v in own.items()]
+    chart.legend = [(s, label) for s, label in enumerate(series) if any(s in own for _, own in there)]
     if reference:
-        chart.rules.append((scale(reference[1]), chart.top, scale(reference[1]), bottom))
+        place = scale(reference[1])
+        chart.rules.append((place, chart.top, place, chart.bottom))
         chart.legend.append((-1, f"{reference[0]}: {short(reference[1])}"))
     return chart
-
-
-def _told(
-    caption: str, rows: Sequence[tuple[str, Sequence[float | None]]], series: Sequence[str],
-    reference: tuple[str, float] | None,
-) -> str:  # fmt: skip
-    told = [f"{reference[0]} {short(reference[1])}"] if reference else []
-    for name, own in rows:
-        said = [f"{short(v)} {series[s]}" for s, v in enumerate(own) if v is not None]
-        told.append(f"{name} {', '.join(said)}")
-    return f"{caption}: {'; '.join(told)}."
 
 
 Line = tuple[str, Sequence[tuple[float, float]]]  # label, (x, y) by x
@@ -167,14 +159,11 @@ def curves(caption: str, xlabel: str, ylabel: str, lines: Sequence[Line], zero: 
     series: which colour and shape each line has, where that is not its place."""
     thin = [(label, points[:: math.ceil(len(points) / POINTS)]) for label, points in lines]
     xs, ys = [x for _, p in thin for x, _ in p], [y for _, p in thin for _, y in p]
-    bottom = 178.0
-    y = Scale.over(ys, bottom, 8, zero)
+    y = Scale.over(ys, BOTTOM, 8, zero)
     left = 26 + LETTER * max(len(label) for _, label in y.ticks())
     x = Scale(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, left + 8, WIDTH - 16)
-    ends = "; ".join(
-        f"{label} {short(p[0][1])} at {p[0][0]:g} to {short(p[-1][1])} at {p[-1][0]:g}" for label, p in thin
-    )
-    chart = Chart(caption, f"{caption}, {ylabel} over {xlabel}: {ends}.", bottom + 36, left, 4, WIDTH - 14, bottom)
+    ends = [f"{label} {short(p[0][1])} at {p[0][0]:g} to {short(p[-1][1])} at {p[-1][0]:g}" for label, p in thin]
+    chart = _chart(caption, f"{caption}, {ylabel} over {xlabel}: {'; '.join(ends)}.", left, BOTTOM)
     chart.xticks, chart.yticks = x.ticks(6), y.ticks(5)
     chart.xlabel, chart.ylabel = xlabel, ylabel + (" (log)" if y.log else "")
     for i, (label, points) in enumerate(thin):
@@ -191,18 +180,18 @@ def curves(caption: str, xlabel: str, ylabel: str, lines: Sequence[Line], zero: 
 def histogram(caption: str, xlabel: str, ylabel: str, edges: Sequence[float], shares: Sequence[float],
               rule: tuple[str, float]) -> Chart:  # fmt: skip
     """Bars between edges (one more than shares, in percent), cut to where they are; a rule at a value."""
-    there = [i for i, v in enumerate(shares) if v > 0]
-    low, high = min(edges[there[0]], rule[1]) - 0.02, max(edges[there[-1] + 1], rule[1]) + 0.02
-    bottom, left = 178.0, 26 + LETTER * 4
-    x, y = Scale(low, high, left, WIDTH - 14), Scale(0, 1.08 * max(shares), bottom, 8)
-    middle = max(there, key=lambda i: shares[i])
-    alt = (f"{caption}: values from {edges[there[0]]:.2f} to {edges[there[-1] + 1]:.2f}, most of them near "
-           f"{(edges[middle] + edges[middle + 1]) / 2:.2f}; line at {rule[1]:g}, {rule[0]}.")  # fmt: skip
-    chart = Chart(caption, alt, bottom + 36, left, 4, WIDTH - 14, bottom, x.ticks(6), y.ticks(5), xlabel, ylabel)
-    for i in there:
-        a, b, t = x(edges[i]), x(edges[i + 1]), y(shares[i])
-        text = f"{edges[i]:.2f} to {edges[i + 1]:.2f}: {shares[i]:.2g} %"
-        chart.boxes.append(Box(a + 0.4, t, round(b - a - 0.8, 1), round(bottom - t, 1), text))
-    chart.rules.append((x(rule[1]), chart.top, x(rule[1]), bottom))
+    bars = [(low, high, v) for low, high, v in zip(edges, edges[1:], shares, strict=False) if v > 0]
+    first, last, left = bars[0][0], bars[-1][1], 26 + LETTER * 4
+    x = Scale(min(first, rule[1]) - 0.02, max(last, rule[1]) + 0.02, left, WIDTH - 14)
+    y = Scale(0, 1.08 * max(shares), BOTTOM, 8)
+    low, high, _ = max(bars, key=lambda bar: bar[2])
+    alt = (f"{caption}: values from {first:.2f} to {last:.2f}, most of them near {(low + high) / 2:.2f}; line at "
+           f"{rule[1]:g}, {rule[0]}.")  # fmt: skip
+    chart = _chart(caption, alt, left, BOTTOM)
+    chart.xticks, chart.yticks, chart.xlabel, chart.ylabel = x.ticks(6), y.ticks(5), xlabel, ylabel
+    for low, high, share in bars:
+        width, height, text = x(high) - x(low) - 0.8, BOTTOM - y(share), f"{low:.2f} to {high:.2f}: {share:.2g} %"
+        chart.boxes.append(Box(x(low) + 0.4, y(share), round(width, 1), round(height, 1), text))
+    chart.rules.append((x(rule[1]), chart.top, x(rule[1]), BOTTOM))
     chart.legend = [(-1, f"{rule[1]:g}: {rule[0]}")]
     return chart
