@@ -92,7 +92,7 @@ def versions(cells: pd.DataFrame, store: Store) -> list[dict[str, str]]:
     finished = cells[cells.status == FINISHED].drop_duplicates(["commit", "machine", "kind"], keep="last")
     for cell in finished.head(MANIFESTS).itertuples():
         try:
-            path = f"{store.folder(Ref(cell.kind, cell.name, cell.key))}/{MANIFEST}"
+            path = f"{store.folder(Ref(str(cell.kind), str(cell.name), str(cell.key)))}/{MANIFEST}"
             manifest = json.loads(store.folders.read(path) or b"")
             some = {"python": str(manifest["python"])} | {str(n): str(v) for n, v in manifest["versions"].items()}
         except Exception:  # whatever the object store's client raises; the numbers do not depend on it
