@@ -23,14 +23,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from benchmarks.celltimes import Kind, Pace, assumed, kind, matmul_speed, measured
-from benchmarks.simulate import Machines, Run, longest_path, simulate
+from benchmarks.simulate import Machines, Run, simulate
 from ctp.cells import Dense
-from ctp.cells.cell import Compress, Evaluate, Learn, key
+from ctp.cells.cell import Evaluate, key
 from ctp.cells.labels import slug
 from ctp.common.terminal import duration
 from ctp.planning import cost, gridfile
 from ctp.planning.cost import BYTES
-from ctp.planning.graph import Node, Plan
+from ctp.planning.graph import Node, Plan, longest_path
 from ctp.planning.gridtext import GridError
 from ctp.planning.pins import Pins
 from ctp.planning.plan import make
@@ -99,8 +99,7 @@ class Forecast:
 
     def _loads(self, node: Node) -> Loads:
         cell = node.cell
-        base = cell.source if isinstance(cell, Learn) else cell.target if isinstance(cell, Evaluate) else cell
-        assert isinstance(base, Compress)
+        base = cell.base
         won = self.costs[key(cell.recovery)].stored if isinstance(cell, Evaluate) and cell.recovery else 0.0
         if base is not cell and not isinstance(base.compression, Dense):
             return Loads(self.costs[key(base)].stored, key(base), won, downloaded=False)

@@ -26,7 +26,7 @@ from ray.cluster_utils import Cluster
 from benchmarks.sleeping import WORKER, seconds, transfer_grid
 from ctp.cells.events import Done, Event
 from ctp.cells.runtime import Runtime
-from ctp.planning.graph import Plan
+from ctp.planning.graph import Plan, longest_path
 from ctp.planning.resources import Resources
 from ctp.scheduling import tune
 from ctp.scheduling.options import Options
@@ -51,14 +51,6 @@ class Ran:
     processes: int
 
 
-def longest_path(plan: Plan) -> float:
-    """Seconds of the cells that must follow one another."""
-    ends: dict[str, float] = {}
-    for k, node in plan.nodes.items():
-        ends[k] = seconds(node.cell) + max((ends[i] for i in node.inputs), default=0.0)
-    return max(ends.values())
-
-
 def run(nodes: int, slots: int, compressions: int, lengths: tuple[float, float, float]) -> Ran:
     """The grid on a fresh cluster and store. Raises RuntimeError where a cell fails."""
     with tempfile.TemporaryDirectory(prefix="ctp-scaling-") as folder:
@@ -76,11 +68,11 @@ def run(nodes: int, slots: int, compressions: int, lengths: tuple[float, float, 
         finally:
             ray.shutdown()
             cluster.shutdown()
-        work = sum(seconds(n.cell) for n in plan.nodes.values())
-        ideal = work / (nodes * slots)
+        lengths_of = {k: seconds(n.cell) for k, n in plan.nodes.items()}
+        ideal = sum(lengths_of.values()) / (nodes * slots)
         processes = {place.manifest(c)["process"] for c in plan.cells()}
         return Ran(nodes * slots, len(plan.nodes) - nodes * slots, up - begun, warm - up, end - warm, ideal,
-                   max(ideal, longest_path(plan)), len(processes))  # fmt: skip
+                   max(ideal, longest_path(plan, lengths_of)[0]), len(processes))  # fmt: skip
 
 
 def _timed(plan: Plan, store: Store, address: str) -> tuple[float, float]:

@@ -190,18 +190,3 @@ def _choose(free: list[float], share: float) -> tuple[int, ...] | None:
         return ()
     room = [(f, i) for i, f in enumerate(free) if f >= share]
     return (min(room)[1],) if room else None
-
-
-def longest_path(plan: Plan, seconds: Mapping[str, float]) -> tuple[float, list[str]]:
-    """Seconds and cells of the longest path through the graph: no number of GPUs is faster."""
-    ends: dict[str, float] = {}
-    before: dict[str, str | None] = {}
-    for k, node in plan.nodes.items():
-        last = max(node.inputs, key=ends.__getitem__, default=None)
-        before[k], ends[k] = last, seconds[k] + (ends[last] if last is not None else 0.0)
-    at: str | None = max(ends, key=ends.__getitem__)
-    total, path = ends[str(at)], []
-    while at is not None:
-        path.append(at)
-        at = before[at]
-    return total, path[::-1]

@@ -60,8 +60,9 @@ class SleepingMeasure(Measure):
 
 def seconds(cell: Cell) -> float:
     """How long a cell sleeps."""
-    method = getattr(cell, {"compress": "compression", "learn": "recovery", "evaluate": "measure"}[cell.kind])
-    return float(method.seconds)
+    method = cell.method
+    assert isinstance(method, SleepingCompression | SleepingRecovery | SleepingMeasure)
+    return method.seconds
 
 
 def execute(cell: Cell, store: Store, runtime: Runtime, report: Callable[[dict[str, Any]], None]) -> None:
@@ -106,7 +107,8 @@ def transfer_grid(compressions: int, lengths: tuple[float, float, float], gates:
     measured = [Evaluate(target=c, recovery=r, measure=SleepingMeasure(seconds=measure)) for c in small for r in told]
     opened = tuple(key(c) for c in first)
     nodes = {}
-    for cell in (*first, *small, *learned, *measured):
+    cells: list[Cell] = [*first, *small, *learned, *measured]
+    for cell in cells:
         inputs = tuple(key(i) for i in cell.inputs) + (opened if isinstance(cell, Learn) else ())
         nodes[key(cell)] = Node(cell, key(cell), inputs, ("sleeping",), FACTS)
     return Plan("sleeping", Grid("sleeping", Path("sleeping.yaml"), "", (), {}), nodes)

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctp.cells import AnyCompression, AnyRecovery, SoftPrompt, Solver
+from ctp.cells import Compression, Recovery, SoftPrompt, Solver
 from ctp.cells.inputs import Windows
 from ctp.cells.runtime import Runtime
 from ctp.compression.walk import compress_model
@@ -64,7 +64,7 @@ def compress(
     layers are inside, it is quantized already).
     """
     _check_plain(model, tokenizer)
-    solver = _parsed(AnyCompression, spec, "spec")
+    solver = _parsed(Compression, spec, "spec")
     if not isinstance(solver, Solver):
         raise ValueError(f"spec = {solver.label}: calibrated methods only: gptq, sparsegpt")
     if why := not_plain(model) or config_facts(model.config).refused.get("compress"):
@@ -134,7 +134,7 @@ def _prompt_spec(model: Any, texts: Texts, k: int, seq_len: int | None, settings
     asked: dict[str, Any] = {"validate_every": max(1, steps // 10)} if isinstance(steps, int) else {}
     text = {"dataset": "given", "split": "train", "seq_len": length}
     asked |= {"method": "soft_prompt", "k": k, "text": text, **settings}
-    spec: SoftPrompt = _parsed(AnyRecovery, asked, "settings")
+    spec: SoftPrompt = _parsed(Recovery, asked, "settings")
     return spec
 
 
@@ -237,6 +237,6 @@ def _windows(model: Any, tokenizer: Any, texts: Texts, seq_len: int | None, coun
 def _parsed(kind: Any, value: Any, place: str) -> Any:
     """`value` as a spec. Raises ValueError with one line per mistake."""
     try:
-        return TypeAdapter(kind).validate_python(value)
+        return kind.model_validate(value)
     except ValidationError as e:
         raise ValueError("; ".join(explain(place, value, x, kind) for x in e.errors(include_url=False))) from e

@@ -1,11 +1,20 @@
-"""The methods of compression, recovery and measure, and their settings: one frozen class each."""
+"""What a cell is: the methods of compression, recovery and measure with their settings, one frozen class each.
 
-from ctp.cells.compression import GPTQ, AnyCompression, Checkpoint, Compression, Dense, Solver, SparseGPT
-from ctp.cells.measure import AnyMeasure, Generation, Latency, Measure, Neighbours, Perplexity, Task
+method        the base of all methods: picked by name, found in a registry
+compression   how a model is made smaller
+recovery      how lost quality is won back
+measure       what is measured
+inputs        models and texts, pinned to one exact version
+cell          the three kinds of cell, and their keys
+labels        names of cells for people, and the axes to filter by
+runtime       how and where work is done, which is in no key
+"""
+
+from ctp.cells.compression import GPTQ, Checkpoint, Compression, Dense, Solver, SparseGPT
+from ctp.cells.measure import Generation, Latency, Measure, Neighbours, Perplexity, Task
 from ctp.cells.method import Method
 from ctp.cells.recovery import (
     Adapter,
-    AnyRecovery,
     Bos,
     HardPrompt,
     Learned,
@@ -18,30 +27,7 @@ from ctp.cells.recovery import (
 )
 
 __all__ = [
-    "GPTQ",
-    "Adapter",
-    "AnyCompression",
-    "AnyMeasure",
-    "AnyRecovery",
-    "Bos",
-    "Checkpoint",
-    "Compression",
-    "Dense",
-    "Generation",
-    "HardPrompt",
-    "Latency",
-    "Learned",
-    "LoRA",
-    "Measure",
-    "Method",
-    "Neighbours",
-    "NoRecovery",
-    "Perplexity",
-    "RandomPrompt",
-    "Recovery",
-    "SoftPrompt",
-    "Solver",
-    "SparseGPT",
-    "Task",
-    "Untrained",
+    "GPTQ", "Adapter", "Bos", "Checkpoint", "Compression", "Dense",
+    "Generation", "HardPrompt", "Latency", "Learned", "LoRA", "Measure", "Method", "Neighbours", "NoRecovery",
+    "Perplexity", "RandomPrompt", "Recovery", "SoftPrompt", "Solver", "SparseGPT", "Task", "Untrained",
 ]  # fmt: skip

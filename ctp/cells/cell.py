@@ -14,49 +14,52 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeAlias
 
-from pydantic import model_validator
+from pydantic import SerializeAsAny, model_validator
 
-from ctp.cells import AnyCompression, AnyMeasure, AnyRecovery
+from ctp.cells import Compression, Measure, Method, Recovery
 from ctp.cells.inputs import Model, Pinned, Spec, Windows
 from ctp.machine.arithmetic import AUTOCAST
 
-INPUTS = {"compress": (), "learn": ("source",), "evaluate": ("target", "recovery")}  # a kind's fields that are cells
 
+class _Cell(Spec):
+    """One unit of work with one artifact. INPUTS: the fields that are cells.
 
-def own_key(manifest: Mapping[str, Any]) -> str:
-    """The key that the manifest's own kind, version, spec and inputs make; see `ctp.cells.cell.key`.
-
-    From plain JSON, so that it holds for artifacts of other versions and of plugins. Raises KeyError or TypeError on
-    what is incomplete.
+    VERSION is raised by hand when the numbers of a kind change.
     """
-    fields, inputs = dict(manifest["spec"]), list(manifest["inputs"])
-    for name in INPUTS[manifest["kind"]]:
-        if fields[name] is not None:
-            fields[name] = {"key": inputs.pop(0)}
-    text = canonical({"fields": fields, "kind": manifest["kind"], "version": manifest["version"]})
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-class Cell(Spec):
-    """One unit of work with one artifact. VERSION is raised by hand when the numbers of a kind change."""
 
     VERSION: ClassVar[int]
+    INPUTS: ClassVar[tuple[str, ...]] = ()
     kind: ClassVar[str]
 
     @property
     def inputs(self) -> tuple["Cell", ...]:
         """The cells whose artifacts this one reads."""
-        return tuple(v for n in type(self).model_fields if isinstance(v := getattr(self, n), Cell))
+        return tuple(cell for name in self.INPUTS if (cell := getattr(self, name)) is not None)
+
+    @property
+    def base(self) -> "Compress":
+        """The compressed model that the cell makes or works on."""
+        return self if isinstance(self, Compress) else self.inputs[0].base
+
+    @property
+    def method(self) -> Method:
+        """Its compression, recovery or measure."""
+        return next(value for _, value in self if isinstance(value, Method))
+
+    @property
+    def dtype(self) -> str:
+        """The number type in which the cell asks to be computed."""
+        return self.base.model.dtype
 
 
-class Compress(Cell):
+class Compress(_Cell):
     VERSION: ClassVar[int] = 3  # 3: sums in another order (kernels, batches, refit): a tie rounds to another code
     kind: ClassVar[str] = "compress"
 
     model: Model
-    compression: AnyCompression
+    compression: SerializeAsAny[Compression]
     calibration: Windows | None = None
 
     @model_validator(mode="after")
@@ -66,39 +69,49 @@ class Compress(Cell):
         return self
 
 
-class Learn(Cell):
+class Learn(_Cell):
     VERSION: ClassVar[int] = 3  # not raised for how half precision rounds: that is the device's, as on a GPU
+    INPUTS: ClassVar[tuple[str, ...]] = ("source",)
     kind: ClassVar[str] = "learn"
 
     source: Compress
-    recovery: AnyRecovery
+    recovery: SerializeAsAny[Recovery]
+
+    @property
+    def model(self) -> Model:
+        return self.source.model
+
+    @property
+    def dtype(self) -> str:
+        return AUTOCAST.get(getattr(self.recovery, "precision", ""), self.model.dtype)
 
 
-class Evaluate(Cell):
+class Evaluate(_Cell):
     VERSION: ClassVar[int] = 2
+    INPUTS: ClassVar[tuple[str, ...]] = ("target", "recovery")
     kind: ClassVar[str] = "evaluate"
 
     target: Compress
     recovery: Learn | None = None
-    measure: AnyMeasure
+    measure: SerializeAsAny[Measure]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.recovery is not None and self.recovery.source.model != self.target.model:
-            raise ValueError(
-                f"a prompt learned on {self.recovery.source.model.name} cannot stand before {self.target.model.name}"
-            )
+        if self.recovery is not None and self.recovery.model != self.model:
+            raise ValueError(f"a prompt learned on {self.recovery.model.name} cannot stand before {self.model.name}")
         return self
 
+    @property
+    def model(self) -> Model:
+        return self.target.model
 
-def requested(cell: Cell) -> str:
-    """The number type in which a cell asks to be computed: its model's, or that of its precision."""
-    if isinstance(cell, Learn):
-        return AUTOCAST.get(getattr(cell.recovery, "precision", ""), cell.source.model.dtype)
-    assert isinstance(cell, Compress | Evaluate)
-    return (cell.model if isinstance(cell, Compress) else cell.target.model).dtype
+    @property
+    def prompt_rows(self) -> int:
+        """How many positions the recovery takes in front of every input."""
+        return self.recovery.recovery.prompt_rows if self.recovery else 0
 
 
+Cell: TypeAlias = Compress | Learn | Evaluate
 KINDS: dict[str, type[Cell]] = {c.kind: c for c in (Compress, Learn, Evaluate)}
 
 
@@ -112,55 +125,69 @@ def from_json(data: Mapping[str, Any]) -> Cell:
     return KINDS[data["kind"]].model_validate(data["spec"])
 
 
-def canonical(value: Any) -> str:
+def canonical(value: object) -> str:
     """JSON with one spelling per value. Raises TypeError on anything without a stable form."""
-
-    def check(v: Any, where: str) -> None:
-        if isinstance(v, Mapping):
-            for n, x in v.items():
-                if not isinstance(n, str):
-                    raise TypeError(f"{where}: key {n!r} is not a string")
-                check(x, f"{where}.{n}")
-        elif isinstance(v, list | tuple):
-            for i, x in enumerate(v):
-                check(x, f"{where}[{i}]")
-        elif isinstance(v, float) and not math.isfinite(v):
-            raise TypeError(f"{where} = {v} has no stable form")
-        elif not isinstance(v, str | bool | int | float | None):
-            raise TypeError(f"{where}: {type(v).__name__} has no stable form")
-
-    check(value, "value")
+    _check_stable(value, "value")
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
+def _check_stable(value: object, place: str) -> None:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if not isinstance(name, str):
+                raise TypeError(f"{place}: key {name!r} is not a string")
+            _check_stable(inner, f"{place}.{name}")
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            _check_stable(inner, f"{place}[{i}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise TypeError(f"{place} = {value} has no stable form")
+    elif not isinstance(value, str | bool | int | float | None):
+        raise TypeError(f"{place}: {type(value).__name__} has no stable form")
+
+
 def key(cell: Cell) -> str:
-    """sha256 (hex) of kind, VERSION, own fields and the keys of the inputs; computed once for an object.
+    """sha256 (hex) of kind, VERSION, fields and the keys of the inputs; computed once for an object.
 
     Raises ValueError where a model, text or adapter is not pinned to a revision: such a key would not name one result.
     """
-    return cell.remembered("_key", lambda: _key(cell))
+
+    def make() -> str:
+        return _key(cell.kind, cell.VERSION, {name: _dump(getattr(cell, name)) for name in type(cell).model_fields})
+
+    return cell.remembered("_key", make)
 
 
-def _key(cell: Cell) -> str:
-    """The hash of canonical({"fields": …, "kind": …, "version": …}), put together from the fields' own texts."""
-    fields = ",".join(f'"{name}":{_text(getattr(cell, name))}' for name in sorted(type(cell).model_fields))
-    text = f'{{"fields":{{{fields}}},"kind":{canonical(cell.kind)},"version":{canonical(cell.VERSION)}}}'
+def own_key(manifest: Mapping[str, Any]) -> str:
+    """The key that a manifest's kind, version, spec and inputs make, whatever version or plugin wrote it.
+
+    Raises KeyError or TypeError where the manifest is incomplete.
+    """
+    fields, inputs = dict(manifest["spec"]), list(manifest["inputs"])
+    for name in KINDS[manifest["kind"]].INPUTS:
+        if fields[name] is not None:
+            fields[name] = {"key": inputs.pop(0)}
+    return _key(manifest["kind"], manifest["version"], fields)
+
+
+def _key(kind: str, version: int, fields: Mapping[str, object]) -> str:
+    text = canonical({"fields": fields, "kind": kind, "version": version})
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _text(value: Any) -> str:
-    """A field of a cell in canonical JSON; an input by its key. Cells share models, texts and methods."""
+def _dump(value: object) -> object:
+    """A field of a cell as plain data; an input by its key. Cells share models, texts and methods."""
     if isinstance(value, Cell):
-        return f'{{"key":"{key(value)}"}}'
-    return value.remembered("_text", lambda: _canonical(value)) if isinstance(value, Spec) else canonical(value)
+        return {"key": key(value)}
+    return value.remembered("_dump", lambda: _dump_pinned(value)) if isinstance(value, Spec) else value
 
 
-def _canonical(spec: Spec) -> str:
+def _dump_pinned(spec: Spec) -> dict[str, Any]:
     _check_pinned(spec)
-    return canonical(spec.model_dump(mode="python"))
+    return spec.model_dump(mode="python")
 
 
-def _check_pinned(value: Any) -> None:
+def _check_pinned(value: object) -> None:
     """Raise ValueError where something inside `value` has no revision."""
     if isinstance(value, Pinned):
         _ = value.pinned_name

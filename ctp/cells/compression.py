@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import Field, model_validator
 
 from ctp.cells.inputs import MOST, Bool, Pinned, PositiveInt
 from ctp.cells.method import Method, tag
@@ -24,35 +24,30 @@ class Dense(Compression):
 class Checkpoint(Pinned, Compression):
     """The model as somebody else compressed it: a format that `ctp.formats` reads, or a pruned folder.
 
-    `path` is a folder, a hub id or a GGUF file, and becomes its short name. `parameters` (of the model, uncompressed)
-    and `width` (of its embedding) are read from its configuration when a grid is planned, and must be those of the
-    grid's model.
+    `path` is a folder, a hub id or a GGUF file, and becomes its short name. `parameters` (before compression) and
+    `width` (of the embedding) are read from its configuration when a grid is planned, and must be the model's.
     """
 
     NAMED_BY: ClassVar[str] = "path"
     PINNED_BY: ClassVar[str] = "pin_path"
+    LABEL: ClassVar[str] = "checkpoint-{0.path}"
 
     method: Literal["checkpoint"] = "checkpoint"
     path: Annotated[str, Field(min_length=1)]
     parameters: Annotated[int, Field(strict=True, ge=0)] = 0
     width: Annotated[int, Field(strict=True, ge=0)] = 0
 
-    @property
-    def label(self) -> str:
-        return f"checkpoint-{self.path}"
-
 
 class Solver(Compression):
     """What SparseGPT, GPTQ and both at once share: one pass of second-order error compensation per linear.
 
-    damping: added to the Hessian's diagonal, as a fraction of its mean. block_size: columns updated lazily together.
-    act_order: columns in the order of falling Hessian diagonal. true_sequential: linears of a block one group after
-    the other (q/k/v, output, up/gate, down), each seeing the inputs that the compressed ones before it produce.
-    group_size: inputs that share one scale, None for one scale per output channel. static_groups: with act_order, each
-    group's scale is fixed from the original weights in their original order. scale: "minmax" spans the weights
-    exactly; "mse" searches the shrunken range with the least rounding error. refit: when all codes are settled, each
-    scale is fitted anew by least squares on the layer's output error, codes and zero points kept; without it the
-    algorithms are the papers' to the letter. block_size is rounded up to whole groups and patterns.
+    damping: added to the Hessian's diagonal, as a fraction of its mean. block_size: columns updated lazily together,
+    rounded up to whole groups and patterns. act_order: columns by falling Hessian diagonal. true_sequential: linears of
+    a block one group after the other (q/k/v, output, up/gate, down), each on the inputs from the compressed ones before
+    it. group_size: inputs that share one scale, None for one per output channel. static_groups: with act_order, scales
+    are fixed from the original weights in their order. scale: "minmax" spans the weights; "mse" takes the shrunken
+    range with the least rounding error. refit: scales are fitted anew at the end, by least squares on the layer's
+    output error; without it the algorithms are the papers' to the letter.
     """
 
     calibrated: ClassVar[bool] = True
@@ -68,12 +63,10 @@ class Solver(Compression):
     refit: Bool = True
 
     def _suffix(self, known: set[str]) -> str:
-        short = {"act_order": "act", "true_sequential": "seq", "static_groups": "static"}
+        """The settings that are not at their default and not `known` to the label, each behind a dash."""
+        tags = {"act_order": "act", "true_sequential": "seq", "static_groups": "static", "group_size": "g", "scale": ""}
         rest = {n: v for n, v in self.changed().items() if n not in known}
-        whole = {"group_size": "g{}", "scale": "{}", "refit": "plain"}
-        return "".join(
-            f"-{whole[n].format(v)}" if n in whole else f"-{tag(short.get(n, n), v)}" for n, v in rest.items()
-        )
+        return "".join("-plain" if n == "refit" else f"-{tag(tags.get(n, n), v)}" for n, v in rest.items())
 
 
 class GPTQ(Solver):
@@ -125,6 +118,3 @@ class SparseGPT(Solver):
         kept = self.pattern or f"{100 * (self.sparsity or 0):g}"
         bits = f"-{self.bits}bit" if self.bits else ""
         return f"sparsegpt-{kept}{bits}" + self._suffix({"method", "sparsity", "pattern", "bits"})
-
-
-AnyCompression = Annotated[SerializeAsAny[Compression], BeforeValidator(Compression.parse)]

@@ -1,21 +1,10 @@
-"""What grids are made of and lies outside them: models and texts, each pinned to one exact version.
-
-Values are strict: a string is no number, an unknown field is an error.
-"""
+"""Models and texts, each pinned to one exact version."""
 
 import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationInfo,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_serializer, model_validator
 
 MOST = 10**9  # of whatever is counted: no run comes near
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
@@ -27,7 +16,7 @@ Bool = Annotated[bool, Field(strict=True)]
 
 
 class Spec(BaseModel):
-    """Frozen data that refuses unknown fields. `extra="forbid"` turns a typo into an error, not a default."""
+    """Frozen data that refuses unknown fields, so that a typo is an error and not a default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -38,10 +27,9 @@ class Spec(BaseModel):
 
     def remembered(self, what: str, make: Callable[[], T]) -> T:
         """What `make` gave the first time: this object's values never change."""
-        memo = self.__dict__  # beside the fields, as functools.cached_property does: neither compared nor dumped
-        if what not in memo:
-            memo[what] = make()
-        found: T = memo[what]
+        if what not in self.__dict__:  # beside the fields, as functools.cached_property does: not compared or dumped
+            self.__dict__[what] = make()
+        found: T = self.__dict__[what]
         return found
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
@@ -53,10 +41,10 @@ class Spec(BaseModel):
 
 
 class Pinned(Spec):
-    """Settings that name what lies outside the grid, at one exact version.
+    """Settings that name something outside the grid, at one exact version.
 
     NAMED_BY: the field with its name, a path or hub id at first. PINNED_BY: the method of `Pins` that fills
-    in `revision` and the short name while a grid is validated, from the given fields to the pinned ones.
+    in `revision` and the short name while a grid is validated, from the name and the given fields to the pinned ones.
     """
 
     NAMED_BY: ClassVar[str]
@@ -73,19 +61,21 @@ class Pinned(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def _pin(cls, data: Any, info: ValidationInfo) -> Any:
+    def _pin(cls, data: object, info: ValidationInfo) -> object:
         if isinstance(data, str):
             data = {cls.NAMED_BY: data}
-        if info.context is not None and isinstance(data, Mapping) and isinstance(data.get(cls.NAMED_BY), str):
-            return getattr(info.context, cls.PINNED_BY)(dict(data))
+        if info.context is not None and isinstance(data, Mapping):
+            name = data.get(cls.NAMED_BY)
+            if isinstance(name, str):
+                return getattr(info.context, cls.PINNED_BY)(name, dict(data))
         return data
 
 
 class Model(Pinned):
     """A causal language model at one exact version.
 
-    `revision` is the hub's commit, or `sha256:…` of the files of a folder or package: it is filled in when a grid is
-    planned, so that a key never stands for "whatever is there today". `dtype` "auto" becomes the checkpoint's own.
+    `revision` is the hub's commit, or `sha256:…` of the files of a folder or package, filled in when a grid is planned.
+    `dtype` "auto" becomes the checkpoint's.
     """
 
     NAMED_BY: ClassVar[str] = "name"
@@ -98,13 +88,11 @@ class Windows(Pinned):
     """Token windows of one text, specified to the token.
 
     The documents of a split are joined by `join` (None: the data set's custom), tokenised in one go and cut into
-    windows of `seq_len` tokens without overlap; the tail is dropped. `sampling="crops"` takes a random window out of a
-    random document longer than the window instead (the calibration protocol of GPTQ and SparseGPT), drawn by `seed`.
-
-    count: number of windows, None for all. skip, documents: leave out the first documents, use only so many after them.
-    bos: "first": the text (of crops: each document) is tokenised with the tokenizer's default special tokens, so that
-    the first window begins with BOS if the tokenizer puts it there, and no other does. "each": every window is BOS and
-    seq_len - 1 tokens of the text. "none": the tokens of the text alone.
+    windows of `seq_len` tokens without overlap; the tail is dropped. `sampling="crops"` instead draws, by `seed`,
+    random windows of random longer documents (the calibration protocol of GPTQ and SparseGPT). count: of windows, None
+    for all. skip, documents: leave out the first documents, use only so many after them. bos: "first" tokenises the
+    text (of crops: each document) with the tokenizer's default special tokens; with "each" every window is BOS and
+    seq_len - 1 tokens of the text; with "none" it is tokens of the text alone.
     """
 
     NAMED_BY: ClassVar[str] = "dataset"
@@ -121,8 +109,8 @@ class Windows(Pinned):
     bos: Literal["first", "each", "none"] = "first"
 
     @model_serializer(mode="wrap")
-    def _dumped(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = dump(self)
+    def _dumped(self, dump: Callable[[Self], dict[str, Any]]) -> dict[str, Any]:
+        data = dump(self)
         if data.get("bos") == "first":  # keys are older than this field
             del data["bos"]
         return data

@@ -1,12 +1,10 @@
 """How a cell is named to people: a slug for folders and lines, axes to filter and pivot by."""
 
-import hashlib
-from typing import Any
-
 from ctp.cells import Adapter, Learned
 from ctp.cells.cell import Cell, Compress, Evaluate, Learn, canonical
+from ctp.cells.method import short_hash
 
-DATA_FIELDS = {"text", "name", "revision", "questions"}  # of a measure: what is read; the rest says how it is asked
+DATA_FIELDS = {"text", "name", "revision", "questions"}  # of a measure: what is read; the rest says how
 
 
 def origin(cell: Learn) -> str:
@@ -21,59 +19,65 @@ def slug(cell: Cell) -> str:
     if isinstance(cell, Compress):
         parts = [cell.model.name, cell.compression.label]
     elif isinstance(cell, Learn):
-        parts = [cell.source.model.name, origin(cell), cell.recovery.label]
-    elif isinstance(cell, Evaluate):
-        source = cell.recovery
-        won = f"{origin(source)}_{source.recovery.label}" if source else "none"
-        parts = [slug(cell.target), won, cell.measure.label]
+        parts = [cell.model.name, origin(cell), cell.recovery.label]
     else:
-        raise TypeError(f"no slug for {type(cell).__name__}")
+        learned = cell.recovery
+        recovery = f"{origin(learned)}_{learned.recovery.label}" if learned else "none"
+        parts = [slug(cell.target), recovery, cell.measure.label]
     return "_".join(p.replace("/", "--").replace(":", "of") for p in parts)
 
 
-def axes(cell: Cell) -> dict[str, str | int | float | bool]:
+def axes(cell: Cell) -> dict[str, object]:
     """Every axis a person may filter or pivot by, flat. Evaluate has `source`/`target`; `none` marks no recovery."""
-    out: dict[str, Any] = {"kind": cell.kind}
-    base = cell if isinstance(cell, Compress) else cell.source if isinstance(cell, Learn) else None
+    out: dict[str, object] = {"kind": cell.kind}
     if isinstance(cell, Evaluate):
-        base = cell.target
-        measure = cell.measure.model_dump(mode="json")
-        out |= {"measure": measure.pop("method"), "target": base.compression.label}
-        text = measure.get("text")
-        said = text if isinstance(text, dict) else measure
-        out |= {n: v for n, v in said.items() if n in ("dataset", "split", "seq_len", "bos")}
-        if out["measure"] == "task":
-            out |= {"task": measure["name"], "shots": measure["shots"]}
-        out |= {"source": "none", "recovery": "none", "k": 0}
+        out |= _measure_axes(cell) | {"source": "none", "recovery": "none", "k": 0}
     learned = cell if isinstance(cell, Learn) else cell.recovery if isinstance(cell, Evaluate) else None
     if learned is not None:
-        recovery = learned.recovery
-        out |= {"source": origin(learned), "recovery": recovery.method, "k": getattr(recovery, "k", 0)}
-        out |= {"seed": getattr(recovery, "seed", None), "rank": getattr(recovery, "r", None)}
-        if isinstance(recovery, Learned):
-            out["learned_on"] = recovery.text.dataset
-        if isinstance(recovery, Adapter):
-            out["adapter"] = recovery.path
-        out["recovery_label"] = recovery.label
-    assert isinstance(base, Compress)
+        out |= _recovery_axes(learned)
+    base = cell.base
     out |= {"model": base.model.name, "dtype": base.model.dtype, "compression": base.compression.label}
-    own = base.compression.model_dump(mode="json")
-    out |= {n: v for n, v in own.items() if n in ("method", "bits", "sparsity", "pattern", "group_size")}
+    settings = base.compression.model_dump(mode="json")
+    out |= {n: v for n, v in settings.items() if n in ("method", "bits", "sparsity", "pattern", "group_size")}
     if base.calibration is not None:
         out |= {"calibration": base.calibration.dataset, "calibration_seed": base.calibration.seed}
     return {n: v for n, v in out.items() if v is not None}
 
 
-def params(cell: Cell) -> dict[str, Any]:
+def _measure_axes(cell: Evaluate) -> dict[str, object]:
+    settings = cell.measure.model_dump(mode="json")
+    read = settings["text"] if isinstance(settings.get("text"), dict) else settings
+    out: dict[str, object] = {"measure": cell.measure.method, "target": cell.target.compression.label}
+    out |= {n: v for n, v in read.items() if n in ("dataset", "split", "seq_len", "bos")}
+    if cell.measure.method == "task":
+        out |= {"task": settings["name"], "shots": settings["shots"]}
+    return out
+
+
+def _recovery_axes(cell: Learn) -> dict[str, object]:
+    recovery = cell.recovery
+    return {
+        "source": origin(cell),
+        "recovery": recovery.method,
+        "k": recovery.prompt_rows,
+        "seed": getattr(recovery, "seed", None),
+        "rank": getattr(recovery, "r", None),
+        "learned_on": recovery.text.dataset if isinstance(recovery, Learned) else None,
+        "adapter": recovery.path if isinstance(recovery, Adapter) else None,
+        "recovery_label": recovery.label,
+    }
+
+
+def params(cell: Cell) -> dict[str, object]:
     """The axes, by which people filter and pivot, and every setting of the cell and its inputs by its path."""
-    return dict(axes(cell)) | flat(cell.model_dump(mode="json"), "spec")
+    return axes(cell) | flat(cell.model_dump(mode="json"), "spec")
 
 
-def flat(value: Any, path: str) -> dict[str, Any]:
+def flat(value: object, path: str) -> dict[str, object]:
     """Every value of nested dicts by its path; what is None is left out."""
-    if not isinstance(value, dict):
-        return {} if value is None else {path: value}
-    return {n: v for name, inner in value.items() for n, v in flat(inner, f"{path}.{name}").items()}
+    if isinstance(value, dict):
+        return {n: v for name, inner in value.items() for n, v in flat(inner, f"{path}.{name}").items()}
+    return {} if value is None else {path: value}
 
 
 def fingerprints(cell: Evaluate) -> dict[str, str]:
@@ -82,17 +86,9 @@ def fingerprints(cell: Evaluate) -> dict[str, str]:
     data: the documents (a text's windows but for their length, a task's revision, the questions). protocol: all other
     settings of the measure, and the version of evaluations.
     """
-    return dict(cell.measure.remembered(f"_fingerprints{cell.VERSION}", lambda: _fingerprints(cell)))
-
-
-def _fingerprints(cell: Evaluate) -> dict[str, str]:
     settings = cell.measure.model_dump(mode="json")
-    data: dict[str, Any] = {n: settings.pop(n) for n in sorted(DATA_FIELDS & settings.keys())}
+    data = {n: settings.pop(n) for n in sorted(DATA_FIELDS & settings.keys())}
     if isinstance(data.get("text"), dict):
         settings["seq_len"] = data["text"].pop("seq_len")
     protocol = {"version": cell.VERSION, **settings}
-    return {"data": _short_hash(data), "protocol": _short_hash(protocol)}
-
-
-def _short_hash(value: Any) -> str:
-    return hashlib.sha256(canonical(value).encode()).hexdigest()[:12]
+    return {"data": short_hash(canonical(data), 12), "protocol": short_hash(canonical(protocol), 12)}

@@ -1,27 +1,18 @@
-"""Measures: what is asked of a target, with or without something that was learned."""
+"""Measures: what is measured on a target, with or without a recovery."""
 
-import hashlib
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import Field, model_validator
 
 from ctp.cells.inputs import Count, Pinned, PositiveInt, Windows
-from ctp.cells.method import Method
+from ctp.cells.method import Method, short_hash
 
 # The questions of the paper's case studies (figures 1, 7 and 8).
 PAPER_QUESTIONS = "\n".join(
     f"Please give the answers to this question: {question}"
-    for question in (
-        "Where is Long Beach?",
-        "Where is Tulsa, Oklahoma?",
-        "What is Asparagus?",
-        "Where is Boston?",
-        "Where is Memphis?",
-        "Where is Colorado Springs?",
-        "Where is Houston?",
-        "Where is Omaha?",
-    )
-)
+    for question in ("Where is Long Beach?", "Where is Tulsa, Oklahoma?", "What is Asparagus?", "Where is Boston?",
+                     "Where is Memphis?", "Where is Colorado Springs?", "Where is Houston?", "Where is Omaha?")
+)  # fmt: skip
 
 
 class Measure(Method):
@@ -46,12 +37,10 @@ class Measure(Method):
 class Perplexity(Measure):
     """Perplexity over fixed windows; the prompt stands outside the window, the first token is not scored."""
 
+    LABEL: ClassVar[str] = "ppl-{0.text.dataset}-{0.text.split}"
+
     method: Literal["perplexity"] = "perplexity"
     text: Windows
-
-    @property
-    def label(self) -> str:
-        return f"ppl-{self.text.dataset}-{self.text.split}"
 
     @property
     def needed_tokens(self) -> int:
@@ -59,7 +48,7 @@ class Perplexity(Measure):
 
 
 class Task(Pinned, Measure):
-    """A task of lm-evaluation-harness, by its name there or as a YAML file of one's own; zero-shot unless said.
+    """A task of lm-evaluation-harness, by its name there or as a YAML file.
 
     `revision` stands for the task's definition, the data that it reads and the harness: it is filled in when a grid is
     planned. limit: the first so many documents only.
@@ -87,6 +76,7 @@ class Latency(Measure):
     alone: ClassVar[bool] = True
     generates: ClassVar[bool] = True
     batched: ClassVar[bool] = False
+    LABEL: ClassVar[str] = "latency-{0.seq_len}"
 
     method: Literal["latency"] = "latency"
     seq_len: PositiveInt = 1024
@@ -94,10 +84,6 @@ class Latency(Measure):
     batch: PositiveInt = 1
     warmup: Count = 2
     repeats: PositiveInt = 7
-
-    @property
-    def label(self) -> str:
-        return f"latency-{self.seq_len}"
 
     @property
     def needed_tokens(self) -> int:
@@ -114,8 +100,7 @@ class Generation(Measure):
 
     @property
     def label(self) -> str:
-        own = self.questions != PAPER_QUESTIONS
-        return "generation" + (f"-{hashlib.sha256(self.questions.encode()).hexdigest()[:6]}" if own else "")
+        return "generation" + (f"-{short_hash(self.questions, 6)}" if self.questions != PAPER_QUESTIONS else "")
 
     @property
     def needed_tokens(self) -> int:
@@ -133,13 +118,7 @@ class Neighbours(Measure):
 
     prompts_only: ClassVar[bool] = True
     batched: ClassVar[bool] = False
+    LABEL: ClassVar[str] = "neighbours"
 
     method: Literal["neighbours"] = "neighbours"
     top: PositiveInt = 100
-
-    @property
-    def label(self) -> str:
-        return "neighbours"
-
-
-AnyMeasure = Annotated[SerializeAsAny[Measure], BeforeValidator(Measure.parse)]

@@ -1,22 +1,23 @@
-"""A method: a frozen class of settings in one of three families, and the one function that does it.
+"""A method: a frozen class of settings in one of three families, registered under its `method` name when declared."""
 
-Declaring a class registers it under its `method` name, and grid files find it there. Values are strict: a string is no
-number, an unknown field is an error. What does the work is imported where it is done: planning needs no torch.
-"""
-
+import hashlib
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from pydantic import ValidationInfo
+from pydantic import ModelWrapValidatorHandler, ValidationInfo, model_validator
 
 from ctp.cells.inputs import Spec
 from ctp.common.messages import unknown
 
 
 class Method(Spec):
-    """Base of compressions, recoveries and measures: picked by the field `method`, found in `registry`."""
+    """Base of compressions, recoveries and measures: picked by the field `method`, found in `registry`.
+
+    LABEL: a template for `label`, where that is not made of all settings.
+    """
 
     registry: ClassVar[dict[str, type["Method"]]]
+    LABEL: ClassVar[str] = ""
     method: str
 
     @classmethod
@@ -28,27 +29,41 @@ class Method(Spec):
                 raise ValueError(f"method {default!r} is there already: {known.__module__}.{known.__name__}")
             cls.registry[default] = cls
 
+    @model_validator(mode="wrap")
     @classmethod
-    def parse(cls, data: Any, info: ValidationInfo) -> Any:
-        """`{method: gptq, …}` or plain `gptq` -> the spec registered under that name."""
+    def _choose(cls, data: object, validate: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        """For a family, `{method: gptq, …}` or plain `gptq` becomes the class registered under that name."""
+        if "registry" not in vars(cls):
+            return validate(data)
         if isinstance(data, cls):
             return data
-        if isinstance(data, str):
-            data = {"method": data}
-        if not isinstance(data, Mapping) or "method" not in data:
+        fields = {"method": data} if isinstance(data, str) else data
+        if not isinstance(fields, Mapping) or "method" not in fields:
             raise ValueError(f"needs a 'method', one of: {', '.join(sorted(cls.registry))}")
-        if not isinstance(data["method"], str) or data["method"] not in cls.registry:
-            raise ValueError(unknown("method", data["method"], cls.registry))
-        return cls.registry[data["method"]].model_validate(data, context=info.context)
+        name = fields["method"]
+        if not isinstance(name, str) or name not in cls.registry:
+            raise ValueError(unknown("method", name, cls.registry))
+        chosen = cls.registry[name].model_validate(fields, context=info.context)
+        assert isinstance(chosen, cls)
+        return chosen
 
     @property
     def label(self) -> str:
-        """A short unique name: the method, then every field that is not at its default."""
+        """A short unique name: of LABEL and the seed, or else the method, then every field not at its default."""
+        if self.LABEL:
+            seed = getattr(self, "seed", 0)
+            return self.LABEL.format(self) + (f"-seed{seed}" if seed else "")
         rest = {n: v for n, v in self.changed().items() if n != "method"}
         return "-".join([self.method, *(tag(n, v) for n, v in rest.items())])
 
 
-def tag(name: str, value: Any) -> str:
+def tag(name: str, value: object) -> str:
+    """A setting in a label: `sym`, `no_refit`, `k100`, `lr0.001`."""
     if isinstance(value, bool):
         return name if value else f"no_{name}"
     return f"{name}{value:g}" if isinstance(value, float) else f"{name}{value}"
+
+
+def short_hash(text: str, digits: int) -> str:
+    """The first hex digits of a text's sha256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]

@@ -1,13 +1,12 @@
-"""Methods of recovery: how lost quality is won back, and the controls that say what that was worth."""
+"""Methods of recovery: how lost quality is won back, and the controls to compare them with."""
 
-import hashlib
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import Field, model_validator
 
 from ctp.cells.inputs import Bool, Count, Finite, Pinned, PositiveInt, Seed, Windows
-from ctp.cells.method import Method
+from ctp.cells.method import Method, short_hash
 
 # The hand-written prompt of the paper's figure 1.
 PAPER_HARD_PROMPT = (
@@ -27,25 +26,28 @@ class Recovery(Method):
         """Is it rows in front of the input, and not a change inside the model?"""
         return True
 
+    @property
+    def prompt_rows(self) -> int:
+        """How many positions it takes in front of every input, as far as its settings tell."""
+        return int(getattr(self, "k", 0))
+
 
 class NoRecovery(Recovery):
-    """The model as it is. Every target is measured so, whether a grid says it or not."""
+    """The model as it is. Every target is also measured so."""
 
     learned: ClassVar[bool] = False
     method: Literal["none"] = "none"
 
 
 class Learned(Recovery):
-    """What soft prompts and LoRA share: next-token loss through frozen weights.
+    """What soft prompts and LoRA share: next-token loss through frozen weights. The defaults are the paper's text.
 
-    The defaults are the paper's text, but for `clip`, the largest norm of a gradient, which only its code has.
-
-    batch counts sequences per optimiser step, `accumulate` the micro-batches it is split into. warmup: steps of linear
-    warm-up from 0; "linear" and "cosine" then reach 0 at `steps`. loss: "token_mean", or "sequence_sum" (summed over
-    tokens, mean over sequences) as in their code. precision: "fp32" computes in the model's dtype, "bf16" and "fp16"
-    under autocast (a float16 model needs one of them: its gradients underflow without). The best step by the loss on
-    `validation` is kept; it defaults to 32 windows of the same data set's validation split. on_reported: a study may
-    report on documents that were learned from or chose the step, as in their code.
+    batch: sequences per optimiser step, in `accumulate` micro-batches. warmup: steps of linear warm-up from 0; "linear"
+    and "cosine" then reach 0 at `steps`. clip: the largest norm of a gradient, as in the paper's code. loss:
+    "token_mean", or "sequence_sum" (summed over tokens, mean over sequences) as in that code. precision: "fp32"
+    computes in the model's dtype, "bf16" and "fp16" under autocast (a float16 model needs one of them: its gradients
+    underflow without). The best step by the loss on `validation` is kept; it defaults to 32 windows of the same data
+    set's validation split. on_reported: a study may report on documents that were learned from or chose the step.
     """
 
     text: Windows
@@ -66,12 +68,12 @@ class Learned(Recovery):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill(cls, data: Any) -> Any:
+    def _fill(cls, data: object) -> object:
         if isinstance(data, Mapping) and isinstance(data.get("text"), Mapping):
-            text, own = data["text"], data.get("validation") or {}
-            if isinstance(own, Mapping):
+            text, validation = data["text"], data.get("validation") or {}
+            if isinstance(validation, Mapping):
                 base = {n: text[n] for n in ("dataset", "seq_len", "bos") if n in text}
-                data = {**data, "validation": {**base, "split": "validation", "count": 32, **own}}
+                data = {**data, "validation": {**base, "split": "validation", "count": 32, **validation}}
         return data
 
     @model_validator(mode="after")
@@ -86,11 +88,6 @@ class Learned(Recovery):
             )
         return self
 
-    @property
-    def prompt_rows(self) -> int:
-        """How many positions it takes in front of every window."""
-        return 0
-
 
 class SoftPrompt(Learned):
     """k trained rows before every input, Eq. (1) of the paper; defaults are the paper's text (section 4).
@@ -98,6 +95,8 @@ class SoftPrompt(Learned):
     init: what the rows start from: distinct tokens drawn by `seed` (the text), the first k (their code),
     or the tokens of init_text. dtype: of the prompt and so of its updates; "bfloat16" is their code's.
     """
+
+    LABEL: ClassVar[str] = "soft_prompt-k{0.k}-{0.text.dataset}"
 
     method: Literal["soft_prompt"] = "soft_prompt"
     k: PositiveInt = 100
@@ -112,14 +111,6 @@ class SoftPrompt(Learned):
         if self.dtype == "bfloat16" and self.precision == "fp16":
             raise ValueError("dtype = 'bfloat16' goes with precision fp32 or bf16, not with the loss scale of fp16")
         return self
-
-    @property
-    def prompt_rows(self) -> int:
-        return self.k
-
-    @property
-    def label(self) -> str:
-        return f"soft_prompt-k{self.k}-{self.text.dataset}{_seed(self.seed)}"
 
 
 class LoRA(Learned):
@@ -144,21 +135,20 @@ class LoRA(Learned):
 
     @property
     def label(self) -> str:
-        layers = f"-last{self.layers}" if self.layers else ""
-        return f"lora-r{self.r}{layers}-{self.text.dataset}{_seed(self.seed)}"
+        layers, seed = (f"-last{self.layers}" if self.layers else ""), (f"-seed{self.seed}" if self.seed else "")
+        return f"lora-r{self.r}{layers}-{self.text.dataset}{seed}"
 
 
 class Untrained(Recovery):
-    """Rows of the model's own embedding, in front of every input as a learned prompt would stand."""
+    """Rows of the model's embedding in front of every input, in a learned prompt's place."""
 
     learned: ClassVar[bool] = False
 
 
 class HardPrompt(Untrained):
-    """A text really in front of every input: [BOS] + its tokens + the input's tokens.
+    """A text in front of every input: [BOS] + its tokens + the input's tokens. Questions follow after a space.
 
-    The beginning of text stands once, at the very front, if the tokenizer puts it there or the input begins with it;
-    nothing that a tokenizer puts behind a text stands between. Questions are attached by a space, as one text.
+    BOS stands once, at the very front, if the tokenizer puts it there or the input begins with it.
     """
 
     method: Literal["hard_prompt"] = "hard_prompt"
@@ -167,21 +157,17 @@ class HardPrompt(Untrained):
 
     @property
     def label(self) -> str:
-        if self.text == PAPER_HARD_PROMPT:
-            return "hard_prompt"
-        return f"hard_prompt-{hashlib.sha256(self.text.encode()).hexdigest()[:6]}"
+        return "hard_prompt" + (f"-{short_hash(self.text, 6)}" if self.text != PAPER_HARD_PROMPT else "")
 
 
 class RandomPrompt(Untrained):
     """k distinct vocabulary rows drawn by `seed`, not trained: where a soft prompt of that seed starts."""
 
+    LABEL: ClassVar[str] = "random_prompt-k{0.k}"
+
     method: Literal["random_prompt"] = "random_prompt"
     k: PositiveInt = 100
     seed: Seed = 0
-
-    @property
-    def label(self) -> str:
-        return f"random_prompt-k{self.k}{_seed(self.seed)}"
 
 
 class Bos(Untrained):
@@ -193,12 +179,13 @@ class Bos(Untrained):
 class Adapter(Pinned, Recovery):
     """A PEFT adapter made elsewhere, a soft prompt or LoRA, in front of or inside every target.
 
-    `path` is a folder or hub id; kind, k and width (rows of a prompt and their numbers each, 0 for LoRA) are read from
-    its configuration when a grid is planned, and `path` becomes its short name.
+    `path` is a folder or hub id, and becomes its short name; kind, k and width (a prompt's rows and numbers in each, 0
+    for LoRA) are read from its configuration when a grid is planned.
     """
 
     NAMED_BY: ClassVar[str] = "path"
     PINNED_BY: ClassVar[str] = "pin_path"
+    LABEL: ClassVar[str] = "adapter-{0.path}"
     learned: ClassVar[bool] = False
 
     method: Literal["adapter"] = "adapter"
@@ -210,14 +197,3 @@ class Adapter(Pinned, Recovery):
     @property
     def in_front(self) -> bool:
         return self.kind != "lora"
-
-    @property
-    def label(self) -> str:
-        return f"adapter-{self.path}"
-
-
-def _seed(seed: int) -> str:
-    return f"-seed{seed}" if seed else ""
-
-
-AnyRecovery = Annotated[SerializeAsAny[Recovery], BeforeValidator(Recovery.parse)]

@@ -9,7 +9,7 @@ from ctp.cells.inputs import Pinned, PositiveInt, Spec
 
 
 def location(locations: Mapping[str, str], thing: Pinned) -> str:
-    """Where a pinned thing lies. Raises KeyError naming it where the runtime does not say."""
+    """Where a pinned thing is stored. Raises KeyError with its name where the runtime does not have it."""
     return locations[thing.pinned_name]
 
 
@@ -19,10 +19,10 @@ class Runtime(Spec):
     device: "auto", "cpu" or "cuda". batch: windows per forward pass in evaluation and calibration.
     checkpoint_seconds: least time between two checkpoints of a prompt that is being learned. recompute: learn with less
     memory and more time: activations are computed again in the backward pass. packed: learn prompts through weights
-    that stay packed on the device and are unpacked at every use. halved: how often fewer windows at once are to be
-    begun with than batch (and a recovery's own) say: workers were ended for their machine's memory.
-    locations: where a pinned model, text or adapter lies ("name@revision" -> path, `package:…` or hub id).
-    datasets: descriptions of the grid file's own texts, by name. plugins: sources of its Python files, by name.
+    that stay packed on the device and are unpacked at every use. halved: how often the number of windows at once
+    (batch, and that of a recovery) is halved from the start: workers were ended for their machine's memory.
+    locations: where a pinned model, text or adapter is stored ("name@revision" -> path, `package:…` or hub id).
+    datasets: descriptions of the grid file's texts, by name. plugins: sources of its Python files, by name.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"

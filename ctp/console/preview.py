@@ -9,7 +9,7 @@ from ctp.cells.labels import axes, slug
 from ctp.common.terminal import aligned, duration, size
 from ctp.planning import cost, history
 from ctp.planning.cost import Cost, Pace
-from ctp.planning.graph import Plan
+from ctp.planning.graph import Plan, longest_path
 from ctp.planning.history import Expected
 from ctp.planning.plan import warnings
 from ctp.planning.resources import GIB, Resources
@@ -78,6 +78,11 @@ class Preview:
         return sum(e.seconds for e in self.expected.values())
 
     @property
+    def longest_path(self) -> tuple[float, list[str]]:
+        """(seconds, cells)."""
+        return longest_path(self.plan, {k: e.seconds for k, e in self.expected.items()})
+
+    @property
     def money(self) -> float | None:
         return None if self.assumed.price is None else self.gpu_hours * self.assumed.price
 
@@ -86,7 +91,7 @@ def look(plan: Plan, state: dict[str, State], todo: set[str], store: Store, assu
     """The preview of a plan, with what the store has measured of similar cells. Raises StoreError."""
     costs = {k: cost.of(n.cell, n.facts, assumed.batch) for k, n in plan.nodes.items()}
     why, read = history.stale(plan, state, store)
-    samples = history.measured(plan, todo, state, store, costs, read, assumed.batch)
+    samples = history.measured(plan, todo, state, store, read, assumed.batch)
     each = Resources(gpu_memory=assumed.device)
     expected = history.expect(plan, todo, costs, samples, each, assumed.tflops, assumed.pace)
     return Preview(plan, {**state, **why}, todo, costs, expected, assumed)
@@ -132,7 +137,7 @@ def totals(p: Preview) -> list[str]:
     at_once, price = p.assumed.at_once, p.assumed.price
     devices = sorted({e.device for e in p.expected.values() if e.device})
     where = f", on {', '.join(devices)} (*)" if devices else ""
-    seconds, path = history.longest_path(p.plan, p.expected)
+    seconds, path = p.longest_path
     wall = duration(max(seconds, p.seconds / at_once) + STARTING) if at_once else ""
     here = f"about {wall} on this machine, {at_once} cells at a time; " if wall else ""
     out = [f"Time: {here}{duration(p.seconds)} one after the other.",
@@ -149,7 +154,7 @@ def totals(p: Preview) -> list[str]:
 
 def as_json(p: Preview, unpinned: list[str]) -> dict[str, Any]:
     """The preview as plain data, with every cell."""
-    seconds, path = history.longest_path(p.plan, p.expected)
+    seconds, path = p.longest_path
     money = {} if p.money is None else {"gpu_hour_price": p.assumed.price, "money": p.money}
     total = {"seconds": p.seconds, "gpu_hours": p.gpu_hours, "assumed": p.assumed.pace.about, **money}
     return {"grid": p.plan.name, "cells": [_cell(p, k) for k in p.plan.nodes], "to_run": len(p.todo), "total": total,

@@ -91,7 +91,7 @@ def recoveries(plan: Plan, keys: Iterable[str], store: Store) -> list[Recovery]:
         cell = plan.nodes[k].cell
         if not isinstance(cell, Evaluate) or cell.recovery is None or isinstance(cell.target.compression, Dense):
             continue
-        whole = Compress(model=cell.target.model, compression=Dense())
+        whole = Compress(model=cell.model, compression=Dense())
         bare = (key(Evaluate(target=target, measure=cell.measure)) for target in (whole, cell.target))
         dense, compressed, prompted = map(perplexity, (*bare, k))
         if dense is not None and compressed is not None and prompted is not None and compressed > dense:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ctp.cells import Dense, Learned
-from ctp.cells.cell import Cell, Compress, Evaluate, Learn, requested
+from ctp.cells.cell import Cell, Compress, Evaluate, Learn
 from ctp.cells.events import Report
 from ctp.cells.runtime import Runtime
 from ctp.common.files import Changed
@@ -84,7 +84,7 @@ def _publish(cell: Cell, store: Store, runtime: Runtime, device: str, report: Re
         draft.record["metrics"] = metrics
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else process_peak()
         draft.record |= {"seconds": time.monotonic() - begun, "device": device, "peak_memory_bytes": peak}
-        draft.record["computed_in"] = computed_in(requested(cell), device)
+        draft.record["computed_in"] = computed_in(cell.dtype, device)
         draft.record |= {"created": time.time(), **about}
 
 

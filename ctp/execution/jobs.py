@@ -110,14 +110,14 @@ class LearnJob(Job):
 
     @property
     def model_name(self) -> str:
-        return self.cell.source.model.name
+        return self.cell.model.name
 
     @property
     def width(self) -> int:
         """Numbers in a row of the model's embedding, and so in a row of a prompt. Loads nothing."""
         if "loaded" in vars(self):
             return int(self.model.get_input_embeddings().embedding_dim)
-        model = self.cell.source.model
+        model = self.cell.model
         return model_facts(self.location(model), model.revision).width
 
     def windows(self, spec: Windows) -> Tensor:

@@ -28,8 +28,7 @@ def load_key(text: str, uri: str | None, device: str) -> tuple[Any, Any]:
     cell, _ = find(store, text)
     if not isinstance(cell, Compress | Learn):
         raise ValueError(f"{text} is an evaluation ({slug(cell)}): there is no model in it")
-    base = cell.source if isinstance(cell, Learn) else cell
-    model, tokenizer = open_model(base, store, _runtime(base, store), device)
+    model, tokenizer = open_model(cell.base, store, _runtime(cell.base, store), device)
     if isinstance(cell, Learn):
         model = attach_adapter(model, store.fetch(cell))
     return model, tokenizer

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ctp.cells.cell import Cell, from_json, key, requested
+from ctp.cells.cell import Cell, from_json, key
 from ctp.cells.events import Done, Drained, Event, Failed, Notice, Progress, Report, Started
 from ctp.cells.labels import slug
 from ctp.cells.runtime import Runtime
@@ -35,7 +35,7 @@ def do(data: dict[str, Any], store: Store, runtime: Runtime, emit: Callable[[Eve
             cell = from_json(data)
             k = key(cell)
             emit(Started(k))
-            if text := arithmetic.notice(requested(cell), device.pick(runtime.device)):
+            if text := arithmetic.notice(cell.dtype, device.pick(runtime.device)):
                 emit(Notice(text, k))
             begun = time.monotonic()
             execute(cell, store, runtime, _throttled(k, emit))

@@ -1,17 +1,9 @@
 """What a cell is going to cost, from a stated model: operations, bytes in the store, peak memory of its device.
 
-N parameters, T tokens fed (prompt rows included), h wide, L blocks, V vocabulary entries, b bytes a number:
-
-    a forward pass                2 N T operations
-    a learning step               4 N T: forward, and backward to the inputs; frozen weights have no gradient. The
-                                  prompt's rows count once a micro-batch: its windows share them
-    calibration                   2 x 2 N T for inputs and outputs, 2 T (3 h^2 + f^2) L for Hessians (f: widest input),
-                                  and about 2 N h for the solver
-    a decoded token               2 N, but bound by memory: counted 20 times
-    memory of learning            N b + (6 h + 2 f) L T b: inputs of both norms, queries, keys, values, what attention
-                                  gives, and an MLP's gate and up; a chunk of logits in b bytes and in 4; the linears
-                                  once more where autocast computes in another dtype than theirs
-    memory of the rest            N b + what is fed: V T b of logits, 2 h L T b of keys and values, the Hessians
+A forward pass takes 2 operations for each parameter and token (prompt rows included), and a learning step 4: forward,
+and backward to the inputs; frozen weights have no gradient. The prompt's rows count once a micro-batch: its windows
+share them. Learning keeps of every block the inputs of both norms, queries, keys, values, what attention gives, and
+the MLP's gate and up.
 
 Tokens of whole texts are their bytes / 4; a task has 1,000 documents unless known here, of four choices.
 """
@@ -19,23 +11,27 @@ Tokens of whole texts are their bytes / 4; a task has 1,000 documents unless kno
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ctp.cells import Compression, Generation, Latency, Learned, Perplexity, Solver, SparseGPT, Task
-from ctp.cells.cell import Cell, Compress, Evaluate, Learn, requested
-from ctp.machine.arithmetic import AUTOCAST, computed_in, cpu_rates
+from ctp.cells import Compression, Generation, Latency, Learned, Measure, Perplexity, SparseGPT, Task
+from ctp.cells.cell import Cell, Compress, Evaluate, Learn
+from ctp.cells.inputs import Windows
+from ctp.machine.arithmetic import computed_in, cpu_rates
 from ctp.models.sources import Facts
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-DECODE = 20
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a number
+DECODE = 20  # a decoded token takes as long as so many that are read
 # Bytes of text: of a split as a whole, and of a document where a study takes so many.
 TEXTS = {("wikitext2", "train"): 10_900_000, ("wikitext2", "validation"): 1_150_000, ("wikitext2", "test"): 1_290_000,
          ("ptb", "train"): 5_100_000, ("ptb", "validation"): 400_000, ("ptb", "test"): 450_000}  # fmt: skip
 DOCUMENT = 2_200  # mean of C4
-WHOLE = 2_000_000  # a text that nothing is known of
+UNKNOWN_TEXT = 2_000_000
 # (documents, tokens of one request) of tasks, counted on their real files with Llama's tokenizer, roughly.
 TASKS = {"openbookqa": (500, 20), "hellaswag": (10_042, 100), "piqa": (1_838, 40),
          "mmlu_high_school_european_history": (165, 420)}  # fmt: skip
-CHOICES = 4
-CHUNK = 2**24  # logits that exist at a time
+UNKNOWN_TASK = (1_000, 100)
+CHOICES = 4  # requests for each document of a task
+QUESTION = 32  # tokens
+LOGITS = 2**24  # that exist at a time while a prompt is learned
+RESULT = 10_000  # bytes of an evaluation's numbers
 SHARE = 0.6  # of the rate of matrix products on a CPU: what learning and compressing a model of 135M parameters reach
 LOADING = 1.0  # seconds of a cell besides, on a CPU
 
@@ -57,7 +53,7 @@ class Cost:
 class Pace:
     """How fast cells are assumed to be computed where nothing was measured.
 
-    flops: operations a second by number type. loading: seconds that every cell takes besides. about: says so.
+    flops: operations a second by number type. loading: seconds that every cell takes besides. about: the assumption.
     """
 
     flops: Mapping[str, float]
@@ -66,7 +62,7 @@ class Pace:
 
     def seconds(self, cell: Cell, cost: Cost) -> float:
         """What the cell takes; nothing where it computes nothing."""
-        return self.loading + cost.flops / self.flops[requested(cell)] if cost.flops else 0.0
+        return self.loading + cost.flops / self.flops[cell.dtype] if cost.flops else 0.0
 
 
 def gpu_pace(tflops: float) -> Pace:
@@ -86,86 +82,104 @@ def of(cell: Cell, facts: Facts, batch: int = 4) -> Cost:
     """The cost of a cell on its model; `batch` windows a forward pass in evaluations."""
     if isinstance(cell, Compress):
         return _compress(cell, facts)
-    if isinstance(cell, Learn):
-        return _learn(cell, facts)
-    assert isinstance(cell, Evaluate)
-    return _evaluate(cell, facts, batch)
+    return _learn(cell, facts) if isinstance(cell, Learn) else _evaluate(cell, facts, batch)
 
 
-def _hidden(facts: Facts) -> int:
-    return min(facts.in_features, default=facts.width)
+def _widths(facts: Facts) -> tuple[int, int]:
+    """The hidden size and the widest input of a linear."""
+    sizes = facts.in_features or (facts.width,)
+    return min(sizes), max(sizes)
 
 
 def _compress(cell: Compress, facts: Facts) -> Cost:
-    n, linear, b = facts.parameters, facts.linear_parameters, BYTES[cell.model.dtype]
+    linear, number = facts.linear_parameters, BYTES[cell.dtype]
+    weights = facts.parameters * number
     if cell.calibration is None:
-        return Cost(0, 0, n * b)
-    tokens, h, inner = (
-        (cell.calibration.count or 128) * cell.calibration.seq_len,
-        _hidden(facts),
-        max(facts.in_features),
+        return Cost(flops=0, stored=0, memory=weights)
+    tokens = (cell.calibration.count or 128) * cell.calibration.seq_len
+    hidden, widest = _widths(facts)
+    forward_passes = 2 * 2 * linear * tokens  # a block's inputs, then its outputs with compressed weights
+    hessians = 2 * tokens * (3 * hidden**2 + widest**2) * facts.layers
+    solver = 2 * linear * hidden
+    packed = linear * bits(cell.compression, 8 * number) / 8
+    uncompressed = (facts.parameters - linear) * number
+    block_inputs_and_outputs = 2 * tokens * hidden * number
+    hessians_and_factors = 3 * 4 * (hidden**2 + widest**2)
+    return Cost(
+        flops=forward_passes + hessians + solver,
+        stored=packed + uncompressed,
+        memory=weights + block_inputs_and_outputs + hessians_and_factors,
     )
-    hessians = 2 * tokens * (3 * h**2 + inner**2) * facts.layers
-    stored = linear * bits(cell.compression, 8 * b) / 8 + (n - linear) * b
-    memory = n * b + 2 * tokens * h * b + 3 * 4 * (h**2 + inner**2)
-    return Cost(2 * 2 * linear * tokens + hessians + 2 * linear * h, stored, memory)
 
 
 def bits(compression: Compression, full: int) -> float:
     """Bits a weight of a solver's result takes, scales left out; `full` where it is not quantized."""
-    width = getattr(compression, "bits", None) or full
-    if not isinstance(compression, SparseGPT) or not isinstance(compression, Solver):
-        return float(width)
-    zeros = compression.sparsity
-    if zeros is None:
-        least, of_all = compression.n_of_m
-        zeros = least / of_all
-    return (1 - zeros) * width + 1  # a bit says which are kept
+    width = float(getattr(compression, "bits", None) or full)
+    if not isinstance(compression, SparseGPT):
+        return width
+    zeros, of = (compression.sparsity, 1) if compression.sparsity is not None else compression.n_of_m
+    return (1 - zeros / of) * width + 1  # a bit for each weight tells whether it is kept
 
 
 def _learn(cell: Learn, facts: Facts) -> Cost:
-    spec, n, b = cell.recovery, facts.parameters, BYTES[cell.source.model.dtype]
-    if not isinstance(spec, Learned):
-        return Cost(0, 4 * getattr(spec, "k", 100) * facts.width, n * b)
-    tokens = spec.batch * spec.text.seq_len + spec.accumulate * spec.prompt_rows
-    looks = spec.steps // spec.validate_every + 1
-    judged = (spec.validation.count or _tokens(spec.validation) // spec.validation.seq_len) * (
-        spec.validation.seq_len + spec.prompt_rows
-    )
-    rank, blocks = getattr(spec, "r", 0), getattr(spec, "layers", None) or facts.layers
-    trained = spec.prompt_rows * facts.width + 4 * rank * _hidden(facts) * blocks
-    computed = AUTOCAST.get(spec.precision, cell.source.model.dtype)
-    cast = BYTES[computed] * facts.linear_parameters if computed != cell.source.model.dtype else 0
-    fed = tokens / spec.accumulate
-    kept = (6 * _hidden(facts) + 2 * max(facts.in_features, default=facts.width)) * facts.layers * fed * BYTES[computed]
-    activations = kept + max(CHUNK, facts.vocab) * (BYTES[computed] + 4)
+    recovery, weights = cell.recovery, facts.parameters * BYTES[cell.model.dtype]
+    if not isinstance(recovery, Learned):
+        return Cost(flops=0, stored=4 * getattr(recovery, "k", 100) * facts.width, memory=weights)
+    rows, number = recovery.prompt_rows, BYTES[cell.dtype]
+    step_tokens = recovery.batch * recovery.text.seq_len + recovery.accumulate * rows
+    validations = recovery.steps // recovery.validate_every + 1
+    validation_tokens = _windows(recovery.validation) * (recovery.validation.seq_len + rows)
+    hidden, widest = _widths(facts)
+    rank, blocks = getattr(recovery, "r", 0), getattr(recovery, "layers", None) or facts.layers
+    trained = rows * facts.width + 4 * rank * hidden * blocks
+    activations = (6 * hidden + 2 * widest) * facts.layers * step_tokens / recovery.accumulate * number
+    logits = max(LOGITS, facts.vocab) * (number + 4)
+    cast_weights = facts.linear_parameters * number if cell.dtype != cell.model.dtype else 0
+    optimizer = 16 * trained  # the parameter, its gradient and both moments, 4 bytes each
     return Cost(
-        4 * n * tokens * spec.steps + 2 * n * judged * looks, 4 * trained, n * b + cast + activations + 16 * trained
+        flops=4 * facts.parameters * step_tokens * recovery.steps
+        + 2 * facts.parameters * validation_tokens * validations,
+        stored=4 * trained,
+        memory=weights + cast_weights + activations + logits + optimizer,
     )
 
 
 def _evaluate(cell: Evaluate, facts: Facts, batch: int) -> Cost:
-    measure, n, b = cell.measure, facts.parameters, BYTES[cell.target.model.dtype]
-    rows = getattr(cell.recovery.recovery, "k", 0) if cell.recovery else 0
-    decoded = 0.0
+    number, (hidden, _) = BYTES[cell.dtype], _widths(facts)
+    read, at_once, decoded = _tokens(cell.measure, cell.prompt_rows, batch)
+    logits = facts.vocab * at_once * number
+    keys_and_values = 2 * hidden * facts.layers * at_once * number
+    return Cost(
+        flops=2 * facts.parameters * (read + DECODE * decoded),
+        stored=RESULT,
+        memory=facts.parameters * number + logits + keys_and_values,
+    )
+
+
+def _tokens(measure: Measure, rows: int, batch: int) -> tuple[int, int, int]:
+    """Tokens that an evaluation reads in all, those of them in one forward pass, and tokens that it decodes.
+
+    rows: of the prompt in front of every input.
+    """
     if isinstance(measure, Perplexity):
-        windows = measure.text.count or _tokens(measure.text) // measure.text.seq_len
-        fed, at_once = windows * (measure.text.seq_len + rows), batch * (measure.text.seq_len + rows)
-    elif isinstance(measure, Task):
-        documents, length = TASKS.get(measure.name, (1000, 100))
-        fed, at_once = min(documents, measure.limit or documents) * CHOICES * (length + rows), batch * (length + rows)
-    elif isinstance(measure, Latency):
-        rounds = (measure.warmup + measure.repeats) * measure.batch
-        fed, at_once, decoded = rounds * (measure.seq_len + rows), measure.seq_len + rows, rounds * measure.new_tokens
-    elif isinstance(measure, Generation):
-        asked = len(measure.questions.splitlines())
-        fed, at_once, decoded = asked * (32 + rows), batch * (32 + rows), asked * measure.new_tokens
-    else:
-        fed = at_once = rows
-    held = facts.vocab * at_once * b + 2 * _hidden(facts) * facts.layers * at_once * b
-    return Cost(2 * n * (fed + DECODE * decoded), 10_000, n * b + held)
+        length = measure.text.seq_len + rows
+        return _windows(measure.text) * length, batch * length, 0
+    if isinstance(measure, Task):
+        documents, request = TASKS.get(measure.name, UNKNOWN_TASK)
+        length = request + rows
+        return min(documents, measure.limit or documents) * CHOICES * length, batch * length, 0
+    if isinstance(measure, Latency):
+        rounds, length = (measure.warmup + measure.repeats) * measure.batch, measure.seq_len + rows
+        return rounds * length, length, rounds * measure.new_tokens
+    if isinstance(measure, Generation):
+        questions, length = len(measure.questions.splitlines()), QUESTION + rows
+        return questions * length, batch * length, questions * measure.new_tokens
+    return rows, rows, 0
 
 
-def _tokens(text: object) -> int:
-    name, split, documents = (getattr(text, n) for n in ("dataset", "split", "documents"))
-    return (DOCUMENT * documents if documents else TEXTS.get((name, split), WHOLE)) // 4
+def _windows(text: Windows) -> int:
+    """How many windows of a text are read."""
+    if text.count:
+        return text.count
+    size = DOCUMENT * text.documents if text.documents else TEXTS.get((text.dataset, text.split), UNKNOWN_TEXT)
+    return size // 4 // text.seq_len

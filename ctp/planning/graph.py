@@ -1,5 +1,7 @@
 """The graph of a grid: a node for each cell, inputs before what needs them."""
 
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ctp.cells.cell import Cell, Evaluate
@@ -35,3 +37,24 @@ class Plan:
 
     def cells(self) -> list[Cell]:
         return [n.cell for n in self.nodes.values()]
+
+
+Path = tuple[float, list[str]]  # total weight, and the keys of its cells in order
+
+
+def heaviest_paths(plan: Plan, weights: Mapping[str, float]) -> dict[str, Path]:
+    """Of every cell with a weight, the heaviest path through such cells that begins with it."""
+    paths: dict[str, Path] = {}
+    onward: dict[str, Path] = defaultdict(lambda: (0.0, []))  # of the cells that need it, the heaviest path
+    for k in reversed(plan.nodes):
+        if k in weights:
+            total, cells = onward[k]
+            paths[k] = total + weights[k], [k, *cells]
+            for i in plan.nodes[k].inputs:
+                onward[i] = max(paths[k], onward[i], key=lambda path: path[0])
+    return paths
+
+
+def longest_path(plan: Plan, weights: Mapping[str, float]) -> Path:
+    """The heaviest path of all; with seconds as weights, no number of machines makes the run shorter."""
+    return max(reversed(heaviest_paths(plan, weights).values()), key=lambda path: path[0], default=(0.0, []))

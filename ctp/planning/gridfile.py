@@ -7,35 +7,27 @@ are what all `studies` share; a study in several parts is a list of them; a file
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TypeVar, get_args
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from ctp.cells import (
-    AnyCompression,
-    AnyMeasure,
-    AnyRecovery,
-    Compression,
-    Learned,
-    Measure,
-    Method,
-    Perplexity,
-    Recovery,
-)
+from ctp.cells import Compression, Learned, Measure, Method, Perplexity, Recovery
 from ctp.cells.inputs import Model, Spec, Windows
 from ctp.common.messages import shown, unknown
 from ctp.common.yaml import odd_values
 from ctp.planning import plugins
-from ctp.planning.gridtext import GridError, assign, define, find, merge, read
+from ctp.planning.gridtext import GridError, Settings, assign, define, find, merge, read
 from ctp.planning.pins import Pins
 
 STUDY_KEYS = ("title", "models", "compression", "calibration", "recovery", "sources", "targets", "transfer", "measures")
 FILE_KEYS = ("description", "extends", "define", "plugins", "datasets", "studies", *STUDY_KEYS)
-Transfer = Literal["all", "own"]
+TRANSFERS = ("all", "own")
+S = TypeVar("S", bound=Spec)
 MOST_COMBINATIONS = 4_000  # of the axes of one model, compression, recovery or measure
 MOST_CELLS = 100_000  # of a grid
 
@@ -52,7 +44,7 @@ class Study:
     recoveries: tuple[Recovery, ...]
     sources: tuple[str, ...]
     targets: tuple[str, ...]
-    transfer: Transfer
+    transfer: str
     measures: tuple[Measure, ...]
 
     @property
@@ -73,7 +65,7 @@ class Grid:
     path: Path
     text: str  # the file after `extends` and `--set`, as YAML
     studies: tuple[Study, ...]
-    plugins: Mapping[str, str]  # name -> source of the user's own Python files
+    plugins: Mapping[str, str]  # name -> source of the user's Python files
 
 
 def load(name: str, settings: list[str], pins: Pins) -> Grid:
@@ -82,142 +74,137 @@ def load(name: str, settings: list[str], pins: Pins) -> Grid:
     raw, pins.folders = read(path)
     for setting in settings:
         assign(raw, setting)
-    if odd := list(odd_values(raw)):
-        raise GridError([f"{path}: {p}" for p in odd])
+    _raise(path, list(odd_values(raw)))
     text = yaml.safe_dump(raw, sort_keys=False)
-    problems: list[str] = [f"{k}: {unknown('key', k, FILE_KEYS)}" for k in raw if k not in FILE_KEYS]
+    problems = [f"{k}: {unknown('key', k, FILE_KEYS)}" for k in raw if k not in FILE_KEYS]
     try:
         raw = define(raw)
     except GridError as e:
-        raise GridError([f"{path}: {p}" for p in (*problems, *e.problems)]) from e
-    own = plugins.read(raw.get("plugins"), pins.folders, problems)
-    problems += [
-        f"{k} = {shown(raw[k])}: should be text"
-        for k in ("description", "title")
-        if not isinstance(raw.get(k), str | None)
-    ]
+        _raise(path, [*problems, *e.problems])
+    sources = plugins.read(raw.get("plugins"), pins.folders, problems)
+    for k in ("description", "title"):
+        if not isinstance(raw.get(k), str | None):
+            problems.append(f"{k} = {shown(raw[k])}: should be text")
     problems += pins.add_datasets(raw.get("datasets") or {})
-    shared = {k: v for k, v in raw.items() if k in STUDY_KEYS}
-    found = [
-        _study(study, merge(shared, part), where, pins, problems)
-        for study, part, where in _parts(raw.get("studies", {path.stem: {}}), "studies" in raw, problems)
-    ]
+    studies = _studies(raw, path.stem, pins, problems)
+    _raise(path, _once(problems))
+    if (cells := sum(study.size for study in studies)) > MOST_CELLS:
+        _raise(path, [f"some {cells:,} cells; at most {MOST_CELLS:,}: make several grids of it"])
+    return Grid(path.stem, path, text, studies, sources)
+
+
+def _raise(path: Path, problems: list[str]) -> None:
     if problems:
-        raise GridError([f"{path}: {p}" for p in _once(problems)])
-    if (cells := sum(s.size for s in found if s is not None)) > MOST_CELLS:
-        raise GridError([f"{path}: some {cells:,} cells; at most {MOST_CELLS:,}: make several grids of it"])
-    return Grid(path.stem, path, text, tuple(s for s in found if s is not None), own)
+        raise GridError([f"{path}: {p}" for p in problems])
 
 
 def _once(problems: list[str]) -> list[str]:
     """Each mistake once: what is wrong with one model or text in several studies is one mistake, named at the first."""
     places: dict[str, list[str]] = {}
     for problem in dict.fromkeys(problems):
-        path = re.match(r"[\w.\[\]-]*", problem)
-        places.setdefault(problem[path.end() if path else 0 :], []).append(problem)  # the same value, the same mistake
-    more = {
-        n: f" (and in {n - 1} more place{'s' if n > 2 else ''})" for n in {len(p) for p in places.values()} if n > 1
-    }
-    return [found[0] + more.get(len(found), "") for found in places.values()]
+        mistake = re.sub(r"^[\w.\[\]-]*", "", problem)  # without its place
+        places.setdefault(mistake, []).append(problem)
+    more = {1: "", 2: " (and in 1 more place)"}
+    return [found[0] + more.get(len(found), f" (and in {len(found) - 1} more places)") for found in places.values()]
 
 
-def _parts(studies: Any, named: bool, problems: list[str]) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """(study, its settings, its place in the file) of every part of every study."""
-    if not isinstance(studies, dict) or not studies:
-        problems.append(f"studies = {shown(studies)}: a mapping of study names to mappings, at least one")
-        return
-    for study, own in studies.items():
-        several = isinstance(own, list)
-        for i, part in enumerate(own if several else [own]):
-            where = f"studies.{study}{f'[{i}]' if several else ''}." if named else ""
-            if isinstance(part, dict):
-                problems += [f"{where}{k}: {unknown('key', k, STUDY_KEYS)}" for k in part if k not in STUDY_KEYS]
-                yield str(study), part, where
-            else:
-                problems.append(f"{where[:-1]} = {shown(part)}: a mapping; allowed keys: {', '.join(STUDY_KEYS)}")
+def _studies(raw: Settings, name: str, pins: Pins, problems: list[str]) -> tuple[Study, ...]:
+    """Every part of every study, over the settings at the file's top, which all share."""
+    shared = {k: v for k, v in raw.items() if k in STUDY_KEYS}
+    given = raw.get("studies", {name: {}})
+    if not isinstance(given, dict) or not given:
+        problems.append(f"studies = {shown(given)}: a mapping of study names to mappings, at least one")
+        return ()
+    out = []
+    for study, parts in given.items():
+        for i, part in enumerate(parts if isinstance(parts, list) else [parts]):
+            place = f"studies.{study}" + (f"[{i}]" if isinstance(parts, list) else "")
+            if not isinstance(part, dict):
+                problems.append(f"{place} = {shown(part)}: a mapping; allowed keys: {', '.join(STUDY_KEYS)}")
+                continue
+            where = f"{place}." if "studies" in raw else ""
+            problems += [f"{where}{k}: {unknown('key', k, STUDY_KEYS)}" for k in part if k not in STUDY_KEYS]
+            out.append(_study(str(study), merge(shared, part), where, pins, problems))
+    return tuple(study for study in out if study)
 
 
-def _study(name: str, raw: dict[str, Any], where: str, pins: Pins, problems: list[str]) -> Study | None:
-    def items(field: str, adapter: Any, required: bool = True) -> tuple[Any, ...]:
-        return tuple(_items(raw.get(field), where + field, adapter, pins, problems, required))
+def _study(name: str, raw: Settings, where: str, pins: Pins, problems: list[str]) -> Study | None:
+    """One part of a study; None where it has mistakes."""
+
+    def items(field: str, base: type[S], required: bool = False) -> tuple[S, ...]:
+        if required and raw.get(field) in (None, []):
+            problems.append(f"{where}{field} is missing")
+        return tuple(_items(raw.get(field), where + field, base, pins, problems))
 
     before = len(problems)
-    models = items("models", Model)
-    compressions = items("compression", AnyCompression)
+    models = items("models", Model, required=True)
+    compressions = items("compression", Compression, required=True)
     calibration = items("calibration", Windows, required=any(c.calibrated for c in compressions))
-    recoveries = items("recovery", AnyRecovery, required=False)
-    measures = items("measures", AnyMeasure, required=False)
+    recoveries = items("recovery", Recovery)
+    measures = items("measures", Measure)
     transfer = raw.get("transfer", "all")
-    if not isinstance(transfer, str) or transfer not in get_args(Transfer):
-        problems.append(f"{where}transfer = {shown(transfer)}: allowed: {', '.join(get_args(Transfer))}")
+    if transfer not in TRANSFERS:
+        problems.append(f"{where}transfer = {shown(transfer)}: allowed: {', '.join(TRANSFERS)}")
     if len(problems) > before:
         return None
     labels = [c.label for c in compressions]
-    if len(set(labels)) < len(labels):
-        twice = next(x for x in labels if labels.count(x) > 1)
-        problems.append(f"{where}compression: {shown(twice)} appears twice")
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        problems.append(f"{where}compression: {shown(twice[0])} appears twice")
     problems += _reported(recoveries, measures, where)
-    sources = _labels(raw, "sources", labels, where, problems)
-    targets = _labels(raw, "targets", labels, where, problems)
-    title = str(raw.get("title") or "")
+    sources, targets = (_labels(raw.get(n), where + n, labels, problems) for n in ("sources", "targets"))
+    title, transfer = str(raw.get("title") or ""), str(transfer)
     return Study(name, title, models, compressions, calibration, recoveries, sources, targets, transfer, measures)
 
 
 def _reported(recoveries: tuple[Recovery, ...], measures: tuple[Measure, ...], where: str) -> list[str]:
     """Texts that a prompt learns from, or that choose its step, among those that are reported."""
-    texts = dict.fromkeys(m.text for m in measures if isinstance(m, Perplexity))
+    reported = {m.text for m in measures if isinstance(m, Perplexity)}
     learned = [r for r in recoveries if isinstance(r, Learned) and not r.on_reported]
+    read = dict.fromkeys(pair for r in learned for pair in (("text", r.text), ("validation", r.validation)))
     return [
-        f"{where}recovery.{field} = {own.dataset} {own.split}: measures report on the same documents; take another "
+        f"{where}recovery.{field} = {text.dataset} {text.split}: measures report on the same documents; take another "
         "split or skip some, or say on_reported: true"
-        for field, own in dict.fromkeys(
-            pair for r in learned for pair in (("text", r.text), ("validation", r.validation))
-        )
-        if any(own.overlaps(text) for text in texts)
+        for field, text in read
+        if any(text.overlaps(other) for other in reported)
     ]
 
 
-def _labels(raw: dict[str, Any], field: str, labels: list[str], where: str, problems: list[str]) -> tuple[str, ...]:
-    given = raw.get(field)
+def _labels(given: object, place: str, labels: list[str], problems: list[str]) -> tuple[str, ...]:
     if given is None or given == "all":
         return tuple(labels)
     chosen = given if isinstance(given, list) else [given]
-    problems += [f"{where}{field}: {unknown('compression', x, labels)}" for x in chosen if x not in labels]
+    problems += [f"{place}: {unknown('compression', x, labels)}" for x in chosen if x not in labels]
     return tuple(chosen)
 
 
-def _items(raw: Any, where: str, adapter: Any, pins: Pins, problems: list[str], required: bool) -> Iterator[Any]:
-    if raw is None or raw == []:
-        if required:
-            problems.append(f"{where} is missing")
-        return
-    checker: TypeAdapter[Any] = TypeAdapter(adapter)
-    one = not isinstance(raw, list)
-    for i, item in enumerate([raw] if one else raw):
-        place = where if one else f"{where}[{i}]"
+def _items(raw: object, where: str, base: type[S], pins: Pins, problems: list[str]) -> Iterator[S]:
+    """Every combination of the axes below one field, validated and pinned."""
+    listed = raw if isinstance(raw, list) else [] if raw is None else [raw]
+    for i, item in enumerate(listed):
+        place = f"{where}[{i}]" if isinstance(raw, list) else where
+        if (several := combinations(item)) > MOST_COMBINATIONS:
+            problems.append(f"{place}: its axes have {several:,} combinations; at most {MOST_COMBINATIONS:,}")
+            continue
         try:
-            if (several := combinations(item)) > MOST_COMBINATIONS:
-                problems.append(f"{place}: its axes have {several:,} combinations; at most {MOST_COMBINATIONS:,}")
-                continue
             singles = expand(item)
         except ValueError as e:
             problems.append(f"{place}{e}")
             continue
         for single in singles:
             try:
-                yield checker.validate_python(single, context=pins)
+                yield base.model_validate(single, context=pins)
             except ValidationError as e:
-                problems += [explain(place, single, err, adapter) for err in e.errors(include_url=False)]
+                problems += [explain(place, single, error, base) for error in e.errors(include_url=False)]
 
 
-def combinations(item: Any) -> int:
+def combinations(item: object) -> int:
     """How many `expand` would give."""
     if isinstance(item, list):
         return sum(map(combinations, item))
     return math.prod(map(combinations, item.values())) if isinstance(item, Mapping) else 1
 
 
-def expand(item: Any, where: str = "") -> list[Any]:
+def expand(item: object, where: str = "") -> list[object]:
     """Every combination of the axes (lists, at any depth) of one item. Raises ValueError on an axis without values."""
     if isinstance(item, list):
         if not item:
@@ -229,11 +216,12 @@ def expand(item: Any, where: str = "") -> list[Any]:
     return [dict(combination) for combination in itertools.product(*choices)]
 
 
-def explain(place: str, item: Any, error: Any, adapter: Any) -> str:
+def explain(place: str, item: object, error: ErrorDetails, base: type[Spec]) -> str:
     """One validation error as one line: place, value, what is allowed."""
     path = place + "".join(f".{step}" if isinstance(step, str) else f"[{step}]" for step in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{path}: {unknown('key', error['loc'][-1], _fields(adapter, item, error['loc'][:-1]))}"
+        *parents, name = error["loc"]
+        return f"{path}: {unknown('key', name, _fields(base, item, parents))}"
     if error["type"] == "missing":
         return f"{path} is missing"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
@@ -241,13 +229,13 @@ def explain(place: str, item: Any, error: Any, adapter: Any) -> str:
     return f"{path}{value}: {message}"
 
 
-def _fields(adapter: Any, item: Any, loc: tuple[Any, ...]) -> list[str]:
-    """The field names allowed at `loc` inside an item, following nested specs."""
-    kind = get_args(adapter)[0] if get_args(adapter) else adapter
-    if isinstance(kind, type) and issubclass(kind, Method) and isinstance(item, Mapping):
-        kind = kind.registry[item["method"]]
-    for step in loc:
-        options = [kind.model_fields[step].annotation]
-        options += get_args(options[0])
+def _fields(base: type[Spec], item: object, parents: Sequence[int | str]) -> list[str]:
+    """The field names allowed below `parents` inside an item, following nested specs."""
+    kind = base
+    if issubclass(base, Method) and isinstance(item, Mapping):
+        kind = base.registry[item["method"]]
+    for step in parents:
+        annotation = kind.model_fields[str(step)].annotation
+        options = (annotation, *get_args(annotation))
         kind = next(o for o in options if isinstance(o, type) and issubclass(o, Spec))
     return list(kind.model_fields)

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -11,6 +10,9 @@ from ctp.common.files import expanded, there
 from ctp.common.messages import one_line, shown, unknown
 from ctp.common.redact import scrub
 from ctp.common.yaml import DEEPEST, MOST_BYTES, MOST_VALUES, parse_yaml
+
+Settings = dict[str, object]  # of a grid file, as YAML gives them
+_NAME = re.compile(r"\$([\w.-]+)")
 
 
 class GridError(Exception):
@@ -54,12 +56,9 @@ def beside(path: str, folders: Sequence[Path]) -> Path:
     return next((p for p in (given, *(f / given for f in folders)) if there(p)), given)
 
 
-def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[Path]]:
-    """What a file says over what it extends, and the folders of both, its own first. Raises GridError."""
-    raw = _parsed(path)
-    if not isinstance(raw, dict):
-        kind = "empty" if raw is None else f"a {type(raw).__name__}"
-        raise GridError([f"{path}: a grid file is a mapping of settings; this one is {kind}"])
+def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[Settings, list[Path]]:
+    """A file's settings over those of the file it extends, and the folders of both, its own first. Raises GridError."""
+    raw = _parse_file(path)
     if "extends" not in raw:
         return raw, [path.parent]
     base, without = _extends(raw.pop("extends"), path)
@@ -75,40 +74,43 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[
     return whole, [path.parent, *folders]
 
 
-def _parsed(path: Path) -> Any:
+def _parse_file(path: Path) -> Settings:
     try:
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
         if len(data) > MOST_BYTES:
             raise ValueError(f"more than {MOST_BYTES:,} bytes: a grid file is a page of settings")
-        return parse_yaml(data.decode("utf-8"))
+        raw: object = parse_yaml(data.decode("utf-8"))
+        if isinstance(raw, dict):
+            return raw
+        kind = "empty" if raw is None else f"a {type(raw).__name__}"
+        raise ValueError(f"a grid file is a mapping of settings; this one is {kind}")
     except UnicodeDecodeError as e:
         raise GridError([f"{path}: byte {e.start} is {data[e.start]:#04x}: not UTF-8 text"]) from e
     except (OSError, ValueError) as e:
         raise GridError([f"{path}: {e}"]) from e
 
 
-def _check_new(own: Any, below: Any, whole: dict[str, Any], path: Path) -> None:
-    """Raise GridError for a definition that is new and used by nothing: a mistyped name, which would change nothing."""
+def _check_new(new: object, below: object, whole: Settings, path: Path) -> None:
+    """Raise GridError for a new definition that nothing uses: a mistyped name, which would change nothing."""
     known = below if isinstance(below, Mapping) else {}
     used = set(_NAME.findall(yaml.safe_dump(whole)))
-    for name in own if isinstance(own, Mapping) else ():
+    for name in new if isinstance(new, Mapping) else ():
         if name not in known and str(name) not in used:
             raise GridError([f"{path}: define.{name}: nothing uses it; {unknown('definition', name, map(str, known))}"])
 
 
-def _extends(value: Any, path: Path) -> tuple[str, list[str]]:
+def _extends(value: object, path: Path) -> tuple[str, list[str]]:
     """(grid, keys of it that are left out) of `extends: NAME` or `extends: {grid: NAME, without: KEYS}`."""
-    said = value if isinstance(value, Mapping) else {"grid": value}
-    without = said.get("without", [])
+    given = value if isinstance(value, Mapping) else {"grid": value}
+    grid, without = given.get("grid"), given.get("without", [])
     without = without if isinstance(without, list) else [without]
-    plain = all(isinstance(x, str) for x in (said.get("grid"), *without))
-    if not plain or said.keys() - {"grid", "without"}:
+    if not all(isinstance(x, str) for x in (grid, *without)) or given.keys() - {"grid", "without"}:
         raise GridError([f"{path}: extends = {shown(value)}: a grid, or {{grid: …, without: [keys left out]}}"])
-    return said["grid"], without
+    return str(grid), without
 
 
-def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, object], top: Mapping[str, object]) -> Settings:
     """`top` over `base`: mappings are merged key by key, everything else is replaced."""
     out = dict(base)
     for name, value in top.items():
@@ -117,97 +119,111 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def assign(raw: dict[str, Any], setting: str) -> None:
+def assign(raw: Settings, setting: str) -> None:
     """Apply one `--set path=value`; the path's steps are keys and list indices, joined by dots. Raises GridError."""
-    path, eq, text = setting.partition("=")
-    if not eq or not path:
+    path, value = _parse_setting(raw, setting)
+    at: object = raw
+    steps = path.split(".")
+    while steps:
+        name, steps = _next_name(steps, at)
+        if isinstance(at, dict):
+            at[name] = inner = at.get(name, {}) if steps else value
+        elif isinstance(at, list) and re.fullmatch("-?[0-9]{1,9}", name) and -len(at) <= int(name) < len(at):
+            at[int(name)] = inner = at[int(name)] if steps else value
+        else:
+            place = path.removesuffix(".".join(["", *steps]))
+            kind = f"a list of {len(at)}" if isinstance(at, list) else type(at).__name__
+            raise GridError([f"--set {setting}: no {shown(place)} here (its parent is {kind})"])
+        at = inner
+
+
+def _parse_setting(raw: Settings, setting: str) -> tuple[str, object]:
+    """The path and the value of `path=value`."""
+    path, equals, text = setting.partition("=")
+    steps, definitions = path.split("."), raw.get("define")
+    if not equals or not path:
         raise GridError([f"--set {shown(setting)}: write path=value, for example recovery.0.steps=10"])
     if path == "extends":
         raise GridError([f"--set {shown(setting)}: what a file extends is part of the file"])
-    at: Any = raw
-    steps = path.split(".")
-    named = raw.get("define")
-    if steps[0] == "define" and isinstance(named, dict):
-        rest = ".".join(steps[1:])
-        if not any(rest == str(n) or rest.startswith(f"{n}.") for n in named):
-            raise GridError([f"--set {setting}: {unknown('definition', steps[1] if len(steps) > 1 else '', named)}"])
+    if steps[0] == "define" and isinstance(definitions, dict):
+        name = ".".join(steps[1:])
+        if not any(f"{name}.".startswith(f"{n}.") for n in definitions):
+            raise GridError([f"--set {setting}: {unknown('definition', ''.join(steps[1:2]), definitions)}"])
     if len(steps) > DEEPEST:
         raise GridError([f"--set {shown(setting)}: a path of {len(steps)} steps; at most {DEEPEST}"])
     try:
-        value = parse_yaml(text)
+        return path, parse_yaml(text)
     except ValueError as e:
         raise GridError([f"--set {setting}: the value is not YAML that ctp reads: {e}"]) from e
-    while steps:
-        # A name may hold dots itself (opt-1.3b): the longest that is there is meant.
-        known = at if isinstance(at, dict) else {}
-        size = next((n for n in range(len(steps), 0, -1) if ".".join(steps[:n]) in known), 1)
-        step, steps = ".".join(steps[:size]), steps[size:]
-        try:
-            index: Any = int(step) if isinstance(at, list) else step
-            if not steps:
-                at[index] = value
-            else:
-                at = at[index] if isinstance(at, list) else at.setdefault(step, {})
-        except (ValueError, IndexError, TypeError, AttributeError) as e:
-            here = path.removesuffix(".".join(["", *steps]))
-            kind = f"a list of {len(at)}" if isinstance(at, list) else type(at).__name__
-            raise GridError([f"--set {setting}: no {shown(here)} here (its parent is {kind})"]) from e
 
 
-def define(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The file with every `$name` replaced by what `define` says of it, and `{from: $name, …}` by that with changes.
+def _next_name(steps: list[str], at: object) -> tuple[str, list[str]]:
+    """The next key or index, and the steps after it. A key may hold dots itself (opt-1.3b): the longest there is."""
+    for size in range(len(steps), 1, -1):
+        if isinstance(at, dict) and (name := ".".join(steps[:size])) in at:
+            return name, steps[size:]
+    return steps[0], steps[1:]
+
+
+def define(raw: Settings) -> Settings:
+    """The file with every `$name` replaced by its definition in `define`, and `{from: $name, …}` by that with changes.
 
     Definitions may use each other. `$$` stands for a dollar sign. Raises GridError with every name that is not defined.
     """
-    given = raw.get("define") or {}
-    if not isinstance(given, Mapping):
-        raise GridError([f"define = {shown(given)}: a mapping of names to what they stand for"])
-    problems: list[str] = []
-    circles: set[frozenset[str]] = set()
-    filled_in = 0
+    definitions = raw.get("define") or {}
+    if not isinstance(definitions, Mapping):
+        raise GridError([f"define = {shown(definitions)}: a mapping of names to what they stand for"])
+    filling = _Filling(definitions)
+    out = filling.mapping({k: v for k, v in raw.items() if k != "define"}, "", ())
+    for name in definitions:
+        filling.definition(str(name), f"define.{name}", ())
+    if filling.problems or out is None:
+        raise GridError(list(dict.fromkeys(filling.problems)))
+    return out
 
-    def named(name: str, place: str, within: tuple[str, ...]) -> Any:
+
+class _Filling:
+    """Replaces names by definitions; mistakes go to `problems`. `within`: the definitions that a value is part of."""
+
+    def __init__(self, definitions: Mapping[str, object]) -> None:
+        self.definitions = definitions
+        self.problems: list[str] = []
+        self.circles: set[frozenset[str]] = set()
+        self.values = 0
+
+    def value(self, value: object, place: str, within: tuple[str, ...]) -> object:
+        self.values += 1
+        if self.values > 10 * MOST_VALUES:
+            raise GridError([f"define: written out, the definitions are more than {10 * MOST_VALUES:,} values"])
+        if isinstance(value, str):
+            name = _NAME.fullmatch(value)
+            if name:
+                return self.definition(name[1], place, within)
+            return value[1:] if value.startswith("$$") else value
+        if isinstance(value, list):
+            return [self.value(v, f"{place}[{i}]", within) for i, v in enumerate(value)]
+        return self.mapping(value, place, within) if isinstance(value, Mapping) else value
+
+    def mapping(self, value: Mapping[str, object], place: str, within: tuple[str, ...]) -> Settings | None:
+        before = len(self.problems)
+        filled = {k: self.value(v, f"{place}.{k}".removeprefix("."), within) for k, v in value.items()}
+        base = filled.pop("from", {})
+        if isinstance(base, Mapping):
+            return merge(base, filled)
+        if len(self.problems) == before:  # else the mistake in `from` is among them
+            self.problems.append(f"{place}.from = {shown(value['from'])}: must name the definition of a mapping")
+        return None
+
+    def definition(self, name: str, place: str, within: tuple[str, ...]) -> object:
         if len(within) > DEEPEST:
             raise GridError([f"{place}: more than {DEEPEST} definitions that stand for each other in turn"])
         if name in within:
             circle = frozenset(within[within.index(name) :])
-            if circle not in circles:
-                problems.append(f"{place} = '${name}': the definition comes back to itself")
-            circles.add(circle)
-        elif name not in given:
-            problems.append(f"{place} = '${name}': {unknown('definition', name, given)}")
+            if circle not in self.circles:
+                self.problems.append(f"{place} = '${name}': the definition comes back to itself")
+            self.circles.add(circle)
+        elif name not in self.definitions:
+            self.problems.append(f"{place} = '${name}': {unknown('definition', name, self.definitions)}")
         else:
-            return filled(given[name], f"define.{name}", (*within, name))
+            return self.value(self.definitions[name], f"define.{name}", (*within, name))
         return None
-
-    def filled(value: Any, place: str, within: tuple[str, ...] = ()) -> Any:
-        nonlocal filled_in
-        filled_in += 1
-        if filled_in > 10 * MOST_VALUES:
-            raise GridError([f"define: written out, the definitions are more than {10 * MOST_VALUES:,} values"])
-        if isinstance(value, str) and value.startswith("$$"):
-            return value[1:]
-        if isinstance(value, str) and (match := _NAME.fullmatch(value)):
-            return named(match[1], place, within)
-        if isinstance(value, list):
-            return [filled(v, f"{place}[{i}]", within) for i, v in enumerate(value)]
-        if not isinstance(value, Mapping):
-            return value
-        before = len(problems)
-        own = {k: filled(v, f"{place}.{k}" if place else str(k), within) for k, v in value.items()}
-        base = own.pop("from", {})
-        if not isinstance(base, Mapping):
-            if len(problems) == before:  # else it is told already
-                problems.append(f"{place}.from = {shown(value['from'])}: must name the definition of a mapping")
-            return None
-        return merge(base, own)
-
-    out: dict[str, Any] = filled({k: v for k, v in raw.items() if k != "define"}, "")
-    for name in given:
-        named(str(name), f"define.{name}", ())
-    if problems:
-        raise GridError(list(dict.fromkeys(problems)))
-    return out
-
-
-_NAME = re.compile(r"\$([\w.-]+)")

@@ -1,18 +1,18 @@
-"""What a store tells of cells that are not done: which of them it has with other settings, and what their like took.
+"""Estimates from a store: which missing cells it has with other settings, and how long similar cells took.
 
-Manifests are read only where they can say something: at most READ of each sort of question, in threads.
+At most READ manifests are read for each of the two, in threads.
 """
 
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ctp.cells.cell import INPUTS, KINDS, Compress, Evaluate, Learn, from_json
+from ctp.cells.cell import KINDS, from_json
 from ctp.cells.labels import flat
 from ctp.planning import cost
 from ctp.planning.cost import Cost, Pace
@@ -27,7 +27,7 @@ from ctp.storage.store import Store
 READ, READERS = 200, 16
 DIGITS = 13  # of the key, and the dash before them, at the end of a folder's name
 SAMPLES = 8  # finished cells of one sort that are looked at
-ALIKE = 10.0  # sizes of cells, by the cost model, within which one's seconds say something of another's
+ALIKE = 10.0  # sizes of cells, by the cost model, within which their times are compared
 NEIGHBOURS = 3
 OTHER_KEY = "the store has it under another key"
 FOLLOWS = State(Kind.STALE, "an input is")
@@ -36,7 +36,7 @@ Manifest = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sample:
-    """What a finished cell took: seconds and bytes, and what the cost model says of it."""
+    """What a finished cell took: seconds and bytes, and its cost by the model."""
 
     seconds: float
     memory: float
@@ -49,12 +49,11 @@ Samples = Mapping[tuple[str, ...], list[Sample]]
 
 @dataclass(frozen=True)
 class Expected:
-    """What a cell is going to take: seconds, bytes, GPUs, hours of them. device: where its like was measured; empty
-    where the cost model says it."""
+    """What a cell is going to take: seconds, bytes, hours of GPUs. device: where similar cells were measured; empty
+    where the cost model tells."""
 
     seconds: float
     memory: float
-    gpus: float
     gpu_hours: float
     device: str = ""
 
@@ -96,50 +95,39 @@ def differences(node: Node, manifest: Manifest, most: int = 3) -> str:
     if manifest.get("version") != node.cell.VERSION:
         said.append(f"VERSION of {node.cell.kind} was {manifest.get('version')}, is {node.cell.VERSION}")
     if not said and list(node.inputs) != manifest["inputs"]:
-        names = [n for n in INPUTS[node.cell.kind] if getattr(node.cell, n) is not None]
+        names = [n for n in node.cell.INPUTS if getattr(node.cell, n) is not None]
         differ = [n for n, a, b in zip(names, node.inputs, manifest["inputs"], strict=False) if a != b]
         said.append(f"its {' and '.join(differ) or 'inputs'} was made by another VERSION")
     return "; ".join(said) or OTHER_KEY
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if value is None:
         return "not set"
     text = str(value)
     return text if len(text) <= 24 else f"{text[:20]}…"
 
 
-def _read(store: Store, paths: Mapping[str, str]) -> dict[str, Manifest]:
+def _read(store: Store, folders: Mapping[str, str]) -> dict[str, Manifest]:
     """The manifests of these folders, by key; without those that are gone or cannot be believed."""
 
-    def one(item: tuple[str, str]) -> tuple[str, Manifest | None]:
-        path = f"{store.root}/{item[1]}/{MANIFEST}"
+    def read(folder: str) -> Manifest | None:
+        path = f"{store.root}/{folder}/{MANIFEST}"
         with suppress(StoreError, OSError):
-            return item[0], parse(store.read(path) or b"", path)
-        return item[0], None
+            return parse(store.read(path) or b"", path)
+        return None
 
-    if store.local or len(paths) < 2:
-        found: Iterable[tuple[str, Manifest | None]] = map(one, paths.items())
-    else:
-        with ThreadPoolExecutor(READERS) as pool:
-            found = list(pool.map(one, paths.items()))
-    return {k: m for k, m in found if m is not None}
+    with ThreadPoolExecutor(READERS) as pool:
+        return {k: m for k, m in zip(folders, pool.map(read, folders.values()), strict=True) if m is not None}
 
 
 def sort(node: Node) -> tuple[str, ...]:
     """What cells have in common whose times can be compared: kind, method and model."""
-    cell = node.cell
-    if isinstance(cell, Compress):
-        model, method = cell.model, cell.compression.method
-    elif isinstance(cell, Learn):
-        model, method = cell.source.model, cell.recovery.method
-    else:
-        assert isinstance(cell, Evaluate)
-        model, method = cell.target.model, cell.measure.method
-    return cell.kind, method, model.name, model.revision, model.dtype
+    cell, model = node.cell, node.cell.model
+    return cell.kind, cell.method.method, model.name, model.revision, model.dtype
 
 
-def measured(plan: Plan, todo: Collection[str], state: Mapping[str, State], store: Store, costs: Mapping[str, Cost],
+def measured(plan: Plan, todo: Collection[str], state: Mapping[str, State], store: Store,
              read: Mapping[str, Manifest], batch: int) -> Samples:  # fmt: skip
     """What finished cells took, by sort, of the sorts that are to run. read: manifests of cells' stale relatives."""
     wanted = {sort(plan.nodes[k]) for k in todo}
@@ -148,19 +136,15 @@ def measured(plan: Plan, todo: Collection[str], state: Mapping[str, State], stor
         if state[k].done and sort(node) in wanted:
             done[sort(node)].append(k)
     few = [k for keys in done.values() for k in keys[:: math.ceil(len(keys) / SAMPLES)]][:READ]
-    own = _read(store, {k: f"{plan.nodes[k].cell.kind}/{folder_name(plan.nodes[k].cell)}" for k in few})
+    folders = {k: f"{plan.nodes[k].cell.kind}/{folder_name(plan.nodes[k].cell)}" for k in few}
     out: dict[tuple[str, ...], list[Sample]] = defaultdict(list)
-    for k, manifest in own.items():
-        _add(out[sort(plan.nodes[k])], manifest, costs[k])
-    for k, manifest in read.items():
-        with suppress(ValueError, KeyError):  # of another version, which had other settings
-            _add(out[sort(plan.nodes[k])], manifest, cost.of(from_json(manifest), plan.nodes[k].facts, batch))
+    for k, manifest in {**_read(store, folders), **read}.items():
+        node = plan.nodes[k]
+        with suppress(KeyError, TypeError, ValueError):  # of another version, which had other settings
+            size = cost.of(from_json(manifest), node.facts, batch)
+            seconds, memory = float(manifest["seconds"]), float(manifest["peak_memory_bytes"])
+            out[sort(node)].append(Sample(seconds, memory, str(manifest["device"]), size))
     return out
-
-
-def _add(samples: list[Sample], m: Manifest, c: Cost) -> None:
-    with suppress(KeyError, TypeError, ValueError):
-        samples.append(Sample(float(m["seconds"]), float(m["peak_memory_bytes"]), str(m["device"]), c))
 
 
 def expect(plan: Plan, todo: Collection[str], costs: Mapping[str, Cost], samples: Samples, each: Resources,
@@ -170,43 +154,20 @@ def expect(plan: Plan, todo: Collection[str], costs: Mapping[str, Cost], samples
     """
     out = {}
     for k in todo:
-        c = costs[k]
+        node, c = plan.nodes[k], costs[k]
         gpus = max(1.0, each.of(c.memory, True)["GPU"])
-        hours = c.hours(tflops)
-        near = _nearest(samples.get(sort(plan.nodes[k]), []), c)
+        ratios = [(_ratio(c, s.cost), s) for s in samples.get(sort(node), [])]
+        alike = [(ratio, s) for ratio, s in ratios if 1 / ALIKE <= ratio <= ALIKE]
+        near = sorted(alike, key=lambda pair: abs(math.log(pair[0])))[:NEIGHBOURS]
         if not near:
-            out[k] = Expected(pace.seconds(plan.nodes[k].cell, c), c.memory, gpus, hours * gpus)
+            out[k] = Expected(pace.seconds(node.cell, c), c.memory, gpus * c.hours(tflops))
             continue
-        seconds = statistics.median(s.seconds * _ratio(c, s.cost) for s in near)
-        device = Counter(s.device for s in near).most_common(1)[0][0]
-        memory = max(s.memory for s in near)
-        out[k] = Expected(seconds, memory, gpus, gpus * (seconds / 3600 if device == "cuda" else hours), device)
+        seconds = statistics.median(s.seconds * ratio for ratio, s in near)
+        device = Counter(s.device for _, s in near).most_common(1)[0][0]
+        hours = seconds / 3600 if device == "cuda" else c.hours(tflops)
+        out[k] = Expected(seconds, max(s.memory for _, s in near), gpus * hours, device)
     return out
 
 
 def _ratio(c: Cost, other: Cost) -> float:
     return c.flops / other.flops if c.flops and other.flops else 1.0 if c.flops == other.flops else math.inf
-
-
-def _nearest(samples: list[Sample], c: Cost) -> list[Sample]:
-    """The few samples of about the same size."""
-    alike = [s for s in samples if 1 / ALIKE <= _ratio(c, s.cost) <= ALIKE]
-    return sorted(alike, key=lambda s: abs(math.log(_ratio(c, s.cost))))[:NEIGHBOURS]
-
-
-def longest_path(plan: Plan, expected: Mapping[str, Expected]) -> tuple[float, list[str]]:
-    """Seconds and cells of the path that takes longest: no number of machines makes the run shorter."""
-    ends: dict[str, float] = {}
-    before: dict[str, str] = {}
-    for k, node in plan.nodes.items():
-        if k not in expected:
-            continue
-        last = max((i for i in node.inputs if i in ends), key=ends.__getitem__, default="")
-        ends[k] = ends.get(last, 0.0) + expected[k].seconds
-        before[k] = last
-    k = max(ends, key=ends.__getitem__, default="")
-    seconds, path = ends.get(k, 0.0), []
-    while k:
-        path.append(k)
-        k = before[k]
-    return seconds, path[::-1]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from ctp.cells.inputs import Model
 from ctp.cells.runtime import location
@@ -16,35 +16,29 @@ from ctp.data.texts import Corpus, find, parse_corpus
 from ctp.models import adapters, sources, tiny
 from ctp.models.config import model_facts
 from ctp.models.load import check_usable
-from ctp.models.sources import Facts, known_models
+from ctp.models.sources import UNPINNED, Facts, known_models
 from ctp.planning.gridtext import GridError, beside
 
-
-def _adapter_fields(location: str, revision: str) -> dict[str, Any]:
-    return asdict(adapters.adapter_facts(adapters.fetch(location, revision)))
+Fields = dict[str, object]  # of a pinned thing, as they stand in the grid file
 
 
-def _checkpoint_fields(location: str, revision: str) -> dict[str, Any]:
-    from ctp.formats import checkpoint  # torch takes seconds to import: where a grid names a checkpoint only
+class Found(NamedTuple):
+    """What a name stands for now: its short name, its exact revision, and where it is stored."""
 
-    checkpoint.quantization(checkpoint.fetch(location, revision, weights=False))
-    known = model_facts(location, revision)
-    return {"parameters": known.parameters, "width": known.width}
-
-
-# Methods with a `path`: (path, revision) -> (short name, revision, location), and the fields that are read from there.
-PATHS: dict[str, tuple[Callable[[str, str], tuple[str, str, str]], Callable[[str, str], dict[str, Any]]]] = {
-    "adapter": (adapters.locate, _adapter_fields),
-    "checkpoint": (sources.locate, _checkpoint_fields),
-}
+    name: str
+    revision: str
+    location: str
 
 
 class Pins:
-    """The validation context of a grid: resolves names to revisions and remembers where each one lies.
+    """The validation context of a grid: resolves names to revisions and remembers where each is stored.
 
     data_dir: a folder with local copies of texts (also CTP_DATA_DIR), preferred to the hub. provisional: for planning
     only: where the hub cannot be reached, texts and known models get the revision "unpinned" and their names go into
     `unpinned`; otherwise that raises ValueError. Raises GridError where there is no folder `data_dir`.
+
+    The methods `pin_…` get a name and all fields given with it, and return the fields with short name and revision.
+    They raise ValueError, in one sentence, where there is no such thing, or not at the given revision.
     """
 
     def __init__(self, data_dir: str | None = None, provisional: bool = False) -> None:
@@ -55,13 +49,12 @@ class Pins:
         self.provisional = provisional
         self.unpinned: list[str] = []
         self.locations: dict[str, str] = {}
-        self.datasets: dict[str, dict[str, Any]] = {}  # descriptions of texts that are not built in
+        self.datasets: dict[str, Fields] = {}  # descriptions of texts that are not built in
         self._corpora: dict[str, Corpus] = {}
-        self._found: dict[tuple[str, ...], tuple[str, str, str] | ValueError] = {}
-        self._texts: dict[tuple[str, str], tuple[str, str]] = {}
+        self._answers: dict[tuple[str, str, str], Found | ValueError] = {}
 
-    def add_datasets(self, raw: Any) -> list[str]:
-        """Register a grid file's own `datasets`; returns what is wrong with them."""
+    def add_datasets(self, raw: object) -> list[str]:
+        """Register the `datasets` of a grid file; returns its mistakes."""
         if not isinstance(raw, Mapping):
             return [f"datasets = {shown(raw)}: a mapping of names to descriptions"]
         problems = []
@@ -73,110 +66,99 @@ class Pins:
                 problems.append(f"datasets.{name}: {e}")
         return problems
 
-    def pin_model(self, data: dict[str, Any]) -> dict[str, Any]:
-        """Fill in revision, dtype and the short name. Raises ValueError where there is no such model."""
-        name, revision, location = self._locate("model", self._find_model, data["name"], data.get("revision"))
-        known = model_facts(location, revision)
-        check_usable(location, revision, known.vocab)
-        dtype = data.get("dtype", "auto")
-        return {**data, "name": name, "revision": revision, "dtype": known.dtype if dtype == "auto" else dtype}
+    def pin_model(self, name: str, fields: Fields) -> Fields:
+        """Also its dtype, where that is left to the checkpoint."""
+        revision = _revision(fields)
 
-    def _find_model(self, name: str, revision: str) -> tuple[str, str, str]:
+        def find_model() -> Found:
+            found = Found(*sources.locate(name, revision))
+            if found.location.startswith("hub:") and not self.provisional:
+                hub.check_access(name, found.revision)  # now, and not hours later on a worker
+            return found
+
+        found = self._found("model", name, revision, find_model, f"hub:{name}" if name in known_models() else None)
+        known = model_facts(found.location, found.revision)
+        check_usable(found.location, found.revision, known.vocab)
+        dtype = fields.get("dtype", "auto")
+        dtype = known.dtype if dtype == "auto" else dtype
+        return {**fields, "name": found.name, "revision": found.revision, "dtype": dtype}
+
+    def pin_path(self, path: str, fields: Fields) -> Fields:
+        """An adapter or a checkpoint; also what is read from its files."""
+        method, revision = str(fields["method"]), _revision(fields)
+        locate, read = (adapters.locate, _adapter) if method == "adapter" else (sources.locate, _checkpoint)
         try:
-            short, found, location = sources.locate(name, revision)
-        except hub.Unreachable:
-            if not self.provisional or name not in known_models():
-                raise
-            return name, self._unpinned(name), f"hub:{name}"
-        if location.startswith("hub:") and not self.provisional:
-            hub.check_access(name, found)  # now, and not hours later on a worker
-        return short, found, location
-
-    def _unpinned(self, name: str) -> str:
-        if name not in self.unpinned:
-            self.unpinned.append(name)
-        return sources.UNPINNED
-
-    def pin_path(self, data: dict[str, Any]) -> dict[str, Any]:
-        """Fill in revision, short name and what is read from a method's `path`. Raises ValueError naming the field."""
-        locate, read = PATHS[data["method"]]
-        try:
-            name, revision, location = self._locate(data["method"], locate, data["path"], data.get("revision"))
-            fields = read(location, revision)
+            found = self._found(method, path, revision, lambda: Found(*locate(path, revision)))
+            known = read(found.location, found.revision)
         except ValueError as e:
-            raise ValueError(f"path = {shown(data['path'])}: {e}") from e
-        for field, value in fields.items():
-            if data.get(field, value) != value:
-                raise ValueError(f"{field} = {data[field]!r}: {name} has {value!r}")
-        return {**data, "path": name, "revision": revision, **fields}
+            raise ValueError(f"path = {shown(path)}: {e}") from e
+        for field, value in known.items():
+            if fields.get(field, value) != value:
+                raise ValueError(f"{field} = {fields[field]!r}: {found.name} has {value!r}")
+        return {**fields, "path": found.name, "revision": found.revision, **known}
 
-    def _locate(
-        self, what: str, locate: Callable[[str, str], tuple[str, str, str]], name: str, revision: Any
-    ) -> tuple[str, str, str]:
-        """What `locate` gives, asked once a grid and remembered for `location`."""
-        _check_revision(revision)
-        asked = (what, name, revision or "")
-        if asked not in self._found:
-            try:
-                self._found[asked] = locate(name, revision or "")
-            except ValueError as e:
-                self._found[asked] = e  # asked once, told alike wherever it stands
-        known = self._found[asked]
-        if isinstance(known, ValueError):
-            raise known
-        name, found, location = known
-        if revision and revision != found and not location.startswith("hub:"):
-            raise ValueError(f"revision = {shown(revision)}: {name} is {found} here")
-        self.locations[f"{name}@{found}"] = location
-        return name, found, location
+    def pin_task(self, name: str, fields: Fields) -> Fields:
+        """A task of lm-evaluation-harness."""
+        given = fields.get("shots")
+        shots = given if isinstance(given, int) else 0  # anything else is refused by validation
 
-    def pin_task(self, data: dict[str, Any]) -> dict[str, Any]:
-        """Fill in revision and short name of a task of lm-evaluation-harness. Raises ValueError where there is none."""
-        from ctp.data import tasks  # finds the harness's files: where a grid names a task only
+        def find_task() -> Found:
+            from ctp.data import tasks  # finds the harness's files: where a grid names a task only
 
-        shots = data.get("shots", 0)
-
-        def locate(name: str, _: str) -> tuple[str, str, str]:
-            own = name.endswith((".yaml", ".yml"))
-            try:
-                return tasks.locate(str(beside(name, self.folders)) if own else name, self.data_dir, shots=shots)
-            except hub.Unreachable:
-                if not self.provisional:
-                    raise
-                return name, self._unpinned(name), ""
+            path = str(beside(name, self.folders)) if name.endswith((".yaml", ".yml")) else name
+            return Found(*tasks.locate(path, self.data_dir, shots=shots))
 
         try:
-            name, revision, _ = self._locate(f"task with {shots} shots", locate, data["name"], data.get("revision"))
+            found = self._found(f"task with {shots} shots", name, _revision(fields), find_task, "")
         except ValueError as e:
-            raise ValueError(f"name = {shown(data['name'])}: {e}") from e
-        return {**data, "name": name, "revision": revision}
+            raise ValueError(f"name = {shown(name)}: {e}") from e
+        return {**fields, "name": found.name, "revision": found.revision}
 
-    def pin_windows(self, data: dict[str, Any]) -> dict[str, Any]:
-        """Fill in revision and join. Raises ValueError on an unknown text or split, or a missing file."""
-        name, split = data["dataset"], data.get("split")
+    def pin_windows(self, name: str, fields: Fields) -> Fields:
+        """Also `join`. A missing split is left to validation."""
+        split, join = fields.get("split"), fields.get("join")
         corpus = find(name, self._corpora, self.data_dir)
         if corpus.path and name not in self.datasets:
             self.datasets[name] = {"path": corpus.path}  # a folder among the local data
         if not isinstance(split, str):
-            return data  # the missing split is validation's to report
-        _check_revision(data.get("revision"))
-        if (name, split) not in self._texts:
-            self._texts[name, split] = self._find_text(corpus, split)
-        location, revision = self._texts[name, split]
-        if data.get("revision") and revision != sources.UNPINNED and data["revision"] != revision:
-            raise ValueError(f"revision = {shown(data['revision'])}: {name} {split} is {revision} here")
-        self.locations[f"{name}@{revision}"] = location
-        join = corpus.join if data.get("join") is None else data["join"]
-        return {**data, "revision": revision, "join": join}
+            return fields
 
-    def _find_text(self, corpus: Corpus, split: str) -> tuple[str, str]:
+        def find_text() -> Found:
+            location, revision = locate_text(corpus, split, self.data_dir)
+            return Found(name, revision, location)
+
+        revision = _revision(fields)
+        found = self._found(f"text {split}", name, "", find_text, f"hub:{corpus.hub}@{UNPINNED}")
+        _check_revision(revision, found, f"{name} {split}")
+        return {**fields, "revision": found.revision, "join": corpus.join if join is None else join}
+
+    def _found(
+        self, what: str, name: str, revision: str, find: Callable[[], Found], offline: str | None = None
+    ) -> Found:
+        """What `find` gives or raises, called once a grid; its location is noted.
+
+        offline: the location to plan with where the hub cannot be reached; None where there is no planning without it.
+        """
+        question = (what, name, revision)
+        if question not in self._answers:
+            self._answers[question] = self._ask(name, find, offline)
+        found = self._answers[question]
+        if isinstance(found, ValueError):
+            raise found
+        if not found.location.startswith("hub:"):  # the hub was asked for this very revision
+            _check_revision(revision, found, found.name)
+        self.locations[f"{found.name}@{found.revision}"] = found.location
+        return found
+
+    def _ask(self, name: str, find: Callable[[], Found], offline: str | None) -> Found | ValueError:
         try:
-            return locate_text(corpus, split, self.data_dir)
-        except hub.Unreachable:
-            if not self.provisional:
-                raise
-            revision = self._unpinned(corpus.name)
-            return f"hub:{corpus.hub}@{revision}", revision
+            return find()
+        except ValueError as e:
+            if not isinstance(e, hub.Unreachable) or not self.provisional or offline is None:
+                return e
+        if name not in self.unpinned:
+            self.unpinned.append(name)
+        return Found(name, UNPINNED, offline)
 
     def facts(self, model: Model) -> Facts:
         """Size and limits of a pinned model."""
@@ -196,6 +178,28 @@ class Pins:
             return None
 
 
-def _check_revision(given: Any) -> None:
+def _adapter(location: str, revision: str) -> Fields:
+    """The fields of an adapter that its files tell."""
+    return asdict(adapters.adapter_facts(adapters.fetch(location, revision)))
+
+
+def _checkpoint(location: str, revision: str) -> Fields:
+    """The fields of a checkpoint that its files tell."""
+    from ctp.formats import checkpoint  # torch takes seconds to import: where a grid names a checkpoint only
+
+    checkpoint.quantization(checkpoint.fetch(location, revision, weights=False))
+    known = model_facts(location, revision)
+    return {"parameters": known.parameters, "width": known.width}
+
+
+def _revision(fields: Fields) -> str:
+    """The revision that is given, "" where none is."""
+    given = fields.get("revision")
     if given is not None and not isinstance(given, str):
         raise ValueError(f"revision = {shown(given)}: must be text, a commit or a hash")
+    return given or ""
+
+
+def _check_revision(given: str, found: Found, name: str) -> None:
+    if given and found.revision not in (given, UNPINNED):
+        raise ValueError(f"revision = {shown(given)}: {name} is {found.revision} here")

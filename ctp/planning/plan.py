@@ -1,10 +1,12 @@
 """From a grid to cells to a graph: what there is to do, what it needs, what is done and why the rest is not."""
 
+from collections.abc import Mapping
 from functools import partial
 
-from ctp.cells import Dense, NoRecovery
+from ctp.cells import Dense, Measure, NoRecovery
 from ctp.cells.cell import Cell, Compress, Evaluate, Learn, key
-from ctp.planning.fits import misfits, model_of, namesakes, unspoken, windows_of
+from ctp.cells.inputs import Model
+from ctp.planning.fits import misfits, missing_tokens, namesakes, windows_of
 from ctp.planning.graph import Node, Plan
 from ctp.planning.gridfile import Grid, Study
 from ctp.planning.gridtext import GridError
@@ -13,77 +15,90 @@ from ctp.planning.pins import Pins
 
 def make(grid: Grid, pins: Pins) -> Plan:
     """All cells of a grid, each once. Raises GridError where a cell cannot fit its model."""
-    wanted: dict[str, tuple[Cell, list[str]]] = {}
+    cells: dict[str, Cell] = {}  # by key, inputs before what needs them
+    studies: dict[str, list[str]] = {}
     for study in grid.studies:
         for cell in study_cells(study):
-            for each in (*_ancestors(cell), cell):
-                names = wanted.setdefault(key(each), (each, []))[1]
-                if study.name not in names:
-                    names.append(study.name)
+            for needed in (*_ancestors(cell), cell):
+                k = key(needed)
+                cells.setdefault(k, needed)
+                if study.name not in studies.setdefault(k, []):
+                    studies[k].append(study.name)
     nodes = {
-        k: Node(cell, k, tuple(key(i) for i in cell.inputs), tuple(names), pins.facts(model_of(cell)))
-        for k, (cell, names) in wanted.items()
+        k: Node(cell, k, tuple(map(key, cell.inputs)), tuple(studies[k]), pins.facts(cell.model))
+        for k, cell in cells.items()
     }
-    told: dict[str, list[str]] = {}  # of a cell and what needs it, the first mistake: the others follow from it
-    for n in nodes.values():
-        found = [p for i in n.inputs for p in told[i]] or misfits(n.cell, n.facts)
-        told[n.key] = found or unspoken(n.cell, partial(pins.specials, model_of(n.cell)))
-    alike = namesakes((n.cell for n in nodes.values()), pins.locations)
-    problems = [f"{grid.path}: {p}" for p in dict.fromkeys([*alike, *(p for found in told.values() for p in found)])]
+    problems = [*namesakes(cells.values(), pins.locations), *_misfits(nodes, pins)]
     if not nodes:
-        problems = [f"{grid.path}: no cell comes out of this grid"]
+        problems = ["no cell comes out of this grid"]
     if problems:
-        raise GridError(problems)
+        raise GridError([f"{grid.path}: {p}" for p in dict.fromkeys(problems)])
     return Plan(grid.name, grid, nodes)
+
+
+def _misfits(nodes: Mapping[str, Node], pins: Pins) -> list[str]:
+    """What cannot work; of a cell and those that need it the first mistake, from which the others follow."""
+    found: dict[str, list[str]] = {}
+    for k, node in nodes.items():
+        found[k] = [problem for i in node.inputs for problem in found[i]]
+        found[k] = found[k] or misfits(node.cell, node.facts)
+        found[k] = found[k] or missing_tokens(node.cell, partial(pins.specials, node.cell.model))
+    return [problem for problems in found.values() for problem in problems]
 
 
 def warnings(plan: Plan) -> list[str]:
     """What a person should know of a plan before it runs: one line each."""
-    without: dict[str, list[str]] = {}
+    without: dict[str, list[str]] = {}  # model -> texts
     for node in plan.nodes.values():
-        for _, text in windows_of(node.cell) if node.facts.needs_bos else ():
-            if text.bos != "each":
-                without.setdefault(model_of(node.cell).name, []).append(text.dataset)
+        if node.facts.needs_bos:
+            texts = [text.dataset for _, text in windows_of(node.cell) if text.bos != "each"]
+            without.setdefault(node.cell.model.name, []).extend(texts)
     return [
         f"{name} needs the beginning-of-text token in front of every window, and the windows of "
         f"{', '.join(dict.fromkeys(texts))} lack it: its perplexity will be far too high; set bos: each there"
         for name, texts in without.items()
+        if texts
     ]
 
 
 def study_cells(study: Study) -> list[Cell]:
-    """The cells that one study asks for; their inputs come before them."""
-    out: list[Cell] = []
-    for model in study.models:
-        compressed = {
-            spec.label: [
-                Compress(model=model, compression=spec, calibration=text)
-                for text in (study.calibration if spec.calibrated else (None,))
-            ]
-            for spec in study.compressions
-        }
-        targets = [c for label in study.targets for c in compressed[label]]
-        learned = [
-            Learn(source=source, recovery=recovery)
-            for recovery in study.recoveries
-            if recovery.learned
-            for label in study.sources
-            for source in compressed[label]
+    """The cells that one study asks for."""
+    return [cell for model in study.models for cell in _model_cells(study, model)]
+
+
+def _model_cells(study: Study, model: Model) -> list[Cell]:
+    compressed = {
+        spec.label: [
+            Compress(model=model, compression=spec, calibration=text)
+            for text in (study.calibration if spec.calibrated else (None,))
         ]
-        dense = Compress(model=model, compression=Dense())
-        given = [
-            Learn(source=dense, recovery=r) for r in study.recoveries if not r.learned and not isinstance(r, NoRecovery)
-        ]
-        out += [*targets, *learned, *given]
-        for target in targets:
-            own = [p for p in learned if study.transfer == "all" or p.source == target]
-            out += [
-                Evaluate(target=target, recovery=recovery, measure=measure)
-                for measure in study.measures
-                for recovery in (None, *own, *given)
-                if not measure.prompts_only or (recovery is not None and recovery.recovery.in_front)
-            ]
-    return out
+        for spec in study.compressions
+    }
+    targets = [cell for label in study.targets for cell in compressed[label]]
+    sources = [cell for label in study.sources for cell in compressed[label]]
+    dense = [Compress(model=model, compression=Dense())]
+    learned = [
+        Learn(source=source, recovery=recovery)
+        for recovery in sorted(study.recoveries, key=lambda r: not r.learned)
+        if not isinstance(recovery, NoRecovery)
+        for source in (sources if recovery.learned else dense)
+    ]
+    evaluations = [
+        Evaluate(target=target, recovery=recovery, measure=measure)
+        for target in targets
+        for measure in study.measures
+        for recovery in (None, *learned)
+        if _measured(study, target, recovery, measure)
+    ]
+    return [*targets, *learned, *evaluations]
+
+
+def _measured(study: Study, target: Compress, recovery: Learn | None, measure: Measure) -> bool:
+    """Does the study measure this recovery on this target?"""
+    if measure.prompts_only and not (recovery and recovery.recovery.in_front):
+        return False
+    elsewhere = recovery is not None and recovery.recovery.learned and recovery.source != target
+    return study.transfer == "all" or not elsewhere
 
 
 def _ancestors(cell: Cell) -> list[Cell]:

@@ -1,4 +1,4 @@
-"""A user's own methods: Python files that a grid file names, run by the driver and, from their source, by workers."""
+"""Methods of users: Python files that a grid file names, run by the driver and, from their source, by workers."""
 
 import importlib
 import sys

@@ -25,10 +25,10 @@ class Resources:
     gpu_memory: int = 24 * GIB
 
     def of(self, memory: float, gpus: bool, alone: float = 0, whole: bool = False) -> dict[str, float]:
-        """Bundle for a cell of so many bytes at its peak: GPUs in quarters up to one, then whole ones, as Tune takes
-        nothing between. alone: all CPUs of a machine, for a cell that nothing may run beside: no other trial finds one.
-        whole: at least a GPU, for a cell that keeps one busy by itself: Ray would put a second one beside it while
-        other GPUs idle.
+        """Bundle for a cell of so many bytes at its peak: GPUs in quarters up to one, then whole ones.
+
+        alone: all CPUs of a machine, so that nothing runs beside the cell. whole: at least one GPU, for a cell that
+        keeps it busy by itself: Ray would put a second cell beside it while other GPUs idle.
         """
         if not gpus:
             return {"CPU": alone or self.cpus}
@@ -64,7 +64,7 @@ def gpu_memory(gib: int | None) -> int:
 
 
 def has_gpu() -> bool:
-    """Has this machine a GPU that torch can use? Where there is no driver, torch, which takes seconds, is not asked."""
+    """Has this machine a GPU that torch can use? Without a driver, torch is not imported, which takes seconds."""
     if sys.platform == "linux" and not any(Path("/dev", n).exists() for n in DRIVERS):
         return False
     import torch
@@ -126,7 +126,7 @@ class Fleet:
 def fleet(there: Sequence[Mapping[str, float]], config: Mapping[str, Any] | None = None) -> Fleet:
     """Of the resources of each machine that is there, and the configuration that `ray up` leaves on the head.
 
-    A sort of machine whose resources are not said (those of one's own premises) is like the smallest worker there.
+    A sort of machine without stated resources (as on premises) counts as the smallest worker that is there.
     """
     config = config or {}
     most, sorts = int(config.get("max_workers", 0)), config.get("available_node_types", {})

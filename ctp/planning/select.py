@@ -3,14 +3,13 @@
 import operator
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from ctp.cells.labels import axes
 from ctp.common.messages import unknown
 from ctp.planning.graph import Node, Plan
 from ctp.planning.gridtext import GridError
 
-_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+_COMPARE: dict[str, Callable[..., bool]] = {
     "!=": operator.ne, ">=": operator.ge, "<=": operator.le, "=": operator.eq, ">": operator.gt, "<": operator.lt,
 }  # fmt: skip
 
@@ -47,24 +46,19 @@ def keep(plan: Plan, keys: set[str]) -> Plan:
 
 
 def _holds(node: Node, axis: str, op: str, text: str) -> bool:
-    if axis == "study":
-        values: list[Any] = list(node.studies)
-    else:
-        have = axes(node.cell)
-        if axis not in have:
-            return False
-        values = [have[axis]]
-    wanted = [_number(x.strip()) for x in text.split(",")] if op in ("=", "!=") else [_number(text)]
-    if op == "!=":
-        return all(_number(v) != w for v in values for w in wanted)
+    have = axes(node.cell)
+    values = node.studies if axis == "study" else [have[axis]] if axis in have else []
+    wanted = text.split(",") if op in ("=", "!=") else [text]
     try:
-        return any(_COMPARE[op](_number(v), w) for v in values for w in wanted)
+        found = [_COMPARE[op](_number(v), _number(w)) for v in values for w in wanted]
     except TypeError as e:
         raise GridError([f"--where {axis}{op}{text}: {axis} is not a number"]) from e
+    return bool(found) and (all(found) if op == "!=" else any(found))
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> object:
+    """A number as one, anything else as its text."""
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        return value
+        return float(str(value))
+    except ValueError:
+        return str(value).strip()

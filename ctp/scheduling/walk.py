@@ -16,7 +16,7 @@ from ctp.cells.cell import Cell, Compress, Evaluate, Learn, key
 from ctp.cells.events import Done, Drained, Event, Failed, Skipped
 from ctp.cells.labels import slug
 from ctp.planning.cost import Cost
-from ctp.planning.graph import Plan
+from ctp.planning.graph import Plan, heaviest_paths
 from ctp.planning.resources import BUSY, alone
 from ctp.planning.states import Outcome, runnable
 
@@ -66,8 +66,8 @@ class Walk:
         self.outcome = Outcome()
         self.stopped = self.draining = False
         self.weights = settings.weights or dict.fromkeys(plan.nodes, 1.0)
-        paths = _paths(plan, self.weights)
-        self.order: dict[str, Rank] = {k: (alone(n.cell), -paths[k], i) for i, (k, n) in enumerate(plan.nodes.items())}
+        paths = heaviest_paths(plan, self.weights)
+        self.order = {k: (alone(n.cell), -paths[k][0], i) for i, (k, n) in enumerate(plan.nodes.items())}
         self.finished = set(done)
         self.tasks: dict[str, list[str]] = {}
         self.running: set[str] = set()  # tasks that have reported something, and so have a slot
@@ -261,24 +261,11 @@ def death(message: str) -> str:
 
 
 def _sort(cell: Cell) -> Sort:
-    if isinstance(cell, Evaluate):
-        return Sort(cell.kind, key(cell.target), "")
-    if isinstance(cell, Learn):
-        return Sort(cell.kind, key(cell.source), cell.recovery.method)
-    assert isinstance(cell, Compress)
-    return Sort(cell.kind, "", f"{cell.compression.method} {cell.model.name}")  # no model stays loaded
+    if isinstance(cell, Compress):  # no model stays loaded
+        return Sort(cell.kind, "", f"{cell.compression.method} {cell.model.name}")
+    return Sort(cell.kind, key(cell.base), cell.recovery.method if isinstance(cell, Learn) else "")
 
 
 def expected(plan: Plan, costs: Mapping[str, Cost]) -> dict[str, float]:
     """Weights of a walk: each cell's operations by the cost model, and those of reading its model once."""
     return {k: costs[k].flops + n.facts.parameters for k, n in plan.nodes.items()}
-
-
-def _paths(plan: Plan, weights: Mapping[str, float]) -> dict[str, float]:
-    """The work of the heaviest path that begins with each cell: the longest goes first."""
-    path = dict.fromkeys(plan.nodes, 0.0)
-    for k in reversed(plan.nodes):
-        path[k] += weights[k]
-        for i in plan.nodes[k].inputs:
-            path[i] = max(path[i], path[k])
-    return path

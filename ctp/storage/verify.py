@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ctp.cells.cell import INPUTS, own_key
+from ctp.cells.cell import KINDS, own_key
 from ctp.storage.folders import DAY
 from ctp.storage.garbage import DIGITS, Artifact
 from ctp.storage.manifest import MANIFEST, Damaged, verify
@@ -79,7 +79,7 @@ def _identity(artifact: Artifact, specs: dict[str, Any]) -> str:
 
 
 def _inputs(manifest: dict[str, Any]) -> list[str]:
-    return [n for n in INPUTS[manifest["kind"]] if manifest["spec"][n] is not None]
+    return [n for n in KINDS[manifest["kind"]].INPUTS if manifest["spec"][n] is not None]
 
 
 def _relations(artifact: Artifact, known: set[tuple[str, str]]) -> Iterator[Finding]:

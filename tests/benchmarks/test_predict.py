@@ -12,13 +12,13 @@ from support.tinygrid import grid
 
 from benchmarks.celltimes import Pace, assumed, fit, measured
 from benchmarks.predict import Forecast, main
-from benchmarks.simulate import Machines, longest_path, simulate
+from benchmarks.simulate import Machines, simulate
 from ctp.cells import Dense
 from ctp.cells.cell import Compress, Evaluate, key
 from ctp.cells.inputs import Model
 from ctp.models.sources import Facts
 from ctp.planning import cost, gridfile
-from ctp.planning.graph import Node, Plan
+from ctp.planning.graph import Node, Plan, longest_path
 from ctp.planning.gridfile import Grid
 from ctp.planning.pins import Pins
 from ctp.planning.plan import make

@@ -13,6 +13,7 @@ from ctp.cells.cell import Compress, Evaluate, Learn
 from ctp.console import preview
 from ctp.machine.arithmetic import cpu_rates
 from ctp.planning import cost, history, states
+from ctp.planning.graph import longest_path
 from ctp.planning.resources import GIB
 from ctp.planning.states import Kind, State
 from ctp.storage.store import Store
@@ -101,14 +102,16 @@ def test_what_is_of_another_size_says_nothing_of_the_time(finished, tmp_path, ll
     assert seen.expected[k].seconds == pytest.approx(3600 * seen.costs[k].hours(100))
 
 
-def test_the_longest_path_ends_what_takes_longest(finished, tmp_path):
-    graph = finished.plan
+def test_the_longest_path_ends_what_takes_longest(finished):
+    plan = finished.plan
     weights = {Compress: 5.0, Learn: 100.0, Evaluate: 1.0}
-    expected = {k: history.Expected(weights[type(n.cell)], 0, 1, 0) for k, n in graph.nodes.items()}
-    seconds, path = history.longest_path(graph, expected)
-    assert seconds == 106.0
-    assert [graph.nodes[k].cell.kind for k in path] == ["compress", "learn", "evaluate"]
-    assert history.longest_path(graph, {}) == (0.0, [])
+    seconds = {k: weights[type(n.cell)] for k, n in plan.nodes.items()}
+    total, path = longest_path(plan, seconds)
+    assert total == 106.0
+    assert [plan.nodes[k].cell.kind for k in path] == ["compress", "learn", "evaluate"]
+    assert longest_path(plan, {}) == (0.0, [])
+    only = {k: s for k, s in seconds.items() if not isinstance(plan.nodes[k].cell, Learn)}
+    assert longest_path(plan, only)[0] == 6.0
 
 
 def test_plan_groups_and_says_why(finished, tmp_path, llama_folder, capsys):
@@ -156,7 +159,7 @@ def test_without_a_gpu_it_goes_by_the_rate_of_this_cpu(finished, tmp_path, monke
     text = "\n".join(preview.totals(seen))
     assert "on this machine, 2 cells at a time" in text
     assert "60% of the 100 GFLOP/s" in text
-    longest = history.longest_path(finished.plan, seen.expected)[0]
+    longest = longest_path(finished.plan, {k: e.seconds for k, e in seen.expected.items()})[0]
     assert max(longest, seen.seconds / 2) + preview.STARTING < seen.seconds + preview.STARTING
     assert preview.as_json(seen, [])["total"]["assumed"] == pace.about
 
