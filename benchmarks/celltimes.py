@@ -20,7 +20,8 @@ from ctp.models import sources
 from ctp.models.config import model_facts
 from ctp.models.sources import Facts
 from ctp.planning import cost
-from ctp.storage.catalog import Entry, entries
+from ctp.storage.catalog import Artifact as Entry
+from ctp.storage.catalog import entries
 from ctp.storage.store import Store
 
 SIZE, TIMES = 2048, 5  # of the matrices that are multiplied to measure the speed, and how often

@@ -22,7 +22,7 @@ from ctp.planning.graph import Plan
 from ctp.planning.pins import Pins
 from ctp.planning.plan import make
 from ctp.storage.manifest import MANIFEST
-from ctp.storage.partial import identity
+from ctp.storage.ref import identity
 from ctp.storage.store import Store
 from ctp.tracking import entries
 from ctp.tracking.tracker import Tracker
@@ -99,7 +99,7 @@ def _artifacts(plan: Plan, store: Store) -> Iterator[tuple[str, dict[str, Any]]]
         }  # fmt: skip
         if isinstance(node.cell, Evaluate) and node.cell.measure.method == "perplexity":
             manifest["text"] = {"tokens": 96, "sha256": "0" * 64, "tokenizer_sha256": "1" * 64}
-        folder = Path(store.folder(node.cell))
+        folder = Path(store.folder(node.ref))
         folder.mkdir(parents=True)
         (folder / "result.json").touch()
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))

@@ -26,6 +26,7 @@ from ctp.planning import gridfile, plan
 from ctp.planning.pins import Pins
 from ctp.scheduling.tune import GraphSearch
 from ctp.scheduling.walk import Settings
+from ctp.storage.ref import ref
 from ctp.storage.store import Store
 
 MODEL, K, GROUP, BATCH = "smollm2-135m", 100, 64, 4
@@ -132,4 +133,4 @@ class Bench:
 
     def place(self, target: Compress) -> str:
         """What `ctp.load` finds a target by."""
-        return MODEL if isinstance(target.compression, Dense) else self.store.folder(target)
+        return MODEL if isinstance(target.compression, Dense) else self.store.folder(ref(target))

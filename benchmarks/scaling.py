@@ -70,7 +70,7 @@ def run(nodes: int, slots: int, compressions: int, lengths: tuple[float, float, 
             cluster.shutdown()
         lengths_of = {k: seconds(n.cell) for k, n in plan.nodes.items()}
         ideal = sum(lengths_of.values()) / (nodes * slots)
-        processes = {place.manifest(c)["process"] for c in plan.cells()}
+        processes = {place.manifest(r)["process"] for r in plan.refs()}
         return Ran(nodes * slots, len(plan.nodes) - nodes * slots, up - begun, warm - up, end - warm, ideal,
                    max(ideal, longest_path(plan, lengths_of)[0]), len(processes))  # fmt: skip
 

@@ -19,6 +19,7 @@ from ctp.cells.runtime import Runtime
 from ctp.models.sources import Facts
 from ctp.planning.graph import Node, Plan
 from ctp.planning.gridfile import Grid
+from ctp.storage.ref import identity, ref
 from ctp.storage.store import Store
 
 Seconds = Annotated[float, Finite, Field(ge=0)]
@@ -67,7 +68,7 @@ def seconds(cell: Cell) -> float:
 
 def execute(cell: Cell, store: Store, runtime: Runtime, report: Callable[[dict[str, Any]], None]) -> None:
     """Sleep and publish, as ctp's own computes and publishes. Raises TimeoutError where a gate stays shut."""
-    with store.publish(cell) as draft:
+    with store.publish(ref(cell), identity(cell)) as draft:
         if isinstance(cell, Compress) and isinstance(cell.compression, SleepingCompression) and cell.compression.gate:
             _wait(Path(cell.compression.gate), key(cell), cell.compression.number)
         time.sleep(seconds(cell))

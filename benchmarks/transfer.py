@@ -46,6 +46,7 @@ from ctp.execution.execute import execute
 from ctp.machine.record import machine
 from ctp.prompts.files import load_prompt
 from ctp.prompts.prefix import prefix
+from ctp.storage.ref import ref
 
 LARGEST_RATIO, LARGEST_DIFFERENCE = 0.35, 1e-4
 STEPS = ("load", "tokenise", "prefix", "windows")
@@ -121,7 +122,7 @@ def ours(bench: Bench, cells: list[Evaluate], side: Side) -> None:
         for cell in cells:
             execute(cell, bench.store, bench.runtime, lambda numbers: None)
     for cell in cells:
-        side.nll[name_of(cell)] = bench.store.manifest(cell)["metrics"]["nll_sum"]
+        side.nll[name_of(cell)] = bench.store.manifest(ref(cell))["metrics"]["nll_sum"]
 
 
 # ------------------------------------------------------------------------ the plain loop
@@ -143,7 +144,7 @@ def one_pair(bench: Bench, cells: list[Evaluate], side: Side) -> None:
     assert first.recovery is not None
     with side.step("load"):
         model, tokenizer = ctp.load(bench.place(first.target), device="cpu")
-        prompt = load_prompt(bench.store.folder(first.recovery))
+        prompt = load_prompt(bench.store.folder(ref(first.recovery)))
     for cell in cells:
         assert isinstance(cell.measure, Perplexity)
         text = cell.measure.text
@@ -183,7 +184,7 @@ def longer(bench: Bench, cell: Evaluate, lengths: list[int]) -> None:
     """A batch of longer windows behind one prompt, each side; what is loaded and tokenised does not depend on it."""
     assert cell.recovery is not None
     model, tokenizer = ctp.load(bench.place(cell.target), device="cpu")
-    prompt = load_prompt(bench.store.folder(cell.recovery))
+    prompt = load_prompt(bench.store.folder(ref(cell.recovery)))
     print(f"\nLonger windows, {BATCH} at a time, without loading and tokenising; ctp makes the prefix once a prompt:\n")
     print(f"| tokens | plain loop | ctp | prefix | ctp / plain loop |\n|{'---|' * 5}")
     for length in lengths:

@@ -34,7 +34,7 @@ from ctp.prompts.adapter import attach_adapter
 from ctp.prompts.attach import check_fit, context_of
 from ctp.prompts.attached import HANDLE, attach_prompt
 from ctp.prompts.files import LearnedPrompt
-from ctp.storage.garbage import KEY
+from ctp.storage.catalog import KEY
 
 Texts = Iterable[str] | Tensor
 Progress = Callable[[dict[str, Any]], None]

@@ -189,7 +189,7 @@ def _run(args: argparse.Namespace, whole: Plan, plan: Plan, store: Store, pins: 
     from ctp.tracking.tracker import Tracker  # MLflow takes a second to import: a plan needs none
 
     store.check_writable()
-    damaged = store.repair(plan.cells())
+    damaged = store.repair(plan.refs())
     state = states(plan, store)
     part, todo = _selected(args, plan, state)
     todo |= _in_stage(plan, damaged, args.stage)

@@ -23,10 +23,9 @@ from ctp.common.terminal import aligned, program, reader_gone, size, unread
 from ctp.execution.open import export_key
 from ctp.formats import FORMATS
 from ctp.planning.gridtext import GridError
-from ctp.storage import garbage
 from ctp.storage import verify as storage_verify
-from ctp.storage.catalog import Entry, entries
-from ctp.storage.garbage import Artifact, Litter
+from ctp.storage.catalog import Artifact, artifacts, entries, select
+from ctp.storage.garbage import Litter, dependants, litter
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store, default_store
 
@@ -68,11 +67,11 @@ def _list(store: Store, kind: str | None, as_json: bool) -> int:
     return Exit.FAILED if damaged else Exit.OK
 
 
-def _plain_data(e: Entry) -> dict[str, Any]:
+def _plain_data(e: Artifact) -> dict[str, Any]:
     """One artifact: whole key, kind, name, bytes, and its manifest's numbers (`created`: seconds since 1970)."""
     names: tuple[str, ...] = ("metrics", "created", "seconds", "device")
     said = {n: e.manifest[n] for n in names if n in e.manifest}
-    return {"key": e.key, "kind": e.kind, "name": e.name, "bytes": e.size, **said}
+    return {"key": e.key, "kind": e.kind, "name": e.name, "bytes": e.payload_size, **said}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -97,21 +96,21 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def table(found: list[Entry]) -> str:
+def table(found: list[Artifact]) -> str:
     """A line per artifact. Ratios are float16 bytes over stored bytes, scales, zero points and masks included."""
     head = ("key", "kind", "size", "model", "linears", "bits/weight", "artifact")
     lines = [head, *(_line(e) for e in found)]
     return "\n".join([*aligned(lines, left=(0, 1, 6)), "", "model, linears: float16 bytes / stored bytes"])
 
 
-def _line(e: Entry) -> tuple[str, ...]:
+def _line(e: Artifact) -> tuple[str, ...]:
     metrics = e.manifest.get("metrics", {})
 
     def shown(name: str, form: str) -> str:
         return form.format(metrics[name]) if name in metrics else "-"
 
     ratios = (shown("model_ratio", "{:.2f}x"), shown("linear_ratio", "{:.2f}x"), shown("bits_per_weight", "{:.2f}"))
-    return e.key[:12], e.kind, size(e.size), *ratios, e.name
+    return e.key[:12], e.kind, size(e.payload_size), *ratios, e.name
 
 
 def parsers(commands: Any) -> list[argparse.ArgumentParser]:
@@ -137,8 +136,8 @@ def parsers(commands: Any) -> list[argparse.ArgumentParser]:
 
 def verify(store: Store, args: argparse.Namespace) -> int:
     """One line for each thing that is wrong; returns 1 where there is one. Raises ValueError, StoreError."""
-    found = garbage.artifacts(store)
-    chosen = garbage.select(found, args.cells) if args.cells else found
+    found = artifacts(store)
+    chosen = select(found, args.cells) if args.cells else found
     wrong = list(storage_verify.check(store, found, chosen))
     total = sum(a.size for a in chosen)
     if args.json:
@@ -155,15 +154,15 @@ def verify(store: Store, args: argparse.Namespace) -> int:
 def gc(store: Store, args: argparse.Namespace) -> int:
     """Remove what no run needs, telling what and why. Raises ValueError on a bad grid, StoreError."""
     planned = _planned(args.grid, args.data) if args.grid else None
-    _remove(store, garbage.litter(store, planned), args.dry_run)
+    _remove(store, litter(store, planned), args.dry_run)
     return Exit.OK
 
 
 def rm(store: Store, args: argparse.Namespace) -> int:
     """Remove artifacts; returns 1 where others were made from them and nobody said what of those. Raises ValueError."""
-    found = garbage.artifacts(store)
-    chosen = garbage.select(found, args.cells)
-    behind = garbage.dependants(found, chosen)
+    found = artifacts(store)
+    chosen = select(found, args.cells)
+    behind = dependants(found, chosen)
     if behind and not (args.force or args.with_dependants):
         made = f"{len(behind)} artifacts were made from {_listing(chosen)}: {_listing(behind)}."
         print(f"Nothing removed: {made}\n--with-dependants removes them too; --force leaves them: their numbers stand, "
@@ -182,7 +181,8 @@ def _remove(store: Store, going: Sequence[Litter], dry_run: bool) -> None:
     if going:
         print("\n".join(aligned([(size(x.size), x.path, x.why) for x in going], left=(1, 2))), flush=True)
     if not dry_run:
-        garbage.remove(store, (x.path for x in going))
+        for x in going:
+            store.folders.remove(f"{store.folders.root}/{x.path}")
     what = f"{len(going)} {'thing' if len(going) == 1 else 'things'}, {size(sum(x.size for x in going))}"
     print(f"{store.uri}: {what} {'would be removed' if dry_run else 'removed'}" if going else
           f"{store.uri}: nothing to remove")  # fmt: skip

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         print(line, file=sys.stderr)
     tell_tracking(tracker)
     ended = f", {tracker.ended} that dead invocations had left ended" if tracker.ended else ""
-    there = len(store.done(plan.cells()))
+    there = len(store.done(plan.refs()))
     print(f"{plan.name}: {written} runs written{ended}, {there} there. MLflow: {scrub(tracker.uri)}")
     return Exit.OK
 

@@ -48,7 +48,7 @@ def copied(finished, tmp_path):
 
     from ctp.storage.store import Store
 
-    shutil.copytree(finished.store.root, tmp_path / "store")
+    shutil.copytree(finished.store.folders.root, tmp_path / "store")
     bench = Bench.__new__(Bench)
     bench.__dict__.update({**finished.__dict__, "store": Store(str(tmp_path / "store"))})
     return bench

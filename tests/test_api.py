@@ -17,6 +17,7 @@ from ctp import store as ctp_store
 from ctp.cells.cell import Compress, Evaluate, Learn, key
 from ctp.data.packaged import documents
 from ctp.prompts.files import load_prompt
+from ctp.storage.ref import ref
 from ctp.storage.store import Store
 
 README = Path(__file__).parents[1] / "README.md"
@@ -242,7 +243,7 @@ def test_ls_tells_true_ratios(bench, capsys) -> None:
     assert lines[0].split() == ["key", "kind", "size", "model", "linears", "bits/weight", "artifact"]
     joint = next(c for c in bench.all(Compress) if c.compression.label == "sparsegpt-50-4bit")
     line = next(x for x in lines if x.startswith(key(joint)[:12])).split()
-    folder = bench.store.fetch(joint)
+    folder = bench.store.fetch(ref(joint))
     from ctp.formats.artifact import Compressed
 
     small = Compressed.open(folder)
@@ -293,9 +294,9 @@ def test_a_damaged_artifact_is_not_exported(bench, tmp_path, capsys) -> None:
     import shutil
 
     copy = tmp_path / "store"
-    shutil.copytree(bench.store.root, copy)
+    shutil.copytree(bench.store.folders.root, copy)
     cell = bench.all(Compress)[1]
-    path = Path(Store(str(copy)).folder(cell)) / "compressed.safetensors"
+    path = Path(Store(str(copy)).folder(ref(cell))) / "compressed.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)

@@ -14,6 +14,8 @@ import yaml
 from analysis import roles
 from analysis.results import Results
 from analysis.runs import REQUIRED, AnalysisError, artifact, frame, of_measure
+from ctp.storage.manifest import MANIFEST
+from ctp.storage.ref import Ref
 from ctp.storage.store import Store
 from ctp.tracking.entries import CURRENT, ERROR, KEY, KIND, every_run
 
@@ -130,8 +132,8 @@ def versions(cells: Iterable[Cell], store: Store) -> list[dict[str, str]]:
     found: list[dict[str, str]] = []
     for cell in list(some.values())[:MANIFESTS]:
         try:
-            path = f"{store.root}/{cell.kind}/{cell.name[:150]}-{cell.key[:12]}/manifest.json"
-            manifest = json.loads(store.fs.cat_file(path))
+            path = f"{store.folder(Ref(cell.kind, cell.name, cell.key))}/{MANIFEST}"
+            manifest = json.loads(store.folders.read(path) or b"")
             told = {"python": str(manifest["python"])} | {str(n): str(v) for n, v in manifest["versions"].items()}
         except Exception:  # whatever the object store's client raises; the numbers do not depend on it
             continue

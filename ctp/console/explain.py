@@ -63,18 +63,18 @@ def explain(plan: Plan, text: str, store: Store, tracking: str, batch: int = 4) 
                 state[at_work.key] = State(Kind.RUNNING, where)
     out: dict[str, Any] = {
         "key": node.key, "kind": cell.kind, "name": slug(cell), "state": str(state[node.key]), "version": cell.VERSION,
-        "studies": list(node.studies), "folder": store.folder(cell),
+        "studies": list(node.studies), "folder": store.folder(node.ref),
         "inputs": [{"key": i, "name": slug(plan.nodes[i].cell), "state": str(state[i])} for i in node.inputs],
         "needed_by": sum(node.key in n.inputs for n in plan.nodes.values()),
         "settings": {n: v for n, v in params(cell).items() if n.startswith("spec.")},
     }  # fmt: skip
     if state[node.key].done:
-        out["manifest"] = store.manifest(cell)
+        out["manifest"] = store.manifest(node.ref)
     else:
         expected = cost.of(cell, node.facts, batch)
         out["expected"] = {"flops": expected.flops, "stored_bytes": expected.stored, "memory_bytes": expected.memory}
         if state[node.key].kind is Kind.FAILED:
-            out["failure"] = store.failure(cell)
+            out["failure"] = store.failures.uri(node.ref)
     return {**out, "mlflow": run_of(tracking, plan.name, node.key)}
 
 

@@ -28,17 +28,17 @@ def beating(store: Store, board: Board, about: Mapping[str, Any], seconds: float
     about: more fields of Driver. A store that is away does not stop the run: the next record replaces the last.
     """
     name = re.sub(r"[^\w.-]", "-", board.plan.name)
-    path = f"{store.root}/{RUNNING}/{name}-{uuid.uuid4().hex[:8]}.json"
+    path = f"{store.folders.root}/{RUNNING}/{name}-{uuid.uuid4().hex[:8]}.json"
     for driver in records(store, board.plan.name):
         if driver.is_left:
             with suppress(Exception):
-                store.remove(driver.path)
+                store.folders.remove(driver.path)
     ended = threading.Event()
 
     def beat() -> None:
         while True:
             with suppress(Exception):
-                store.write(path, record(board, about).model_dump_json(exclude_none=True).encode())
+                store.folders.write(path, record(board, about).model_dump_json(exclude_none=True).encode())
             if ended.wait(seconds):
                 return
 
@@ -50,7 +50,7 @@ def beating(store: Store, board: Board, about: Mapping[str, Any], seconds: float
         ended.set()
         thread.join(timeout=30)
         with suppress(Exception):
-            store.remove(path)
+            store.folders.remove(path)
 
 
 def record(board: Board, about: Mapping[str, Any]) -> Driver:

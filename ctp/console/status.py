@@ -50,7 +50,7 @@ def status(plan: Plan, store: Store) -> Status:
         kind = Kind.RUNNING if k in at_work and not state[k].done else state[k].kind
         kinds.setdefault(node.cell.kind, Counter())[kind if kind in WORDS else "waiting"] += 1
         if kind is Kind.FAILED:
-            failed.append({**name, "error": state[k].detail, "file": store.failure(node.cell)})
+            failed.append({**name, "error": state[k].detail, "file": store.failures.uri(node.ref)})
         elif kind is Kind.INTERRUPTED:
             interrupted.append({**name, "state": str(state[k])})
     return Status(grid=plan.name, store=store.uri, cells=len(plan.nodes), kinds={n: dict(c) for n, c in kinds.items()},

@@ -32,8 +32,8 @@ def summarise(plan: Plan, outcome: Outcome, seconds: float, store: Store) -> Non
               "not started or cut off": outcome.unfinished}  # fmt: skip
     print(f"{plan.name}: " + ", ".join(f"{len(v)} {n}" for n, v in counts.items() if v) + f" in {duration(seconds)}")
     for k in (k for k in plan.nodes if k in outcome.failed):
-        cell = plan.nodes[k].cell
-        print(f"  failed: {slug(cell)}: {one_line(outcome.failed[k])} ({store.failure(cell)})")
+        node = plan.nodes[k]
+        print(f"  failed: {slug(node.cell)}: {one_line(outcome.failed[k])} ({store.failures.uri(node.ref)})")
     for k in (k for k in plan.nodes if k in outcome.skipped):
         print(f"  skipped: {slug(plan.nodes[k].cell)}: {outcome.skipped[k]}")
     new = [k for k in plan.nodes if k in outcome.done]
@@ -83,7 +83,7 @@ def recoveries(plan: Plan, keys: Iterable[str], store: Store) -> list[Recovery]:
     def perplexity(k: str) -> float | None:
         if k in plan.nodes:
             with suppress(StoreError, OSError):
-                return store.manifest(plan.nodes[k].cell)["metrics"].get(METRIC)
+                return store.manifest(plan.nodes[k].ref)["metrics"].get(METRIC)
         return None
 
     found = []

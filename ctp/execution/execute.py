@@ -27,6 +27,7 @@ from ctp.machine.device import pick
 from ctp.machine.memory import explained, free, ran_out
 from ctp.machine.record import process_peak
 from ctp.machine.versions import git_commit, versions
+from ctp.storage.ref import identity, ref
 from ctp.storage.store import Store
 from ctp.tracking.entries import OWN, name_problem
 
@@ -38,7 +39,7 @@ def execute(cell: Cell, store: Store, runtime: Runtime, report: Report) -> None:
     out; FloatingPointError where a metric is no finite number; Changed where a model, text, adapter or task outside the
     store is not what was pinned, or does not stay it. Nothing is published then.
     """
-    if store.has(cell):
+    if store.has(ref(cell)):
         return
     device = pick(runtime.device)
     try:
@@ -62,7 +63,7 @@ def _publish(cell: Cell, store: Store, runtime: Runtime, device: str, report: Re
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     begun = time.monotonic()
-    with store.publish(cell) as draft, reading(cell, runtime.locations) as reads:
+    with store.publish(ref(cell), identity(cell)) as draft, reading(cell, runtime.locations) as reads:
         base: dict[str, Any] = {"store": store, "runtime": runtime, "device": device, "report": report}
         base["reads"] = reads
         base |= {"folder": draft.path, "record": draft.record}

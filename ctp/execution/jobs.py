@@ -26,6 +26,7 @@ from ctp.storage.store import Store
 if TYPE_CHECKING:  # transformers takes seconds
     from ctp.prompts.prefix import Prefix
 from ctp.execution.loading import _load_base, _prefix, _sha256, forget, load_compressed, token_windows
+from ctp.storage.ref import identity, ref
 
 
 @dataclass
@@ -126,12 +127,12 @@ class LearnJob(Job):
 
     def partial(self) -> Any:
         """Context manager: the folder of the last saved state of this cell, or None."""
-        return self.store.partial(self.cell)
+        return self.store.states.newest(ref(self.cell))
 
     def keep(self, state: TrainState) -> None:
         """Save a state to go on from. Raises Changed where what it was learned with is not what is pinned any more."""
         self.reads.check()
-        self.store.save_partial(self.cell, state.step, state.save)
+        self.store.states.save(ref(self.cell), identity(self.cell), state.step, state.save)
 
 
 @dataclass
@@ -188,6 +189,6 @@ def evaluating(cell: Evaluate, **base: Any) -> Iterator[EvaluateJob]:
     if cell.recovery is None:
         yield EvaluateJob(**base, cell=cell, model=model, tokenizer=tokenizer, prompt=None)
         return
-    with adapter.applied(model, store.fetch(cell.recovery)) as prompt:
+    with adapter.applied(model, store.fetch(ref(cell.recovery))) as prompt:
         rows = None if prompt is None else prompt.to(device)
         yield EvaluateJob(**base, cell=cell, model=model, tokenizer=tokenizer, prompt=rows)

@@ -14,6 +14,7 @@ from ctp.data.texts import find, parse_corpus
 from ctp.data.windows import cut_windows, tokenizer_sha256
 from ctp.machine.arithmetic import widen
 from ctp.models.load import load_model
+from ctp.storage.ref import ref
 from ctp.storage.store import Store
 
 if TYPE_CHECKING:  # transformers takes seconds
@@ -74,7 +75,7 @@ def open_model(cell: Compress, store: Store, runtime: Runtime, device: str, pack
         return _load_base(cell, runtime, device)
     from ctp.formats.artifact import Compressed
 
-    small = Compressed.open(store.fetch(cell))
+    small = Compressed.open(store.fetch(ref(cell)))
     return small.model(device, packed), small.tokenizer
 
 

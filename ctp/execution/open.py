@@ -13,6 +13,7 @@ from ctp.models.adapters import copy_adapter
 from ctp.models.hf import quiet
 from ctp.models.sources import locate
 from ctp.storage.catalog import find
+from ctp.storage.ref import ref
 from ctp.storage.store import Store, default_store
 
 
@@ -30,7 +31,7 @@ def load_key(text: str, uri: str | None, device: str) -> tuple[Any, Any]:
         raise ValueError(f"{text} is an evaluation ({slug(cell)}): there is no model in it")
     model, tokenizer = open_model(cell.base, store, _runtime(cell.base, store), device)
     if isinstance(cell, Learn):
-        model = attach_adapter(model, store.fetch(cell))
+        model = attach_adapter(model, store.fetch(ref(cell)))
     return model, tokenizer
 
 
@@ -48,14 +49,14 @@ def export_key(text: str, store: Store, folder: Path, format: str) -> list[str]:
         why = ", ".join(allowed) if allowed else "none, it is an evaluation"
         raise ValueError(f"--format {format}: for {slug(cell)} allowed: {why}")
     if isinstance(cell, Compress) and not isinstance(cell.compression, Dense):
-        return export(Compressed.open(store.fetch(cell)), folder, format)
+        return export(Compressed.open(store.fetch(ref(cell))), folder, format)
     with quiet(), new_folder(folder) as work:
         if isinstance(cell, Compress):
             for part in open_model(cell, store, _runtime(cell, store), "cpu"):
                 save_model(part, work) if isinstance(part, PreTrainedModel) else part.save_pretrained(work)
             return []
         assert isinstance(cell, Learn)
-        copy_adapter(store.fetch(cell), work)
+        copy_adapter(store.fetch(ref(cell)), work)
     made = f"Learned through {slug(cell.source)}" if cell.recovery.learned else "Imported, not learned here"
     return [f"{made}: PeftModel.from_pretrained(model, {str(folder)!r})."]
 
@@ -72,7 +73,7 @@ def _runtime(cell: Compress, store: Store) -> Runtime:
     """Where a dense artifact's model lies: where it lay when the artifact was made, if it is still the same."""
     if not isinstance(cell.compression, Dense):
         return Runtime()
-    where = store.manifest(cell)["location"]
+    where = store.manifest(ref(cell))["location"]
     revision = locate(where.removeprefix("hub:"), cell.model.revision if where.startswith("hub:") else "")[1]
     if revision != cell.model.revision:
         raise ValueError(f"the model at {where} is no longer the one of {slug(cell)}: its revision is {revision}")

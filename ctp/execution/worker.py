@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ctp.cells.cell import Cell, from_json, key
+from ctp.cells.cell import Cell, from_json, key, to_json
 from ctp.cells.events import Done, Drained, Event, Failed, Notice, Progress, Report, Started
 from ctp.cells.labels import slug
 from ctp.cells.runtime import Runtime
@@ -16,6 +16,7 @@ from ctp.common.redact import scrub
 from ctp.machine import arithmetic, device, signals
 from ctp.machine.contained import contained
 from ctp.planning import plugins
+from ctp.storage.ref import ref
 from ctp.storage.store import Store
 
 ENDED = "the method itself ended the process; a cell fails by raising an error"
@@ -55,7 +56,7 @@ def do(data: dict[str, Any], store: Store, runtime: Runtime, emit: Callable[[Eve
 def store_failure(store: Store, cell: Cell, error: str, trace: str) -> None:
     """Store why the cell failed; a store that cannot be reached is logged, as the error itself must not be lost."""
     try:
-        store.record_failure(cell, error, trace)
+        store.failures.record(ref(cell), to_json(cell), error, trace)
     except Exception:
         logging.getLogger(__name__).warning("the failure of %s could not be stored", slug(cell))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from ctp.cells.cell import Cell, Evaluate
 from ctp.models.sources import Facts
 from ctp.planning.gridfile import Grid
+from ctp.storage.ref import Ref, ref
 
 BUILD, TRANSFER = "build", "transfer"
 
@@ -20,6 +21,11 @@ class Node:
     inputs: tuple[str, ...]
     studies: tuple[str, ...]
     facts: Facts
+
+    @property
+    def ref(self) -> Ref:
+        """Where a store has the cell's artifact."""
+        return ref(self.cell)
 
     @property
     def stage(self) -> str:
@@ -37,6 +43,9 @@ class Plan:
 
     def cells(self) -> list[Cell]:
         return [n.cell for n in self.nodes.values()]
+
+    def refs(self) -> list[Ref]:
+        return [n.ref for n in self.nodes.values()]
 
 
 Path = tuple[float, list[str]]  # total weight, and the keys of its cells in order

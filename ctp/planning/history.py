@@ -20,12 +20,11 @@ from ctp.planning.graph import Node, Plan
 from ctp.planning.resources import Resources
 from ctp.planning.states import Kind, State
 from ctp.storage.manifest import MANIFEST, parse
-from ctp.storage.partial import folder_name
+from ctp.storage.ref import split
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store
 
 READ, READERS = 200, 16
-DIGITS = 13  # of the key, and the dash before them, at the end of a folder's name
 SAMPLES = 8  # finished cells of one sort that are looked at
 ALIKE = 10.0  # sizes of cells, by the cost model, within which their times are compared
 NEIGHBOURS = 3
@@ -61,10 +60,10 @@ class Expected:
 def stale(plan: Plan, state: Mapping[str, State], store: Store) -> tuple[dict[str, State], dict[str, Manifest]]:
     """key -> state of the missing cells that the store has under the same name with another key; and the manifests that
     were read for it. Raises StoreError."""
-    folders = {k: folder_name(n.cell) for k, n in plan.nodes.items()}
+    folders = {k: n.ref.folder for k, n in plan.nodes.items()}
     others = _others(set(folders.values()), store)
     missing = [k for k in plan.nodes if state[k].kind in (Kind.NEEDS, Kind.NEVER)]
-    named = {k: others.get((plan.nodes[k].cell.kind, folders[k][:-DIGITS]), []) for k in missing}
+    named = {k: others.get((plan.nodes[k].cell.kind, split(folders[k])[0]), []) for k in missing}
     found = [k for k in missing if named[k]]
     first = [k for k in found if not any(named.get(i) for i in plan.nodes[k].inputs)]
     read = _read(store, {k: f"{plan.nodes[k].cell.kind}/{named[k][-1]}" for k in first[:READ]})
@@ -80,8 +79,8 @@ def _others(own: set[str], store: Store) -> dict[tuple[str, str], list[str]]:
     """(kind, name without key) -> folders of finished cells that are not the plan's own."""
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for kind in KINDS:
-        for name in sorted(store.finished(kind) - own):
-            found[kind, name[:-DIGITS]].append(name)
+        for name in sorted(store.folders.finished(kind) - own):
+            found[kind, split(name)[0]].append(name)
     return found
 
 
@@ -112,9 +111,9 @@ def _read(store: Store, folders: Mapping[str, str]) -> dict[str, Manifest]:
     """The manifests of these folders, by key; without those that are gone or cannot be believed."""
 
     def read(folder: str) -> Manifest | None:
-        path = f"{store.root}/{folder}/{MANIFEST}"
+        path = f"{store.folders.root}/{folder}/{MANIFEST}"
         with suppress(StoreError, OSError):
-            return parse(store.read(path) or b"", path)
+            return parse(store.folders.read(path) or b"", path)
         return None
 
     with ThreadPoolExecutor(READERS) as pool:
@@ -136,7 +135,7 @@ def measured(plan: Plan, todo: Collection[str], state: Mapping[str, State], stor
         if state[k].done and sort(node) in wanted:
             done[sort(node)].append(k)
     few = [k for keys in done.values() for k in keys[:: math.ceil(len(keys) / SAMPLES)]][:READ]
-    folders = {k: f"{plan.nodes[k].cell.kind}/{folder_name(plan.nodes[k].cell)}" for k in few}
+    folders = {k: plan.nodes[k].ref.path for k in few}
     out: dict[tuple[str, ...], list[Sample]] = defaultdict(list)
     for k, manifest in {**_read(store, folders), **read}.items():
         node = plan.nodes[k]

@@ -69,8 +69,8 @@ DONE, NEVER = State(Kind.DONE), State(Kind.NEVER)
 
 def states(plan: Plan, store: Store) -> dict[str, State]:
     """key -> the cell's state as the store has it; never STALE or RUNNING."""
-    done, damaged = store.look(plan.cells())
-    failed, started = store.failures(), store.started()
+    done, damaged = store.look(plan.refs())
+    failed, started = store.failures.all(), store.states.started()
     out: dict[str, State] = {}
     for k, node in plan.nodes.items():
         missing = [i for i in node.inputs if i not in done]
@@ -80,7 +80,7 @@ def states(plan: Plan, store: Store) -> dict[str, State]:
             out[k] = State(Kind.DAMAGED, damaged[k])
         elif k in failed:
             out[k] = State(Kind.FAILED, failed[k])
-        elif (step := started.get(store.folder(node.cell).rsplit("/", 1)[-1])) is not None:
+        elif (step := started.get(node.ref.folder)) is not None:
             out[k] = State(Kind.INTERRUPTED, str(step))
         elif missing:
             out[k] = State(Kind.NEEDS, slug(plan.nodes[missing[0]].cell))

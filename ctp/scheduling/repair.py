@@ -33,13 +33,13 @@ def complete(plan: Plan, todo: set[str], done: set[str], store: Store, run: Call
         if outcome.unfinished or outcome.stopped_by or not outcome.failed:
             break
         done = done | outcome.done
-        gone = done - store.done(plan.nodes[k].cell for k in done)
+        gone = done - store.done(plan.nodes[k].ref for k in done)
         if not gone:
             break
         again = gone | _held_up(plan, gone, outcome)
         names = ", ".join(sorted(slug(plan.nodes[k].cell) for k in gone))
-        print(f"No longer in the store, or damaged and moved to {store.root}/damaged: {names}. Running again what is "
-              f"missing now, {len(again)} cells.", flush=True)  # fmt: skip
+        print(f"No longer in the store, or damaged and moved to {store.folders.root}/damaged: {names}. "
+              f"Running again what is missing now, {len(again)} cells.", flush=True)  # fmt: skip
         on_again(again)
         done -= gone
         _merge(outcome, run(again, done), again)

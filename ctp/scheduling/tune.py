@@ -134,7 +134,7 @@ def run(plan: Plan, todo: set[str], done: set[str], *, store: str, runtime: Runt
     outcome = search.outcome
     outcome.unfinished = todo - outcome.done - outcome.failed.keys() - outcome.skipped.keys()
     if outcome.stopped_by:  # some may have been done in time, without being heard any more
-        for k in place.done(plan.nodes[k].cell for k in outcome.unfinished):
+        for k in place.done(plan.nodes[k].ref for k in outcome.unfinished):
             outcome.unfinished.remove(k)
             outcome.done.add(k)
             on_event(Done(k))
@@ -159,8 +159,8 @@ def _settings(
         fail_fast=options.fail_fast,
         # With every slot known, the next task is chosen when one is free; tasks in Tune's queue are chosen earlier.
         ahead=0 if alike and not options.address else None,
-        landed=lambda k: store.has(plan.nodes[k].cell),
-        reached=lambda k: store.started().get(store.folder(plan.nodes[k].cell).rpartition("/")[2], 0),
+        landed=lambda k: store.has(plan.nodes[k].ref),
+        reached=lambda k: store.states.started().get(plan.nodes[k].ref.folder, 0),
     )
 
 

@@ -65,9 +65,9 @@ def records(store: Store, grid: str | None) -> list[Driver]:
     be gone), "dead" where its process is known to have ended. Raises StoreError where the store does not answer.
     """
     found = []
-    for path in store.glob(RUNNING, "*.json"):
+    for path in store.folders.glob(RUNNING, "*.json"):
         try:
-            driver = Driver.model_validate_json(store.read(path) or b"")
+            driver = Driver.model_validate_json(store.folders.read(path) or b"")
             if grid not in (None, driver.grid):
                 continue
             silence = max(0.0, time.time() - float(driver.signs[BEAT]))

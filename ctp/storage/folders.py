@@ -1,14 +1,13 @@
-"""Folders with a manifest under one root, a local folder or any fsspec URI: seen whole or not at all.
+"""Folders with a manifest under one root: a folder is visible whole or not at all.
 
-Locally a folder is made beside the others and becomes visible by one rename. An object store has no rename: there the
-files go into a folder of their own inside, and the manifest that names them comes last.
+`Folders` is a local folder: each one is made beside the others and becomes visible by one rename.
+`ctp.storage.objects` does the same in object stores, which cannot rename.
 """
 
 import errno
 import glob
 import json
 import os
-import re
 import shutil
 import stat
 import tempfile
@@ -16,65 +15,79 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from fsspec.implementations.local import LocalFileSystem
-
-from ctp.common.files import flush, flush_entry, matches
+from ctp.common.files import flush, flush_entry
 from ctp.storage.manifest import MANIFEST, Damaged, check_files, files_of, parse, whole
-from ctp.storage.remote import StoreError, connect, room, unreadable, unsupported
+from ctp.storage.ref import DIGITS
+from ctp.storage.remote import StoreError, room, unreadable
 
 DAMAGED, TEMPORARY = "damaged", ".tmp"
 DAY = 24 * 3600.0
 PULSE = 600.0  # seconds between two signs of life in the folder of what is being made
-_PAYLOAD = re.compile("payload-[0-9a-f]{12}")
-LEAST_ROOM = 2**20  # bytes free, below which nothing is begun
-IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # a folder, or something else, is where one is renamed to
+LEAST_ROOM = 2**20  # bytes that must be free before work begins
+IN_THE_WAY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # something is where a folder is to be renamed to
+
+
+class File(NamedTuple):
+    """Bytes, and when it was written, in seconds since 1970 (now, where a store does not report that)."""
+
+    size: int
+    time: float
 
 
 class Folders:
-    """What lies under one root, for example `results/store` or `s3://bucket/study`."""
+    """A local folder, for example `results/store`. Paths begin with `root`, but for the names of folders in it.
 
-    def __init__(self, uri: str) -> None:
-        self.fs, self.root = connect(uri)
-        self.local = isinstance(self.fs, LocalFileSystem)
-        self.uri = self.root if self.local else uri
+    Methods raise StoreError where the store does not answer.
+    """
+
+    local = True
+
+    def __init__(self, fs: Any, root: str, uri: str) -> None:
+        self.fs, self.root, self.uri = fs, root, uri
 
     # -------------------------------------------------------------------- reading
 
     def glob(self, folder: str, pattern: str) -> list[str]:
-        """Paths of the files in a folder of the store, as they are now; * ? [ are wildcards in `pattern` only.
-
-        Raises StoreError where the store does not answer.
-        """
+        """Paths of files in a folder of the store, as they are now; * ? [ are wildcards in `pattern` only."""
         base = f"{self.root}/{folder}"
-        if self.local:  # by far faster: folders whose files the pattern names are not listed
-            return [f"{base}/{p}" for p in glob.glob(pattern, root_dir=base, include_hidden=True)]
-        return [p for p in self.find(base) if matches(p[len(base) + 1 :], pattern)]
+        return [f"{base}/{p}" for p in glob.glob(pattern, root_dir=base, include_hidden=True)]
+
+    def files(self, folder: str) -> dict[str, File]:
+        """Every file under a folder of the store, by its path in that folder; a link is a file."""
+        base = f"{self.root}/{folder}"
+        inside = os.scandir(base) if os.path.isdir(base) else ()
+        # Somebody who had no room may have linked a folder to another disk.
+        tops = [base, *(e.path for e in inside if e.is_symlink() and e.is_dir())]
+        found = {}
+        for at, folders, names in (step for top in tops for step in os.walk(top)):
+            links = [n for n in folders if at != base and os.path.islink(f"{at}/{n}")]
+            for path in (f"{at}/{name}" for name in (*names, *links)):
+                info = os.lstat(path)
+                found[path[len(base) + 1 :]] = File(info.st_size, info.st_mtime)
+        return found
 
     def finished(self, folder: str) -> set[str]:
-        """The names of what has a manifest in a folder of the store. An empty one, from a power cut, is none."""
+        """The names of the folders in there that have a manifest. An empty one, from a power cut, does not count."""
         base = f"{self.root}/{folder}"
-        if self.local:
-            inside = os.listdir(base) if os.path.isdir(base) else ()
-            return {name for name in inside if self.size(f"{base}/{name}/{MANIFEST}")}
-        names = ((p[len(base) + 1 :].split("/"), f) for p, f in self.find(base).items())
-        return {n[0] for n, f in names if len(n) == 2 and n[1] == MANIFEST and f.get("size")}
+        inside = os.listdir(base) if os.path.isdir(base) else ()
+        return {name for name in inside if self.size(f"{base}/{name}/{MANIFEST}")}
 
-    def find(self, path: str) -> dict[str, dict[str, Any]]:
-        """Every file under a path of an object store, with what the store says of it. Raises StoreError."""
-        try:
-            # Not fs.glob: it searches from the last folder before a bracket, which may be all of a bucket, and asks
-            # object stores folder by folder.
-            found: dict[str, dict[str, Any]] = self.fs.find(path, detail=True)
-        except FileNotFoundError as e:
-            raise StoreError(f"store {self.uri!r} cannot be read: {e}") from e
-        return {p: f for p, f in found.items() if p != path}
+    def size(self, path: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+        info = _stat(path)
+        return info.st_size if info and stat.S_ISREG(info.st_mode) else None
+
+    def stamp(self, path: str) -> object:
+        """Something that differs once a file is replaced; None where there is none."""
+        info = _stat(path)
+        return (info.st_mtime_ns, info.st_size) if info else None
 
     def read(self, path: str) -> bytes | None:
-        """The bytes of a small file; None where there is none, no bytes where it is a folder. Raises StoreError."""
+        """The bytes of a small file; None where there is none, no bytes where it is a folder."""
         try:
             return bytes(self.fs.cat_file(path))
         except (FileNotFoundError, NotADirectoryError):
@@ -84,79 +97,62 @@ class Folders:
         except PermissionError as e:
             raise unreadable(path, e) from e
 
-    def size(self, path: str) -> int | None:
-        """Bytes of a file; None where there is none. Raises StoreError."""
-        try:
-            if not self.local:
-                return int(self.fs.info(path).get("size") or 0)
-            found = os.stat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as e:
-            raise unreadable(path, e) from e
-        return found.st_size if stat.S_ISREG(found.st_mode) else None
-
     def download(self, source: str, manifest: Mapping[str, Any], target: Path) -> None:
-        """Bring the files that the manifest of `source` names. Raises Damaged where one is missing."""
+        """Copy the files that the manifest of `source` names. Raises Damaged where one is missing."""
         (target / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
         for name in manifest["files"]:
-            place = f"{source}/{manifest.get('payload', '')}{name}"
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             try:
-                self.fs.get_file(place, str(target / name))
+                self.fs.get_file(f"{source}/{manifest.get('payload', '')}{name}", str(target / name))
             except FileNotFoundError as e:
                 raise Damaged(f"{name} is missing, though the manifest names it") from e
 
     @contextmanager
     def inspected(self, source: str, manifest: Mapping[str, Any], name: str) -> Iterator[Path]:
         """A local folder with one of the files that the manifest of `source` names. Raises as `download`."""
-        if self.local:
-            yield Path(source, manifest.get("payload", ""))  # of a store that was copied from an object store
-            return
-        with self.workspace() as work:
-            self.download(source, {**manifest, "files": {name: manifest["files"][name]}}, work)
-            yield work
+        yield Path(source, manifest.get("payload", ""))  # a payload folder: it was copied from an object store
 
     # -------------------------------------------------------------------- writing
 
     @contextmanager
     def workspace(self) -> Iterator[Path]:
-        """An empty folder; inside a local store, so that becoming visible is one rename. Raises StoreError if full."""
-        parent = f"{self.root}/{TEMPORARY}" if self.local else None
-        if parent:
-            os.makedirs(parent, exist_ok=True)
-            if shutil.disk_usage(parent).free < LEAST_ROOM:  # before hours of work, not after them
-                raise OSError(28, os.strerror(28), parent)
-        work = Path(tempfile.mkdtemp(dir=parent, prefix="ctp-"))
-        gone = threading.Event()
-        threading.Thread(target=_pulse, args=(work, gone), daemon=True).start()
-        try:
-            yield work
-        finally:
-            gone.set()
-            shutil.rmtree(work, ignore_errors=True)
+        """An empty local folder to make something in. A full disk, also while it is used, raises StoreError."""
+        with room(self.uri):
+            work = Path(tempfile.mkdtemp(dir=self._workspaces(), prefix="ctp-"))
+            ended = threading.Event()
+            threading.Thread(target=_pulse, args=(work, ended), daemon=True).start()
+            try:
+                yield work
+            finally:
+                ended.set()
+                shutil.rmtree(work, ignore_errors=True)
+
+    def _workspaces(self) -> str | None:
+        """Inside the store, so that becoming visible is one rename. None: the system's own temporary folder."""
+        folder = f"{self.root}/{TEMPORARY}"
+        os.makedirs(folder, exist_ok=True)
+        if shutil.disk_usage(folder).free < LEAST_ROOM:  # before hours of work, not after them
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
+        return folder
+
+    def sweep(self) -> None:
+        """Remove what killed workers left unfinished: workspaces without a sign of life for a day."""
+        for path in Path(self.root, TEMPORARY).glob("*"):
+            with suppress(FileNotFoundError):  # another driver's worker is done with it
+                if time.time() - path.stat().st_mtime > DAY:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def commit(self, work: Path, target: str, record: Mapping[str, Any]) -> bytes:
-        """Make `work` visible as `target`. Where another worker was first, its artifact stands and this is dropped.
-        Returns the manifest.
+        """Make `work` visible as `target`. An artifact that is there already stays, and this one is dropped.
 
-        Raises ValueError where something in `work` is no file that an artifact can hold.
+        Returns the manifest: the record and the files. Raises ValueError where `work` holds what no artifact can.
         """
         check_files(work)
-        listing = files_of(work)
-        # In an object store two racers must not write over each other's files: each has a folder of its own.
-        payload = "" if self.local else f"payload-{uuid.uuid4().hex[:12]}/"
-        text = json.dumps({**record, "files": listing, "payload": payload}, indent=1, sort_keys=True).encode()
-        if self.local:
-            (work / MANIFEST).write_bytes(text)
-            flush(work)
-            self._rename(work, target)
-            flush_entry(os.path.dirname(target))
-            return text
-        for name in listing:
-            self.fs.put_file(str(work / name), f"{target}/{payload}{name}")
-        if not self._put_new(target, text):
-            self.remove(f"{target}/{payload.rstrip('/')}")
+        text = manifest_text(record, files_of(work), "")
+        (work / MANIFEST).write_bytes(text)
+        flush(work)
+        self._rename(work, target)
+        flush_entry(os.path.dirname(target))
         return text
 
     def _rename(self, work: Path, target: str) -> None:
@@ -170,125 +166,92 @@ class Folders:
             except OSError as e:  # what was in the way may be gone by now: a look at it would not tell
                 if e.errno not in IN_THE_WAY:
                     raise
-            if self._stands(target):
+            if self.stands(target):
                 return
             aside = work.with_name(f"unfinished-{uuid.uuid4().hex[:12]}")
             with suppress(OSError):
                 os.rename(target, aside)
-                if self._stands(str(aside), target):  # finished since we looked: back with it
+                if self.stands(str(aside), target):  # finished since the last look: move it back
                     os.rename(aside, target)
         raise StoreError(f"{target} cannot be written: something comes back there again and again")
 
-    def _put_new(self, target: str, manifest: bytes) -> bool:
-        """Put the manifest unless there is a whole one, in one step where the store can do that. Does ours stand?"""
-        path = f"{target}/{MANIFEST}"
-        if self._stands(target):
-            return False
-        try:
-            self.fs.pipe_file(path, manifest, mode="create")
-        except FileExistsError:
-            return self.read(path) == manifest  # ours where a first try got through and only its answer was lost
-        except Exception as e:
-            if not unsupported(e):
-                raise
-            self.fs.pipe_file(path, manifest)
-        return True
+    def stands(self, target: str, name: str = "") -> bool:
+        """Is there a whole artifact, whose key its path contains? A damaged one is set aside.
 
-    def _stands(self, target: str, called: str = "") -> bool:
-        """Is there an artifact, whole, and of the key that it is called by? A damaged one is set aside."""
+        name: the path with the key, where that is not `target`.
+        """
         path = f"{target}/{MANIFEST}"
         if (text := self.read(path)) is None:
             return False
         try:
-            own = parse(text, path)["key"]
-            whole(
-                text,
-                path,
-                own if own[:12] in (called or target) else "another cell's",
-                lambda n: self.size(f"{target}/{n}"),
-            )
+            key = parse(text, path)["key"]
+            expected = key if key[:DIGITS] in (name or target) else "another cell's"
+            whole(text, path, expected, lambda n: self.size(f"{target}/{n}"))
         except Damaged as e:
             self.set_aside(target, text, str(e))
             return False
         return True
 
     def write(self, path: str, text: bytes) -> None:
-        """A small file, whole or not at all; what is there is replaced."""
-        if not self.local:
-            self.fs.pipe_file(path, text)
-            return
+        """Write a small file whole or not at all; what is there is replaced."""
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with self.workspace() as work:
             (work / "file").write_bytes(text)
             (work / "file").replace(path)
 
-    # ------------------------------------------------------------------- removing
-
     def remove(self, path: str) -> None:
-        """Remove a file or folder, its manifest first: what is being removed is not taken for done."""
-        if self.local:
-            aside = f"{self.root}/{TEMPORARY}/removed-{uuid.uuid4().hex[:12]}"
-            os.makedirs(os.path.dirname(aside), exist_ok=True)
-            with suppress(FileNotFoundError):
-                os.rename(path, aside)
-                shutil.rmtree(aside) if os.path.isdir(aside) and not os.path.islink(aside) else os.unlink(aside)
-            return
-        own = f"{path}/{MANIFEST}"
-        for file in sorted(self.fs.find(path), key=lambda p: p != own):  # fs.rm takes brackets in a name for a pattern
-            with suppress(FileNotFoundError):
-                self.fs.rm_file(file)
+        """Remove a file or folder, its manifest first, so that a half removed artifact is not taken for done."""
+        gone = f"{self.root}/{TEMPORARY}/removed-{uuid.uuid4().hex[:12]}"
+        os.makedirs(os.path.dirname(gone), exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.rename(path, gone)
+            shutil.rmtree(gone) if os.path.isdir(gone) and not os.path.islink(gone) else os.unlink(gone)
 
     def set_aside(self, folder: str, manifest: bytes | None, why: str) -> str:
-        """Move a damaged artifact to damaged/. manifest: as it was seen: what was put there since then stays.
+        """Move a damaged artifact to damaged/. manifest: as it was seen; an artifact with another one stays.
 
-        Returns where it is now; empty where another was faster.
+        Returns where it is now; empty where it was replaced or moved meanwhile.
         """
         if self.read(f"{folder}/{MANIFEST}") != manifest:
             return ""
         kind, name = folder.split("/")[-2:]
-        to = f"{self.root}/{DAMAGED}/{kind}/{name}-{uuid.uuid4().hex[:8]}"
-        if not (self._rename_aside(folder, to, manifest) if self.local else self._copy_aside(folder, to, manifest)):
+        target = f"{self.root}/{DAMAGED}/{kind}/{name}-{uuid.uuid4().hex[:8]}"
+        if not self._move(folder, target, manifest):
             return ""
-        self.write(f"{to}/damaged.json", json.dumps({"why": why, "when": time.time(), "was": folder}).encode())
-        return to
+        about = {"why": why, "when": time.time(), "was": folder}
+        self.write(f"{target}/damaged.json", json.dumps(about).encode())
+        return target
 
-    def _rename_aside(self, folder: str, to: str, manifest: bytes | None) -> bool:
-        os.makedirs(os.path.dirname(to), exist_ok=True)
+    def _move(self, folder: str, target: str, manifest: bytes | None) -> bool:
+        """Move an artifact unless its manifest is another one by now."""
+        os.makedirs(os.path.dirname(target), exist_ok=True)
         try:
-            os.rename(folder, to)
+            os.rename(folder, target)
         except FileNotFoundError:
             return False
-        if self.read(f"{to}/{MANIFEST}") == manifest:
+        if self.read(f"{target}/{MANIFEST}") == manifest:
             return True
         with suppress(OSError):  # a new one came in between: back with it, unless there is one again
-            os.rename(to, folder)
+            os.rename(target, folder)
         return False
 
-    def _copy_aside(self, folder: str, to: str, manifest: bytes | None) -> bool:
-        # Not what others are bringing just now: each has a payload folder of its own.
-        own = _PAYLOAD.search((manifest or b"").decode(errors="replace"))
-        inner = {p: p[len(folder) + 1 :] for p in self.find(folder)}
-        files = [p for p, n in inner.items() if not n.startswith("payload-") or (own and n.startswith(f"{own[0]}/"))]
-        for file in files:
-            with suppress(FileNotFoundError):
-                self.fs.cp_file(file, f"{to}{file[len(folder) :]}")
-        if self.read(f"{folder}/{MANIFEST}") != manifest:
-            self.remove(to)
-            return False
-        for file in sorted(files, key=lambda p: p != f"{folder}/{MANIFEST}"):
-            with suppress(FileNotFoundError):
-                self.fs.rm_file(file)
-        return True
 
-    # ---------------------------------------------------------------------- within
-
-    def room(self) -> AbstractContextManager[None]:
-        """What fails in here because a disk is full becomes one StoreError that says so."""
-        return room(self.uri)
+def manifest_text(record: Mapping[str, Any], files: Mapping[str, Any], payload: str) -> bytes:
+    """A manifest as it is written. payload: the folder of the files, "" or with a slash at the end."""
+    return json.dumps({**record, "files": files, "payload": payload}, indent=1, sort_keys=True).encode()
 
 
-def _pulse(work: Path, gone: threading.Event) -> None:
-    """Say now and then that somebody is still at it: what gave no sign for a day is removed."""
-    while not gone.wait(PULSE):
+def _stat(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as e:
+        raise unreadable(path, e) from e
+
+
+def _pulse(work: Path, ended: threading.Event) -> None:
+    """Touch the folder now and then: one without a sign of life for a day is removed."""
+    while not ended.wait(PULSE):
         with suppress(OSError):
             os.utime(work)

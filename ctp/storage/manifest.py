@@ -13,7 +13,7 @@ from ctp.storage.remote import StoreError
 
 MANIFEST = "manifest.json"
 _KEY = re.compile("[0-9a-f]{64}")
-_PAYLOAD = re.compile("(payload-[0-9a-f]{12}/)?")
+PAYLOAD = re.compile("payload-[0-9a-f]{12}")  # in an object store, the folder of the files in an artifact
 
 
 class Damaged(StoreError):
@@ -66,8 +66,9 @@ def _wrong(manifest: Any) -> str:
         return f"key = {manifest.get('key')!r}, not 64 hex digits"
     if manifest.get("kind") not in KINDS or not isinstance(manifest.get("spec"), dict):
         return f"kind = {manifest.get('kind')!r}, or it has no spec; kinds are {', '.join(KINDS)}"
-    if not isinstance(manifest.get("payload", ""), str) or not _PAYLOAD.fullmatch(manifest.get("payload", "")):
-        return f"payload = {manifest['payload']!r}, not a folder that ctp makes"
+    payload = manifest.get("payload", "")
+    if payload != "" and not (isinstance(payload, str) and payload[-1] == "/" and PAYLOAD.fullmatch(payload[:-1])):
+        return f"payload = {payload!r}, not a folder that ctp makes"
     inputs = manifest.get("inputs")
     if not isinstance(inputs, list) or not all(isinstance(i, str) and _KEY.fullmatch(i) for i in inputs):
         return f"inputs = {inputs!r}, not a list of keys"

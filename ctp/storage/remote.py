@@ -43,8 +43,11 @@ def unreadable(path: str, e: OSError) -> StoreError:
     return StoreError(f"{path} cannot be read ({why}): make it readable, or remove it to have it computed again")
 
 
-def connect(uri: str) -> tuple[Any, str]:
-    """(file system, root) of a store's URI; all but a local folder's tries again. Raises StoreError on a bad URI."""
+def connect(uri: str) -> tuple[Any, str, bool]:
+    """(file system, root, whether it is a local folder) of a store's URI. All but a local folder's tries again.
+
+    Raises StoreError on a bad URI.
+    """
     how: dict[str, Any] = {}
     scheme = uri.split("://")[0] if "://" in uri else "file"
     if scheme in ("s3", "s3a"):
@@ -54,10 +57,10 @@ def connect(uri: str) -> tuple[Any, str]:
     except Exception as e:  # ValueError, ImportError, and whatever the client of a server raises
         raise StoreError(f"store {uri!r}: {e}") from e
     if isinstance(fs, LocalFileSystem):
-        return fs, str(Path(root).resolve())
+        return fs, str(Path(root).resolve()), True
     if scheme in ("s3", "s3a"):
         fs.retries = S3_RETRIES
-    return Retrying(fs, uri), root.rstrip("/")
+    return Retrying(fs, uri), root.rstrip("/"), False
 
 
 class Retrying:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ctp.cells.cell import KINDS, own_key
+from ctp.storage.catalog import Artifact
 from ctp.storage.folders import DAY
-from ctp.storage.garbage import DIGITS, Artifact
-from ctp.storage.manifest import MANIFEST, Damaged, verify
+from ctp.storage.manifest import MANIFEST, PAYLOAD, Damaged, verify
+from ctp.storage.ref import DIGITS
+from ctp.storage.remote import room
 from ctp.storage.store import Store
 
 AGED = "python -m ctp.store gc, which removes it when it is a day old"
@@ -27,14 +29,14 @@ def check(store: Store, found: Sequence[Artifact], chosen: Iterable[Artifact]) -
     """What is wrong with the chosen artifacts of all that were found: bytes, keys, inputs, files nobody names."""
     known = {(a.kind, a.digits) for a in found if a.manifest}
     specs = {a.manifest["key"]: a.manifest["spec"] for a in found if a.manifest}
-    needed = {i[:DIGITS] for a in found if a.manifest for i in a.manifest.get("inputs", ())}
+    needed = {i[:DIGITS] for a in found for i in a.manifest.get("inputs", ())}
     for artifact in chosen:
         remove = f"python -m ctp.store rm {'--force ' * (artifact.digits in needed)}{artifact.digits}"
         if not artifact.ours:
             yield Finding(artifact.path, "no manifest names this", "nobody reads it: move it elsewhere")
             continue
-        if artifact.manifest is None and not artifact.damage:
-            if store.local or artifact.quiet > DAY:  # in an object store it may be coming just now
+        if not artifact.manifest and not artifact.damage:
+            if store.folders.local or artifact.quiet > DAY:  # in an object store it may be coming just now
                 yield Finding(artifact.path, "files without a manifest: cut off before it was done", AGED)
             continue
         problem = artifact.damage or _damage(store, artifact) or _identity(artifact, specs)
@@ -46,11 +48,10 @@ def check(store: Store, found: Sequence[Artifact], chosen: Iterable[Artifact]) -
 
 def _damage(store: Store, artifact: Artifact) -> str:
     """What is wrong with the bytes; empty where nothing is. Of an object store one file at a time is brought here."""
-    assert artifact.manifest is not None
-    source = f"{store.root}/{artifact.path}"
+    source = f"{store.folders.root}/{artifact.path}"
     try:
         for name, said in artifact.manifest["files"].items():
-            with store.room(), store.inspected(source, artifact.manifest, name) as folder:
+            with room(store.uri), store.folders.inspected(source, artifact.manifest, name) as folder:
                 verify(folder, {name: said})
     except Damaged as e:
         return str(e)
@@ -62,7 +63,6 @@ def _damage(store: Store, artifact: Artifact) -> str:
 def _identity(artifact: Artifact, specs: dict[str, Any]) -> str:
     """Is it what its key says?"""
     manifest = artifact.manifest
-    assert manifest is not None
     try:
         made = own_key(manifest)
         own = {key: manifest["spec"][n] for key, n in zip(manifest["inputs"], _inputs(manifest), strict=True)}
@@ -85,7 +85,6 @@ def _inputs(manifest: dict[str, Any]) -> list[str]:
 def _relations(artifact: Artifact, known: set[tuple[str, str]]) -> Iterator[Finding]:
     """Inputs that are not there, and files that the manifest does not name."""
     manifest = artifact.manifest
-    assert manifest is not None
     for key, name in zip(manifest["inputs"], _inputs(manifest), strict=True):
         kind = "learn" if name == "recovery" else "compress"
         if (kind, key[:DIGITS]) not in known:
@@ -94,7 +93,7 @@ def _relations(artifact: Artifact, known: set[tuple[str, str]]) -> Iterator[Find
     payload = manifest.get("payload", "")
     named = {MANIFEST, *(f"{payload}{n}" for n in manifest["files"])}
     for name, file in artifact.files.items():
-        ours = name.startswith("payload-") and not (payload and name.startswith(payload))
+        ours = PAYLOAD.match(name) and not (payload and name.startswith(payload))
         if name in named or (ours and time.time() - file.time < DAY):  # another driver's, which comes too late
             continue
         remedy = AGED if ours else "nobody reads it: move it elsewhere"

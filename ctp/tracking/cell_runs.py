@@ -124,10 +124,10 @@ class CellRuns(Runs):
 
         Returns the metrics that MLflow does not take.
         """
-        manifest = self.store.manifest(node.cell)
+        manifest = self.store.manifest(node.ref)
         history = []
         if isinstance(node.cell, Learn) and "history.json" in manifest["files"]:
-            history = json.loads((self.store.fetch(node.cell) / "history.json").read_text())["history"]
+            history = json.loads((self.store.fetch(node.ref) / "history.json").read_text())["history"]
         found, new = entry(node, manifest, history), node.key not in self.known()
         run = self._create(node, found.start, found.tags) if new else self.known()[node.key]
         run.tags |= found.tags
@@ -153,7 +153,7 @@ class CellRuns(Runs):
         """An evaluation's answers, single timings, nearest words as artifacts: MLflow alone tells it all."""
         small = [n for n, f in files.items() if n.endswith(".json") and f["size"] <= ATTACHED]
         if small != ["result.json"]:  # whose numbers are metrics already
-            folder = self.store.fetch(node.cell)
+            folder = self.store.fetch(node.ref)
             for name in small:
                 self.client.log_artifact(run, str(folder / name))
 

@@ -1,6 +1,5 @@
 """What MLflow lacks of a plan's cells, written from the store: their runs, found again by key."""
 
-import json
 import random
 from collections.abc import Callable
 from contextlib import suppress
@@ -9,10 +8,9 @@ from typing import Any, TypeVar
 
 from mlflow.entities import Param
 
-from ctp.cells.cell import Cell
 from ctp.cells.labels import slug
 from ctp.common.redact import scrub
-from ctp.planning.graph import Plan
+from ctp.planning.graph import Node, Plan
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store
 from ctp.tracking.cell_runs import CellRuns
@@ -84,8 +82,8 @@ class Writer:
 
     def _sync(self, whole: bool, trust: bool) -> tuple[int, int]:
         """(runs written, runs ended that dead invocations had left)."""
-        self.store.repair(self.plan.cells())
-        done = self.store.done(self.plan.cells())
+        self.store.repair(self.plan.refs())
+        done = self.store.done(self.plan.refs())
         mark = fingerprint(self.plan.nodes[k] for k in done)
         said = f"{'whole' if whole else 'part'} {mark}"
         orphans = self.runs.orphans()
@@ -208,13 +206,13 @@ class Writer:
     def _write_failures(self, done: set[str]) -> int:
         """Fail the runs of cells whose last try failed, and that nobody is trying again now."""
         written = 0
-        for k, error in self.store.failures().items():
+        for k, error in self.store.failures.all().items():
             if k in done or k not in self.plan.nodes:
                 continue
             known = self.runs.known().get(k)
             if known is None or (known.status != "RUNNING" and known.tags.get(ERROR) != error[:5000]):
                 node = self.plan.nodes[k]
-                self._each(k, partial(self.runs.fail, node, error, _traceback(self.store, node.cell)))
+                self._each(k, partial(self.runs.fail, node, error, _traceback(self.store, node)))
                 written += 1
         return written
 
@@ -237,10 +235,9 @@ class Writer:
                 self.client.set_tag(known.run_id, CURRENT, "no")
 
 
-def _traceback(store: Store, cell: Cell) -> str:
+def _traceback(store: Store, node: Node) -> str:
     """Of the cell's last try; empty where it was cut off while it was written."""
-    name = store.folder(cell).rpartition("/")[2]
     try:
-        return str(json.loads(store.fs.cat_file(f"{store.root}/failed/{name}.json"))["traceback"])
+        return store.failures.trace(node.ref)
     except (OSError, ValueError, KeyError):
         return ""

@@ -15,6 +15,7 @@ from analysis.runs import AnalysisError, artifact, evaluations, of_measure, type
 from ctp.cells.cell import Evaluate, Learn
 from ctp.planning import gridfile
 from ctp.planning.plan import make
+from ctp.storage.ref import ref
 from ctp.tracking.tracker import Tracker
 
 TEXTS = {"c4": ("train", "validation"), "ptb": ("train", "validation", "test")}
@@ -67,7 +68,7 @@ def results(bench):
 def numbers(bench, target, dataset, seeds=()):
     """The manifests' perplexities."""
     return [
-        bench.store.manifest(c)["metrics"]
+        bench.store.manifest(ref(c))["metrics"]
         for c in bench.all(Evaluate)
         if (c.target.compression.label, c.measure.text.dataset) == (target, dataset)
         and ((c.recovery is None and not seeds) or (c.recovery is not None and c.recovery.recovery.seed in seeds))

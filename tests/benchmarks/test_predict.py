@@ -23,6 +23,7 @@ from ctp.planning.gridfile import Grid
 from ctp.planning.pins import Pins
 from ctp.planning.plan import make
 from ctp.planning.resources import GIB
+from ctp.storage.ref import identity
 from ctp.storage.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -112,7 +113,7 @@ def test_paces_come_from_a_stores_manifests(tmp_path, llama_folder):
     plan, store = planned(tmp_path / "g.yaml", **spec), Store(str(tmp_path / "store"))
     flops = {k: cost.of(n.cell, n.facts).flops for k, n in plan.nodes.items()}
     for k, n in plan.nodes.items():
-        with store.publish(n.cell) as draft:
+        with store.publish(n.ref, identity(n.cell)) as draft:
             draft.record |= {"seconds": 3 + flops[k] / 0.5e6, "location": str(llama_folder)}
     found = measured(store, lambda dtype: 1e6)
     learned = found["learn", "soft_prompt"]

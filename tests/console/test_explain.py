@@ -7,7 +7,7 @@ import pytest
 from support.plans import make
 from support.tinygrid import grid
 
-from ctp.cells.cell import Learn
+from ctp.cells.cell import Learn, to_json
 from ctp.cells.events import Progress
 from ctp.cells.labels import slug
 from ctp.console import explain, heartbeat
@@ -47,10 +47,10 @@ def test_several_and_none_are_answered_with_names(graph):
 def test_a_finished_cell_says_what_it_cost_and_where_it_is(finished, tmp_path):
     node = the_learned(finished.plan)
     said = explain.explain(finished.plan, node.key, finished.store, f"sqlite:///{tmp_path}/none.db")
-    manifest = finished.store.manifest(node.cell)
+    manifest = finished.store.manifest(node.ref)
     assert said["manifest"] == manifest
     text = "\n".join(explain.lines(said))
-    for part in (node.key, finished.store.folder(node.cell), "recovery.k = 4", "needed by    3 cells", "no run yet",
+    for part in (node.key, finished.store.folder(node.ref), "recovery.k = 4", "needed by    3 cells", "no run yet",
                  f"val_loss = {manifest['metrics']['val_loss']:g}" if "val_loss" in manifest["metrics"] else "metric",
                  "tiny-llama_gptq-3bit (done)", "peak memory"):  # fmt: skip
         assert part in text
@@ -63,17 +63,19 @@ def test_a_missing_and_a_failed_cell(graph, tmp_path):
     said = explain.explain(graph, node.key, store, "sqlite:///none.db")
     assert said["state"] == "needs tiny-llama_gptq-3bit"
     assert said["expected"]["flops"] > 0
-    store.record_failure(node.cell, "ValueError: no", "trace")
+    store.failures.record(node.ref, to_json(node.cell), "ValueError: no", "trace")
     text = "\n".join(explain.lines(explain.explain(graph, node.key, store, "sqlite:///none.db")))
     assert "failed last time: ValueError: no" in text
-    assert store.failure(node.cell) in text
+    assert store.failures.uri(node.ref) in text
 
 
 def test_a_cell_at_work_says_how_far(graph, tmp_path):
     store = Store(str(tmp_path / "store"))
     node, board = the_learned(graph), Board(graph, 10)
     board.update(Progress(key=node.key, step=3, steps=9, loss=2.0))
-    store.write(f"{store.root}/running/g-0.json", heartbeat.record(board, {}).model_dump_json().encode())
+    store.folders.write(
+        f"{store.folders.root}/running/g-0.json", heartbeat.record(board, {}).model_dump_json().encode()
+    )
     said = explain.explain(graph, node.key, store, "sqlite:///none.db")
     assert re.fullmatch(r"running on .*, step 3/9, loss 2\.000", said["state"])
 

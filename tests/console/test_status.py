@@ -10,13 +10,14 @@ import pytest
 from support.atwork import at_work, graph, learned, listening, store  # noqa: F401 (fixtures)
 
 from ctp import grid as command
-from ctp.cells.cell import Evaluate
+from ctp.cells.cell import Evaluate, to_json
 from ctp.cells.labels import slug
 from ctp.console import heartbeat, pages, status, summary
 from ctp.console.board import Board
 from ctp.console.summary import Recovery, recoveries
 from ctp.planning.states import Outcome
 from ctp.storage import drivers
+from ctp.storage.ref import identity, ref
 from ctp.storage.store import Store
 
 
@@ -46,7 +47,7 @@ def test_status_of_a_run_from_elsewhere_while_it_lasts(graph, store):
     assert "2 of 10 cells ended; last sign" in text
     assert "step 30/100, loss 3.500, 99 tokens/s, about 35" in text
     assert "secretpw" not in said.model_dump_json()
-    assert not store.glob("running", "*")  # gone with the run
+    assert not store.folders.glob("running", "*")  # gone with the run
     assert "No run of this grid" in "\n".join(status.lines(status.status(graph, store)))
 
 
@@ -100,7 +101,7 @@ def test_status_names_the_pages_of_a_run(graph, store, listening):
 
 def test_another_grid_of_this_store_is_not_told_of(graph, store):
     with heartbeat.beating(store, Board(graph, 1), {}, seconds=0.05):
-        wait_for(lambda: store.glob("running", "*.json"))
+        wait_for(lambda: store.folders.glob("running", "*.json"))
         assert drivers.records(store, "other") == []
 
 
@@ -114,16 +115,16 @@ def test_stale_and_dead_drivers_are_said_to_be(graph, store, owner, ago, state):
         mine = record["signs"]["ctp.owner"].split()[0]
         record["signs"]["ctp.owner"] = f"{mine} 999999999 1" if owner == "dead here" else owner
     record["signs"]["ctp.alive"] = str(int(time.time()) - ago)
-    path = f"{store.root}/running/g-0.json"
-    store.write(path, json.dumps(record).encode())
-    store.write(f"{store.root}/running/g-torn.json", b'{"grid": "g"')
+    path = f"{store.folders.root}/running/g-0.json"
+    store.folders.write(path, json.dumps(record).encode())
+    store.folders.write(f"{store.folders.root}/running/g-torn.json", b'{"grid": "g"')
     [found] = drivers.records(store, "g")
     assert found.state == state
     text = "\n".join(status.lines(status.status(graph, store)))
     assert ("STALE" in text, "is gone" in text) == (state != "alive", state == "dead")
     with heartbeat.beating(store, Board(graph, 3), {}):
         kept = state != "dead" and ago < 600
-        assert bool(store.read(path)) is kept
+        assert bool(store.folders.read(path)) is kept
 
 
 def test_a_store_that_is_away_does_not_hold_up_the_run(graph, store, monkeypatch):
@@ -139,10 +140,17 @@ def test_a_store_that_is_away_does_not_hold_up_the_run(graph, store, monkeypatch
 
 def test_failures_and_interruptions_are_told_with_their_files(graph, store):
     cells = graph.cells()
-    store.record_failure(cells[1], "ValueError: too few windows", "traceback")
-    store.save_partial(graph.nodes[learned(graph)].cell, 40, lambda f: (f / "x").write_text("x"))
+    store.failures.record(ref(cells[1]), to_json(cells[1]), "ValueError: too few windows", "traceback")
+    store.states.save(
+        graph.nodes[learned(graph)].ref,
+        identity(graph.nodes[learned(graph)].cell),
+        40,
+        lambda f: (f / "x").write_text("x"),
+    )
     said = status.status(graph, store)
-    assert [(c["error"], c["file"]) for c in said.failed] == [("ValueError: too few windows", store.failure(cells[1]))]
+    assert [(c["error"], c["file"]) for c in said.failed] == [
+        ("ValueError: too few windows", store.failures.uri(ref(cells[1])))
+    ]
     assert [c["state"] for c in said.interrupted] == ["interrupted at step 40"]
     assert said.kinds["compress"] == {"waiting": 2, "failed": 1}
 
@@ -177,7 +185,7 @@ def test_recoveries_are_those_of_the_manifests(finished):
     def ppl(label, prompted):
         [cell] = [c for c in finished.all(Evaluate)
                   if c.target.compression.label == label and bool(c.recovery) is prompted]  # fmt: skip
-        return finished.store.manifest(cell)["metrics"]["ppl"]
+        return finished.store.manifest(ref(cell))["metrics"]["ppl"]
 
     expected = {
         (ppl("dense", False), ppl(label, False), ppl(label, True))

@@ -19,6 +19,7 @@ from ctp.formats.pack import pack
 from ctp.models.load import load_model
 from ctp.prompts import prefix
 from ctp.prompts.files import load_prompt
+from ctp.storage.ref import ref
 
 DATA = STORIES.parents[1] / "data"
 
@@ -31,18 +32,18 @@ def bench(request, tmp_path):
 def test_the_whole_graph(bench):
     for cell in bench.cells:
         bench.execute(cell)
-    assert len(bench.store.done(bench.cells)) == len(bench.cells)
+    assert len(bench.store.done(map(ref, bench.cells))) == len(bench.cells)
     for cell in bench.all(Evaluate):
-        numbers = bench.store.manifest(cell)["metrics"]
+        numbers = bench.store.manifest(ref(cell))["metrics"]
         k = cell.recovery.recovery.k if cell.recovery else 0
         assert numbers["scored_tokens"] == 4 * 23
         assert numbers["positions"] == 4 * (23 + k)
         assert numbers["ppl"] == pytest.approx(math.exp(numbers["nll_sum"] / (4 * 23)), rel=1e-12)
         assert numbers["ppl_paper"] == pytest.approx(math.exp(numbers["nll_sum"] / (4 * (23 + k))), rel=1e-12)
-        assert bench.store.manifest(cell)["text"]["tokens"] == 4 * 24
+        assert bench.store.manifest(ref(cell))["text"]["tokens"] == 4 * 24
     joint = next(c for c in bench.all(Compress) if c.compression.label == "sparsegpt-50-4bit")
-    assert bench.store.manifest(joint)["metrics"]["sparsity"] == pytest.approx(0.5, abs=0.01)
-    manifest = bench.store.manifest(bench.all(Learn)[0])
+    assert bench.store.manifest(ref(joint))["metrics"]["sparsity"] == pytest.approx(0.5, abs=0.01)
+    manifest = bench.store.manifest(ref(bench.all(Learn)[0]))
     assert manifest["versions"]["torch"] == version("torch")
     assert manifest["seconds"] > 0
 
@@ -66,7 +67,7 @@ def test_experts_short_of_calibration_tokens_are_told_and_recorded(tmp_path):
     bench, told = Bench(tmp_path, model_folder(tmp_path / "moe", "mixtral")), []
     cell = next(c for c in bench.all(Compress) if c.compression.label == "gptq-3bit")
     bench.execute(cell, told.append)
-    manifest = bench.store.manifest(cell)
+    manifest = bench.store.manifest(ref(cell))
     short = manifest["experts_short_of_tokens"]
     assert manifest["metrics"]["experts"] == 8
     assert manifest["metrics"]["experts_short_of_tokens"] == len(short) > 0
@@ -89,7 +90,7 @@ def test_what_does_not_unpack_to_the_weights_is_not_stored(tmp_path, llama_folde
     monkeypatch.setattr("ctp.formats.artifact.pack", careless)
     with pytest.raises(ArithmeticError, match=r"^model\.layers\.0\.mlp\.up_proj: unpacking"):
         bench.execute(cell)
-    assert not bench.store.has(cell)
+    assert not bench.store.has(ref(cell))
 
 
 def test_numbers_are_those_of_the_stored_artifacts(bench):
@@ -98,9 +99,9 @@ def test_numbers_are_those_of_the_stored_artifacts(bench):
         bench.execute(each)
     model, tokenizer = loading.open_model(cell.target, bench.store, bench.runtime, "cpu")
     ids = loading.token_windows(cell.measure.text, tokenizer, bench.runtime)
-    prompt = load_prompt(bench.store.fetch(cell.recovery))
+    prompt = load_prompt(bench.store.fetch(ref(cell.recovery)))
     again = perplexity(model, ids, prompt, batch=bench.runtime.batch)
-    assert again.nll_sum == bench.store.manifest(cell)["metrics"]["nll_sum"]
+    assert again.nll_sum == bench.store.manifest(ref(cell))["metrics"]["nll_sum"]
 
 
 def test_a_prompts_texts_share_one_pass_over_its_rows(tmp_path, llama_folder, monkeypatch):
@@ -126,18 +127,18 @@ def test_a_prompts_texts_share_one_pass_over_its_rows(tmp_path, llama_folder, mo
     loading.forget()
     for cell in cells:
         model, _ = loading.open_model(cell.target, bench.store, bench.runtime, "cpu")
-        rows = load_prompt(bench.store.fetch(cell.recovery)) if cell.recovery else None
+        rows = load_prompt(bench.store.fetch(ref(cell.recovery))) if cell.recovery else None
         alone = perplexity(model, next(iter(w for s, w in loading._windows.items() if s[0] == cell.measure.text)), rows)
-        assert bench.store.manifest(cell)["metrics"]["nll_sum"] == alone.nll_sum
+        assert bench.store.manifest(ref(cell))["metrics"]["nll_sum"] == alone.nll_sum
 
 
 def test_a_done_cell_is_not_done_again(tmp_path, llama_folder):
     bench = Bench(tmp_path, llama_folder)
     cell = bench.all(Compress)[1]
     bench.execute(cell)
-    before = bench.store.manifest(cell)
+    before = bench.store.manifest(ref(cell))
     bench.execute(cell)
-    assert bench.store.manifest(cell) == before
+    assert bench.store.manifest(ref(cell)) == before
 
 
 def test_an_interrupted_prompt_goes_on_from_its_last_state(tmp_path, llama_folder):
@@ -154,14 +155,14 @@ def test_an_interrupted_prompt_goes_on_from_its_last_state(tmp_path, llama_folde
 
     with pytest.raises(KeyboardInterrupt):
         cut.execute(cell, die)
-    assert not cut.store.has(cell)
-    assert 3 <= next(iter(cut.store.started().values())) <= 4
+    assert not cut.store.has(ref(cell))
+    assert 3 <= next(iter(cut.store.states.started().values())) <= 4
     steps = []
     cut.execute(cell, lambda progress: steps.append(progress.step))
     assert min(steps) >= 3
-    one, two = (load_prompt(b.store.fetch(cell)) for b in (whole, cut))
+    one, two = (load_prompt(b.store.fetch(ref(cell))) for b in (whole, cut))
     assert torch.equal(one, two)
-    assert cut.store.started() == {}
+    assert cut.store.states.started() == {}
 
 
 def test_too_little_text_fails_in_words(tmp_path, llama_folder):
@@ -172,7 +173,7 @@ def test_too_little_text_fails_in_words(tmp_path, llama_folder):
     cell = bench.all(Evaluate)[0].model_copy(update={"measure": measure.model_copy(update={"text": few})})
     with pytest.raises(ValueError, match="1000000"):
         bench.execute(cell)
-    assert not bench.store.has(cell)
+    assert not bench.store.has(ref(cell))
 
 
 @pytest.mark.skipif(
@@ -197,7 +198,7 @@ def test_the_papers_texts_on_a_real_model(tmp_path, monkeypatch):
     for cell in bench.cells:
         bench.execute(cell)
     found = {(c.target.compression.label, c.recovery is not None, c.measure.text.dataset):
-             bench.store.manifest(c)["metrics"]["ppl"] for c in bench.all(Evaluate)}  # fmt: skip
+             bench.store.manifest(ref(c))["metrics"]["ppl"] for c in bench.all(Evaluate)}  # fmt: skip
     for name in ("c4", "wikitext2", "ptb"):
         assert found["sparsegpt-50", False, name] > found["dense", False, name]
     assert found["sparsegpt-50", True, "c4"] < found["sparsegpt-50", False, "c4"]

@@ -25,7 +25,7 @@ from transformers import LlamaForCausalLM, LlamaModel
 from ctp import cells
 from ctp import grid as command
 from ctp.cells import Latency, LoRA, Perplexity
-from ctp.cells.cell import Compress, Evaluate, Learn, key
+from ctp.cells.cell import Compress, Evaluate, Learn, key, to_json
 from ctp.common.messages import one_line
 from ctp.execution.loading import token_windows
 from ctp.learning.lora import learn_lora
@@ -35,6 +35,7 @@ from ctp.planning.states import again, states
 from ctp.scheduling import tune
 from ctp.scheduling import walk as scheduling_walk
 from ctp.scheduling.walk import WORKER_DIED, death, ended_for_memory, without_commands
+from ctp.storage.ref import ref
 from ctp.storage.store import Store
 
 FAULTS = {
@@ -210,11 +211,11 @@ def test_an_evaluation_goes_on_with_fewer_windows(tmp_path, llama_folder, monkey
         seen = full_above(short, 23, "host")  # of four windows of 23 scored tokens, one
         bench.execute(cell)
     assert [n for n in seen if n >= 23] == [4 * 23, 2 * 23, 23, 23, 23, 23]  # fewer: how the head is reached is tried
-    manifest = bench.store.manifest(cell)
+    manifest = bench.store.manifest(ref(cell))
     assert manifest["at_once"] == 1
-    shutil.rmtree(bench.store.folder(cell))
+    shutil.rmtree(bench.store.folder(ref(cell)))
     bench.execute(cell)
-    whole = bench.store.manifest(cell)
+    whole = bench.store.manifest(ref(cell))
     assert "at_once" not in whole
     # The same sum in float64 of the same log-likelihoods, but for the order in which float32 matrices were added up.
     assert manifest["metrics"]["ppl"] == pytest.approx(whole["metrics"]["ppl"], rel=1e-6)
@@ -236,7 +237,7 @@ def test_what_a_failed_attempt_wrote_is_gone(tmp_path, llama_folder, monkeypatch
 
     monkeypatch.setattr(Perplexity, "measure", measure, raising=False)
     bench.execute(cell)
-    manifest = bench.store.manifest(cell)
+    manifest = bench.store.manifest(ref(cell))
     assert batches == [4, 2]
     assert sorted(manifest["files"]) == ["2.json", "result.json"]
     assert manifest["with 2"]
@@ -372,7 +373,7 @@ def test_workers_that_are_killed(tmp_path, llama_folder, monkeypatch, capsys, da
     assert "killed: 3 done, 1 failed in" in "".join(out)
     assert not [line for line in out if "raylet" in line]
     store = Store(str(tmp_path / "results" / "store"))
-    [manifest] = [json.loads(p.read_text()) for p in Path(store.root).glob("evaluate/*hungry-1*/manifest.json")]
+    [manifest] = [json.loads(p.read_text()) for p in Path(store.folders.root).glob("evaluate/*hungry-1*/manifest.json")]
     assert (manifest["metrics"]["batch"], manifest["at_once"]) == (1, 1)
     [failed] = starting(out, "failed: tiny-llama_dense_none_hungry-0: ")
     record = json.loads(Path(re.search(r"\((/.*\.json)\)$", failed)[1]).read_text())
@@ -472,7 +473,7 @@ def test_a_number_that_is_missing_is_not_published(tmp_path, llama_folder, monke
     monkeypatch.setattr(Perplexity, "measure", lambda self, job: metrics, raising=False)
     with pytest.raises(error, match=re.escape(message)):
         bench.execute(cell)
-    assert not bench.store.has(cell)
+    assert not bench.store.has(ref(cell))
 
 
 # ------------------------------------------------------------- what is not there
@@ -549,11 +550,11 @@ def test_what_retry_failed_runs(tmp_path, llama_folder):
     for cell in (dense, gptq):
         bench.execute(cell)
     assert again(bench.plan, states(bench.plan, bench.store)) == set()
-    bench.store.record_failure(learned, "ValueError: no", "trace")
+    bench.store.failures.record(ref(learned), to_json(learned), "ValueError: no", "trace")
     behind = {key(c) for c in bench.all(Evaluate) if c.recovery and c.target != sparse}
     assert len(behind) == 2
     assert again(bench.plan, states(bench.plan, bench.store)) == {key(learned), *behind}
-    bench.store.record_failure(sparse, "its worker died", "")
+    bench.store.failures.record(ref(sparse), to_json(sparse), "its worker died", "")
     found = again(bench.plan, states(bench.plan, bench.store))
     assert found == {key(learned), key(sparse)} | {
         key(c) for c in bench.all(Evaluate) if c.recovery or c.target == sparse

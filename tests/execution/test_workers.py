@@ -15,6 +15,7 @@ from ctp.planning.pins import Pins
 from ctp.scheduling import tune
 from ctp.scheduling.options import Options
 from ctp.scheduling.walk import WORKER_DIED
+from ctp.storage.ref import ref
 from ctp.storage.store import Store
 
 PLUGIN = Path(__file__).parents[1] / "plugins" / "counted.py"
@@ -38,7 +39,7 @@ def run(tmp_path, model, measures, monkeypatch, **changes):
         graph, set(graph.nodes), set(), store=store.uri, runtime=runtime, options=Options(), on_event=events.append,
     )  # fmt: skip
     measured = [c for c in graph.cells() if isinstance(c, Evaluate) and key(c) in outcome.done]
-    return outcome, events, [store.manifest(c)["metrics"] for c in measured]
+    return outcome, events, [store.manifest(ref(c))["metrics"] for c in measured]
 
 
 def test_imports_and_models_are_paid_once_a_worker(tmp_path, llama_folder, monkeypatch):

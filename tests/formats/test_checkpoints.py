@@ -32,6 +32,7 @@ from ctp.formats.pack import from_words, pack, to_words
 from ctp.models import files, sources
 from ctp.models.config import model_facts
 from ctp.planning.gridtext import GridError
+from ctp.storage.ref import ref
 
 CHECKPOINTS = sorted(p.parent for p in (Path(__file__).parents[1] / "checkpoints").glob("*/logits.safetensors"))
 
@@ -393,13 +394,13 @@ def test_a_checkpoint_is_a_compression_of_a_grid(tmp_path) -> None:
         bench.execute(cell)
     (stored,) = [c for c in bench.all(Compress) if c.compression.method == "checkpoint"]
     assert slug(stored) == "base_checkpoint-small-gptq"
-    metrics = bench.store.manifest(stored)["metrics"]
+    metrics = bench.store.manifest(ref(stored))["metrics"]
     assert metrics["bits_per_weight"] == pytest.approx(small.stats()["bits_per_weight"])
     assert same_weights(loading.open_model(stored, bench.store, bench.runtime, "cpu")[0], model)
     plain = next(c for c in bench.all(Evaluate) if c.recovery is None and c.target == stored)
     ids = loading.token_windows(plain.measure.text, byte_tokenizer(), bench.runtime)
     expected = perplexity(model, ids).ppl
-    assert bench.store.manifest(plain)["metrics"]["ppl"] == pytest.approx(expected, rel=1e-6)
+    assert bench.store.manifest(ref(plain))["metrics"]["ppl"] == pytest.approx(expected, rel=1e-6)
     assert len([c for c in bench.all(Learn) if c.source == stored]) == 1
 
 

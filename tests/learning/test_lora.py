@@ -33,6 +33,7 @@ from ctp.models.hf import skeleton
 from ctp.prompts.adapter import applied
 from ctp.prompts.attach import scored_logits
 from ctp.prompts.files import LearnedPrompt
+from ctp.storage.ref import ref
 
 S = 12
 CPU = Runtime(device="cpu", checkpoint_seconds=0.0)
@@ -365,13 +366,13 @@ def test_a_cell_learns_lora_and_another_measures_it(tmp_path, architecture):
     evaluate = next(c for c in bench.all(Evaluate) if c.recovery == learn and c.target == learn.source)
     for cell in (learn.source, learn, evaluate):
         bench.execute(cell)
-    metrics, folder = bench.store.manifest(learn)["metrics"], bench.store.fetch(learn)
+    metrics, folder = bench.store.manifest(ref(learn))["metrics"], bench.store.fetch(ref(learn))
     history = json.loads((folder / "history.json").read_text())
     assert set(metrics) == {"best_step", "best_val_loss", "initial_val_loss", "trainable_parameters"}
     assert metrics["best_val_loss"] == min(h["val_loss"] for h in history["history"]) < metrics["initial_val_loss"]
     # Two layers, r = 2: A (2, 32) and B (out, 2); Llama's v_proj is half as wide.
     assert metrics["trainable_parameters"] == 2 * 2 * (32 + 32 + 32 + (32 if architecture == "bloom" else 16))
-    measured = bench.store.manifest(evaluate)["metrics"]
+    measured = bench.store.manifest(ref(evaluate))["metrics"]
     assert measured["positions"] == measured["scored_tokens"]  # nothing stands in front
     model, tokenizer = loading.load_compressed(learn.source, bench.store, bench.runtime, "cpu")
     with applied(model, folder):

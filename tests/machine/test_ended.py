@@ -26,6 +26,7 @@ from ctp.machine.contained import MethodEnded, contained, crash
 from ctp.planning import plugins
 from ctp.prompts.files import save_prompt
 from ctp.scheduling import cluster
+from ctp.storage.ref import ref
 
 ENDS = {
     "exit": (lambda: sys.exit(3), "SystemExit: 3: the method itself ended the process"),
@@ -68,7 +69,7 @@ def test_a_method_that_ends_its_process_fails_its_cell(tmp_path, llama_folder, e
     event = told(bench, bench.all(Evaluate)[0])
     assert isinstance(event, Failed)
     assert event.error.startswith(ENDS[end][1])
-    assert list(bench.store.failures().values()) == [event.error]
+    assert list(bench.store.failures.all().values()) == [event.error]
     assert os._exit is own
 
 
@@ -137,7 +138,7 @@ def test_a_method_that_writes_nothing_is_not_stored(tmp_path, llama_folder):
     ):
         event = told(bench, cell)
         assert re.search(line, event.error), event
-        assert not bench.store.has(cell)
+        assert not bench.store.has(ref(cell))
 
 
 def test_an_adapter_that_no_cell_could_use_is_not_stored(tmp_path, llama_folder):
@@ -166,7 +167,7 @@ def test_an_adapter_that_no_cell_could_use_is_not_stored(tmp_path, llama_folder)
     ):
         event = told(bench, cell)
         assert re.search(line, event.error), event
-        assert not bench.store.has(cell)
+        assert not bench.store.has(ref(cell))
 
 
 # ------------------------------------------------------------------------ Ray's processes

@@ -30,6 +30,7 @@ from ctp.learning.soft_prompt import learn
 from ctp.machine import arithmetic, device
 from ctp.machine.arithmetic import computed_in, cpu_rates, notice, widen, widened
 from ctp.models.load import load_model
+from ctp.storage.ref import ref
 
 HALF = [torch.bfloat16, torch.float16]
 ON_CPU = Runtime(device="cpu")
@@ -318,9 +319,9 @@ def bench(tmp_path, slow):
 def test_every_kind_of_cell_says_what_it_was_computed_in(bench):
     for cell in bench.cells:
         bench.execute(cell)
-        assert bench.store.manifest(cell)["computed_in"] == "float32"
+        assert bench.store.manifest(ref(cell))["computed_in"] == "float32"
     source = next(c for c in bench.all(Compress) if c.compression.label == "gptq-3bit")
-    assert Compressed.open(bench.store.fetch(source)).config.dtype == torch.bfloat16
+    assert Compressed.open(bench.store.fetch(ref(source))).config.dtype == torch.bfloat16
     model, _ = loading.load_compressed(source, bench.store, bench.runtime, "cpu")
     assert model.dtype == torch.float32
     stored, _ = loading.open_model(source, bench.store, bench.runtime, "cpu")
@@ -329,14 +330,16 @@ def test_every_kind_of_cell_says_what_it_was_computed_in(bench):
     bare = next(c for c in bench.all(Evaluate) if c.target == source and c.recovery is None)
     tokenizer = loading.load_compressed(source, bench.store, bench.runtime, "cpu")[1]
     ids = loading.token_windows(bare.measure.text, tokenizer, bench.runtime)
-    assert bench.store.manifest(bare)["metrics"]["ppl"] == pytest.approx(perplexity(stored.float(), ids).ppl, rel=1e-6)
+    assert bench.store.manifest(ref(bare))["metrics"]["ppl"] == pytest.approx(
+        perplexity(stored.float(), ids).ppl, rel=1e-6
+    )
     loading.forget()
 
 
 def test_native_arithmetic_is_recorded_too(bench, fast):
     cell = bench.all(Compress)[1]
     bench.execute(cell)
-    assert bench.store.manifest(cell)["computed_in"] == "bfloat16"
+    assert bench.store.manifest(ref(cell))["computed_in"] == "bfloat16"
     loading.forget()
 
 
@@ -346,7 +349,7 @@ def test_a_precision_is_recorded_as_computed(tmp_path, slow):
     half = learned.model_copy(update={"recovery": learned.recovery.model_copy(update={"precision": "bf16"})})
     for cell in (learned.source, half):
         bench.execute(cell)
-    assert bench.store.manifest(half)["computed_in"] == "float32"
+    assert bench.store.manifest(ref(half))["computed_in"] == "float32"
     loading.forget()
 
 

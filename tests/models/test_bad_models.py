@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from ctp.models import sources
 from ctp.models.load import check_usable, load_model
+from ctp.storage.ref import identity, ref
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store
 
@@ -248,17 +249,19 @@ def test_a_pickle_in_the_store_is_refused_unopened(originals, tmp_path, canary):
     _, plan = load(write_grid(tmp_path / "g.yaml", grid(originals["llama"])))
     cell = next(c for c in plan.cells() if c.kind == "compress" and c.compression.label == "gptq-3bit")
     store = Store(str(tmp_path / "store"))
-    with store.publish(cell) as draft:  # as one who may write the store would put it there, hashes and all
+    with store.publish(
+        ref(cell), identity(cell)
+    ) as draft:  # as one who may write the store would put it there, hashes and all
         for name in ("compressed.safetensors", "rest.safetensors"):
             (draft.path / name).write_bytes(canary)
     from ctp.formats.artifact import Compressed
 
     with pytest.raises(ValueError, match="is missing or damaged"):
-        Compressed.open(store.fetch(cell))
+        Compressed.open(store.fetch(ref(cell)))
     file = next((tmp_path / "store").glob("compress/*/rest.safetensors"))
     file.write_bytes(canary + b"x")
     with pytest.raises(StoreError, match=f"has {len(canary) + 1} bytes, not the {len(canary)} that its manifest says"):
-        Store(str(tmp_path / "store")).fetch(cell)
+        Store(str(tmp_path / "store")).fetch(ref(cell))
 
 
 # ----------------------------------------------------------------- adapters and texts

@@ -19,6 +19,7 @@ from ctp.formats import gguf
 from ctp.formats.checkpoint import open_checkpoint
 from ctp.models import sources
 from ctp.models.load import load_model
+from ctp.storage.ref import ref
 
 IDS = torch.randint(VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -75,7 +76,7 @@ def test_in_a_grid(tmp_path, file):
     for cell in bench.cells:
         bench.execute(cell)
     plain = [c for c in bench.all(Evaluate) if c.recovery is None]
-    assert len({bench.store.manifest(c)["metrics"]["ppl"] for c in plain}) == 1
+    assert len({bench.store.manifest(ref(c))["metrics"]["ppl"] for c in plain}) == 1
     assert len(bench.all(Learn)) == 2
 
 

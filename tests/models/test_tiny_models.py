@@ -18,6 +18,7 @@ from ctp.models.config import model_facts
 from ctp.models.load import load_model
 from ctp.planning import gridfile, plan
 from ctp.planning.pins import Pins
+from ctp.storage.ref import ref
 from ctp.storage.store import Store
 
 NAMES = tiny.NAMES
@@ -129,7 +130,9 @@ def test_a_grid_with_every_measure_here_on_a_tiny_model_by_name(tmp_path):
     runtime = Runtime(device="cpu", locations=pins.locations, checkpoint_seconds=0.0)
     for cell in made.cells():
         execute.execute(cell, store, runtime, lambda numbers: None)
-    manifests = [(c.measure.method, c.recovery, store.manifest(c)) for c in made.cells() if isinstance(c, Evaluate)]
+    manifests = [
+        (c.measure.method, c.recovery, store.manifest(ref(c))) for c in made.cells() if isinstance(c, Evaluate)
+    ]
     of = {method: [m["metrics"] for name, _, m in manifests if name == method] for method, _, _ in manifests}
     assert len({numbers["ppl"] for numbers in of["perplexity"]}) == 4  # two targets, with and without the prompt
     assert sorted(numbers["prompt_tokens"] for numbers in of["latency"]) == [0, 0, 4, 4]

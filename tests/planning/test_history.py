@@ -16,6 +16,7 @@ from ctp.planning import cost, history, states
 from ctp.planning.graph import longest_path
 from ctp.planning.resources import GIB
 from ctp.planning.states import Kind, State
+from ctp.storage.ref import ref
 from ctp.storage.store import Store
 
 
@@ -50,7 +51,7 @@ def test_a_changed_input_is_told_of_once_and_its_setting_named(finished, tmp_pat
 
 def test_another_version_is_named(finished, monkeypatch):
     cells = {type(n.cell): n for n in finished.plan.nodes.values()}
-    manifest = finished.store.manifest(cells[Learn].cell)
+    manifest = finished.store.manifest(ref(cells[Learn].cell))
     assert history.differences(cells[Learn], {**manifest, "version": 1}) == "VERSION of learn was 1, is 3"
     other = {**manifest, "inputs": ["0" * 64]}
     assert history.differences(cells[Learn], other) == "its source was made by another VERSION"
@@ -82,7 +83,7 @@ def test_time_is_measured_where_the_like_was_and_scaled(finished, tmp_path, llam
     seen = look(graph, finished.store)
     [k] = [k for k in seen.todo if isinstance(graph.nodes[k].cell, Learn)]
     [old] = [n for n in finished.plan.nodes.values() if isinstance(n.cell, Learn)]
-    manifest = finished.store.manifest(old.cell)
+    manifest = finished.store.manifest(old.ref)
     ratio = cost.of(graph.nodes[k].cell, old.facts).flops / cost.of(old.cell, old.facts).flops
     assert seen.expected[k].seconds == pytest.approx(manifest["seconds"] * ratio)
     assert seen.expected[k].memory == manifest["peak_memory_bytes"]

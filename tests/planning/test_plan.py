@@ -4,9 +4,10 @@ import pytest
 from support.plans import make
 from support.tinygrid import VOCAB, byte_tokenizer, grid
 
-from ctp.cells.cell import Compress, Evaluate, Learn
+from ctp.cells.cell import Compress, Evaluate, Learn, to_json
 from ctp.planning import select, states
 from ctp.planning.gridtext import GridError
+from ctp.storage.ref import identity, ref
 from ctp.storage.store import Store
 
 
@@ -116,11 +117,13 @@ def test_states_say_why(graph, tmp_path):
     cells = {n.cell.kind: n for n in graph.nodes.values()}
     gptq = next(n for n in graph.nodes.values() if isinstance(n.cell, Learn)).cell.source
     assert set(map(str, states.states(graph, store).values())) >= {"never ran", "needs tiny-llama_dense"}
-    with store.publish(gptq):
+    with store.publish(ref(gptq), identity(gptq)):
         pass
-    store.save_partial(cells["learn"].cell, 3, lambda folder: (folder / "x").write_text("x"))
+    store.states.save(
+        ref(cells["learn"].cell), identity(cells["learn"].cell), 3, lambda folder: (folder / "x").write_text("x")
+    )
     dense = next(n.cell for n in graph.nodes.values() if isinstance(n.cell, Compress))
-    store.record_failure(dense, "ValueError: no", "")
+    store.failures.record(ref(dense), to_json(dense), "ValueError: no", "")
     found = {k: str(s) for k, s in states.states(graph, store).items()}
     assert found[cells["learn"].key] == "interrupted at step 3"
     assert "failed last time: ValueError: no" in found.values()

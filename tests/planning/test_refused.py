@@ -12,6 +12,7 @@ from ctp import track
 from ctp.cells.cell import Evaluate, Learn, key
 from ctp.cells.events import Done, Progress, Started
 from ctp.execution.execute import check_finite
+from ctp.storage.ref import ref
 from ctp.tracking.entries import name_problem, safe
 from ctp.tracking.tracker import Tracker
 
@@ -55,7 +56,7 @@ def test_what_is_no_number_is_refused(metrics, error, said):
 
 def changed(store, cell, **changes):
     """The manifest as an older ctp could have left it."""
-    path = Path(store.folder(cell), "manifest.json")
+    path = Path(store.folder(ref(cell)), "manifest.json")
     path.write_text(json.dumps({**json.loads(path.read_bytes()), **changes}))
 
 

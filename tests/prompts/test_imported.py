@@ -25,6 +25,7 @@ from ctp.models.config import model_facts
 from ctp.planning import gridfile, plan, select
 from ctp.planning.gridtext import GridError
 from ctp.planning.pins import Pins
+from ctp.storage.ref import ref
 
 GPTQ = {"method": "gptq", "bits": 3}
 
@@ -160,11 +161,11 @@ def test_the_perplexity_is_that_of_plain_peft(tmp_path, llama_folder, adapters):
     for cell in bench.cells:
         bench.execute(cell)
     for cell in bench.all(Learn):
-        folder = bench.store.fetch(cell)
+        folder = bench.store.fetch(ref(cell))
         sent = {p.name for p in folder.iterdir()} - {"manifest.json"}
         assert sent == {"adapter_config.json", "adapter_model.safetensors"}
         numbers = {"prompt": 4 * 32, "lora": 2 * 3 * ((32 + 32) + (32 + 64))}[cell.recovery.path]
-        assert bench.store.manifest(cell)["metrics"]["trainable_parameters"] == numbers
+        assert bench.store.manifest(ref(cell))["metrics"]["trainable_parameters"] == numbers
     for cell in bench.all(Evaluate):
         model, tokenizer = loading.open_model(cell.target, bench.store, bench.runtime, "cpu")
         ids = loading.token_windows(cell.measure.text, tokenizer, bench.runtime)
@@ -176,8 +177,8 @@ def test_the_perplexity_is_that_of_plain_peft(tmp_path, llama_folder, adapters):
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, k:-1]
         loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2).double(), ids[:, 1:])
         # Theirs is float64 over all windows at once, ours fp32 in batches: rounding only.
-        assert bench.store.manifest(cell)["metrics"]["ppl"] == pytest.approx(loss.exp().item(), rel=1e-5)
-    found = {axes(c).get("adapter", ""): bench.store.manifest(c)["metrics"]["ppl"] for c in bench.all(Evaluate)}
+        assert bench.store.manifest(ref(cell))["metrics"]["ppl"] == pytest.approx(loss.exp().item(), rel=1e-5)
+    found = {axes(c).get("adapter", ""): bench.store.manifest(ref(c))["metrics"]["ppl"] for c in bench.all(Evaluate)}
     assert len({round(ppl, 1) for ppl in found.values()}) == 3  # each adapter does something
 
 
@@ -189,7 +190,7 @@ def test_an_adapter_that_changed_since_planning_is_not_imported(tmp_path, llama_
     bench.execute(cell.source)
     with pytest.raises(ValueError, match="has changed since it was pinned"):
         bench.execute(cell)
-    assert not bench.store.has(cell)
+    assert not bench.store.has(ref(cell))
 
 
 @pytest.mark.slow

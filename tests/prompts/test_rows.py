@@ -22,6 +22,7 @@ from ctp.prompts.adapter import applied
 from ctp.prompts.attach import scored_logits
 from ctp.prompts.files import load_prompt, save_prompt
 from ctp.prompts.rows import embedding_rows, untrained_rows
+from ctp.storage.ref import ref
 
 MODELS = {"llama": tiny_llama, "opt": tiny_opt, "opt-350m": lambda **f: tiny_opt(embed=16, **f), "bloom": tiny_bloom}
 PLUGIN = Path(__file__).parents[1] / "plugins" / "mean_prompt.py"
@@ -153,13 +154,13 @@ def test_cells_of_prompts_that_are_not_trained(tmp_path, architecture):
     assert {c.recovery.method for c in learned} == lengths.keys()
     for cell in learned:
         k = lengths[cell.recovery.method]
-        assert bench.store.manifest(cell)["metrics"] == {"trainable_parameters": 0, "prompt_tokens": k}
-        tensors = load_file(bench.store.fetch(cell) / "adapter_model.safetensors")
+        assert bench.store.manifest(ref(cell))["metrics"] == {"trainable_parameters": 0, "prompt_tokens": k}
+        tensors = load_file(bench.store.fetch(ref(cell)) / "adapter_model.safetensors")
         assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == {
             "prompt_embeddings": (torch.float32, (k, 32))
         }
     for cell in bench.all(Evaluate):
-        numbers = bench.store.manifest(cell)["metrics"]
+        numbers = bench.store.manifest(ref(cell))["metrics"]
         k = lengths[cell.recovery.recovery.method] if cell.recovery else 0
         assert numbers["positions"] == numbers["scored_tokens"] + 4 * k
 
@@ -188,12 +189,12 @@ def test_a_method_of_ones_own_is_one_short_file(tmp_path, llama_folder, mean_pro
         bench.execute(each)
     model, tokenizer = load_compressed(cell.source, bench.store, bench.runtime, "cpu")
     ids = token_windows(cell.recovery.text, tokenizer, bench.runtime)
-    rows = load_prompt(bench.store.fetch(cell))
+    rows = load_prompt(bench.store.fetch(ref(cell)))
     table = model.get_input_embeddings().weight
     assert torch.allclose(rows[1], table[ids[:, 8:16]].mean((0, 1)), atol=1e-6)
     target, _ = load_compressed(evaluate.target, bench.store, bench.runtime, "cpu")
     windows = token_windows(evaluate.measure.text, tokenizer, bench.runtime)
-    measured = bench.store.manifest(evaluate)["metrics"]
+    measured = bench.store.manifest(ref(evaluate))["metrics"]
     assert measured["nll_sum"] == perplexity(target, windows, rows).nll_sum
     assert measured["positions"] == measured["scored_tokens"] + 4 * 3
 

@@ -15,6 +15,7 @@ from ctp.execution import loading
 from ctp.planning.states import Outcome, runnable
 from ctp.scheduling.repair import complete, past_damage
 from ctp.storage.manifest import Damaged
+from ctp.storage.ref import ref
 from ctp.storage.store import Store
 from ctp.tracking.tracker import Tracker
 
@@ -88,7 +89,7 @@ def test_damage_to_a_prompt_and_its_source_is_found_one_after_the_other(tmp_path
     outcome = complete(bench.plan, todo, set(bench.plan.nodes) - todo, bench.store, by_hand(bench, rounds))
     assert not outcome.failed
     assert outcome.done >= todo
-    assert bench.store.done(bench.cells) == set(bench.plan.nodes)
+    assert bench.store.done(map(ref, bench.cells)) == set(bench.plan.nodes)
     assert 2 <= len(rounds) <= 3
 
 
@@ -131,11 +132,11 @@ def test_mlflow_is_brought_up_to_date_past_a_torn_manifest(tmp_path, llama_folde
     for cell in bench.cells:
         bench.execute(cell)
     last = bench.cells[-1]
-    path = Path(bench.store.folder(last), "manifest.json")
+    path = Path(bench.store.folder(ref(last)), "manifest.json")
     path.write_bytes(path.read_bytes()[:100])
     tracker = Tracker(f"sqlite:///{tmp_path}/mlflow.db", bench.plan, bench.store)
     past_damage(bench.store, lambda: tracker.sync(whole=True))
-    assert bench.store.done(bench.cells) == set(bench.plan.nodes) - {key(last)}
+    assert bench.store.done(map(ref, bench.cells)) == set(bench.plan.nodes) - {key(last)}
     [line] = bench.store.damaged
     assert "is not JSON" in line
     assert "computes it again" in line
@@ -149,8 +150,8 @@ def test_a_run_says_what_was_damaged_and_computes_it_again(tmp_path, llama_folde
     file = write_grid(tmp_path / "tiny.yaml", grid(llama_folder))
     assert run("ctp.grid", file, cwd=tmp_path).returncode == 0
     before, store = manifests(tmp_path), tmp_path / "results" / "store"
-    broken(max(store.glob("compress/*gptq-3bit*/*"), key=lambda p: p.stat().st_size))
-    for path in store.glob("evaluate/*gptq-3bit_*/manifest.json"):
+    broken(max(store.folders.glob("compress/*gptq-3bit*/*"), key=lambda p: p.stat().st_size))
+    for path in store.folders.glob("evaluate/*gptq-3bit_*/manifest.json"):
         path.unlink()  # they are to be done again, and need what is damaged
     found = run("ctp.grid", file, cwd=tmp_path)
     assert found.returncode == 0, found.stdout + found.stderr

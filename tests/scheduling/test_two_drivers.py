@@ -11,7 +11,7 @@ from support.tinygrid import grid, write_grid
 from ctp.planning import gridfile
 from ctp.planning.pins import Pins
 from ctp.planning.plan import make
-from ctp.storage import garbage, verify
+from ctp.storage import catalog, verify
 from ctp.storage.store import Store
 
 pytestmark = pytest.mark.slow
@@ -41,15 +41,15 @@ def check(plan, store, ended):
     for out, code in ended:
         assert code == 0, out
         assert "FAILED" not in out
-    assert store.done(plan.cells()) == set(plan.nodes)
-    found = garbage.artifacts(store)
+    assert store.done(plan.refs()) == set(plan.nodes)
+    found = catalog.artifacts(store)
     assert sorted(a.digits for a in found) == sorted(k[:12] for k in plan.nodes)
     wrong = list(verify.check(store, found, found))
     assert wrong == []
     for a in found:  # no second payload beside the one that the manifest names
         payloads = {n.split("/")[0] for n in a.files if n.startswith("payload-")}
         assert len(payloads) <= 1
-    assert store.failures() == {}
+    assert store.failures.all() == {}
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_on_an_object_store_that_is_busy_now_and_then(tmp_path, planned, monkeyp
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("CTP_CACHE", str(tmp_path / "cache"))
     store = Store("s3://shared/study")
-    store.fs.mkdir("shared")
+    store.folders.fs.mkdir("shared")
     server.faults.append(lambda method, path: 503 if next(asked) % 10 == 0 else None)
     try:
         ended = run_both(tmp_path, file, store.uri, **env)

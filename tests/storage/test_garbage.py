@@ -10,12 +10,12 @@ from support.plans import make
 from support.stores import publish, store  # noqa: F401
 from support.tinygrid import grid, write_grid
 
-from ctp.cells.cell import Compress, key, own_key
+from ctp.cells.cell import Compress, key, own_key, to_json
 from ctp.machine.process import BEAT, DEAD_SECONDS, OWNER, signs
 from ctp.planning import gridfile
 from ctp.planning.pins import Pins
 from ctp.storage import garbage
-from ctp.storage.partial import identity
+from ctp.storage.ref import identity, ref
 from ctp.storage.store import Store
 from ctp.store import main
 
@@ -38,13 +38,13 @@ def call(store, *args, capsys):
 
 
 def rewrite(store, cell, **changes):
-    path = f"{store.folder(cell)}/manifest.json"
-    store.fs.pipe_file(path, json.dumps({**store.manifest(cell), **changes}).encode())
+    path = f"{store.folder(ref(cell))}/manifest.json"
+    store.folders.fs.pipe_file(path, json.dumps({**store.manifest(ref(cell)), **changes}).encode())
 
 
 def payload(store, cell):
-    [path] = [p for p in garbage.files(store, cell.kind) if store.folder(cell).split("/")[-1] in p and "a.txt" in p]
-    return f"{store.root}/{cell.kind}/{path}"
+    [path] = [p for p in store.folders.files(cell.kind) if store.folder(ref(cell)).split("/")[-1] in p and "a.txt" in p]
+    return f"{store.folders.root}/{cell.kind}/{path}"
 
 
 def older(monkeypatch, days=2):
@@ -68,7 +68,7 @@ def test_a_whole_store_is_said_to_be_whole(full, capsys):
 )
 def test_any_damaged_file_is_found(full, cell, damage, said, capsys):
     path = payload(full, cell)
-    full.fs.rm_file(path) if damage is None else full.fs.pipe_file(path, damage)
+    full.folders.fs.rm_file(path) if damage is None else full.folders.fs.pipe_file(path, damage)
     code, out, _ = call(full, "verify", capsys=capsys)
     assert code == 1
     [line] = [x for x in out.splitlines() if said in x]
@@ -89,7 +89,7 @@ def test_any_damaged_file_is_found(full, cell, damage, said, capsys):
     ],
 )
 def test_a_torn_manifest_is_found_and_the_rest_is_listed(full, text, said, capsys):
-    full.fs.pipe_file(f"{full.folder(CELLS[2])}/manifest.json", text)
+    full.folders.fs.pipe_file(f"{full.folder(ref(CELLS[2]))}/manifest.json", text)
     code, out, _ = call(full, "verify", capsys=capsys)
     assert code == 1
     assert said in out
@@ -100,7 +100,7 @@ def test_a_torn_manifest_is_found_and_the_rest_is_listed(full, text, said, capsy
 
 
 def test_a_manifest_that_is_not_what_its_key_says_is_found(full, capsys):
-    spec = full.manifest(CELLS[0])["spec"]
+    spec = full.manifest(ref(CELLS[0]))["spec"]
     spec["compression"]["bits"] = 4
     rewrite(full, CELLS[0], spec=spec)
     code, out, _ = call(full, "verify", capsys=capsys)
@@ -109,7 +109,7 @@ def test_a_manifest_that_is_not_what_its_key_says_is_found(full, capsys):
 
 
 def test_an_input_that_is_not_what_is_said_of_it_is_found(full, capsys):
-    spec = full.manifest(CELLS[1])["spec"]
+    spec = full.manifest(ref(CELLS[1]))["spec"]
     spec["source"]["compression"]["bits"] = 4  # enters the key by the input's key only
     rewrite(full, CELLS[1], spec=spec)
     code, out, _ = call(full, "verify", capsys=capsys)
@@ -129,8 +129,8 @@ def test_every_cell_of_the_paper_has_the_key_that_its_manifest_makes():
 
 
 def test_missing_inputs_and_files_that_nobody_names_are_found(full, capsys):
-    full.remove(full.folder(CELLS[0]))
-    full.fs.pipe_file(f"{full.folder(CELLS[1])}/notes.txt", b"mine")
+    full.folders.remove(full.folder(ref(CELLS[0])))
+    full.folders.fs.pipe_file(f"{full.folder(ref(CELLS[1]))}/notes.txt", b"mine")
     code, out, _ = call(full, "verify", capsys=capsys)
     assert code == 1
     lines = out.splitlines()
@@ -140,9 +140,9 @@ def test_missing_inputs_and_files_that_nobody_names_are_found(full, capsys):
 
 
 def test_files_without_a_manifest_are_found(full, capsys, monkeypatch):
-    full.fs.rm_file(f"{full.folder(CELLS[2])}/manifest.json")
+    full.folders.fs.rm_file(f"{full.folder(ref(CELLS[2]))}/manifest.json")
     code, out, _ = call(full, "verify", capsys=capsys)
-    assert code == (1 if full.local else 0)  # in an object store the manifest may be on its way
+    assert code == (1 if full.folders.local else 0)  # in an object store the manifest may be on its way
     older(monkeypatch)
     code, out, _ = call(full, "verify", capsys=capsys)
     assert code == 1
@@ -150,13 +150,13 @@ def test_files_without_a_manifest_are_found(full, capsys, monkeypatch):
 
 
 def test_verify_as_json(full, capsys):
-    full.fs.pipe_file(payload(full, CELLS[1]), b"Payload")
+    full.folders.fs.pipe_file(payload(full, CELLS[1]), b"Payload")
     code, out, _ = call(full, "verify", "--json", capsys=capsys)
     said = json.loads(out)
     assert code == 1
     assert said["artifacts"] == 3
     [problem] = said["problems"]
-    assert problem["path"] == "/".join(full.folder(CELLS[1]).split("/")[-2:])
+    assert problem["path"] == "/".join(full.folder(ref(CELLS[1])).split("/")[-2:])
     assert "changed" in problem["problem"]
 
 
@@ -164,15 +164,24 @@ def test_verify_as_json(full, capsys):
 
 
 def everything(store):
-    return {p: store.read(p) for p in store.fs.find(store.root)}
+    return {p: store.folders.read(p) for p in store.folders.fs.find(store.folders.root)}
 
 
 def test_gc_leaves_a_tidy_store_alone(full, capsys, monkeypatch):
-    for path in ("compress/notes.txt", "evaluate/my plots/a.png", f"{full.folder(CELLS[0])[len(full.root) + 1 :]}/b"):
-        full.fs.makedirs(f"{full.root}/{path}".rpartition("/")[0], exist_ok=True)
-        full.fs.pipe_file(f"{full.root}/{path}", b"mine")  # not ctp's
-    full.save_partial(learn(compress(bits=4)), 5, lambda folder: (folder / "s").write_text("x"))
-    full.record_failure(compress(bits=2), "ValueError: boom", "trace")
+    for path in (
+        "compress/notes.txt",
+        "evaluate/my plots/a.png",
+        f"{full.folder(ref(CELLS[0]))[len(full.folders.root) + 1 :]}/b",
+    ):
+        full.folders.fs.makedirs(f"{full.folders.root}/{path}".rpartition("/")[0], exist_ok=True)
+        full.folders.fs.pipe_file(f"{full.folders.root}/{path}", b"mine")  # not ctp's
+    full.states.save(
+        ref(learn(compress(bits=4))),
+        identity(learn(compress(bits=4))),
+        5,
+        lambda folder: (folder / "s").write_text("x"),
+    )
+    full.failures.record(ref(compress(bits=2)), to_json(compress(bits=2)), "ValueError: boom", "trace")
     older(monkeypatch)
     before = everything(full)
     code, out, _ = call(full, "gc", capsys=capsys)
@@ -186,17 +195,21 @@ def test_gc_leaves_a_tidy_store_alone(full, capsys, monkeypatch):
 
 def test_gc_removes_what_no_run_needs(full, capsys, monkeypatch):
     before = everything(full)
-    full.save_partial(CELLS[1], 5, lambda folder: (folder / "s").write_text("x"))  # another driver's, too late
-    full.record_failure(CELLS[0], "ValueError: boom", "trace")
+    full.states.save(
+        ref(CELLS[1]), identity(CELLS[1]), 5, lambda folder: (folder / "s").write_text("x")
+    )  # another driver's, too late
+    full.failures.record(ref(CELLS[0]), to_json(CELLS[0]), "ValueError: boom", "trace")
     publish(full, compress(bits=4))
-    full.fs.pipe_file(payload(full, compress(bits=4)), b"torn")
+    full.folders.fs.pipe_file(payload(full, compress(bits=4)), b"torn")
     with pytest.raises(Exception, match="moved to"):
-        full.fetch(compress(bits=4))
-    half = f"{full.root}/compress/half-0123456789ab/" + ("a.txt" if full.local else "payload-0123456789ab/a.txt")
-    full.fs.makedirs(half.rpartition("/")[0], exist_ok=True)
-    full.fs.pipe_file(half, b"half")
-    if full.local:
-        os.makedirs(f"{full.root}/.tmp/ctp-killed")
+        full.fetch(ref(compress(bits=4)))
+    half = f"{full.folders.root}/compress/half-0123456789ab/" + (
+        "a.txt" if full.folders.local else "payload-0123456789ab/a.txt"
+    )
+    full.folders.fs.makedirs(half.rpartition("/")[0], exist_ok=True)
+    full.folders.fs.pipe_file(half, b"half")
+    if full.folders.local:
+        os.makedirs(f"{full.folders.root}/.tmp/ctp-killed")
     code, out, _ = call(full, "gc", "--dry-run", capsys=capsys)
     assert "would be removed" in out
     assert "half" not in out  # it may be coming just now
@@ -205,7 +218,13 @@ def test_gc_removes_what_no_run_needs(full, capsys, monkeypatch):
     code, out, _ = call(full, "gc", "--dry-run", capsys=capsys)
     assert code == 0
     assert everything(full) == state
-    for what in ("half-0123456789ab", "partial/", "failed/", "damaged/", *([".tmp/ctp-killed"] if full.local else [])):
+    for what in (
+        "half-0123456789ab",
+        "partial/",
+        "failed/",
+        "damaged/",
+        *([".tmp/ctp-killed"] if full.folders.local else []),
+    ):
         assert what in out
     assert call(full, "gc", capsys=capsys)[0] == 0
     assert everything(full) == before
@@ -217,21 +236,23 @@ def test_gc_removes_what_dead_drivers_said_and_leaves_the_living(full, capsys, m
     dead = living | {OWNER: f"{living[OWNER].split()[0]} 999999999 1"}
     silent = {OWNER: "elsewhere/x 1 2", BEAT: str(int(time.time()) - 2 * int(DEAD_SECONDS))}
     for name, told in (("living", living), ("dead", dead), ("silent", silent)):
-        full.write(f"{full.root}/running/{name}.json", json.dumps({"grid": name, "signs": told}).encode())
-    full.write(f"{full.root}/running/torn.json", b'{"grid": "g"')
+        full.folders.write(
+            f"{full.folders.root}/running/{name}.json", json.dumps({"grid": name, "signs": told}).encode()
+        )
+    full.folders.write(f"{full.folders.root}/running/torn.json", b'{"grid": "g"')
     _, out, _ = call(full, "gc", capsys=capsys)
     assert out.count("left by a driver that is no more") == 2
-    assert sorted(garbage.files(full, "running")) == ["living.json", "torn.json"]  # may be being written
+    assert sorted(full.folders.files("running")) == ["living.json", "torn.json"]  # may be being written
     older(monkeypatch)
     _, out, _ = call(full, "gc", "--dry-run", capsys=capsys)
     assert "running/torn.json" in out
 
 
 def test_gc_removes_the_files_of_a_racer_that_died(full, capsys, monkeypatch):
-    if full.local:
+    if full.folders.local:
         return  # there a racer's files are in its own folder under .tmp
     before = everything(full)
-    full.fs.pipe_file(f"{full.folder(CELLS[0])}/payload-0123456789ab/a.txt", b"late")
+    full.folders.fs.pipe_file(f"{full.folder(ref(CELLS[0]))}/payload-0123456789ab/a.txt", b"late")
     assert call(full, "verify", capsys=capsys)[0] == 0
     older(monkeypatch)
     assert call(full, "verify", capsys=capsys)[0] == 1
@@ -245,7 +266,7 @@ def test_gc_for_grids_keeps_their_cells_alone(tmp_path, llama_folder, capsys):
     for node in plan.nodes.values():
         publish(store, node.cell)
     publish(store, compress())
-    store.record_failure(learn(), "ValueError: boom", "trace")
+    store.failures.record(ref(learn()), to_json(learn()), "ValueError: boom", "trace")
     file = write_grid(tmp_path / "g.yaml", grid(llama_folder))
     other = write_grid(tmp_path / "other.yaml", grid(llama_folder, recovery=[], sources=[]))
     assert "nothing to remove" in call(store, "gc", capsys=capsys)[1]
@@ -253,15 +274,15 @@ def test_gc_for_grids_keeps_their_cells_alone(tmp_path, llama_folder, capsys):
     assert "2 things" in out
     assert key(compress())[:12] in out
     assert call(store, "gc", "--grid", other, file, capsys=capsys)[0] == 0
-    assert store.done([*plan.cells(), compress()]) == set(plan.nodes)
+    assert store.done(map(ref, [*plan.cells(), compress()])) == set(plan.nodes)
     assert call(store, "gc", "--grid", other, capsys=capsys)[0] == 0
-    kept = store.done(plan.cells())
+    kept = store.done(plan.refs())
     assert len(kept) == 6
     assert any(isinstance(plan.nodes[k].cell, Compress) for k in kept)
     code, _, err = call(store, "gc", "--grid", "nosuch", capsys=capsys)
     assert code == 2
     assert "nosuch" in err
-    assert store.done(plan.cells()) == kept
+    assert store.done(plan.refs()) == kept
 
 
 # ------------------------------------------------------------------------------ rm
@@ -273,17 +294,17 @@ def test_rm_refuses_what_others_were_made_from(full, capsys):
     assert "Nothing removed" in err
     assert "learn/" in err
     assert "evaluate/" in err
-    assert full.done(CELLS) == {key(c) for c in CELLS}
+    assert full.done(map(ref, CELLS)) == {key(c) for c in CELLS}
 
 
 def test_rm_removes_one_its_dependants_or_it_alone(full, capsys):
     assert call(full, "rm", key(CELLS[2])[:8], "--dry-run", capsys=capsys)[0] == 0
-    assert len(full.done(CELLS)) == 3
-    name = full.folder(CELLS[2]).split("/")[-1]
+    assert len(full.done(map(ref, CELLS))) == 3
+    name = full.folder(ref(CELLS[2])).split("/")[-1]
     assert call(full, "rm", name[:-13], capsys=capsys)[0] == 0
-    assert full.done(CELLS) == {key(c) for c in CELLS[:2]}
+    assert full.done(map(ref, CELLS)) == {key(c) for c in CELLS[:2]}
     assert call(full, "rm", key(CELLS[0]), "--force", capsys=capsys)[0] == 0
-    assert full.done(CELLS) == {key(CELLS[1])}
+    assert full.done(map(ref, CELLS)) == {key(CELLS[1])}
     for cell in CELLS:
         publish(full, cell)
     code, out, _ = call(full, "rm", key(CELLS[0]), "--with-dependants", capsys=capsys)
@@ -293,9 +314,9 @@ def test_rm_removes_one_its_dependants_or_it_alone(full, capsys):
 
 
 def test_rm_takes_a_torn_artifact(full, capsys):
-    full.fs.pipe_file(f"{full.folder(CELLS[2])}/manifest.json", b"torn")
+    full.folders.fs.pipe_file(f"{full.folder(ref(CELLS[2]))}/manifest.json", b"torn")
     assert call(full, "rm", key(CELLS[2])[:12], capsys=capsys)[0] == 0
-    assert full.done(CELLS) == {key(c) for c in CELLS[:2]}
+    assert full.done(map(ref, CELLS)) == {key(c) for c in CELLS[:2]}
 
 
 @pytest.mark.parametrize("text", ["abc", "0123456789ab", "no such name", "../../x", ""])
@@ -303,4 +324,4 @@ def test_rm_knows_only_what_is_there(full, text, capsys):
     code, _, err = call(full, "rm", text, capsys=capsys)
     assert code == 2
     assert repr(text) in err
-    assert len(full.done(CELLS)) == 3
+    assert len(full.done(map(ref, CELLS))) == 3

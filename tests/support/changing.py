@@ -8,6 +8,7 @@ from support.tinygrid import grid, model_folder
 
 from ctp.common.files import Changed
 from ctp.execution import loading
+from ctp.storage.ref import ref
 
 
 def write_text(folder, word="apples", n=60):
@@ -43,4 +44,4 @@ def bench(tmp_path, text):
 def fails(bench, cell, what):
     with pytest.raises(Changed, match=rf"{what}.* has changed since it was pinned .*: run again"):
         bench.execute(cell)
-    assert not bench.store.has(cell)
+    assert not bench.store.has(ref(cell))

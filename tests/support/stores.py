@@ -4,6 +4,7 @@ import uuid
 
 import pytest
 
+from ctp.storage.ref import identity, ref
 from ctp.storage.store import Store
 
 
@@ -15,7 +16,7 @@ def store(request, tmp_path, monkeypatch):
 
 
 def publish(store, cell, text="payload"):
-    with store.publish(cell) as draft:
+    with store.publish(ref(cell), identity(cell)) as draft:
         (draft.path / "sub").mkdir()
         (draft.path / "sub" / "a.txt").write_text(text)
         draft.record["metrics"] = {"x": 1.5}

@@ -19,6 +19,7 @@ from ctp import track
 from ctp.cells.cell import Evaluate, Learn, key
 from ctp.cells.events import Done, Failed, Progress, Skipped, Started
 from ctp.planning.graph import Plan
+from ctp.storage.ref import ref
 from ctp.tracking import entries
 from ctp.tracking.entries import TrackError, tracking_uri
 from ctp.tracking.tracker import Tracker
@@ -108,13 +109,13 @@ def test_runs_hold_the_numbers_of_the_manifest_and_every_axis(finished, uri):
     Tracker(uri, finished.plan, finished.store).sync()
     found = {r.data.tags["ctp.key"]: r for r in runs(uri)}
     cell = next(c for c in finished.all(Evaluate) if c.recovery)
-    run, metrics = found[key(cell)], finished.store.manifest(cell)["metrics"]
+    run, metrics = found[key(cell)], finished.store.manifest(ref(cell))["metrics"]
     assert {n: run.data.metrics[n] for n in metrics} == metrics
     wanted = {"source": "gptq-3bit", "target": "dense", "dataset": "pydoc", "k": "4", "learned_on": "pydoc",
               "spec.recovery.recovery.lr": "0.01", "spec.measure.text.count": "4"}  # fmt: skip
     assert {n: run.data.params[n] for n in wanted} == wanted
     assert run.info.end_time - run.info.start_time == pytest.approx(
-        1000 * finished.store.manifest(cell)["seconds"], abs=2
+        1000 * finished.store.manifest(ref(cell))["seconds"], abs=2
     )
 
 
@@ -123,7 +124,7 @@ def test_learning_curves_are_replayed(finished, uri):
     cell = finished.all(Learn)[0]
     [run] = [r for r in runs(uri) if r.data.tags["ctp.key"] == key(cell)]
     curve = MlflowClient(uri).get_metric_history(run.info.run_id, "train/val_loss")
-    history = json.loads((finished.store.fetch(cell) / "history.json").read_text())["history"]
+    history = json.loads((finished.store.fetch(ref(cell)) / "history.json").read_text())["history"]
     assert [(m.step, m.value) for m in curve] == [(p["step"], p["val_loss"]) for p in history]
 
 
@@ -152,7 +153,7 @@ def test_events_become_runs_and_a_failed_one_recovers(finished, uri):
 def test_curves_have_one_point_a_step_however_often_it_was_told(finished, uri):
     """Live, told again after a resumption, and replayed from the history: all by one name, and each once."""
     cell = finished.all(Learn)[0]
-    history = json.loads((finished.store.fetch(cell) / "history.json").read_text())["history"]
+    history = json.loads((finished.store.fetch(ref(cell)) / "history.json").read_text())["history"]
     told = [Progress(key=key(cell), steps=9, tokens_per_s=9.0, **p) for p in history]
     for last in (3, len(told)):  # the first invocation is cut off, the second one goes on from an earlier state
         tracker = Tracker(uri, finished.plan, finished.store)
@@ -191,7 +192,7 @@ def test_the_run_of_an_invocation_says_what_it_was_and_what_came_of_it(finished,
     assert set(run.data.params) == {"host", "ctp", "torch", "transformers"}
     assert "abcdefgh" not in run.data.tags["ctp.command"]
     manifests = mlflow.artifacts.load_dict(f"runs:/{tracker.parent}/manifests.json")
-    assert manifests == {k: finished.store.manifest(half.nodes[k].cell) for k in half.nodes}
+    assert manifests == {k: finished.store.manifest(half.nodes[k].ref) for k in half.nodes}
 
 
 def test_manifests_are_cut_at_a_limit(monkeypatch):
@@ -265,7 +266,7 @@ def test_matrix_equals_the_manifests(finished, uri, tmp_path, capsys):
     assert list(found.columns) == ["dense", "gptq-3bit", "sparsegpt-50-4bit"]
     for cell in finished.all(Evaluate):
         row = "gptq-3bit prompt, k=4, pydoc" if cell.recovery else "no prompt"
-        assert found.loc[row, cell.target.compression.label] == finished.store.manifest(cell)["metrics"]["ppl"]
+        assert found.loc[row, cell.target.compression.label] == finished.store.manifest(ref(cell))["metrics"]["ppl"]
     assert (found.loc["dense, no prompt"] == found.loc["no prompt", "dense"]).all()
     csv = (tmp_path / "m.csv").read_text().splitlines()
     assert len(csv) == 7

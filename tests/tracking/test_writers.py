@@ -13,9 +13,10 @@ from support.mlflow_runs import runs
 
 from analysis import transfer_matrix
 from analysis.runs import evaluations
-from ctp.cells.cell import Learn, key
+from ctp.cells.cell import Learn, key, to_json
 from ctp.cells.events import Done, Progress, Started
 from ctp.machine import process
+from ctp.storage.ref import ref
 from ctp.tracking.entries import PARENT
 from ctp.tracking.runs import FEW, _make_database
 from ctp.tracking.tracker import Tracker
@@ -169,7 +170,7 @@ def test_a_run_deleted_while_it_is_written_is_found_again(finished, uri, monkeyp
 def test_failures_come_back_into_an_emptied_mlflow(finished, uri, tmp_path, llama_folder):
     bench = Bench(tmp_path / "none", llama_folder)
     cell = bench.cells[0]
-    bench.store.record_failure(cell, "ValueError: no such text", "Traceback: here")
+    bench.store.failures.record(ref(cell), to_json(cell), "ValueError: no such text", "Traceback: here")
     assert Tracker(uri, bench.plan, bench.store).sync(whole=True) == 1
     assert Tracker(uri, bench.plan, bench.store).sync(whole=True) == 0
     [run] = runs(uri)
