@@ -8,8 +8,9 @@ from tempfile import TemporaryDirectory
 
 import mlflow
 
-from analysis.runs import AnalysisError
 from ctp.tracking.entries import KIND
+
+from .runs import AnalysisError
 
 
 def add_option(p: argparse.ArgumentParser) -> None:

@@ -5,17 +5,18 @@ from typing import Any
 
 import mlflow
 
-from analysis.results import Results
-from analysis.runs import existing
 from ctp.common.terminal import program
 from ctp.storage.store import Store, default_store
 from ctp.tracking.entries import tracking_uri
+
+from .results import Results
+from .runs import existing
 
 
 def parser(module: str, doc: str | None, default: str | None = None) -> argparse.ArgumentParser:
     """The parser of `python -m analysis.MODULE`, with GRID (default: what it is where it is left out) and --store."""
     p = argparse.ArgumentParser(
-        prog=program(f"analysis.{module}"), description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program(f"{__package__}.{module}"), description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     optional: dict[str, Any] = {"nargs": "?", "default": default} if default else {}
     p.add_argument("grid", metavar="GRID", help="name of the grid, which is its MLflow experiment", **optional)

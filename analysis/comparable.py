@@ -4,9 +4,9 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import paper
-from analysis.paper import PaperNumber
-from analysis.roles import own_name
+from . import paper
+from .paper import PaperNumber
+from .roles import own_name
 
 
 def incomparable(number: PaperNumber, run: Any) -> str:

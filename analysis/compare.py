@@ -6,7 +6,6 @@ conclusions from, and without a prompt both are the same.
 """
 
 import argparse
-import csv
 import math
 import sys
 from collections import Counter
@@ -14,16 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis import command, coverage, paper
-from analysis.comparable import incomparable
-from analysis.paper import HIGHER_IS_BETTER, PaperNumber
-from analysis.results import Measured, Results
-from analysis.runs import AnalysisError
+import pandas as pd
+
 from ctp.common.exit_codes import Exit
 from ctp.common.terminal import aligned, unread
 from ctp.storage.remote import StoreError
 
-OK, BETTER, WORSE, OTHER, MISSING = "ok", "better", "worse", "not comparable", "not run"
+from . import command, coverage, paper
+from .comparable import incomparable
+from .paper import HIGHER_IS_BETTER, PaperNumber
+from .results import Measured, Results
+from .runs import AnalysisError
+
+VERDICTS = OK, BETTER, WORSE, OTHER, MISSING = "ok", "better", "worse", "not comparable", "not run"
+TOLERANCE = 0.05  # relative, of perplexities
 STANDARD_ERRORS = 2  # accuracies this many combined standard errors apart, or less, agree
 
 
@@ -54,11 +57,13 @@ class Line:
 
 def compare(results: Results, tolerance: float) -> list[Line]:
     """A line for each number of the paper. Raises AnalysisError where runs do not belong in one table."""
-    out = []
-    for table in paper.tables():
-        numbers = [e for e in paper.entries(table) if e.value is not None]
-        out += [judge(number, measured, tolerance) for number, measured in results.table(numbers).items()]
-    return out
+    return [line for table in paper.tables() for line in judged(results, table, tolerance)]
+
+
+def judged(results: Results, table: str, tolerance: float) -> list[Line]:
+    """The same for one table or figure."""
+    numbers = [e for e in paper.entries(table) if e.value is not None]
+    return [judge(number, measured, tolerance) for number, measured in results.table(numbers).items()]
 
 
 def judge(number: PaperNumber, measured: Measured | None, tolerance: float) -> Line:
@@ -88,22 +93,14 @@ def judge(number: PaperNumber, measured: Measured | None, tolerance: float) -> L
     return Line(number, BETTER if good else WORSE, **facts)
 
 
-def _number(value: float | None, number: PaperNumber) -> str:
-    if value is None:
-        return "-"
-    if number.exact:
-        return f"{value:,.0f}"
-    return f"{value:.3f}" if number.metric == "score" else f"{value:.2f}" if value < 100_000 else f"{value:.3g}"
-
-
 def shown(line: Line) -> list[str]:
     """Name, ours, ours by the paper's denominator, the paper's, difference and verdict, as text."""
     number = line.number
     spread = f" ± {line.std:.2g}" if line.n > 1 else ""
     percent = "-" if line.percent is None else f"{line.percent:+.1f} %"
     reason = f": {line.reason}" if line.reason else ""
-    ours = [_number(line.ours, number) + spread, _number(line.ppl_paper, number)]
-    return [number.name, *ours, _number(number.value, number), percent, line.verdict + reason]
+    ours = [number.digits(line.ours) + spread, number.digits(line.ppl_paper)]
+    return [number.name, *ours, number.digits(number.value), percent, line.verdict + reason]
 
 
 def show(lines: list[Line]) -> None:
@@ -112,20 +109,20 @@ def show(lines: list[Line]) -> None:
     rows = [shown(line) for line in lines]
     print("\n".join(aligned([head, *rows], left=(0, 5))))
     counts = Counter(line.verdict for line in lines)
-    print("\n" + ", ".join(f"{counts[v]} {v}" for v in (OK, BETTER, WORSE, OTHER, MISSING)))
+    print("\n" + ", ".join(f"{counts[v]} {v}" for v in VERDICTS))
 
 
 def write_csv(lines: list[Line], file: Path) -> None:
     """One line per number of the paper, every digit kept."""
+    rows = [
+        {"table": line.number.table, "row": ", ".join(line.number.row), "column": line.number.column,
+         "metric": line.number.metric, "ours": line.ours, "ppl_paper": line.ppl_paper, "std": line.std, "runs": line.n,
+         "paper": line.number.value, "paper_stderr": line.number.stderr, "difference_percent": line.percent,
+         "verdict": line.verdict, "reason": line.reason}
+        for line in lines
+    ]  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="") as out:
-        writer = csv.writer(out)
-        writer.writerow(["table", "row", "column", "metric", "ours", "ppl_paper", "std", "runs", "paper",
-                         "paper_stderr", "difference_percent", "verdict", "reason"])  # fmt: skip
-        for line in lines:
-            n = line.number
-            writer.writerow([n.table, ", ".join(n.row), n.column, n.metric, line.ours, line.ppl_paper, line.std, line.n,
-                             n.value, n.stderr, line.percent, line.verdict, line.reason])  # fmt: skip
+    pd.DataFrame(rows).to_csv(file, index=False)
 
 
 def _tolerance(text: str) -> float:
@@ -137,7 +134,9 @@ def _tolerance(text: str) -> float:
 
 def parser() -> argparse.ArgumentParser:
     p = command.parser("compare", __doc__, default="full_paper")
-    p.add_argument("--tolerance", type=_tolerance, default=0.05, help="relative, of perplexities (default %(default)s)")
+    p.add_argument(
+        "--tolerance", type=_tolerance, default=TOLERANCE, help="relative, of perplexities (default %(default)s)"
+    )
     p.add_argument("--csv", metavar="FILE", type=Path, help="write the lines there too")
     p.add_argument("--coverage", action="store_true", help="only check that the grid file has a cell for every number; "
                    "needs no run")  # fmt: skip

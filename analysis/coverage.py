@@ -4,12 +4,6 @@ import sys
 
 import pandas as pd
 
-from analysis import paper
-from analysis.comparable import incomparable
-from analysis.paper import PaperNumber
-from analysis.results import Results
-from analysis.roles import of_grid
-from analysis.runs import AnalysisError, typed
 from ctp.cells.labels import params
 from ctp.common.exit_codes import Exit
 from ctp.planning import gridfile
@@ -17,6 +11,13 @@ from ctp.planning.graph import Plan
 from ctp.planning.gridtext import GridError
 from ctp.planning.pins import Pins
 from ctp.planning.plan import make
+
+from . import paper
+from .comparable import incomparable
+from .paper import PaperNumber
+from .results import Results
+from .roles import of_grid
+from .runs import AnalysisError, typed
 
 
 def planned(plan: Plan) -> Results:

@@ -7,11 +7,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from analysis import attach, command
-from analysis.runs import AnalysisError
 from ctp.common.exit_codes import Exit
 from ctp.common.terminal import unread
 from ctp.storage.remote import StoreError
+
+from . import attach, command
+from .runs import AnalysisError
 
 FIGURES = ("figure2", "figure3", "figure4", "figure5", "figure6", "figure9")
 
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """Draw the figures; returns 1 where the runs make none, or none of the chosen one."""
     args = parser().parse_args(argv)
     try:
-        from analysis import plots
+        from . import plots
     except ImportError as e:
         print(f"error: figures need matplotlib (pip install 'ctp[figures]'): {e}", file=sys.stderr)
         return Exit.FAILED

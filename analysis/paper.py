@@ -41,6 +41,14 @@ class PaperNumber:
         """Do k positions stand in front that the paper's perplexity counts?"""
         return self.where.get("recovery") in IN_FRONT
 
+    def digits(self, value: float | None) -> str:
+        """A number of ours, with the digits that such a number is shown with."""
+        if value is None:
+            return "-"
+        if self.exact:
+            return f"{value:,.0f}"
+        return f"{value:.3f}" if self.metric == "score" else f"{value:.2f}" if value < 100_000 else f"{value:.3g}"
+
     @property
     def name(self) -> str:
         """Table, row and column as one line."""

@@ -1,6 +1,5 @@
 """The paper's figures, drawn from our runs. Colours are Okabe and Ito's, which colour-blind people tell apart."""
 
-import json
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from analysis import paper
-from analysis.paper import PaperNumber
-from analysis.render import short
-from analysis.results import Measured, Results, stand_ins
-from analysis.runs import artifact, check_alike
+from . import paper
+from .paper import PaperNumber
+from .render import short
+from .results import Measured, Results, stand_ins
+from .runs import check_alike, json_artifact
 
 GREEN, BLUE, RED, BLACK = "#009E73", "#0072B2", "#D55E00", "#000000"
 SERIES = [(BLUE, "o"), (RED, "s"), (GREEN, "^"), ("#CC79A7", "D")]
@@ -196,7 +195,7 @@ def _latency(results: Results) -> Figure | None:
 def _cosines(name: str, found: Found) -> Figure:
     """How near the vocabulary comes to the vectors of a learned prompt."""
     [measured] = [m for m in found.values() if m is not None]
-    bars: dict[str, Any] = json.loads(artifact(str(measured.first.run_id), "neighbours.json"))["histogram"]
+    bars: dict[str, Any] = json_artifact(measured.first.run_id, "neighbours.json")["histogram"]
     edges, counts = np.array(bars["edges"]), np.array(bars["counts"])
     there = np.flatnonzero(counts)
     line = float(paper.spec(name)["below"])

@@ -6,10 +6,10 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import paper, roles
-from analysis.paper import PaperNumber
-from analysis.roles import Roles
-from analysis.runs import REQUIRED, AnalysisError, check_alike, finished, of_measure, told, varied
+from . import paper, roles
+from .paper import PaperNumber
+from .roles import Roles
+from .runs import REQUIRED, AnalysisError, artifact, check_alike, finished, invocations, of_measure, told, varied
 
 COLUMN = {"target": "target_level", "source": "source_level"}  # axis of an entry -> column, where they differ
 IN_ROLES = ("model", "dataset", "task", "learned_on")
@@ -75,7 +75,8 @@ class Results:
         rows = finished(grid)
         for measure in REQUIRED:
             of_measure(rows, measure)
-        return cls(rows, *roles.of_experiment(grid))
+        newest = invocations(grid)[0].info.run_id
+        return cls(rows, *roles.of_grid(artifact(newest, "grid.yaml")))
 
     def of(self, entry: PaperNumber) -> Measured | None:
         """What was measured for an entry, None where it has not run.

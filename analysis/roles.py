@@ -4,11 +4,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import yaml
 
-from analysis.paper import document
-from analysis.runs import AnalysisError, artifact
+from .paper import document
+from .runs import AnalysisError
 
 NAMED_BY = ("name", "dataset", "path")
 
@@ -63,13 +62,3 @@ def of_grid(text: str) -> tuple[Roles, set[str]]:
         raise AnalysisError(f"the grid file kept in MLflow cannot be read: {' '.join(str(e).split())}") from e
     said = raw if isinstance(raw, dict) else {}
     return Roles(said.get("define")), set(said.get("studies") or {})
-
-
-def of_experiment(grid: str) -> tuple[Roles, set[str]]:
-    """Roles and study names of the grid file that an experiment's last invocation ran with."""
-    found: Any = mlflow.search_runs(
-        experiment_names=[grid], filter_string="tags.`ctp.kind` = 'grid'", order_by=["attributes.start_time DESC"]
-    )
-    if found.empty:
-        raise AnalysisError(f"{grid}: no run of the grid itself, so no grid file to say which model stands for which")
-    return of_grid(artifact(str(found.iloc[0].run_id), "grid.yaml"))

@@ -1,5 +1,6 @@
 """The finished cells of a grid, read from MLflow as one table a measure."""
 
+import json
 import os
 from typing import Any
 
@@ -11,9 +12,10 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 
 import mlflow
 
-from analysis.paper import level
 from ctp.common.redact import scrub
-from ctp.tracking.entries import every_run, sqlite_file
+from ctp.tracking.entries import CURRENT, KIND, every_run, sqlite_file
+
+from .paper import level
 
 AXES = ["model", "dataset", "split", "seq_len"]  # one matrix each
 SOURCE = ["source", "recovery", "adapter", "k", "learned_on"]  # one row each
@@ -26,11 +28,15 @@ REQUIRED = {
     "neighbours": ["fraction_below_0.16"],
     "learn": ["trainable_parameters"],
 }
-WORDS = ("model", "target", "source", "recovery", "recovery_label", "learned_on", "dataset", "split", "task", "adapter",
-         "seed", "dtype")  # fmt: skip
+WORDS = ("kind", "model", "compression", "target", "source", "recovery", "recovery_label", "learned_on", "dataset",
+         "split", "task", "adapter", "seed", "dtype")  # fmt: skip
+NOT_LEARNED = ("none", "untrained", "imported")  # sources of what this grid did not learn
 COUNTS = ("k", "rank", "seq_len", "shots")
 TAGS = {"ctp.tokenizer_sha256": "tokenizer", "ctp.data": "data", "ctp.protocol": "protocol",
         "ctp.device": "device", "ctp.machine": "machine", "ctp.metric": "metric"}  # fmt: skip
+
+
+CELLS = f"tags.`{CURRENT}` = 'yes' and tags.`{KIND}` != 'grid'"  # that the grid still has
 
 
 class AnalysisError(Exception):
@@ -74,16 +80,34 @@ def finished(grid: str, where: str = "") -> pd.DataFrame:
     `run_id`, and the compressions in the paper's words: `target_level`, `source_level`. `where` is one more MLflow
     filter. Raises AnalysisError where there is no such experiment or MLflow does not answer.
     """
-    wanted = "attributes.status = 'FINISHED' and tags.`ctp.current` = 'yes' and tags.`ctp.kind` != 'grid'"
+    wanted = f"attributes.status = 'FINISHED' and {CELLS}"
+    return frame(search(grid, f"{wanted} and {where}" if where else wanted))
+
+
+def search(grid: str, which: str) -> list[Any]:
+    """All runs of a grid's experiment that an MLflow filter selects.
+
+    Raises AnalysisError where there is no such experiment or MLflow does not answer.
+    """
     client = mlflow.MlflowClient()
     try:
         experiment = client.get_experiment_by_name(grid)
         if experiment is None:
             raise AnalysisError(f"MLflow at {mlflow.get_tracking_uri()} has no experiment {grid!r}")
-        runs = every_run(client, experiment.experiment_id, f"{wanted} and {where}" if where else wanted)
+        return every_run(client, experiment.experiment_id, which)
     except mlflow.exceptions.MlflowException as e:
         raise AnalysisError(f"MLflow at {mlflow.get_tracking_uri()}: {e}") from e
-    return frame(runs)
+
+
+def invocations(grid: str) -> list[Any]:
+    """The runs of a grid's invocations, the newest first. Raises AnalysisError where there is none."""
+    found = search(grid, f"tags.`{KIND}` = 'grid'")
+    if not found:
+        raise AnalysisError(
+            f"MLflow at {mlflow.get_tracking_uri()} has no run of an invocation of {grid!r}: `ctp track sync {grid}` "
+            "makes one"
+        )
+    return sorted(found, key=lambda r: -r.info.start_time)
 
 
 def frame(runs: list[Any]) -> pd.DataFrame:
@@ -113,10 +137,10 @@ def typed(table: pd.DataFrame) -> pd.DataFrame:
         fixed[name] = pd.to_numeric(table[name]).fillna(0).astype(int) if name in table else 0
     table = table.assign(**fixed)
     target = _levels(table, "spec.target.compression", table["target"])
-    own = table["source"].isin(["none", "untrained", "imported"])
+    own = table["source"].isin(NOT_LEARNED)
     learned = [_levels(table, path, table["source"]) for path in ("spec.recovery.source.compression",
                                                                   "spec.source.compression")]  # fmt: skip
-    is_learn = table["kind"].eq("learn") if "kind" in table else pd.Series(False, index=table.index)
+    is_learn = table["kind"] == "learn"
     source = learned[0].where(~is_learn, learned[1]).where(~own, table["source"])
     measure = table["measure"].where(~is_learn, "learn")
     return table.assign(target_level=target, source_level=source, measure=measure)
@@ -189,6 +213,14 @@ def varied(rows: pd.DataFrame) -> dict[str, list[str]]:
 def told(differences: dict[str, list[str]]) -> str:
     """`varied` as words."""
     return ", ".join(f"{c} ({' | '.join(v[:3])})" for c, v in differences.items()) or "nothing that is a param"
+
+
+def json_artifact(run_id: str, name: str) -> Any:
+    """The content of a run's JSON file. Raises AnalysisError where the run has none of that name."""
+    try:
+        return json.loads(artifact(run_id, name))
+    except ValueError as e:
+        raise AnalysisError(f"run {run_id}: {name} is not JSON: {e}") from e
 
 
 def artifact(run_id: str, name: str) -> str:

@@ -5,19 +5,19 @@ numbers do. Figure 5's matrices, the case studies (figures 1, 7, 8) and the near
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from analysis import attach, command, paper
-from analysis.paper import PaperNumber
-from analysis.render import FORMATS, Table, markdown
-from analysis.results import Measured, Results, stand_ins
-from analysis.runs import AnalysisError, artifact
 from ctp.common.exit_codes import Exit
 from ctp.common.terminal import unread
 from ctp.storage.remote import StoreError
+
+from . import attach, command, paper
+from .paper import PaperNumber
+from .render import FORMATS, Table, markdown
+from .results import Measured, Results, stand_ins
+from .runs import AnalysisError, json_artifact
 
 TABLES = ("table1", "table2", "table3", "table5", "table6", "table7", "table8", "figure5")
 CASES = ("figure1", "figure7", "figure8")
@@ -133,7 +133,7 @@ def case_study(name: str, results: Results) -> Table:
     answers: dict[str, dict[str, str]] = {}
     for entry, measured in found.items():
         if measured is not None:
-            for one in _json(measured, "answers.json"):
+            for one in json_artifact(measured.first.run_id, "answers.json"):
                 answers.setdefault(one["question"], {})[entry.column] = one["answer"].strip()
     wanted = paper.spec(name)["questions"]
     own = [q for word in wanted for q in answers if word in q]
@@ -149,7 +149,7 @@ def nearest_words(name: str, results: Results) -> Table:
     [(_, measured)] = found.items()
     body = []
     if measured is not None:
-        words = [readable(row) for row in _json(measured, "neighbours.json")["nearest"]]
+        words = [readable(row) for row in json_artifact(measured.first.run_id, "neighbours.json")["nearest"]]
         below = paper.spec(name)["below"]
         body = [
             ["nearest words", ", ".join(f'"{w}"' for w in words)],
@@ -164,14 +164,6 @@ def readable(row: dict[str, Any]) -> str:
     """A word as text; as the tokenizer writes it where it is a part of a character, or nothing that can be seen."""
     word = str(row["word"])
     return word if word.strip() and word.isprintable() and "\ufffd" not in word else str(row["token"])
-
-
-def _json(measured: Measured, name: str) -> Any:
-    run = str(measured.first.run_id)
-    try:
-        return json.loads(artifact(run, name))
-    except ValueError as e:
-        raise AnalysisError(f"run {run}: {name} is not JSON: {e}") from e
 
 
 # ------------------------------------------------------------------------ command

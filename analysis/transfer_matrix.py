@@ -12,13 +12,14 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 
-from analysis.runs import AXES, NUMBERS, SOURCE, AnalysisError, check_alike, evaluations, existing
 from ctp.common.exit_codes import Exit
 from ctp.common.messages import plain
 from ctp.common.terminal import program, unread
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store, default_store
 from ctp.tracking.entries import tracking_uri
+
+from .runs import AXES, NUMBERS, SOURCE, AnalysisError, check_alike, evaluations, existing
 
 NO_PROMPT, REFERENCE = "no prompt", "dense, no prompt"
 
@@ -88,7 +89,7 @@ def _short(value: float) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog=program("analysis.transfer_matrix"), description=__doc__)
+    p = argparse.ArgumentParser(prog=program(f"{__package__}.transfer_matrix"), description=__doc__)
     p.add_argument("grid", metavar="GRID", help="name of the grid, which is its MLflow experiment")
     p.add_argument("--dataset", help="this data set only")
     p.add_argument("--where", default="", metavar="FILTER", help="one more MLflow filter: \"params.k = '16'\"")

@@ -79,7 +79,7 @@ def write(folder: Path, name: str, content: dict[str, Any]) -> tuple[Plan, Store
     store, uri = Store(str(folder / "results" / "store")), f"sqlite:///{folder}/results/mlflow.db"
     tracker = Tracker(uri, plan, store)  # makes the database and the experiment
     manifests = dict(_artifacts(plan, store))
-    _rows(plan, manifests, folder / "results" / "mlflow.db", tracker.experiment)
+    _rows(plan, manifests, folder / "results" / "mlflow.db", tracker.experiment.id)
     tracker.begin("benchmark")
     tracker.close("FINISHED")
     return plan, store, uri
@@ -110,12 +110,12 @@ def _rows(plan: Plan, manifests: dict[str, dict[str, Any]], file: Path, experime
     """The rows that MLflow's own client would write of these cells."""
     runs, tags, params, metrics = [], [], [], []
     for k, node in plan.nodes.items():
-        run, found = uuid.uuid4().hex, entries.entry(node, manifests[k])
-        own = entries.tags(plan.name, node) | found.tags
-        runs.append((run, own["mlflow.runName"], "UNKNOWN", "", "", "unknown", "FINISHED", found.start, found.end, "",
-                     "active", f"{file.parent}/mlartifacts/{plan.name}/{run}/artifacts", experiment))  # fmt: skip
-        tags += [(n, v, run) for n, v in own.items()]
-        params += [(n, v, run) for n, v in entries.settings(node).items()]
+        run, found = uuid.uuid4().hex, entries.entry(plan.name, node, manifests[k])
+        runs.append((run, found.tags["mlflow.runName"], "UNKNOWN", "", "", "unknown", "FINISHED", found.start,
+                     found.end, "", "active",
+                     f"{file.parent}/mlartifacts/{plan.name}/{run}/artifacts", experiment))  # fmt: skip
+        tags += [(n, v, run) for n, v in found.tags.items()]
+        params += [(n, v, run) for n, v in found.params.items()]
         metrics += [(n, v, found.end, run, step, 0) for n, v, step in found.metrics]
     with sqlite3.connect(file) as db:
         db.executemany(f"INSERT INTO runs ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})", runs)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from types import ModuleType
 
 from ctp.common.exit_codes import AT_ONCE, MEANING, Exit
@@ -27,6 +28,12 @@ class Command:
     help: str
 
 
+def _analysis() -> str:
+    """The package that reads what has run: within ctp where that is installed, beside it in a checkout."""
+    return "ctp.analysis" if find_spec("ctp.analysis") else "analysis"
+
+
+ANALYSIS = _analysis()
 COMMANDS: dict[str, dict[str, Command]] = {
     "run": {
         "grid": Command("ctp.grid", "ctp.grid", "plan a grid and run what is missing of it"),
@@ -35,11 +42,11 @@ COMMANDS: dict[str, dict[str, Command]] = {
         "corpora": Command("ctp.corpora", "ctp.corpora", "local copies of texts and tasks, for machines off the net"),
     },
     "read what has run, from MLflow": {
-        "matrix": Command("analysis.transfer_matrix", "analysis.transfer_matrix", "perplexities, source x target"),
-        "tables": Command("analysis.tables", "analysis.tables", "the paper's tables, ours beside theirs"),
-        "figures": Command("analysis.figures", "analysis.figures", "the paper's figures, PNG and PDF"),
-        "compare": Command("analysis.compare", "analysis.compare", "a verdict on every number of the paper"),
-        "report": Command("analysis.report.page", "analysis.report", "all of it as one HTML file"),
+        "matrix": Command(f"{ANALYSIS}.transfer_matrix", f"{ANALYSIS}.transfer_matrix", "perplexity, source x target"),
+        "tables": Command(f"{ANALYSIS}.tables", f"{ANALYSIS}.tables", "the paper's tables, ours beside theirs"),
+        "figures": Command(f"{ANALYSIS}.figures", f"{ANALYSIS}.figures", "the paper's figures, PNG and PDF"),
+        "compare": Command(f"{ANALYSIS}.compare", f"{ANALYSIS}.compare", "a verdict on every number of the paper"),
+        "report": Command(f"{ANALYSIS}.report.page", f"{ANALYSIS}.report", "all of it as one HTML file"),
     },
     "set up": {
         "completion": Command("ctp.completion", "ctp.completion", "what a shell needs to complete these by Tab"),

@@ -57,10 +57,10 @@ def copied(finished, tmp_path):
 @pytest.fixture(scope="session")
 def database(tmp_path_factory):
     """A database without a run: making its tables takes a second or two."""
-    from ctp.tracking.runs import _make_database
+    from ctp.tracking.database import make
 
     file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    _make_database(file)
+    make(file)
     return file
 
 

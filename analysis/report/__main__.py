@@ -1,5 +1,5 @@
 import sys
 
-from analysis.report.page import main
+from .page import main
 
 sys.exit(main())

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from analysis.render import short
+from ..render import short
 
 WIDTH, LETTER, LINE = 360, 6.1, 24
 SIDE = 4.5  # between the marks of two series on one line

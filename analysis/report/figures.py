@@ -8,18 +8,19 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import transfer_matrix
-from analysis.report.chart import Chart, curves, levels
-from analysis.report.read import Record
-from analysis.report.table import Heat, Sheet, Value, heat, number, percent, reach, steady, text
-from analysis.runs import AXES, AnalysisError, check_alike
+from ctp.evaluation.recovered import won_back
 from ctp.tracking.entries import CURVES
+
+from .. import transfer_matrix
+from ..runs import AXES, NOT_LEARNED, AnalysisError, check_alike
+from .chart import Chart, curves, levels
+from .read import Record
+from .table import Heat, Sheet, Value, heat, number, percent, reach, steady, text
 
 VAL_LOSS = CURVES["val_loss"]
 SERIES = 3  # kinds of prompts in a panel beside "no prompt"; tables have them all
 FEW = 8  # rows of a table that stands open under its charts
 LINES = 8  # of a panel of curves
-LOST = 1.05  # times the dense perplexity: below it there is too little to win back for a share to mean something
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Part:
     troubles: list[str] = field(default_factory=list)
 
     def attempt(self, make: Callable[..., None], *given: Any) -> None:
-        """Add something: make(self, *given). Runs that do not belong in one table are told in its place."""
+        """Add something: make(self, *given). Why runs do not belong in one table is shown in its place."""
         try:
             make(self, *given)
         except AnalysisError as e:
@@ -57,6 +58,11 @@ def called(row: Any) -> str:
     return re.sub("-seed[0-9]+$", "", row.recovery_label) or f"{row.recovery} {row.learned_on}".strip()
 
 
+def recovery_of(row: Any, label: str = "") -> str:
+    """What stands before the model of an evaluation: its label, or what it is called."""
+    return "no prompt" if row.source == "none" else label or called(row)
+
+
 def dense_of(rows: pd.DataFrame) -> float | None:
     """The perplexity of the model as it was; None where it was not evaluated."""
     own = rows[(rows.target_level == "dense") & (rows.source == "none")]
@@ -74,11 +80,11 @@ def severity(name: str, row: Any, of: str = "target") -> tuple[Any, ...]:
     return (row.get(f"{of}_level", name) != "dense", bool(bits) + (bool(bits) and bool(zeros)), zeros, -bits, name)
 
 
-def by_severity(rows: pd.DataFrame) -> list[Any]:
+def by_severity(rows: pd.DataFrame) -> pd.DataFrame:
     """Evaluations, the rows of one model, text or task after the other, from dense on, without a prompt first."""
-    told = [(row.model, row.dataset, row.task, severity(row.target, row), row.source != "none", row.source, row.k, row)
-            for _, row in rows.iterrows()]  # fmt: skip
-    return [row for *_, row in sorted(told, key=lambda t: t[:-1])]
+    order = {i: (r.model, r.dataset, r.task, severity(r.target, r), r.source != "none", r.source, r.k)
+             for i, (_, r) in enumerate(rows.iterrows())}  # fmt: skip
+    return rows.iloc[sorted(order, key=lambda i: order[i])]
 
 
 def compressions(record: Record) -> list[Part]:
@@ -94,59 +100,43 @@ def compressions(record: Record) -> list[Part]:
 
 def _one_text(part: Part, name: str, rows: pd.DataFrame) -> None:
     check_alike(rows)
-    targets = sorted(rows.target.unique(), key=lambda t: severity(t, rows[rows.target == t].iloc[0]))
-    without = {str(t): float(v) for t, v in rows[rows.source == "none"].groupby("target").ppl.mean().items()}
+    targets = list(by_severity(rows).target.unique())
+    without = rows[rows.source == "none"].groupby("target").ppl.mean()
     behind = own_prompts(rows)
-    series = ["no prompt", *list(behind)[:SERIES]]
-    every: list[dict[str, float]] = [without, *(behind[s] for s in series[1:])]
     dense, whole = dense_of(rows), set(rows[rows.target_level == "dense"].target)
-    lines = [(t, [s.get(t) for s in every]) for t in targets if t not in whole or any(t in s for s in every[1:])]
-    lines = [(t, own) for t, own in lines if any(v is not None and math.isfinite(v) and v > 0 for v in own)]
-    if lines:
+    shown = pd.concat([without.rename("no prompt"), behind.iloc[:, :SERIES].add_prefix("with its own ")], axis=1)
+    shown = shown.reindex(targets).where(lambda v: (v > 0) & (v < math.inf))
+    shown = shown[shown.notna().any(axis=1) & (~shown.index.isin(whole) | shown.iloc[:, 1:].notna().any(axis=1))]
+    if len(shown):
+        lines = [(str(t), [None if math.isnan(v) else v for v in row]) for t, row in shown.iterrows()]
         reference = ("dense, no prompt", dense) if dense else None
-        part.charts.append(levels(name, "perplexity per scored token", lines, [series[0], *map(_behind, series[1:])],
-                                  reference))  # fmt: skip
+        part.charts.append(levels(name, "perplexity per scored token", lines, list(shown.columns), reference))
     part.sheets.append(_gains(f"{part.title} on {name}", targets, without, behind, dense))
 
 
-def _behind(label: str) -> str:
-    return f"with its own {label}"
-
-
-def own_prompts(rows: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Recovery -> target -> mean perplexity, of what was learned through the very model that it stands in front of; of
+def own_prompts(rows: pd.DataFrame) -> pd.DataFrame:
+    """Target x recovery: mean perplexity of what was learned through the very model that it stands in front of; of
     several lengths the longest, most common kinds first."""
     own = rows[(rows.source == rows.target) & (rows.recovery != "none")]
     own = own.assign(called=[called(row) for _, row in own.iterrows()])
     common = own.groupby("called").agg(n=("target", "nunique"), k=("k", "max"))
     order = common.sort_values(["n", "k"], ascending=False, kind="stable").index
-    means = own.groupby(["called", "target"]).ppl.mean()
-    return {str(c): {str(t): float(v) for t, v in means[c].items()} for c in order}
+    return own.pivot_table(index="target", columns="called", values="ppl").reindex(columns=order)
 
 
-def won_back(dense: float | None, without: float | None, behind: float) -> float | None:
-    """Share of the lost log-likelihood that comes back, in percent; None where (next to) nothing was lost, or it is not
-    known."""
-    if not dense or not without or without < LOST * dense:
-        return None
-    return 100 * math.log(without / behind) / math.log(without / dense)
-
-
-def _gains(caption: str, targets: list[str], without: dict[str, float], behind: dict[str, dict[str, float]],
-           dense: float | None) -> Sheet:  # fmt: skip
+def _gains(caption: str, targets: list[str], without: pd.Series, behind: pd.DataFrame, dense: float | None) -> Sheet:
     rows = []
     for t in targets:
-        base = [text(t), number(without.get(t))]
-        found = [(label, own[t]) for label, own in behind.items() if t in own]
-        for label, ppl in found:
-            share = won_back(dense, without.get(t), ppl)
-            cell = number(share, percent(share)) if share is not None else number(None)
-            better = without.get(t) is not None and ppl < without[t]
-            rows.append([*base, text(label), Value(steady(ppl), ppl, tone="ok" if better else "bad"), cell])
-        if not found:
-            rows.append([*base, text("-"), number(None), number(None)])
+        base = without.get(t)
+        found = behind.loc[t].dropna() if t in behind.index else pd.Series(dtype=float)
+        for label, ppl in zip(found.index, map(float, found), strict=True):
+            tone = "ok" if base is not None and ppl < base else "bad"
+            rows.append([text(t), number(base), text(label), Value(steady(ppl), ppl, tone),
+                         percent(won_back(dense, base, ppl))])  # fmt: skip
+        if found.empty:
+            rows.append([text(t), number(base), text("-"), number(None), number(None)])
     head = ["compression", "no prompt", "learned through it", "perplexity behind it", "of the loss won back"]
-    return Sheet(caption, head, rows, {1, 3, 4}, long=len(rows) > FEW)
+    return Sheet(caption, head, rows, long=len(rows) > FEW)
 
 
 def transfer(record: Record) -> list[Part]:
@@ -177,21 +167,18 @@ class Matrix:
 
 def _moved(rows: pd.DataFrame) -> "pd.Series[bool]":
     """Which rows are of something that was learned through another model than the one behind it."""
-    return (rows.source != rows.target) & ~rows.source.isin(["none", "untrained", "imported"])
+    return (rows.source != rows.target) & ~rows.source.isin(NOT_LEARNED)
 
 
 def _matrix(_: Part, found: list[Matrix], name: str, rows: pd.DataFrame) -> None:
     """What moved, and no prompt; other rows, of one number each, stand with their own model."""
-    called = rows.apply(transfer_matrix.label, axis=1)
-    rows = rows[called.isin({transfer_matrix.NO_PROMPT, *called[_moved(rows)]})]
+    labels = rows.apply(transfer_matrix.label, axis=1)
+    kept = labels.isin({transfer_matrix.NO_PROMPT, *labels[_moved(rows)]})
+    rows, source = rows[kept], dict(zip(labels[kept], rows.source[kept], strict=True))
+    order = list(by_severity(rows).target.unique())
+    met = {*rows[rows.source != "none"].target, *rows[rows.target_level == "dense"].target}
     values = transfer_matrix.matrix(rows, "ppl").drop(index=transfer_matrix.REFERENCE, errors="ignore")
-    met = rows[rows.source != "none"].target
-    values = values[[t for t in values.columns if t in {*met, *rows[rows.target_level == "dense"].target}]].dropna(
-        how="all"
-    )
-    order = list(dict.fromkeys(row.target for row in by_severity(rows)))
-    values = values[[t for t in order if t in values.columns]]
-    source = {transfer_matrix.label(row): row.source for _, row in rows.iterrows()}
+    values = values[[t for t in order if t in met]].dropna(how="all")
     place = {r: order.index(source[r]) if source[r] in order else -1 for r in values.index}  # no prompt first
     values = values.loc[sorted(values.index, key=lambda r: (place[r], r))]  # the diagonal is a diagonal
     own = {(r, source[r]) for r in values.index}
@@ -205,7 +192,8 @@ def learning(record: Record) -> list[Part]:
     rows = rows[rows[VAL_LOSS].notna()] if VAL_LOSS in rows else rows.iloc[:0]
     for model, own in by_model(rows):
         part = Part(model)
-        homes = _homes(own)
+        strength = {row.source: severity(row.source, row, "source") for _, row in own.iterrows()}
+        homes = {source: i for i, source in enumerate(sorted(strength, key=lambda s: strength[s]))}
         for (method, learned_on), group in own.groupby(["recovery", "learned_on"]):
             group = group.assign(home=group.source.map(homes)).sort_values(["home", "recovery_label"])
             for i in range(0, len(group), LINES):
@@ -216,22 +204,11 @@ def learning(record: Record) -> list[Part]:
     return parts
 
 
-def _homes(rows: pd.DataFrame) -> dict[str, int]:
-    """Which series a source is in every panel of its model."""
-    strength = {row.source: severity(row.source, row, "source") for _, row in rows.iterrows()}
-    return {source: i for i, source in enumerate(sorted(strength, key=lambda s: strength[s]))}
-
-
 def series_of(homes: list[int]) -> list[int]:
-    """A series for each line: its home where that is free, else one that no line of the panel calls its home."""
-    taken = set(homes)
-    free = iter(i for i in range(len(homes) + max(homes) + 1) if i not in taken)
-    seen: set[int] = set()
-    out = []
-    for home in homes:
-        out.append(home if home not in seen else next(free))
-        seen.add(home)
-    return out
+    """A series for each line. homes: which one its source has in every panel of the model; the first line of a source
+    gets it, others one that is no line's home here."""
+    free = iter(i for i in range(len(homes) + max(homes) + 1) if i not in homes)
+    return [home if home not in homes[:i] else next(free) for i, home in enumerate(homes)]
 
 
 def _losses(part: Part, record: Record, caption: str, rows: pd.DataFrame) -> None:

@@ -1,16 +1,15 @@
 """The beginning of a report: how often what was learned helps, where it was learned and elsewhere; and its words."""
 
 import math
-from collections import Counter
-from collections.abc import Iterator
-from statistics import median
 
 import pandas as pd
 
-from analysis.report.figures import LOST, by_model, dense_of, won_back
-from analysis.report.read import Record
-from analysis.report.table import Sheet, Value, number, percent, text
-from analysis.runs import AXES
+from ctp.evaluation.recovered import LOST, won_back
+
+from ..runs import AXES, NOT_LEARNED
+from .figures import by_model, dense_of
+from .read import Record
+from .table import Sheet, Value, number, percent, text
 
 HEAD = ["model and text", "what was learned", "helps its own model", "loss won back, median", "helps other models",
         "dense model's perplexity"]  # fmt: skip
@@ -38,66 +37,53 @@ GLOSSARY = [
 ]  # fmt: skip
 
 
-def headline(record: Record) -> list[str]:
-    """The result in a sentence a model, of the models with most cells; none where nothing was learned."""
-    found: dict[str, dict[bool, Counter[str]]] = {}
-    for model, _, dataset, group, without, _ in _groups(record):
-        helps, at_home = _helped(group, without)
-        for same in (True, False):
-            of = (group.learned_on == dataset) == same
-            own = found.setdefault(model, {True: Counter(), False: Counter()})[same]
-            own += Counter(home=int((at_home & of).sum()), home_helped=int((helps & at_home & of).sum()),
-                           away=int((~at_home & of).sum()), away_helped=int((helps & ~at_home & of).sum()))  # fmt: skip
-    return [f"{model}: {_sentence(found[model])}" for model in list(found)[:NAMED]]
+def outcomes(record: Record) -> pd.DataFrame:
+    """Every evaluation of something learned, where its model was also evaluated without it; models with most cells
+    first. Beside the columns of the rows: helps, home (its own model), share (of the loss won back, percent), dense."""
+    found = []
+    for _, rows in by_model(record.measured("perplexity")):
+        for _, own in rows.groupby(AXES):
+            without, dense = own[own.source == "none"].groupby("target").ppl.mean(), dense_of(own)
+            learned = own[~own.source.isin(NOT_LEARNED) & own.target.isin(without.index)]
+            base = learned.target.map(without).astype(float)
+            shares = [won_back(dense, b, p) for b, p in zip(base, learned.ppl, strict=True)]
+            found.append(learned.assign(helps=learned.ppl < base, home=learned.source == learned.target,
+                                        share=pd.Series(shares, learned.index, dtype=float), dense=dense))  # fmt: skip
+    return pd.concat(found) if found else pd.DataFrame(columns=["model"])
 
 
-def _sentence(found: dict[bool, Counter[str]]) -> str:
+def headline(found: pd.DataFrame) -> list[str]:
+    """The result in a sentence a model, of the models with most cells. found: as `outcomes` gives it."""
+    groups = list(found.groupby("model", sort=False))
+    return [f"{model}: {_sentence(rows)}" for model, rows in groups[:NAMED]]
+
+
+def _sentence(rows: pd.DataFrame) -> str:
     begin = "what was learned lowers the perplexity of"
     parts = []
-    for same, where in ((True, "on the text that it was learned on"), (False, "on other texts")):
-        n = found[same]
-        said = [f"its own model in {n['home_helped']} of {n['home']} evaluations"] if n["home"] else []
-        said += [f"other compressions of it in {n['away_helped']} of {n['away']}"] if n["away"] else []
-        if said:
-            parts.append(f"{where}, {begin} {' and of '.join(said)}")
+    same = rows.learned_on == rows.dataset
+    for own, where in ((rows[same], "on the text that it was learned on"), (rows[~same], "on other texts")):
+        home, away = own[own.home].helps, own[~own.home].helps
+        counts = [f"its own model in {home.sum()} of {len(home)} evaluations"] if len(home) else []
+        counts += [f"other compressions of it in {away.sum()} of {len(away)}"] if len(away) else []
+        if counts:
+            parts.append(f"{where}, {begin} {' and of '.join(counts)}")
             begin = "that of"
     return "; ".join(parts) + "."
 
 
-def at_a_glance(record: Record) -> Sheet | None:
+def at_a_glance(found: pd.DataFrame) -> Sheet | None:
     """One row a model, text, and kind and text of learning; None where nothing was learned and evaluated."""
-    body: list[list[Value]] = []
-    for _, name, _, group, without, dense in _groups(record):
-        recovery, on = group.recovery.iloc[0], group.learned_on.iloc[0]
-        body.append([text(name), text(f"{recovery} on {on}" if on else recovery), *_row(group, without, dense)])
-    return Sheet("Does what was learned help?", HEAD, body, {2, 3, 4, 5}, NOTES) if body else None
-
-
-Group = tuple[str, str, str, pd.DataFrame, "pd.Series[float]", float | None]
-
-
-def _groups(record: Record) -> Iterator[Group]:
-    """(model, model and text, text, rows of one recovery learned on one text, perplexity by target without, dense)."""
-    for model, rows in by_model(record.measured("perplexity")):
-        for (_, dataset, split, _), own in rows.groupby(AXES):
-            without = own[own.source == "none"].groupby("target").ppl.mean()
-            learned = own[~own.source.isin(["none", "untrained", "imported"]) & own.target.isin(without.index)]
-            for _, group in learned.groupby(["recovery", "learned_on"]):
-                yield model, f"{model}, {dataset} {split}", str(dataset), group, without, dense_of(own)
-
-
-def _helped(rows: pd.DataFrame, without: "pd.Series[float]") -> tuple["pd.Series[bool]", "pd.Series[bool]"]:
-    """Where the perplexity is lower than without, and where it is of the very model that was learned through."""
-    return rows.ppl < rows.target.map(without).astype(float), rows.source == rows.target
-
-
-def _row(rows: pd.DataFrame, without: "pd.Series[float]", dense: float | None) -> list[Value]:
-    base = rows.target.map(without).astype(float)
-    helps, at_home = _helped(rows, without)
-    pairs = zip(base[at_home], rows.ppl[at_home], strict=True)
-    shares = [s for b, p in pairs if (s := won_back(dense, float(b), float(p))) is not None and math.isfinite(s)]
-    share = number(median(shares), percent(median(shares))) if shares else number(None)
-    return [_of(helps[at_home]), share, _of(helps[~at_home]), number(dense)]
+    if found.empty:
+        return None
+    body = []
+    for model, own in found.groupby("model", sort=False):
+        for (dataset, split, _, recovery, on), rows in own.groupby([*AXES[1:], "recovery", "learned_on"]):
+            share = rows.share[rows.home].replace([math.inf, -math.inf], math.nan).median()
+            body.append([text(f"{model}, {dataset} {split}"), text(f"{recovery} on {on}" if on else recovery),
+                         _of(rows.helps[rows.home]), percent(share), _of(rows.helps[~rows.home]),
+                         number(rows.dense.iloc[0])])  # fmt: skip
+    return Sheet("Does what was learned help?", HEAD, body, NOTES, long=False)
 
 
 def _of(helps: "pd.Series[bool]") -> Value:

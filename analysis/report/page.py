@@ -18,17 +18,18 @@ import mlflow
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from analysis import attach, command
-from analysis.report import facts, figures, words
-from analysis.report.findings import GLOSSARY, at_a_glance, headline
-from analysis.report.read import FINISHED, Record, versions
-from analysis.report.table import STEPS, ink
-from analysis.runs import AnalysisError, existing
 from ctp.common.exit_codes import Exit
 from ctp.common.terminal import duration, unread
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store
 from ctp.tracking.entries import tracking_uri
+
+from .. import attach, command
+from ..runs import AnalysisError, existing
+from . import facts, figures, words
+from .findings import GLOSSARY, at_a_glance, headline, outcomes
+from .read import Record, versions
+from .table import STEPS, ink
 
 LARGEST = 5_000_000  # bytes of a report
 ROWS = (2000, 300, 50)  # of a table at most; the next where a report would be too large
@@ -74,7 +75,7 @@ def render(record: Record, found: list[dict[str, str]] | None = None) -> str:
 
 
 def _page(content: dict[str, Any]) -> str:
-    loader = PackageLoader("analysis.report", "templates")
+    loader = PackageLoader(__package__, "templates")
     # autoescape for all there is: names, labels, answers and errors come from models and from strangers
     jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     script, style = (jinja.loader.get_source(jinja, name)[0] for name in ("report.js", "report.css"))  # type: ignore[union-attr]
@@ -101,17 +102,16 @@ def _named(theme: str) -> dict[str, str]:
 
 
 def _content(record: Record, found: list[dict[str, str]]) -> dict[str, Any]:
-    finished = sum(c.status == FINISHED for c in record.cells)
-    failed = facts.failures(record)
-    whole = sum(c.seconds for c in record.cells if c.status == FINISHED and c.seconds == c.seconds)
+    finished, failed, learned = record.finished, facts.failures(record), outcomes(record)
     return {
         "grid": record.grid, "description": record.description, "text": record.text,
         "troubles": [t.replace("sync GRID", f"sync {record.grid}") for t in record.troubles],
-        "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "finished": finished, "cells": len(record.cells),
-        "failed": failed, "other": len(record.cells) - finished - len(failed), "took": duration(whole),
-        "last": facts.when(max((c.end for c in record.cells), default=0)),
-        "commits": sorted({c.commit[:12] for c in record.cells if c.commit}),
-        "glance": at_a_glance(record), "headline": headline(record), "glossary": GLOSSARY,
+        "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "finished": len(finished), "cells": len(record.cells),
+        "failed": failed, "other": len(record.cells) - len(finished) - len(failed),
+        "took": duration(finished.seconds.sum()),
+        "last": facts.when(int(record.cells.end.max()) if len(record.cells) else 0),
+        "commits": sorted({c[:12] for c in record.cells.commit if c}),
+        "glance": at_a_glance(learned), "headline": headline(learned), "glossary": GLOSSARY,
         "ran": facts.what_ran(record),
         "compressions": figures.compressions(record), "transfer": figures.transfer(record),
         "perplexities": facts.perplexities(record), "paper": facts.against_paper(record),

@@ -1,9 +1,7 @@
-"""What a report says, read from MLflow once: every cell of the grid, finished or not, and who asked for it."""
+"""A grid as MLflow has it, read once: every cell, finished or not, and the invocations."""
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -11,101 +9,63 @@ import mlflow
 import pandas as pd
 import yaml
 
-from analysis import roles
-from analysis.results import Results
-from analysis.runs import REQUIRED, AnalysisError, artifact, frame, of_measure
 from ctp.storage.manifest import MANIFEST
 from ctp.storage.ref import Ref
 from ctp.storage.store import Store
-from ctp.tracking.entries import CURRENT, ERROR, KEY, KIND, every_run
+from ctp.tracking.entries import ERROR, KEY, KIND
+
+from .. import roles
+from ..results import Results
+from ..runs import CELLS, REQUIRED, AnalysisError, artifact, frame, invocations, of_measure, search
 
 FINISHED = "FINISHED"
 MANIFESTS = 20  # read at most, for versions
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell's run. start, end: milliseconds since 1970, 0 where unknown. seconds: nan where not told."""
-
-    name: str
-    kind: str
-    measure: str
-    model: str
-    status: str
-    error: str
-    key: str
-    commit: str
-    device: str
-    machine: str
-    start: int
-    end: int
-    seconds: float
-    memory: float
-    run_id: str
-
-
-@dataclass(frozen=True)
-class Invocation:
-    """One call of the grid. seconds: nan while it runs."""
-
-    command: str
-    status: str
-    start: int
-    seconds: float
+TAGS = {"name": "mlflow.runName", "error": ERROR, "key": KEY, "commit": "ctp.git_commit", "device": "ctp.device",
+        "machine": "ctp.machine"}  # fmt: skip
+COLUMNS = [*TAGS, "kind", "measure", "model", "status", "end", "seconds", "memory", "run_id"]
 
 
 class Record:
-    """A grid as MLflow has it. Raises AnalysisError where it has no such grid.
+    """Raises AnalysisError where MLflow has no such grid.
 
-    cells: all that the grid still has. rows: the finished ones, as `analysis.runs.finished` gives them. troubles: why
-    measures are left out of them, of which a run lacks a number.
+    cells: one row a cell that the grid still has, finished or not: name, kind, measure, model, status, error, key,
+    commit, device, machine, end (milliseconds since 1970), seconds and memory (nan where unknown), run_id. calls: one
+    row an invocation. rows: the finished cells, as `analysis.runs.finished` gives them. troubles: why measures are
+    missing from them, of which a run lacks a number.
     """
 
     def __init__(self, grid: str) -> None:
         self.grid, self.client = grid, mlflow.MlflowClient()
-        try:
-            experiment = self.client.get_experiment_by_name(grid)
-            if experiment is None:
-                raise AnalysisError(f"MLflow at {mlflow.get_tracking_uri()} has no experiment {grid!r}")
-            own = f"tags.`{CURRENT}` = 'yes' and tags.`{KIND}` != 'grid'"
-            runs = every_run(self.client, experiment.experiment_id, own)
-            calls = every_run(self.client, experiment.experiment_id, f"tags.`{KIND}` = 'grid'")
-        except mlflow.exceptions.MlflowException as e:
-            raise AnalysisError(f"MLflow at {mlflow.get_tracking_uri()}: {e}") from e
-        if not calls:
-            raise AnalysisError(f"{grid}: no run of the grid itself; `ctp track sync {grid}` makes one")
-        calls.sort(key=lambda r: r.info.start_time)
-        self.invocations = [_invocation(r) for r in calls]
-        self.text = artifact(str(calls[-1].info.run_id), "grid.yaml")
-        self.cells = [_cell(r) for r in runs]
+        runs, calls = search(grid, CELLS), invocations(grid)
+        self.text = artifact(calls[0].info.run_id, "grid.yaml")
+        self.calls = pd.DataFrame([_call(r) for r in reversed(calls)])
+        self.cells = pd.DataFrame([_cell(r) for r in runs], columns=COLUMNS)
         done = [r for r in runs if r.info.status == FINISHED]
         self._metrics: dict[str, dict[str, float]] = {r.info.run_id: r.data.metrics for r in done}
         self.rows, self.troubles = _usable(frame(done))
 
     @cached_property
     def results(self) -> Results:
-        """The finished cells, asked by entries of the paper."""
+        """The finished cells, to be asked by entries of the paper."""
         return Results(self.rows, *roles.of_grid(self.text))
 
     @cached_property
     def description(self) -> str:
-        """What the grid file says of itself; "" where it says nothing."""
-        said = yaml.safe_load(self.text)
-        return str(said.get("description") or "") if isinstance(said, dict) else ""
+        """The grid file's own description; "" where it has none."""
+        content = yaml.safe_load(self.text)
+        return str(content.get("description") or "") if isinstance(content, dict) else ""
+
+    @property
+    def finished(self) -> pd.DataFrame:
+        """Those of `cells` that are finished."""
+        return self.cells[self.cells.status == FINISHED]
 
     def measured(self, measure: str) -> pd.DataFrame:
         """The finished rows of one measure, or of "learn"."""
         return self.rows[self.rows.measure == measure]
 
-    def json(self, run_id: str, name: str) -> Any:
-        """A run's artifact. Raises AnalysisError where it is missing or no JSON."""
-        try:
-            return json.loads(artifact(run_id, name))
-        except ValueError as e:
-            raise AnalysisError(f"run {run_id}: {name} is not JSON: {e}") from e
-
     def trace(self, run_id: str) -> str:
-        """A failed cell's traceback, "" where none was kept."""
+        """A failed cell's traceback, "" where there is none."""
         try:
             return artifact(run_id, "traceback.txt")
         except AnalysisError:
@@ -123,27 +83,27 @@ class Record:
             raise AnalysisError(f"run {run_id}: {metric}: {e}") from e
 
 
-def versions(cells: Iterable[Cell], store: Store) -> list[dict[str, str]]:
+def versions(cells: pd.DataFrame, store: Store) -> list[dict[str, str]]:
     """Python and packages of the cells' manifests, one for each commit, machine and kind; each different set once.
 
     MLflow does not have them; what cannot be read is left out.
     """
-    some = {(c.commit, c.machine, c.kind): c for c in cells if c.status == FINISHED}
     found: list[dict[str, str]] = []
-    for cell in list(some.values())[:MANIFESTS]:
+    finished = cells[cells.status == FINISHED].drop_duplicates(["commit", "machine", "kind"], keep="last")
+    for cell in finished.head(MANIFESTS).itertuples():
         try:
-            path = f"{store.folder(Ref(cell.kind, cell.name, cell.key))}/{MANIFEST}"
+            path = f"{store.folder(Ref(str(cell.kind), str(cell.name), str(cell.key)))}/{MANIFEST}"
             manifest = json.loads(store.folders.read(path) or b"")
-            told = {"python": str(manifest["python"])} | {str(n): str(v) for n, v in manifest["versions"].items()}
+            some = {"python": str(manifest["python"])} | {str(n): str(v) for n, v in manifest["versions"].items()}
         except Exception:  # whatever the object store's client raises; the numbers do not depend on it
             continue
-        if told not in found:
-            found.append(told)
+        if some not in found:
+            found.append(some)
     return found
 
 
 def _usable(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The rows of those measures whose runs are whole, and what is wrong with the others."""
+    """The rows of those measures whose runs have all their numbers, and what is wrong with the others."""
     troubles = []
     for measure in REQUIRED:
         try:
@@ -154,20 +114,18 @@ def _usable(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     return rows, troubles
 
 
-def _cell(run: Any) -> Cell:
-    tags, params, metrics = run.data.tags, run.data.params, run.data.metrics
-    kind = params.get("kind") or tags.get(KIND, "")
-    return Cell(
-        name=tags.get("mlflow.runName", ""), kind=kind, measure=params.get("measure", kind),
-        model=params.get("model", ""), status=run.info.status, error=tags.get(ERROR, ""), key=tags.get(KEY, ""),
-        commit=tags.get("ctp.git_commit", ""), device=tags.get("ctp.device", ""), machine=tags.get("ctp.machine", ""),
-        start=run.info.start_time or 0, end=run.info.end_time or 0,
-        seconds=float(metrics.get("seconds", "nan")), memory=float(metrics.get("peak_memory_bytes", "nan")),
-        run_id=run.info.run_id,
-    )  # fmt: skip
+def _cell(run: Any) -> dict[str, Any]:
+    params, metrics = run.data.params, run.data.metrics
+    kind = params.get("kind") or run.data.tags.get(KIND, "")
+    return {name: run.data.tags.get(tag, "") for name, tag in TAGS.items()} | {
+        "kind": kind, "measure": params.get("measure", kind), "model": params.get("model", ""),
+        "status": run.info.status, "end": run.info.end_time or 0, "seconds": metrics.get("seconds", math.nan),
+        "memory": metrics.get("peak_memory_bytes", math.nan), "run_id": run.info.run_id,
+    }  # fmt: skip
 
 
-def _invocation(run: Any) -> Invocation:
+def _call(run: Any) -> dict[str, Any]:
+    """seconds: nan while it runs."""
     start, end = run.info.start_time, run.info.end_time
-    seconds = (end - start) / 1000 if end else float("nan")
-    return Invocation(run.data.tags.get("ctp.command", ""), run.info.status, start, seconds)
+    return {"command": run.data.tags.get("ctp.command", ""), "status": run.info.status.lower(), "start": start,
+            "seconds": (end - start) / 1000 if end else math.nan}  # fmt: skip

@@ -3,12 +3,13 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 
-from analysis.render import Table, short
+from ..render import Table, short
 
 # From much lower than the baseline over as low to much higher: blue and orange, which colour-blind people tell apart.
 STEPS = {
@@ -35,24 +36,49 @@ class Value:
 
 @dataclass
 class Sheet:
-    """A table of a report. numeric: which columns end together. long: too long to be open from the start. lead: what
-    has to be known before it is read. groups: (title, columns) over all columns after the first ones, which have none.
+    """A table of a report. long: it begins closed; without it, where it has more than LONG rows. lead: what has to be
+    known before it is read. numeric: columns that are aligned to the right; without it, those of numbers alone. groups:
+    (title, columns) over all columns after the first ones, which have none.
     """
 
     caption: str
     head: list[str]
     rows: list[list[Value]]
-    numeric: set[int] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
-    long: bool = False
+    long: bool | None = None
+    numeric: set[int] | None = None
     sortable: bool = True
     lead: str = ""
     groups: list[tuple[str, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.long is None:
+            self.long = len(self.rows) > LONG
+        if self.numeric is None:
+            columns = enumerate(zip(*self.rows, strict=True))
+            self.numeric = {i for i, column in columns if all(v.sort is not None for v in column)}
 
     @property
     def ungrouped(self) -> int:
         """Columns before the groups."""
         return len(self.head) - sum(n for _, n in self.groups)
+
+
+Show = str | tuple[str, str] | Callable[[Any], Value]
+
+
+def listing(caption: str, rows: pd.DataFrame, columns: Mapping[str, Show], notes: Sequence[str] = (),
+            long: bool | None = None) -> Sheet:  # fmt: skip
+    """A table of some rows. columns: by its head what each shows: a column of words, or of numbers with their format,
+    or what is made of the whole row."""
+
+    def cell(row: Any, show: Show) -> Value:
+        if isinstance(show, str):
+            return text(row[show] or "-")
+        return number(row.get(show[0]), show[1]) if isinstance(show, tuple) else show(row)
+
+    body = [[cell(row, show) for show in columns.values()] for _, row in rows.iterrows()]
+    return Sheet(caption, list(columns), body, list(notes), long)
 
 
 @dataclass(frozen=True)
@@ -69,11 +95,11 @@ def text(value: object) -> Value:
     return Value(str(value))
 
 
-def number(value: float | None, shown: str = "") -> Value:
-    """A number as `steady` shows it, or as given; a dash where there is none."""
+def number(value: float | None, form: str = "") -> Value:
+    """A number in a format of `str.format`, without it as `steady` shows it; a dash where there is none."""
     if value is None or not math.isfinite(value):
         return Value("-" if value is None or math.isnan(value) else "∞", math.inf)
-    return Value(shown or steady(value), float(value))
+    return Value(form.format(value) if form else steady(value), float(value))
 
 
 def steady(value: float) -> str:
@@ -86,9 +112,11 @@ def steady(value: float) -> str:
     return short(value)
 
 
-def percent(value: float) -> str:
-    """A share of a hundred as a table has it: 85 %, −12 %, 1,410 %."""
-    return f"{round(value):,} %".replace("-", MINUS)
+def percent(value: float | None) -> Value:
+    """A share of a hundred: 85 %, −12 %, 1,410 %."""
+    if value is None or not math.isfinite(value):
+        return number(value)
+    return Value(f"{round(value):,} %".replace("-", MINUS), value)
 
 
 KINDS = {"ppl": "ours, ppl", "ppl_paper": "ours, ppl_paper", "paper": "paper", "ours": "ours"}
@@ -97,7 +125,6 @@ STAND_IN = "Not the paper's: "
 
 def of_paper(table: Table) -> Sheet:
     """A table of `analysis.tables` in the paper's order; cells that it leaves empty under a label repeat the label."""
-    numeric = set() if table.wide else set(range(table.labels, len(table.head)))
     rows: list[list[Value]] = []
     for row in table.body:
         above = [v.text for v in rows[-1]] if rows and not row[0] else row
@@ -106,7 +133,8 @@ def of_paper(table: Table) -> Sheet:
     caption = f"{_spoken(table.name)}. {table.title}"
     notes = [n for n in table.notes if not n.startswith(STAND_IN)]
     lead = " ".join(n for n in table.notes if n.startswith(STAND_IN))
-    sheet = Sheet(caption, head, rows, numeric, notes, len(rows) > LONG, False, lead)
+    numeric = set() if table.wide else set(range(table.labels, len(table.head)))
+    sheet = Sheet(caption, head, rows, notes, None, numeric, False, lead)
     return _grouped(sheet, table.labels)
 
 
@@ -150,16 +178,16 @@ def heat(caption: str, corner: str, values: pd.DataFrame, shown: pd.DataFrame, b
         cells = [Value(str(name))]
         for (column, value), ratio in zip(row.items(), map(float, against), strict=True):
             said = str(shown.at[name, column])
-            cell = number(value if value > 0 else None, said if "±" in said else "")
+            cell = number(value if value > 0 else None)
+            cell = Value(said, cell.sort) if "±" in said else cell
             if name != base and cell.text != "-" and math.isfinite(ratio):
                 tone = f"h{step(ratio, end)}" + (" own" if (name, column) in own else "")
                 cell = Value(cell.text, cell.sort, tone, change(ratio))
             cells.append(cell)
         rows.append(cells)
-    columns = {*range(1, len(values.columns) + 1)}
     more = " or more" if widest > end else ""
     ends = (f"{end:.2g}x lower{more}", f"as {base}", f"{end:.2g}x higher{more}")
-    return Heat(Sheet(caption, [corner, *map(str, values.columns)], rows, columns), ends)
+    return Heat(Sheet(caption, [corner, *map(str, values.columns)], rows, long=False), ends)
 
 
 def step(ratio: float, end: float) -> int:

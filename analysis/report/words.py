@@ -5,12 +5,12 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.report.chart import curves, histogram
-from analysis.report.figures import LINES, Part, by_model, by_severity, called
-from analysis.report.read import Record
-from analysis.report.table import Sheet, number, text
-from analysis.runs import AnalysisError, check_alike
-from analysis.tables import readable
+from ..runs import check_alike, json_artifact
+from ..tables import readable
+from .chart import curves, histogram
+from .figures import LINES, Part, by_model, by_severity, called
+from .read import Record
+from .table import Sheet, Show, listing, number, text
 
 ANSWER = 2000  # characters
 
@@ -25,14 +25,15 @@ class Answers:
 
 def latency(record: Record) -> list[Part]:
     """Prefill and decode against the number of prompt vectors, a line a model and compression."""
-    rows = record.measured("latency")
+    rows, part = record.measured("latency"), Part("")
     if rows.empty:
         return []
-    part = Part("")
-    try:
-        check_alike(rows)
-    except AnalysisError as e:
-        return [Part("", troubles=[str(e)])]
+    part.attempt(_latencies, rows)
+    return [part]
+
+
+def _latencies(part: Part, rows: pd.DataFrame) -> None:
+    check_alike(rows)
     for metric, what in (("prefill_seconds", "prefill, ms"), ("decode_seconds_per_token", "decode, ms per token")):
         lines, spread = [], []
         for (model, target), own in rows.groupby(["model", "target"]):
@@ -44,17 +45,17 @@ def latency(record: Record) -> list[Part]:
             part.charts.append(curves(f"{name} behind k prompt vectors", "prompt vectors k", what, lines[i : i + LINES],
                                       zero=True, spread=spread[i : i + LINES]))  # fmt: skip
     part.sheets.append(_timings(rows))
-    return [part]
 
 
 def _timings(rows: pd.DataFrame) -> Sheet:
-    body = [
-        [text(r.model), text(r.target), number(r.k, str(r.k)), number(r.seq_len, f"{int(r.seq_len):,}"),
-         number(1000 * r.prefill_seconds), number(1000 * r.decode_seconds_per_token), text(r.machine or r.device)]
-        for _, r in rows.sort_values(["model", "target", "k"]).iterrows()
-    ]  # fmt: skip
-    head = ["model", "compression", "k", "tokens", "prefill, ms", "decode, ms per token", "machine"]
-    return Sheet("Latency: medians over rounds; bars are quartiles apart", head, body, {2, 3, 4, 5}, long=True)
+    columns: dict[str, Show] = {
+        "model": "model", "compression": "target", "k": ("k", "{}"), "tokens": ("seq_len", "{:,}"),
+        "prefill, ms": lambda r: number(1000 * r.prefill_seconds),
+        "decode, ms per token": lambda r: number(1000 * r.decode_seconds_per_token),
+        "machine": lambda r: text(r.machine or r.device),
+    }  # fmt: skip
+    caption = "Latency: medians over rounds; bars are quartiles apart"
+    return listing(caption, rows.sort_values(["model", "target", "k"]), columns, long=True)
 
 
 def neighbours(record: Record) -> list[Part]:
@@ -68,17 +69,16 @@ def neighbours(record: Record) -> list[Part]:
 
 
 def _words(part: Part, record: Record, row: Any) -> None:
-    found = record.json(row.run_id, "neighbours.json")
+    found = json_artifact(row.run_id, "neighbours.json")
     counts, edges = found["histogram"]["counts"], found["histogram"]["edges"]
     shares = [100 * c / sum(counts) for c in counts]
     part.charts.append(histogram(
         "Cosines of the prompt's vectors with their nearest vocabulary rows", "cosine", "share of all pairs, %", edges,
         shares, ("nearly all lie below it in the paper", 0.16),
     ))  # fmt: skip
-    body = [[number(n["row"], str(n["row"])), text(readable(n)), number(n["cosine"], f"{n['cosine']:.3f}")]
-            for n in found["nearest"]]  # fmt: skip
+    body = [[number(n["row"], "{}"), text(readable(n)), number(n["cosine"], "{:.3f}")] for n in found["nearest"]]
     below = f"{100 * row['fraction_below_0.16']:.1f} % of the cosines lie below 0.16; in the paper nearly all."
-    part.sheets.append(Sheet("Each vector's nearest word", ["vector", "word", "cosine"], body, {0, 2}, [below], True))
+    part.sheets.append(Sheet("Each vector's nearest word", ["vector", "word", "cosine"], body, [below], True))
 
 
 def answers(record: Record) -> list[tuple[str, list[Answers]]]:
@@ -86,9 +86,9 @@ def answers(record: Record) -> list[tuple[str, list[Answers]]]:
     out = []
     for model, rows in by_model(record.measured("generation")):
         asked: dict[str, dict[str, str]] = {}
-        for row in by_severity(rows):
+        for _, row in by_severity(rows).iterrows():
             who = _who(row)
-            for one in record.json(row.run_id, "answers.json"):
+            for one in json_artifact(row.run_id, "answers.json"):
                 asked.setdefault(str(one["question"]), {}).setdefault(who, str(one["answer"]).strip()[:ANSWER])
         out.append((model, [Answers(q, list(found.items())) for q, found in asked.items()]))
     return out

@@ -84,7 +84,7 @@ def run_of(tracking: str, experiment: str, key: str) -> str:
     if file is not None and not file.exists():
         return "no run yet"  # a client would make a database
     try:
-        from ctp.tracking.runs import MlflowClient  # slow to import
+        from ctp.tracking.experiment import MlflowClient  # slow to import; ctp.tracking.experiment sets its options
 
         client = MlflowClient(tracking_uri=tracking)
         known = client.get_experiment_by_name(experiment)

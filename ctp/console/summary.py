@@ -15,13 +15,14 @@ from ctp.cells.labels import slug
 from ctp.common.messages import one_line
 from ctp.common.redact import scrub
 from ctp.common.terminal import duration
+from ctp.evaluation.recovered import won_back
 from ctp.planning.graph import Plan
 from ctp.planning.states import Outcome
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store
 
 if TYPE_CHECKING:
-    from ctp.tracking.writer import Writer
+    from ctp.tracking.tracker import Tracker
 
 METRIC = "ppl"
 
@@ -48,7 +49,7 @@ def summarise(plan: Plan, outcome: Outcome, seconds: float, store: Store) -> Non
         print(scrub(f"Try what failed again, and what it held up: {shlex.join(['python', '-m', 'ctp.grid', *again])}"))
 
 
-def tell_tracking(tracker: "Writer") -> None:
+def tell_tracking(tracker: "Tracker") -> None:
     """Print, once, what became of MLflow's database and what MLflow does not accept."""
     for line in (*tracker.notes, *tracker.refused.values()):
         print(one_line(scrub(line)), file=sys.stderr, flush=True)
@@ -58,21 +59,20 @@ def tell_tracking(tracker: "Writer") -> None:
 
 @dataclass(frozen=True)
 class Recovery:
-    """Perplexities of one evaluation: of the dense model, the compressed one, and that one with the recovery."""
+    """Perplexities of one evaluation: of the dense model, the compressed one, and that one with the recovery.
+
+    share: percent of the loss won back, as `won_back` has it.
+    """
 
     name: str
     dense: float
     compressed: float
     prompted: float
-
-    @property
-    def share(self) -> float:
-        """(compressed - prompted) / (compressed - dense): 1 is all that compression lost; negative is worse."""
-        return (self.compressed - self.prompted) / (self.compressed - self.dense)
+    share: float
 
     def __str__(self) -> str:
         numbers = f"{self.compressed:.2f} -> {self.prompted:.2f}, dense {self.dense:.2f}"
-        return f"{100 * self.share:.0f} % of the perplexity lost ({numbers}): {self.name}"
+        return f"{self.share:.0f} % of the loss won back ({numbers}): {self.name}"
 
 
 def recoveries(plan: Plan, keys: Iterable[str], store: Store) -> list[Recovery]:
@@ -94,6 +94,8 @@ def recoveries(plan: Plan, keys: Iterable[str], store: Store) -> list[Recovery]:
         whole = Compress(model=cell.model, compression=Dense())
         bare = (key(Evaluate(target=target, measure=cell.measure)) for target in (whole, cell.target))
         dense, compressed, prompted = map(perplexity, (*bare, k))
-        if dense is not None and compressed is not None and prompted is not None and compressed > dense:
-            found.append(Recovery(slug(cell), dense, compressed, prompted))
+        if dense is None or compressed is None or prompted is None:
+            continue
+        if (share := won_back(dense, compressed, prompted)) is not None:
+            found.append(Recovery(slug(cell), dense, compressed, prompted, share))
     return sorted(found, key=lambda r: -r.share)

@@ -1,6 +1,8 @@
-"""What is written of a cell into its MLflow run: as it is learned, when it failed, and all there is once it is done."""
+"""What is written into a cell's run: while a prompt is learned, when the cell failed, and all of it once it is done."""
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlflow.entities import Metric, Param, RunTag
@@ -9,158 +11,150 @@ from ctp.cells.cell import Evaluate, Learn
 from ctp.cells.events import Progress
 from ctp.planning.graph import Node, Plan
 from ctp.storage.store import Store
-from ctp.tracking.entries import CURVES, ERROR, PARENT, TOKENS_PER_S, entry, settings, tags
-from ctp.tracking.runs import Known, Runs
+from ctp.tracking.entries import CURVES, ERROR, PARENT, TOKENS_PER_S, Entry, entry
+from ctp.tracking.experiment import Experiment, Run
 
 ATTACHED = 4 * 2**20  # bytes of a file that MLflow gets a copy of
 BATCH = 900  # MLflow takes 1,000 metrics a call
 PARAMS = 80  # and 100 params, of 1,000 things in all
+LIVE = CURVES | {"tokens_per_s": TOKENS_PER_S}
 Point = tuple[str, int, float]  # metric, step, value
 
 
-class CellRuns(Runs):
-    """The runs of a plan's cells. parent: the run of the invocation that writes, once there is one.
+class CellRuns:
+    """Writes the runs of a plan's cells. parent: the run of the invocation that writes, once there is one.
 
-    live: keys of prompts that are being learned now, for all that was written. manifests: of the cells that were
-    finished here, as JSON by their keys.
+    live: keys of prompts that this process is learning. manifests: JSON of the cells finished here, by key.
     """
 
-    def __init__(self, uri: str, plan: Plan, store: Store) -> None:
-        super().__init__(uri, plan.name)
-        self.plan, self.store = plan, store
+    def __init__(self, experiment: Experiment, plan: Plan, store: Store) -> None:
+        self.experiment, self.plan, self.store = experiment, plan, store
         self.parent: str | None = None
         self.live: set[str] = set()
         self.manifests: dict[str, str] = {}
-        self._curves: dict[str, set[Point]] = {}  # key of a prompt -> what its curves have, where that is known
+        self._curves: dict[str, set[Point]] = {}  # id of a prompt's run -> the points it has, where that is known
 
     def forget(self) -> None:
-        super().forget()
+        """Read what MLflow has again: a write may or may not have arrived."""
+        self.experiment.forget()
         self._curves.clear()
 
     def start(self, node: Node) -> None:
-        """The prompt is being learned, by this invocation."""
+        """This invocation learns the prompt now."""
         self.live.add(node.key)
         run = self.run(node)
-        if self.parent is not None and run.tags.get(PARENT) != self.parent:  # else it would pass for a dead one's
-            self.client.set_tag(run.run_id, PARENT, self.parent)
+        if self.parent is not None and run.tags.get(PARENT) != self.parent:  # else it would count as a dead one's
+            self.experiment.client.set_tag(run.run_id, PARENT, self.parent)
             run.tags[PARENT] = self.parent
-        self.client.update_run(run.run_id, status="RUNNING")
+        self.experiment.client.update_run(run.run_id, status="RUNNING")
         run.status = "RUNNING"
 
-    def cut_off(self, k: str) -> None:
-        """Whoever was at this cell is no more; what it had logged stays."""
-        known = self.known()[k]
-        self.client.set_terminated(known.run_id, "KILLED")
-        known.status = "KILLED"
-        self.live.discard(k)
-
-    def progress(self, events: list[Progress]) -> None:
-        """Curves of prompts that are being learned, with points as of when they were reported."""
-        metrics: dict[str, list[Metric]] = {}
+    def progress(self, events: Sequence[Progress]) -> None:
+        """Add points to the curves of prompts that are being learned, as of the times when they were reported."""
+        points: dict[str, list[Metric]] = {}
         for event in events:
-            if not isinstance(self.plan.nodes[event.key].cell, Learn):
-                continue
-            numbers, names = event.numbers(), CURVES | {"tokens_per_s": TOKENS_PER_S}
-            metrics.setdefault(event.key, []).extend(
+            numbers = event.numbers()
+            points.setdefault(event.key, []).extend(
                 Metric(name, float(numbers[n]), int(1000 * event.at), event.step)
-                for n, name in names.items()
+                for n, name in LIVE.items()
                 if n in numbers
             )
-        for k, found in metrics.items():
-            run = self.run(self.plan.nodes[k])
-            self._log(run.run_id, self._lacking(k, run.run_id, found))
-
-    def _lacking(self, k: str, run: str, points: list[Metric]) -> list[Metric]:
-        """Those that the run's curves do not have: whoever goes on from a saved state passes the same steps again, and
-        the history of a finished prompt has what was told on the way."""
-        if k not in self._curves:
-            there = (m for name in CURVES.values() for m in self.client.get_metric_history(run, name))
-            self._curves[k] = {_point(m) for m in there}
-        new = {_point(m): m for m in points if _point(m) not in self._curves[k]}
-        self._curves[k] |= new.keys()
-        return list(new.values())
-
-    def _log(self, run: str, metrics: list[Metric], keep: int = 0) -> list[Metric]:
-        """Log them, but for the last of at most `keep` that one more call takes; returns those."""
-        while len(metrics) > keep:
-            self.client.log_batch(run, metrics=metrics[:BATCH])
-            metrics = metrics[BATCH:]
-        return metrics
+        for k, found in points.items():
+            node = self.plan.nodes[k]
+            if isinstance(node.cell, Learn):
+                run = self.run(node).run_id
+                self._log(run, self._new_points(run, found))
 
     def fail(self, node: Node, error: str, trace: str) -> None:
-        """The cell's last try failed; trace: the traceback, empty where there is none."""
-        run = self.run(node)
-        run.tags |= {ERROR: error[:5000]}
-        self.client.set_tag(run.run_id, ERROR, run.tags[ERROR])
+        """The cell's last attempt failed; trace: the traceback, empty where there is none."""
+        run, client = self.run(node), self.experiment.client
+        run.tags[ERROR] = error[:5000]
+        client.set_tag(run.run_id, ERROR, run.tags[ERROR])
         if trace:
-            self.client.log_text(run.run_id, trace, "traceback.txt")
-        self.client.set_terminated(run.run_id, "FAILED")
-        run.status = "FAILED"
-        self.live.discard(node.key)
+            client.log_text(run.run_id, trace, "traceback.txt")
+        self._end(node.key, run, "FAILED")
 
-    def run(self, node: Node) -> Known:
-        """The cell's run, made with its settings where there is none."""
-        if node.key not in self.known():
-            run = self._create(node, None, {})
-            self._log_params(run.run_id, _params(node), keep=0)
-        return self.known()[node.key]
-
-    def _create(self, node: Node, start: int | None, more: dict[str, str]) -> Known:
-        """A new run of the cell. start: milliseconds since 1970, None for now."""
-        own = tags(self.plan.name, node) | more | ({PARENT: self.parent} if self.parent else {})
-        if isinstance(node.cell, Learn):
-            self._curves[node.key] = set()
-        return self.create(node.key, start, own)
-
-    def _log_params(self, run: str, params: list[Param], keep: int) -> list[Param]:
-        """Log them, but for the last of at most `keep` that one more call takes; returns those."""
-        while len(params) > keep:
-            self.client.log_batch(run, params=params[:PARAMS])
-            params = params[PARAMS:]
-        return params
+    def cut_off(self, k: str) -> None:
+        """The process that worked on this cell is gone; what it logged stays."""
+        self._end(k, self.experiment.runs()[k], "KILLED")
 
     def finish(self, node: Node) -> tuple[str, ...]:
-        """Write all there is to say of a finished cell, in few requests: there may be thousands of short cells.
+        """Write everything about a finished cell, in few requests: there may be thousands of short cells.
 
-        Returns the metrics that MLflow does not take.
+        Returns the metrics that MLflow does not accept.
         """
         manifest = self.store.manifest(node.ref)
-        history = []
-        if isinstance(node.cell, Learn) and "history.json" in manifest["files"]:
-            history = json.loads((self.store.fetch(node.ref) / "history.json").read_text())["history"]
-        found, new = entry(node, manifest, history), node.key not in self.known()
-        run = self._create(node, found.start, found.tags) if new else self.known()[node.key]
+        found = entry(self.experiment.name, node, manifest, self._history(node, manifest))
+        known = self.experiment.runs().get(node.key)
+        run = known or self._create(node, found)
         run.tags |= found.tags
-        if isinstance(node.cell, Evaluate):
-            self._log_files(node, run.run_id, manifest["files"])
         metrics = [Metric(n, v, found.end, step) for n, v, step in found.metrics]
         if isinstance(node.cell, Learn):
-            metrics = self._lacking(node.key, run.run_id, metrics)
-            del self._curves[node.key]
-        last = self._log(run.run_id, metrics, keep=BATCH)
-        written = () if new else [RunTag(n, v) for n, v in found.tags.items()]
-        left = self._log_params(run.run_id, _params(node), keep=PARAMS)
-        self.client.log_batch(run.run_id, metrics=last, params=left, tags=written)
+            metrics = self._new_points(run.run_id, metrics)
+        elif isinstance(node.cell, Evaluate):
+            self._log_files(node, run.run_id, manifest["files"])
+        self._log(run.run_id, metrics, found.params, found.tags if known else {})
         if run.tags.pop(ERROR, None) is not None:
-            self.client.delete_tag(run.run_id, ERROR)
-        self.client.set_terminated(run.run_id, "FINISHED", found.end)
-        run.status = "FINISHED"
-        self.live.discard(node.key)
+            self.experiment.client.delete_tag(run.run_id, ERROR)
+        self._end(node.key, run, "FINISHED", found.end)
         self.manifests[node.key] = json.dumps(manifest)
         return found.left_out
 
+    def run(self, node: Node) -> Run:
+        """The cell's run, made with its settings where there is none."""
+        if known := self.experiment.runs().get(node.key):
+            return known
+        found = entry(self.experiment.name, node)
+        run = self._create(node, found)
+        self._log(run.run_id, params=found.params)
+        return run
+
+    def _create(self, node: Node, found: Entry) -> Run:
+        run = self.experiment.create(found.start, found.tags | ({PARENT: self.parent} if self.parent else {}))
+        self._curves[run.run_id] = set()
+        return run
+
+    def _end(self, k: str, run: Run, status: str, at: int | None = None) -> None:
+        """at: milliseconds since 1970, None for now."""
+        self.experiment.client.set_terminated(run.run_id, status, at)
+        run.status = status
+        self.live.discard(k)
+        self._curves.pop(run.run_id, None)
+
+    def _log(self, run: str, metrics: Sequence[Metric] = (), params: Mapping[str, str] | None = None,
+             tags: Mapping[str, str] | None = None) -> None:  # fmt: skip
+        """In as few requests as MLflow's limits allow."""
+        settings = [Param(n, v) for n, v in (params or {}).items()]
+        marks = [RunTag(n, v) for n, v in (tags or {}).items()]
+        for i in range(max(math.ceil(len(metrics) / BATCH), math.ceil(len(settings) / PARAMS))):
+            batch, some = metrics[i * BATCH :][:BATCH], settings[i * PARAMS :][:PARAMS]
+            self.experiment.client.log_batch(run, metrics=batch, params=some, tags=[] if i else marks)
+
+    def _new_points(self, run: str, points: list[Metric]) -> list[Metric]:
+        """Those that the run lacks: a resumed learner passes the same steps again, and the history of a finished
+        prompt repeats what was reported on the way."""
+        if run not in self._curves:
+            there = (m for name in CURVES.values() for m in self.experiment.client.get_metric_history(run, name))
+            self._curves[run] = {_point(m) for m in there}
+        new = {_point(m): m for m in points if _point(m) not in self._curves[run]}
+        self._curves[run] |= new.keys()
+        return list(new.values())
+
+    def _history(self, node: Node, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+        """Of learning, by step."""
+        if not isinstance(node.cell, Learn) or "history.json" not in manifest["files"]:
+            return []
+        found: list[dict[str, Any]] = json.loads((self.store.fetch(node.ref) / "history.json").read_text())["history"]
+        return found
+
     def _log_files(self, node: Node, run: str, files: dict[str, Any]) -> None:
-        """An evaluation's answers, single timings, nearest words as artifacts: MLflow alone tells it all."""
+        """Attach an evaluation's answers, single timings and nearest words: analysis reads MLflow alone."""
         small = [n for n, f in files.items() if n.endswith(".json") and f["size"] <= ATTACHED]
         if small != ["result.json"]:  # whose numbers are metrics already
             folder = self.store.fetch(node.ref)
             for name in small:
-                self.client.log_artifact(run, str(folder / name))
+                self.experiment.client.log_artifact(run, str(folder / name))
 
 
 def _point(metric: Metric) -> Point:
     return metric.key, metric.step, metric.value
-
-
-def _params(node: Node) -> list[Param]:
-    return [Param(n, v) for n, v in settings(node).items()]

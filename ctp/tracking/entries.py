@@ -8,7 +8,8 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -25,8 +26,14 @@ from ctp.storage.store import DEFAULT_STORE
 KEY, KIND, CURRENT, STUDIES, PARENT = "ctp.key", "ctp.kind", "ctp.current", "ctp.studies", "mlflow.parentRunId"
 ERROR, LEFT_OUT = "ctp.error", "ctp.left_out"
 CURVES = {n: f"train/{n}" for n in ("loss", "val_loss", "lr")}  # of a history's points: what they are called here
-TOKENS_PER_S = "train/tokens_per_s"  # told while a prompt is learned, and in no history
+TOKENS_PER_S = "train/tokens_per_s"  # reported while a prompt is learned, and in no history
 SYNCED = "ctp.synced"  # of the experiment: what it was brought up to date with
+GRID_FILE, MANIFESTS = "grid.yaml", "manifests.json"
+LARGEST = 64 * 2**20  # bytes of MANIFESTS
+OWN = ("seconds", "peak_memory_bytes")  # metrics of every cell
+OUTCOMES: dict[type, str] = {Done: "done", Failed: "failed", Skipped: "skipped"}
+NAME = "letters, digits, spaces and _ - . : / (no / at either end, none doubled), at most 250 in all"
+_NAME = re.compile(r"[\w.\- :]+(/[\w.\- :]+)*")
 
 
 class TrackError(Exception):
@@ -34,11 +41,6 @@ class TrackError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(scrub(message))
-
-
-NAME = "letters, digits, spaces and _ - . : / (no / at either end, none doubled), at most 250 in all"
-_NAME = re.compile(r"[\w.\- :]+(/[\w.\- :]+)*")
-OWN = ("seconds", "peak_memory_bytes")  # of every cell
 
 
 def name_problem(name: object) -> str:
@@ -81,22 +83,33 @@ def sqlite_file(uri: str) -> Path | None:
 
 @dataclass(frozen=True)
 class Entry:
-    """A finished cell. start, end: milliseconds since 1970. metrics: (name, value, step), all as of `end`.
+    """What MLflow holds of a cell. metrics: (name, value, step), as of `end`.
 
-    left_out: metrics that MLflow takes by no such name or value, which an earlier version of ctp stored.
+    start, end: milliseconds since 1970, of a finished cell. left_out: metrics whose name or value MLflow does
+    not take, which an earlier version of ctp stored.
     """
 
-    start: int
-    end: int
+    params: dict[str, str]
     tags: dict[str, str]
-    metrics: list[tuple[str, float, int]]
+    metrics: list[tuple[str, float, int]] = field(default_factory=list)
+    start: int | None = None
+    end: int = 0
     left_out: tuple[str, ...] = ()
 
 
-def entry(node: Node, manifest: dict[str, Any], history: Iterable[dict[str, Any]] = ()) -> Entry:
-    """What the run of a finished cell says beside `tags` and `settings`. history: of learning, by step."""
-    end = int(1000 * manifest["created"])
-    numbers = manifest["metrics"] | {n: manifest[n] for n in ("seconds", "peak_memory_bytes")}
+def entry(
+    grid: str, node: Node, manifest: dict[str, Any] | None = None, history: Iterable[dict[str, Any]] = ()
+) -> Entry:
+    """The entry of a cell: with a manifest that of a finished one. history: of learning, by step.
+
+    MLflow takes 6,000 characters of a param.
+    """
+    settings = {safe(n): str(v)[:6000] for n, v in reversed(params(node.cell).items())}
+    tags = {KEY: node.key, KIND: node.cell.kind, "ctp.grid": grid, "mlflow.runName": slug(node.cell)}
+    tags |= current_tags(node)
+    if manifest is None:
+        return Entry(settings, tags)
+    numbers = manifest["metrics"] | {n: manifest[n] for n in OWN}
     left_out = tuple(n for n, v in numbers.items() if name_problem(n) or not isinstance(v, int | float))
     metrics = [(n, float(v), 0) for n, v in numbers.items() if n not in left_out]
     metrics += [
@@ -105,42 +118,34 @@ def entry(node: Node, manifest: dict[str, Any], history: Iterable[dict[str, Any]
         for name, called in CURVES.items()
         if point.get(name) is not None
     ]
-    own = {"ctp.device": manifest["device"], "ctp.git_commit": manifest["git_commit"] or ""}
-    if "computed_in" in manifest:
-        own["ctp.computed_in"] = manifest["computed_in"]
-    if "task" in manifest:
-        own["ctp.metric"] = manifest["task"]["metric"]
-    if "at_once" in manifest:
-        own["ctp.at_once"] = str(manifest["at_once"])  # windows at a time, fewer than asked for: memory ran out
-    if "machine_detail" in manifest:
-        own["ctp.machine"] = _machine(manifest["machine_detail"])
-    own |= {safe(f"ctp.{n}"): str(v) for n, v in manifest.get("text", {}).items()}
-    if left_out:
-        own[LEFT_OUT] = ", ".join(left_out)[:5000]
-    return Entry(end - int(1000 * manifest["seconds"]), end, own | asked(node), metrics, left_out)
+    tags |= _made(manifest) | ({LEFT_OUT: ", ".join(left_out)[:5000]} if left_out else {})
+    end = int(1000 * manifest["created"])
+    return Entry(settings, tags, metrics, end - int(1000 * manifest["seconds"]), end, left_out)
 
 
-def settings(node: Node) -> dict[str, str]:
-    """Params: every axis and setting of a cell, by names that MLflow takes. It takes 6,000 characters of each."""
-    return {safe(n): str(v)[:6000] for n, v in reversed(params(node.cell).items())}
-
-
-def tags(grid: str, node: Node) -> dict[str, str]:
-    """Tags of a cell's run from its first moment."""
-    return {KEY: node.key, KIND: node.cell.kind, "ctp.grid": grid, "mlflow.runName": slug(node.cell), **asked(node)}
-
-
-def asked(node: Node) -> dict[str, str]:
+def current_tags(node: Node) -> dict[str, str]:
     """Tags that follow the grid as it is now, and what an evaluation may be compared with."""
     own = fingerprints(node.cell) if isinstance(node.cell, Evaluate) else {}
     return {CURRENT: "yes", STUDIES: ",".join(node.studies), **{f"ctp.{n}": v for n, v in own.items()}}
+
+
+def _made(manifest: dict[str, Any]) -> dict[str, str]:
+    """Tags that say where and by which code a cell was computed, and on which text."""
+    found = {"device": manifest["device"], "git_commit": manifest["git_commit"] or ""}
+    found |= {n: str(manifest[n]) for n in ("computed_in", "at_once") if n in manifest}
+    if "task" in manifest:
+        found["metric"] = manifest["task"]["metric"]
+    if detail := manifest.get("machine_detail"):
+        gpus = [g.get("name", "GPU") for g in detail.get("gpus") or []]
+        found["machine"] = ", ".join(gpus) or f"{detail.get('cpu')}, {detail.get('threads')} threads"
+    return {safe(f"ctp.{n}"): str(v) for n, v in (found | manifest.get("text", {})).items()}
 
 
 def fingerprint(done: Iterable[Node]) -> str:
     """One hash (hex) of these finished cells and of all tags that a check of MLflow would compare."""
     whole = hashlib.sha256()
     for node in sorted(done, key=lambda n: n.key):
-        whole.update(canonical([node.key, sorted(asked(node).items())]).encode())
+        whole.update(canonical([node.key, sorted(current_tags(node).items())]).encode())
     return whole.hexdigest()
 
 
@@ -164,39 +169,24 @@ def every_run(client: Any, experiment: str, which: str) -> list[Any]:
     return runs
 
 
-def _machine(detail: dict[str, Any]) -> str:
-    """The processor that a timing is of, in a few words."""
-    gpus = [g.get("name", "GPU") for g in detail.get("gpus") or []]
-    return ", ".join(gpus) or f"{detail.get('cpu')}, {detail.get('threads')} threads"
-
-
-GRID_FILE, MANIFESTS = "grid.yaml", "manifests.json"
-LARGEST = 64 * 2**20  # bytes of MANIFESTS
-VERSIONS = ("ctp", "torch", "transformers")
-OUTCOMES: dict[type, str] = {Done: "done", Failed: "failed", Skipped: "skipped"}
-
-
 class Invocation:
-    """One call of `ctp grid`, from its begin on. cells: how many it is to run; None where it only writes down."""
+    """One call of `ctp grid`, from its start on. cells: how many it is to run; None where it only writes to MLflow."""
 
     def __init__(self, grid: str, command: str, cells: int | None) -> None:
         self.grid, self.command, self.cells = grid, command, cells
         self.began = time.time()
-        self.ended: dict[str, str] = {}  # key of a cell -> done, failed or skipped: what it came to last
-
-    @property
-    def name(self) -> str:
-        """When it began, in UTC, tells it from others; first, for the UI's table cuts names off."""
-        return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(self.began))} {self.grid}"
+        self.ended: dict[str, str] = {}  # key of a cell -> done, failed or skipped
 
     def tags(self) -> dict[str, str]:
-        own = {KIND: "grid", "ctp.grid": self.grid, "ctp.command": scrub(self.command), "mlflow.runName": self.name}
+        """The name of its run starts with its time (UTC): MLflow's table cuts names off."""
+        name = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(self.began))} {self.grid}"
+        own = {KIND: "grid", "ctp.grid": self.grid, "ctp.command": scrub(self.command), "mlflow.runName": name}
         return own | {"ctp.git_commit": git_commit() or "", **signs()}
 
     def params(self) -> dict[str, str]:
-        """Where it ran, and with what: the driver's; workers may have others, which the manifests tell."""
+        """The driver's machine and versions; the manifests have the workers'."""
         found = versions()
-        return {"host": platform.node(), **{n: str(found[n]) for n in VERSIONS if found[n]}}
+        return {"host": platform.node(), **{n: str(found[n]) for n in ("ctp", "torch", "transformers") if found[n]}}
 
     def tell(self, event: Event) -> None:
         """Count an event of a cell."""
@@ -204,8 +194,8 @@ class Invocation:
             self.ended[event.key] = outcome
 
     def metrics(self) -> dict[str, float]:
-        """grid/cells: that it was to run, of which so many are done, failed and skipped; grid/seconds: since it began.
-        Not `seconds`, which is a cell's: sums and their parts would be bars of one chart."""
+        """grid/cells: how many it was to run, and how many of them are done, failed and skipped; grid/seconds: since it
+        began. Not `seconds`, which is a cell's: MLflow would draw both in one chart."""
         found: dict[str, float] = {"seconds": time.time() - self.began}
         if self.cells is not None:
             count = Counter(self.ended.values())
@@ -214,14 +204,8 @@ class Invocation:
 
 
 def document(manifests: Mapping[str, str]) -> tuple[str, int]:
-    """One JSON object of manifests by key, each on a line of its own, and how many it has: of more than LARGEST bytes
-    in all the first."""
-    lines: list[str] = []
-    room = LARGEST
-    for k, manifest in manifests.items():
-        line = f'"{k}": {manifest}'
-        room -= len(line) + 2
-        if room < 0:
-            break
-        lines.append(line)
-    return "{\n" + ",\n".join(lines) + "\n}\n", len(lines)
+    """One JSON object of manifests by key, a line each, and how many it has: the first LARGEST bytes of them."""
+    lines = [f'"{k}": {manifest}' for k, manifest in manifests.items()]
+    sizes = accumulate(len(line) + 2 for line in lines)
+    count = sum(size <= LARGEST for size in sizes)
+    return "{\n" + ",\n".join(lines[:count]) + "\n}\n", count

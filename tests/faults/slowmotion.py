@@ -62,10 +62,10 @@ def watch_worker():
 
 def watch_driver():
     from ctp.scheduling import cluster, tune
-    from ctp.tracking import cell_runs, runs, tracker
+    from ctp.tracking import cell_runs, experiment, sync, tracker
 
     say("plan")
-    before(runs, "_open", "open")
+    before(experiment, "_open", "open")
     before(tracker.Tracker, "begin", "invocation")
     before(cluster, "_connect", "ray")
     before(tune.GraphSearch, "suggest", "hand-out", linger=0)
@@ -73,7 +73,7 @@ def watch_driver():
     after(cell_runs.CellRuns, "_create", "log")
     before(cell_runs.CellRuns, "start", "log")
     before(tracker.Tracker, "close", "close")
-    before(tracker.Tracker, "_retire", "close")
+    before(sync, "_retire", "close")
 
 
 if FILE:

@@ -10,7 +10,7 @@ from ctp.data import tasks
 from ctp.evaluation.tasks import build
 from ctp.storage.store import Store
 from ctp.tracking.entries import sqlite_file, tracking_uri
-from ctp.tracking.runs import Runs
+from ctp.tracking.experiment import Experiment
 
 
 @pytest.mark.parametrize("name", ["a?b=c&uri=true", "100% #1 %41 ü;'"])
@@ -20,15 +20,15 @@ def test_mlflows_database_is_beside_the_store(tmp_path, monkeypatch, name):
     (here / "results").mkdir(parents=True)
     monkeypatch.chdir(here)
     uri = tracking_uri(Store("results/store").uri)
-    runs = Runs(uri, "g")
-    run = runs.client.create_run(runs.experiment).info.run_id
+    runs = Experiment(uri, "g")
+    run = runs.client.create_run(runs.id).info.run_id
     runs.client.log_text(run, "all there", "a.txt")
     assert [f.path for f in runs.client.list_artifacts(run)] == ["a.txt"]
     assert os.listdir(tmp_path) == [name]
     assert {"mlflow.db", "mlartifacts"} <= set(os.listdir(here / "results"))
     assert existing(uri) == uri
     assert sqlite_file(uri) == here / "results" / "mlflow.db"
-    assert Runs(uri, "g").experiment == runs.experiment
+    assert Experiment(uri, "g").id == runs.id
 
 
 def test_a_plain_folder_has_a_plain_address(tmp_path, monkeypatch):

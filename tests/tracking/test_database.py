@@ -69,9 +69,7 @@ def test_a_database_that_is_lost_while_a_grid_runs_is_made_anew(finished, uri, d
     tracker.begin("test")
     keys = [key(c) for c in finished.cells]
     tracker.tell(Done(keys[0]))
-    tracker._events.put(None)
-    tracker._thread.join()
-    tracker._thread = None
+    tracker.thread.stop()
     damage(file)
     for k in keys[1:]:
         tracker.tell(Done(k))
@@ -93,7 +91,7 @@ def test_what_a_removed_database_left_beside_it_does_not_enter_the_next(finished
     open_one.close()
     Path(f"{file}.kept").rename(f"{file}-wal")
     tracker = Tracker(uri, finished.plan, finished.store)
-    tracker.runs.renew()
+    tracker.experiment.renew()
     tracker.sync()
     all_there(uri, finished.plan)
     assert files.damage(file, whole=True) == ""

@@ -87,13 +87,11 @@ def test_a_trusted_experiment_takes_new_cells_once(finished, uri, asked):
     kept = {k: n for k, n in finished.plan.nodes.items() if k != key(last)}
     before = Plan("g", finished.plan.grid, kept)
     tracker = Tracker(uri, before, finished.store)
-    tracker.plan = finished.plan
-    tracker._handle(Failed(key(last), "ValueError: no"))
-    tracker.plan = before
+    tracker.runs.fail(finished.plan.nodes[key(last)], "ValueError: no", "")
     tracker.sync(whole=True)
     again = Tracker(uri, before, finished.store)
     assert again.sync(whole=True, trust=True) == 0
-    again.plan = finished.plan
+    again.writer.plan = finished.plan
     asked.clear()
     again.begin("test")
     again.tell(Done(key(last)))
@@ -135,8 +133,7 @@ def test_events_become_runs_and_a_failed_one_recovers(finished, uri):
     tracker.tell(Started(learned))
     tracker.tell(Progress(key=learned, step=3, steps=9, loss=2.5, tokens_per_s=100.0))
     tracker.tell(Failed(learned, "ValueError: no", "here"))
-    tracker._events.put(None)
-    tracker._thread.join()
+    tracker.thread.stop()
     [run] = runs(uri)
     assert run.info.status == "FAILED"
     assert run.data.tags["ctp.error"] == "ValueError: no"
@@ -161,12 +158,10 @@ def test_curves_have_one_point_a_step_however_often_it_was_told(finished, uri):
         tracker.tell(Started(key(cell)))
         for event in told[:last]:
             tracker.tell(event)
-        tracker._events.put(None)
-        tracker._thread.join()
+        tracker.thread.stop()
         assert not tracker.trouble
     [run] = runs(uri)
     assert "train/val_loss" in run.data.metrics  # before it is finished
-    tracker._thread = None
     tracker.close("FINISHED")
     [run] = [r for r in runs(uri) if r.data.tags["ctp.key"] == key(cell)]
     for name in ("loss", "val_loss", "lr"):
@@ -326,11 +321,10 @@ def test_a_dead_server_never_holds_up_the_end(finished, uri, server):
     learned = key(finished.all(Learn)[0])
     for step in range(50):
         tracker.tell(Progress(key=learned, step=step, steps=99, tokens_per_s=9.0))
-    tracker._events.put(None)
-    tracker._thread.join()
+    tracker.thread.stop()
     assert server.refused == 1
     assert "away" in tracker.trouble
-    server.away, tracker._thread = False, None
+    server.away = False
     tracker.close("FINISHED")
     assert len(runs(uri)) == 10
     [run] = [r for r in runs(uri) if r.data.tags["ctp.key"] == learned]
@@ -338,7 +332,7 @@ def test_a_dead_server_never_holds_up_the_end(finished, uri, server):
 
 
 def test_what_waited_is_written_as_soon_as_the_server_is_back(finished, uri, server, monkeypatch):
-    monkeypatch.setattr("ctp.tracking.tracker.PATIENCE", (0.1, 0.2))
+    monkeypatch.setattr("ctp.tracking.background.PATIENCE", (0.1, 0.2))
     tracker = Tracker(uri, finished.plan, finished.store)
     tracker.begin("test")
     server.away = True
@@ -367,7 +361,7 @@ def runs_now(uri, server):
 
 
 def test_an_event_that_a_living_server_does_not_take_holds_nobody_up(finished, uri, monkeypatch):
-    monkeypatch.setattr("ctp.tracking.tracker.PATIENCE", (0.05, 0.05))
+    monkeypatch.setattr("ctp.tracking.background.PATIENCE", (0.05, 0.05))
     tracker = Tracker(uri, finished.plan, finished.store)
     handle, bad = tracker._handle, key(finished.cells[0])
 

@@ -17,8 +17,9 @@ from ctp.cells.cell import Learn, key, to_json
 from ctp.cells.events import Done, Progress, Started
 from ctp.machine import process
 from ctp.storage.ref import ref
+from ctp.tracking.database import make
 from ctp.tracking.entries import PARENT
-from ctp.tracking.runs import FEW, _make_database
+from ctp.tracking.experiment import FEW
 from ctp.tracking.tracker import Tracker
 
 
@@ -26,8 +27,7 @@ def died(uri, plan, store, learning=(), tags=()):
     """An invocation that began, was learning these cells, and is no more; returns its run."""
     tracker = Tracker(uri, plan, store)
     tracker.begin("test")
-    tracker._events.put(None)
-    tracker._thread.join()
+    tracker.thread.stop()
     for cell in learning:
         tracker._handle(Started(key(cell)))
     for name, value in dict(tags or {"ctp.owner": f"{process._machine()} {2**22 + 1} 17"}).items():
@@ -60,7 +60,7 @@ def test_no_trust_where_an_invocation_died(finished, uri):
     Tracker(uri, finished.plan, finished.store).sync(whole=True)
     cell = finished.cells[-1]
     twin = Tracker(uri, finished.plan, finished.store)
-    twin.runs._known = {}
+    twin.experiment._runs = {}
     twin.runs.finish(finished.plan.nodes[key(cell)])
     assert len(runs(uri)) == 11
     assert Tracker(uri, finished.plan, finished.store).sync(whole=True, trust=True) == 0
@@ -122,10 +122,10 @@ def test_a_process_of_which_only_the_exit_code_is_left_is_dead():
 @pytest.mark.parametrize("few", [FEW, 0])
 def test_two_drivers_at_once_leave_one_run_a_cell(finished, uri, monkeypatch, few):
     """Each has read the experiment before the other wrote; whoever closes last sees both runs of a cell."""
-    monkeypatch.setattr("ctp.tracking.runs.FEW", few)
+    monkeypatch.setattr("ctp.tracking.experiment.FEW", few)
     both = [Tracker(uri, finished.plan, finished.store) for _ in range(2)]
     for tracker in both:
-        assert tracker.runs.known() == {}
+        assert tracker.experiment.runs() == {}
     learned, rest = finished.all(Learn)[0], finished.cells
     for tracker in both:
         tracker.begin("test")
@@ -133,9 +133,7 @@ def test_two_drivers_at_once_leave_one_run_a_cell(finished, uri, monkeypatch, fe
     for tracker in both:
         for cell in rest:
             tracker.tell(Done(key(cell)))
-        tracker._events.put(None)
-        tracker._thread.join()
-        tracker._thread = None
+        tracker.thread.stop()
     twice = runs(uri)
     assert len(twice) == 20
     for tracker in both:
@@ -150,13 +148,13 @@ def test_two_drivers_at_once_leave_one_run_a_cell(finished, uri, monkeypatch, fe
 
 
 def test_a_run_deleted_while_it_is_written_is_found_again(finished, uri, monkeypatch):
-    monkeypatch.setattr("ctp.tracking.tracker.PATIENCE", (0.05, 0.05))
+    monkeypatch.setattr("ctp.tracking.background.PATIENCE", (0.05, 0.05))
     tracker, learned = Tracker(uri, finished.plan, finished.store), finished.all(Learn)[0]
     tracker.begin("test")
     tracker._handle(Started(key(learned)))
-    mine = tracker.runs.known()[key(learned)].run_id
+    mine = tracker.experiment.runs()[key(learned)].run_id
     other = Tracker(uri, finished.plan, finished.store)
-    other.runs._known = {}
+    other.experiment._runs = {}
     other._handle(Started(key(learned)))
     tracker.client.delete_run(mine)
     tracker.tell(Progress(key=key(learned), step=3, steps=9, loss=2.5))
@@ -184,6 +182,6 @@ def test_failures_come_back_into_an_emptied_mlflow(finished, uri, tmp_path, llam
 def test_a_database_whose_maker_was_killed_is_made_anew(tmp_path):
     (tmp_path / "mlflow.db.making").write_bytes(b"SQLite format 3, or the first half of it")
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(_make_database, [tmp_path / "mlflow.db"] * 2))
+        list(pool.map(make, [tmp_path / "mlflow.db"] * 2))
     assert [p.name for p in tmp_path.iterdir()] == ["mlflow.db"]
     assert MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").search_experiments()
