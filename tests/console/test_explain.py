@@ -13,6 +13,7 @@ from ctp.cells.labels import slug
 from ctp.console import explain, heartbeat
 from ctp.console.board import Board
 from ctp.planning.gridtext import GridError
+from ctp.storage.drivers import About
 from ctp.storage.store import Store
 from ctp.tracking.tracker import Tracker
 
@@ -74,7 +75,7 @@ def test_a_cell_at_work_says_how_far(graph, tmp_path):
     node, board = the_learned(graph), Board(graph, 10)
     board.update(Progress(key=node.key, step=3, steps=9, loss=2.0))
     store.folders.write(
-        f"{store.folders.root}/running/g-0.json", heartbeat.record(board, {}).model_dump_json().encode()
+        f"{store.folders.root}/running/g-0.json", heartbeat.record(board, About()).model_dump_json().encode()
     )
     said = explain.explain(graph, node.key, store, "sqlite:///none.db")
     assert re.fullmatch(r"running on .*, step 3/9, loss 2\.000", said["state"])
