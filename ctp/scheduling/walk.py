@@ -138,9 +138,8 @@ class Walk:
     def _share(self, group: Group) -> tuple[float, float]:
         """(cells, work) at which the group's next task is full."""
         if group.sort.kind == Evaluate.kind:
-            return math.inf, sum(
-                self.weights[k] for cells in self.ready.values() for _, k in cells
-            ) / self.settings.slots
+            work = sum(self.weights[k] for cells in self.ready.values() for _, k in cells)
+            return math.inf, work / self.settings.slots
         fair = math.ceil(sum(map(len, self.ready.values())) / (2 * self.settings.slots))
         return min(fair, max(1, TASK_SECONDS // max(self.seconds.get(group.sort, math.inf), 1e-3))), math.inf
 
