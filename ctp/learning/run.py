@@ -155,7 +155,7 @@ class Run:
             state.best_loss, state.best_step, state.best = val_loss, state.step, self.trainable.values()
 
     def numbers(self) -> dict[str, Any]:
-        """What `report` is called with after a step."""
+        """For `report`: losses since the last validation, rates, and `val_loss` when it was measured at this step."""
         state, measured = self.state, self.state.history[-1]
         numbers = {
             "step": state.step,

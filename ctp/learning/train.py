@@ -56,15 +56,13 @@ def train(
 
     make: called once the model is frozen and on its device (runtime.device, unless accelerate has spread it out).
     resume: folder of a TrainState. checkpoint: called between two steps, at least runtime.checkpoint_seconds apart.
-    report: called about once a second and after each validation with step, steps, loss (mean since the last
-    validation), lr, tokens_per_s, best_val_loss, best_step and, when measured, val_loss; losses are nats per scored
-    token whatever spec.loss is. If memory runs out, micro-batches are halved from then on: the gradient is the same sum
-    up to rounding (dropout draws other masks); report and history then give the windows `at_once`. Half precision that
-    the device has no fast arithmetic for is computed in float32, with rounded weights and without a loss scale.
+    report: called about once a second and after each validation with `Run.numbers`; losses are nats per scored token
+    whatever spec.loss is. If memory runs out, micro-batches are halved from then on: the gradient is the same sum up to
+    rounding (dropout draws other masks). Half precision that the device has no fast arithmetic for is computed in
+    float32, with rounded weights and without a loss scale.
 
-    Raises ValueError if spec, text and model do not fit or the checkpoint is another run's, FloatingPointError (with
-    step, learning rate and last losses) on a loss or gradient that is not finite, OutOfMemory if one window at once is
-    too many.
+    Raises ValueError if spec, text and model do not fit or the checkpoint is another run's, FloatingPointError on a
+    loss or gradient that is not finite, OutOfMemory if one window at once is too many.
     """
     for text in (windows, validation):
         check_fit(model, text, spec.prompt_rows)
