@@ -76,7 +76,7 @@ def ours(model: Any, windows: Tensor, steps: int, precision: str, recompute: boo
     from ctp.cells import SoftPrompt
     from ctp.cells.inputs import Windows
     from ctp.cells.runtime import Runtime
-    from ctp.learning import train
+    from ctp.learning import run
     from ctp.learning.soft_prompt import learn
 
     text = Windows(dataset="wikitext2", split="train", seq_len=windows.shape[1], count=len(windows))
@@ -84,7 +84,7 @@ def ours(model: Any, windows: Tensor, steps: int, precision: str, recompute: boo
     spec = SoftPrompt(k=K, text=text, validation=held_out, steps=steps, batch=len(windows), validate_every=steps,
                       init="first_rows", precision=precision, lr=1e-3, warmup=0, clip=None)  # fmt: skip
     seconds, losses = [], []
-    update = train._Run.update
+    update = run.Run.update
 
     def timed(self: Any) -> None:
         begun = time.perf_counter()
@@ -92,7 +92,7 @@ def ours(model: Any, windows: Tensor, steps: int, precision: str, recompute: boo
         seconds.append(time.perf_counter() - begun)
         losses.append(self.losses[-1])
 
-    train._Run.update = timed  # type: ignore[method-assign]
+    run.Run.update = timed  # type: ignore[method-assign]
     device = model.device.type
     learn(model, windows, windows[:1, :8], spec, runtime=Runtime(device=device, recompute=recompute))
     return seconds, losses[0]

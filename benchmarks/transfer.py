@@ -103,7 +103,7 @@ def watched(side: Side) -> Iterator[None]:
     places: list[tuple[Any, str, str]] = [
         (loading, "open_model", "load"),
         (jobs, "token_windows", "tokenise"),
-        (jobs, "_prefix", "prefix"),
+        (loading, "prompt_prefix", "prefix"),
         (measuring, "perplexity", "windows"),
     ]
     before = [getattr(place, name) for place, name, _ in places]

@@ -1,5 +1,6 @@
 """Compress, Then Prompt."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,12 +14,10 @@ _WHERE = {"attach_prompt": "ctp.prompts.attached", "export": "ctp.formats.export
 
 
 def __getattr__(name: str) -> Any:
-    """These come when they are asked for: torch and transformers take seconds, and planning needs neither."""
+    """Imported when first used: torch and transformers take seconds, and planning needs neither."""
     if name not in __all__:
         raise AttributeError(f"module 'ctp' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_WHERE.get(name, "ctp.api")), name)
+    return getattr(import_module(_WHERE.get(name, "ctp.api")), name)
 
 
 def __dir__() -> list[str]:

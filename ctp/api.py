@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ctp.cells import Compression, Recovery, SoftPrompt, Solver
 from ctp.cells.inputs import Windows
@@ -37,12 +38,13 @@ from ctp.prompts.files import LearnedPrompt
 from ctp.storage.catalog import KEY
 
 Texts = Iterable[str] | Tensor
+Loaded = tuple[Model, Tokenizer]
 Progress = Callable[[dict[str, Any]], None]
 
 
 def compress(
-    model: Any,
-    tokenizer: Any,
+    model: Model,
+    tokenizer: Tokenizer,
     spec: Mapping[str, Any] | Solver,
     texts: Texts,
     *,
@@ -50,18 +52,15 @@ def compress(
     seq_len: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Compressed:
-    """Compress the decoder's linears in place, on the device where the model lies; what comes back can be saved.
+    """Compress the decoder's linears in place, on the model's device; returns what can be saved.
 
     spec: as in a grid file, for example {"method": "gptq", "bits": 3}. texts: documents to calibrate with, of which the
     first `count` windows of `seq_len` tokens (default: 2,048, or the model's context) are taken, or token ids
-    (windows, tokens) as they are. progress is told (blocks done, blocks).
+    (windows, tokens). progress is called with (blocks done, blocks). `routing` of the result counts the calibration
+    tokens of each expert; a warning names experts with too few.
 
-    Of a mixture of experts, `routing` of what comes back says how many calibration tokens each expert was given; a
-    warning says so where those are too few.
-
-    Raises ValueError, before anything is changed, where the spec is wrong or does not fit the model, the texts hold no
-    window, the model is no chain of decoder blocks or not what its configuration describes (a head is missing, LoRA
-    layers are inside, it is quantized already).
+    Raises ValueError, before anything is changed, if the spec is wrong or does not fit the model, the texts hold no
+    window, or the model is no plain chain of decoder blocks (a head is missing, LoRA is inside, it is quantized).
     """
     _check_plain(model, tokenizer)
     solver = _parsed(Compression, spec, "spec")
@@ -79,8 +78,8 @@ def compress(
 
 
 def learn_prompt(
-    model: Any,
-    tokenizer: Any,
+    model: Model,
+    tokenizer: Tokenizer,
     texts: Texts,
     *,
     validation: Texts | None = None,
@@ -93,14 +92,12 @@ def learn_prompt(
     """Learn k prompt rows in front of `model`, whose weights stay as they are; Eq. (1) of the paper.
 
     texts: documents, cut into windows of `seq_len` tokens (default: 1,024, or what the context leaves beside k), or
-    token ids (windows, tokens). validation: likewise, to choose the best step by; without it the last tenth of the
-    windows is kept apart for that (at most 32). settings: fields of `ctp.cells.SoftPrompt`: steps, lr, batch,
-    schedule, precision, ... progress is told step, loss and rate about once a second.
+    token ids (windows, tokens). validation: likewise, to choose the best step by (default: the last tenth of the
+    windows, at most 32). settings: fields of `ctp.cells.SoftPrompt`: steps, lr, batch, schedule, precision, ...
+    progress is called with step, loss and rate about once a second.
 
-    Where memory runs out, fewer windows go through the model at once; the batch stays what it is, up to rounding.
-
-    Raises ValueError where a setting is wrong or texts are too short, FloatingPointError where learning diverges,
-    MemoryError where one window at once is too many.
+    Raises ValueError if a setting is wrong or texts are too short, FloatingPointError if learning diverges, MemoryError
+    if one window at once is too many.
     """
     _check_plain(model, tokenizer)
     spec, device = _prompt_spec(model, texts, k, seq_len, settings), pick(device)
@@ -119,8 +116,8 @@ def learn_prompt(
     return learn(model, train, held_out, spec, tokenizer=tokenizer, runtime=Runtime(device=device), report=report)
 
 
-def _prompt_spec(model: Any, texts: Texts, k: int, seq_len: int | None, settings: dict[str, Any]) -> SoftPrompt:
-    """What to learn on `texts`: the settings, checked, with windows as long as asked for or as there is room."""
+def _prompt_spec(model: Model, texts: Texts, k: int, seq_len: int | None, settings: dict[str, Any]) -> SoftPrompt:
+    """The checked settings, with windows of `seq_len`, of the given token ids, or as long as there is room."""
     if not isinstance(k, int) or k < 1:
         raise ValueError(f"k = {k!r}: should be a whole number above 0")
     context, length = context_of(model), texts.shape[-1] if isinstance(texts, Tensor) else seq_len
@@ -131,11 +128,9 @@ def _prompt_spec(model: Any, texts: Texts, k: int, seq_len: int | None, settings
     if "text" in settings:
         raise ValueError("settings.text: give the documents as texts")
     steps = settings.get("steps", 30_000)
-    asked: dict[str, Any] = {"validate_every": max(1, steps // 10)} if isinstance(steps, int) else {}
-    text = {"dataset": "given", "split": "train", "seq_len": length}
-    asked |= {"method": "soft_prompt", "k": k, "text": text, **settings}
-    spec: SoftPrompt = _parsed(Recovery, asked, "settings")
-    return spec
+    fields: dict[str, Any] = {"validate_every": max(1, steps // 10)} if isinstance(steps, int) else {}
+    fields["text"] = {"dataset": "given", "split": "train", "seq_len": length}
+    return _parsed(Recovery, {"method": "soft_prompt", "k": k, **fields, **settings}, "settings")
 
 
 def load(
@@ -144,19 +139,17 @@ def load(
     prompt: str | Path | Tensor | LearnedPrompt | None = None,
     store: str | None = None,
     device: str = "auto",
-) -> tuple[Any, Any]:
-    """A ready model in eval mode, and its tokenizer, from a folder or the key of a stored artifact.
+) -> Loaded:
+    """(model in eval mode, tokenizer) of a folder, a name, or the key of a stored artifact.
 
-    what: a folder with a model that ctp compressed or exported, a checkpoint of another tool (docs/formats.md), a GGUF
-    file, a plain model, or a PEFT adapter whose base model is a folder; a hub id or packaged model; or a key (its first
-    6 digits or more) in `store` (default: CTP_STORE, else results/store). prompt: what `learn_prompt` gave, rows (k, d)
-    or an adapter's folder, to put in front; a Learn key and an adapter's folder bring their own. `generate` and the
-    forward pass of the model then work as without prompt; with LoRA it is a PeftModel.
+    what: a folder with a compressed, exported or plain model, a checkpoint of another tool (docs/formats.md), a GGUF
+    file, or a PEFT adapter whose base model is a folder; a hub id or packaged model; or a key (its first 6 digits or
+    more) in `store` (default: CTP_STORE, else results/store). prompt: what `learn_prompt` gave, rows (k, d) or an
+    adapter's folder, to put in front; a Learn key and an adapter's folder bring their own. With LoRA it is a PeftModel.
 
-    Quantized weights come unpacked to ordinary ones, bit for bit. A model in half precision that its device has no fast
-    arithmetic for comes in float32, with the same values and a warning. The tokenizer pads on the left, with the end of
-    text where it has no token for that, so that batches can be generated. Raises ValueError or ctp.store.StoreError, in
-    one sentence, where there is no such thing.
+    Quantized weights are unpacked, bit for bit. A model in half precision that its device has no fast arithmetic for
+    comes in float32, with the same values and a warning. The tokenizer pads on the left, so that batches can be
+    generated. Raises ValueError or StoreError, in one sentence, if there is no such thing.
     """
     device = pick(device)
     folder = Path(what).expanduser()
@@ -182,10 +175,10 @@ def load(
     return model, tokenizer
 
 
-def _load_folder(folder: Path, device: str) -> tuple[Any, Any]:
+def _load_folder(folder: Path, device: str) -> Loaded:
     adapter = folder / "adapter_config.json"
-    own = (folder / PACKED).is_file() or (folder / "config.json").is_file()
-    if adapter.is_file() and not own:
+    whole = (folder / PACKED).is_file() or (folder / "config.json").is_file()
+    if adapter.is_file() and not whole:
         base = str(json.loads(adapter.read_text()).get("base_model_name_or_path"))
         places = [p for p in (Path(base), folder.parent / base) if p.is_dir() and p.resolve() != folder.resolve()]
         if not places:
@@ -200,23 +193,25 @@ def _load_folder(folder: Path, device: str) -> tuple[Any, Any]:
 
 
 def _announce(text: str) -> None:
-    """A warning, which Python shows once, at the line that called ctp."""
+    """A warning, shown once, at the line that called ctp."""
     if text:
         warnings.warn(text, stacklevel=3)
 
 
-def _check_plain(model: Any, tokenizer: Any) -> None:
+def _check_plain(model: object, tokenizer: object) -> None:
     """Raises ValueError unless these are a plain transformers model and its tokenizer."""
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, Model):
         raise ValueError(f"model: a {type(model).__name__}; a transformers.PreTrainedModel is needed, not wrapped")
     if hasattr(model, HANDLE):
         raise ValueError("the model has a soft prompt attached: remove() it first")
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+    if not isinstance(tokenizer, Tokenizer):
         raise ValueError(f"tokenizer: a {type(tokenizer).__name__}; the model's transformers tokenizer is needed")
 
 
-def _windows(model: Any, tokenizer: Any, texts: Texts, seq_len: int | None, count: int | None, k: int = 0) -> Tensor:
-    """Token windows (n, seq_len) of documents; token ids are taken as they are. They fit the model behind k rows."""
+def _windows(
+    model: Model, tokenizer: Tokenizer, texts: Texts, seq_len: int | None, count: int | None, k: int = 0
+) -> Tensor:
+    """Token windows (n, seq_len) of documents, or the token ids given. They fit the model behind k rows."""
     if count is not None and (not isinstance(count, int) or count < 1):
         raise ValueError(f"count = {count!r}: should be a whole number above 0")
     if isinstance(texts, Tensor):

@@ -6,10 +6,11 @@ A plugin is a Python file with a class of settings for each method, named in a g
     Recovery      with `recover(self, job: LearnJob) -> dict[str, float]`
     Measure       with `measure(self, job: EvaluateJob) -> dict[str, float]`
 
-The base classes and field types load in no time. All else needs torch: import it inside your function, so that planning
-a grid does not wait for it.
+A class that derives from a built-in method may leave the function out. Base classes and field types load at once; the
+rest needs torch: import it inside your function, so that planning a grid does not wait for it.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ctp.cells import Compression, Measure, Recovery
@@ -23,42 +24,21 @@ if TYPE_CHECKING:
     from ctp.prompts.files import save_prompt
 
 __all__ = [
-    "Bool",
-    "CompressJob",
-    "Compressed",
-    "Compression",
-    "Count",
-    "EvaluateJob",
-    "Finite",
-    "Layer",
-    "LearnJob",
-    "Measure",
-    "Pinned",
-    "PositiveInt",
-    "Recovery",
-    "Seed",
-    "Windows",
-    "decoder_blocks",
-    "gather_kept",
-    "save_prompt",
-]
-
-_WHERE = {
-    "CompressJob": "ctp.execution.jobs",
-    "Compressed": "ctp.formats.artifact",
-    "EvaluateJob": "ctp.execution.jobs",
-    "Layer": "ctp.formats.layer",
-    "LearnJob": "ctp.execution.jobs",
-    "decoder_blocks": "ctp.architectures.blocks",
-    "gather_kept": "ctp.formats.layer",
-    "save_prompt": "ctp.prompts.files",
+    "Bool", "CompressJob", "Compressed", "Compression", "Count", "EvaluateJob", "Finite", "Layer", "LearnJob",
+    "Measure", "Pinned", "PositiveInt", "Recovery", "Seed", "Windows", "decoder_blocks", "gather_kept", "save_prompt",
+]  # fmt: skip
+_MODULES = {
+    "ctp.architectures.blocks": ("decoder_blocks",),
+    "ctp.execution.jobs": ("CompressJob", "EvaluateJob", "LearnJob"),
+    "ctp.formats.artifact": ("Compressed",),
+    "ctp.formats.layer": ("Layer", "gather_kept"),
+    "ctp.prompts.files": ("save_prompt",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    """These come when they are asked for."""
-    if name not in _WHERE:
-        raise AttributeError(f"module 'ctp.plugin' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    """Names that need torch are imported when they are first used."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module 'ctp.plugin' has no attribute {name!r}")

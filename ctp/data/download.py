@@ -4,12 +4,12 @@ import itertools
 import json
 import os
 import re
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from ctp.common import hub
 from ctp.common.exit_codes import Exit
@@ -52,49 +52,82 @@ class _UsageError(Exception):
     pass
 
 
-def fetch(root: Path, source: Source, first: dict[str, int | None]) -> None:
-    """Bring a data set's splits into `root`, those left out that are there and verify. first: documents of a split.
+class Entry(BaseModel):
+    """What a file should be. documents: the first so many of the hub's, None for all."""
 
-    Raises ValueError (Unreachable without a network), or where a file is there that no checksum vouches for.
+    sha256: str
+    bytes: int
+    documents: int | None
+    rows: int = 0
+
+
+class Manifest(BaseModel):
+    """A folder's manifest.json: what its files are, and where they come from."""
+
+    hub: str
+    commit: str
+    config: str | None = None
+    files: dict[Annotated[str, Field(pattern="^[^/]+$")], Entry]
+
+
+def fetch(root: Path, source: Source, first: dict[str, int | None]) -> None:
+    """Bring a data set's splits into `root`, without those that are there and verify. first: documents of a split.
+
+    Raises ValueError (Unreachable without a network), also for a file that no checksum vouches for.
     """
     corpus = source.corpus
     folder = root / corpus.folder
-    told = _manifest(folder)
-    if told and not _is_of(told, corpus):
-        for name in told["files"]:
+    manifest = _manifest(folder)
+    if manifest and not _is_of(manifest, corpus):
+        for name in manifest.files:
             (folder / name).unlink(missing_ok=True)
-        told = {}
-    files: dict[str, Any] = told.get("files", {})
+        manifest = None
+    files = manifest.files if manifest else {}
     needed = [s for s in corpus.splits if not _there(root, folder / f"{s}.jsonl", files, first.get(s))]
     if not needed:
         return
-    commit = str(told["commit"]) if told else commit_of(corpus)
+    if manifest is None:
+        manifest = Manifest(hub=corpus.hub, commit=commit_of(corpus), config=corpus.config, files={})
+    folder.mkdir(parents=True, exist_ok=True)
     for split in needed:
-        path, documents = folder / f"{split}.jsonl", first.get(split)
-        with _whole(path) as work:
-            rows = _write(work, _rows(source, split, commit, documents))
-            said = {"rows": rows, "bytes": work.stat().st_size, "sha256": sha256_file(work), "documents": documents}
-            files = {**files, path.name: said}
-            # Before the file: what a manifest names and is not there is fetched again, what none names is not ours.
-            about = {"hub": corpus.hub, "commit": commit, "config": corpus.config}
-            write_json(folder / MANIFEST, {**about, "files": files})
-        print(f"{corpus.folder}/{path.name}: {rows:,} rows, {path.stat().st_size / 1e6:.1f} MB", flush=True)
+        _fetch_split(folder / f"{split}.jsonl", source, manifest, split, first.get(split))
 
 
-def _is_of(told: dict[str, Any], corpus: Corpus) -> bool:
-    """Does a manifest tell of this data set, at the commit asked for if one is?"""
-    pinned = corpus.revision if hub.COMMIT.fullmatch(corpus.revision or "") else told["commit"]
-    return (told["hub"], told["commit"], told.get("config")) == (corpus.hub, pinned, corpus.config)
+def _fetch_split(path: Path, source: Source, manifest: Manifest, split: str, documents: int | None) -> None:
+    """Write a split's rows as JSON lines; after an error no file is left. Raises ValueError without rows."""
+    work = path.with_name(f".{path.name}-{os.getpid()}")
+    count = 0
+    try:
+        with work.open("w", encoding="ascii") as f:
+            for row in _rows(source, split, manifest.commit, documents):
+                f.write(json.dumps(row) + "\n")
+                count += 1
+        if not count:
+            raise ValueError(f"{path.parent}: the hub gave no rows")
+        size = work.stat().st_size
+        manifest.files[path.name] = Entry(sha256=sha256_file(work), bytes=size, documents=documents, rows=count)
+        # Before the file: one that a manifest names and is not there is fetched again, one that none names is not ours.
+        write_json(path.parent / MANIFEST, manifest.model_dump())
+        work.replace(path)
+    finally:
+        work.unlink(missing_ok=True)
+    print(f"{path.parent.name}/{path.name}: {count:,} rows, {size / 1e6:.1f} MB", flush=True)
 
 
-def _there(root: Path, path: Path, files: dict[str, Any], documents: int | None) -> bool:
-    """Need this file not be fetched? Raises ValueError where it is somebody else's and no checksum vouches for it."""
-    said = files.get(path.name)
-    if said is not None:
-        there = said["documents"] == documents and not _damage(path, said)
+def _is_of(manifest: Manifest, corpus: Corpus) -> bool:
+    """Is it the manifest of this data set, at the commit asked for if one is?"""
+    pinned = corpus.revision if hub.COMMIT.fullmatch(corpus.revision or "") else manifest.commit
+    return (manifest.hub, manifest.commit, manifest.config) == (corpus.hub, pinned, corpus.config)
+
+
+def _there(root: Path, path: Path, files: dict[str, Entry], documents: int | None) -> bool:
+    """Is this file there already? Raises ValueError if it is somebody else's and no checksum vouches for it."""
+    entry = files.get(path.name)
+    if entry is not None:
+        there = entry.documents == documents and not _damage(path, entry.sha256, entry.bytes)
     else:
         there = path.exists()
-        if there and ((known := _expected(root).get(path)) is None or _damage(path, known)):
+        if there and _damage(path, *_expected(root).get(path, ("", None))):
             raise ValueError(f"{path}: neither {MANIFEST} nor {SUMS} vouches for it, and nothing is overwritten")
     if there:
         print(f"{path.parent.name}/{path.name}: there")
@@ -104,8 +137,7 @@ def _there(root: Path, path: Path, files: dict[str, Any], documents: int | None)
 def _rows(source: Source, split: str, commit: str, first: int | None) -> Iterator[dict[str, Any]]:
     """Rows as they are written; with `first`, no more of the hub's file is read than they take."""
     corpus = source.corpus
-    place = f"{corpus.hub}@{commit}"
-    rows = hub_rows(place, corpus, split, streaming=first is not None)
+    rows = hub_rows(f"{corpus.hub}@{commit}", corpus, split, streaming=first is not None)
     if not source.whole_rows:
         check_column(corpus, rows.column_names)
     try:
@@ -115,86 +147,57 @@ def _rows(source: Source, split: str, commit: str, first: int | None) -> Iterato
         raise hub.explain(e, corpus.hub, "data set", commit) from e
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file to write, which becomes `path` on a clean exit; after an error nothing is left of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    work = Path(name)
-    try:
-        yield work
-        work.chmod(0o644)
-        work.replace(path)
-    finally:
-        work.unlink(missing_ok=True)
-
-
-def _write(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write JSON lines; returns how many. Raises ValueError if there are none."""
-    count = 0
-    with path.open("w", encoding="ascii") as f:
-        for row in rows:
-            f.write(json.dumps(row) + "\n")
-            count += 1
-    if not count:
-        raise ValueError(f"{path.parent}: the hub gave no rows")
-    return count
-
-
 def verify(root: Path, names: list[str]) -> int:
-    """Check every file of these data sets (all, without names) that a manifest or SHA256SUMS tells of; 0 or 1.
+    """Check every file of these data sets (without names, all) that a manifest or SHA256SUMS lists; 0 or 1.
 
-    Prints a line for each file that is missing, truncated or changed. Raises _UsageError with nothing to check.
+    Prints a line for each file that is missing, truncated or changed. Raises _UsageError if there is nothing to check.
     """
     folders = {SOURCES[n].corpus.folder for n in names}
-    listed = {p: said for p, said in _expected(root).items() if not folders or p.relative_to(root).parts[0] in folders}
+    listed = {p: sums for p, sums in _expected(root).items() if not folders or p.relative_to(root).parts[0] in folders}
     if not listed and not names:
         raise _UsageError(f"{root} has no {SUMS} and no folder with a {MANIFEST}")
-    bad = [f"{p}: {why}" for p, said in sorted(listed.items()) if (why := _damage(p, said))]
-    told = {p.relative_to(root).parts[0] for p in listed}
-    bad += [f"{root / folder}: missing, or nothing tells what it should hold" for folder in sorted(folders - told)]
+    bad = [f"{p}: {why}" for p, sums in sorted(listed.items()) if (why := _damage(p, *sums))]
+    missing = folders - {p.relative_to(root).parts[0] for p in listed}
+    bad += [f"{root / folder}: missing, or nothing tells what it should hold" for folder in sorted(missing)]
     for line in bad:
         print(line)
-    print(f"{root}: {len(listed)} files checked, {len(bad)} of them bad" if bad else
-          f"{root}: {len(listed)} files checked, all as they should be")  # fmt: skip
+    print(f"{root}: {len(listed)} files checked, {f'{len(bad)} of them bad' if bad else 'all as they should be'}")
     return Exit.FAILED if bad else Exit.OK
 
 
-def _expected(root: Path) -> dict[Path, dict[str, Any]]:
-    """File -> what it should be: sha256, and bytes where a manifest says them."""
-    out: dict[Path, dict[str, Any]] = {}
+def _expected(root: Path) -> dict[Path, tuple[str, int | None]]:
+    """File -> (sha256, bytes; None if only SHA256SUMS lists it)."""
+    out: dict[Path, tuple[str, int | None]] = {}
     if (root / SUMS).is_file():
         for number, line in enumerate((root / SUMS).read_text().splitlines(), 1):
             match = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
             if not match or ".." in Path(match[2]).parts or Path(match[2]).is_absolute():
                 raise ValueError(f"{root / SUMS}, line {number}: no checksum and path below {root}")
-            out[root / match[2]] = {"sha256": match[1]}
-    for manifest in sorted(root.glob(f"*/{MANIFEST}")):
-        out |= {manifest.parent / name: said for name, said in _manifest(manifest.parent)["files"].items()}
+            out[root / match[2]] = match[1], None
+    for folder in sorted(root.glob("*/")):
+        if manifest := _manifest(folder):
+            out |= {folder / name: (entry.sha256, entry.bytes) for name, entry in manifest.files.items()}
     return out
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    """A folder's manifest, {} where it has none. Raises ValueError where it is damaged."""
+def _manifest(folder: Path) -> Manifest | None:
+    """A folder's manifest, if it has one. Raises ValueError if it is damaged."""
     path = folder / MANIFEST
     if not path.is_file():
-        return {}
+        return None
     try:
-        said: dict[str, Any] = json.loads(path.read_text())
-        whole = all({"bytes", "sha256", "documents"} <= f.keys() and "/" not in n for n, f in said["files"].items())
-        if not whole or not {"hub", "commit"} <= said.keys():
-            raise KeyError("hub, commit, or bytes, sha256 and documents of a file")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path} is damaged ({e}): remove {folder} to fetch it again") from e
-    return said
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as e:
+        error = e.errors()[0]
+        where = ".".join(map(str, error["loc"]))
+        raise ValueError(f"{path} is damaged ({where} {error['msg']}): remove {folder} to fetch it again") from e
 
 
-def _damage(file: Path, said: dict[str, Any]) -> str:
-    """What is wrong with a file, "" if nothing."""
+def _damage(file: Path, sha256: str, size: int | None) -> str:
+    """What is wrong with a file, "" if nothing. size: its bytes, if known."""
     if not file.is_file():
         return "missing"
-    size, should = file.stat().st_size, said.get("bytes")
-    if should is not None and size < should:
-        return f"truncated, {size} of {should} bytes"
-    return "" if sha256_file(file) == said["sha256"] else "changed: another sha256"
+    found = file.stat().st_size
+    if size is not None and found < size:
+        return f"truncated, {found} of {size} bytes"
+    return "" if sha256_file(file) == sha256 else "changed: another sha256"

@@ -1,4 +1,4 @@
-"""Texts that arrive with Python packages, so that a study runs where nothing can be downloaded.
+"""Texts that come with Python packages, so that a study runs where nothing can be downloaded.
 
 wikipedia: encyclopedia articles of gensim's test data. newswire: the Lee background corpus, also there.
 pydoc: the language reference that `help()` shows, of the standard library.
@@ -19,7 +19,7 @@ VERSION = 1  # of the extraction and of the split rule: raise it whenever a spli
 _WIKIPEDIA = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _NEWSWIRE = "lee_background.cor"
 
-# One part in PARTS is validation, one is test: the smaller the text, the larger the part, for some 15,000 tokens each.
+# One part in so many is validation, one is test: about 15,000 tokens each.
 PARTS = {"wikipedia": 10, "newswire": 4, "pydoc": 5}
 
 
@@ -85,7 +85,7 @@ def _gensim_data(name: str) -> Path:
 
 
 def _newswire() -> Iterator[str]:
-    """Reports; one that repeats an earlier one, or two of its sentences, is left out: the wire sends updates."""
+    """Reports, without those that repeat two sentences of an earlier one: the wire sends updates."""
     seen: set[str] = set()
     for line in _gensim_data(_NEWSWIRE).read_text(encoding="utf-8").split("\n"):
         sentences = {s for s in re.split(r"(?<=[.!?])\s+", line.strip()) if len(s) > 60}
@@ -103,8 +103,7 @@ def _topics() -> dict[str, str]:
 
 
 def _pydoc() -> Iterator[str]:
-    """Sections of the topics. Topics overlap ("if" is a part of "compound"): a paragraph counts once, in the longest
-    topic that has it, else test paragraphs would be learned from."""
+    """Sections of the topics. Topics overlap: a paragraph counts once, in the longest topic, so that splits do not."""
     seen: set[str] = set()
     for _, text in sorted(_topics().items(), key=lambda item: (-len(item[1]), item[0])):
         fresh = []

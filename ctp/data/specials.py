@@ -1,17 +1,19 @@
 """Special tokens: which ones a tokenizer has, and which it puts around a text.
 
-Where the beginning of text (BOS) goes: windows of a text have it as `Windows.bos` says, requests of tasks and questions
-as the tokenizer puts it. Behind a hard prompt, which is text itself, it stands once, at the very front:
-[BOS] + prompt + text. What a tokenizer puts behind a text (EOS) never stands between prompt and text.
+Windows begin with BOS as `Windows.bos` says, requests of tasks and questions as the tokenizer puts it. Behind a hard
+prompt it stands once, at the very front: [BOS] + prompt + text. EOS never stands between prompt and text.
 """
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ctp.common.files import cache_dir, write_json
 from ctp.models import sources
 from ctp.models.load import load_tokenizer
+
+if TYPE_CHECKING:  # transformers takes seconds
+    from transformers import PreTrainedTokenizerBase
 
 _PROBE = "a"
 
@@ -26,7 +28,7 @@ class Specials:
     after: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, tokenizer: Any) -> "Specials":
+    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "Specials":
         whole, text = list(tokenizer(_PROBE)["input_ids"]), plain_ids(tokenizer, _PROBE)
         starts = [i for i in range(len(whole) - len(text) + 1) if whole[i : i + len(text)] == text]
         start = starts[0] if starts else 0
@@ -34,20 +36,20 @@ class Specials:
         return cls(bos, eos, tuple(whole[:start]), tuple(whole[start + len(text) :]) if starts else ())
 
 
-def plain_ids(tokenizer: Any, text: str) -> list[int]:
+def plain_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """The tokens of a text alone."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def opening_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text that goes on: with what the tokenizer puts before it, and nothing behind it."""
+def opening_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """The tokens of a text that goes on: with what the tokenizer puts before it, not behind it."""
     return [*Specials.of(tokenizer).before, *plain_ids(tokenizer, text)]
 
 
 def of_model(location: str, revision: str) -> Specials | None:
-    """Of the tokenizer that `ctp.models.sources.locate` found, remembered per machine; None where it cannot be had now.
+    """Of a located model's tokenizer, remembered on this machine; None if it is not pinned yet.
 
-    Raises ValueError where the tokenizer cannot be loaded.
+    Raises ValueError if the tokenizer cannot be loaded.
     """
     if revision == sources.UNPINNED:
         return None

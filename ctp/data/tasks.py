@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness, and tasks of one's own in its YAML: pinned to one definition, data and harness.
+"""Tasks of lm-evaluation-harness and in its YAML format, pinned to one definition, data and harness version.
 
-`locate` pins a task while a grid is validated; `read` gives a worker what was pinned, or says that it has changed. The
-harness itself is not imported here: it takes seconds, and planning needs only its files.
+`locate` pins a task when a grid is planned; `check_pinned` gives a worker what was pinned, or raises Changed. The
+harness is not imported here, as that takes seconds.
 """
 
 import glob
@@ -12,15 +12,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ctp.common import hub
 from ctp.common.files import cache_dir, changed, digest
-from ctp.data.harness import harness_file, harness_version, merged, own_file
+from ctp.data.documents import hub_commit
+from ctp.data.taskfiles import harness_file, harness_version, merged, user_file
 from ctp.data.texts import local_root
 
-BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # what `dataset_path` may be called for files of one's own
+BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # values of `dataset_path` for local files
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 _HARNESS = "harness:"
-# What the paper's tasks are made of, at the commit that main was at; other data sets are pinned to theirs when planned.
+# Of the paper's tasks. Other data sets are pinned to their present commit when a grid is planned.
 COMMITS = {
     "allenai/openbookqa": "388097ea7776314e93a529163e0fea805b8a6454",
     "Rowan/hellaswag": "218ec52e09a7e7462a5400043bb9a69a41d06b76",
@@ -31,8 +31,8 @@ COMMITS = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a task lies. task: `harness:NAME`, or the path of a YAML file. data: a folder with a {split}.jsonl for each
-    split, read instead of the data set that the definition names. commit: of its data set on the hub.
+    """Where a task is. task: `harness:NAME`, or the path of a YAML file. data: a folder with {split}.jsonl files, read
+    instead of the data set that the definition names. commit: of its data set on the hub.
     """
 
     task: str
@@ -46,11 +46,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Task:
-    """A task as it is defined there: its name, the merged YAML, where that lies, and every file that it is made of.
+    """A task's definition: its name, YAML file, merged settings, and every file that it is made of.
 
-    changes: what the harness is to read instead of what the YAML says, so that it finds the pinned data. lacking:
-    the split that worked examples come from, where the local data does not have it. data: the local data files, by a
-    name for each. hub: the data set's id where it is read from there.
+    changes: settings to replace, so that the harness finds the pinned data. lacking: the split of the worked examples,
+    if the local data does not have it. data: the local data files, by name. hub: the data set's id, if it is there.
     """
 
     name: str
@@ -63,7 +62,7 @@ class Task:
     hub: str = ""
 
     def check_shots(self, shots: int) -> None:
-        """Raise ValueError where the task cannot be put with `shots` worked examples."""
+        """Raise ValueError if the task cannot have `shots` worked examples."""
         if shots and self.config.get("num_fewshot") == 0:
             raise ValueError(f"shots = {shots}: the task {self.name} is defined without examples (num_fewshot: 0)")
         if shots and self.lacking:
@@ -75,15 +74,14 @@ def locate(
 ) -> tuple[str, str, str]:
     """(short name, revision, location) of a task: a YAML file, relative to `base` or the working directory, or a name.
 
-    A task of the harness reads `data_dir`/NAME/{split}.jsonl where that folder exists (default: $CTP_DATA_DIR), else
-    its data set on the hub, at the commit that is there now. The revision is a hash of the definition's files, of the
-    data (local files, or the hub's commit) and of the harness's version.
+    A task of the harness reads `data_dir`/NAME/{split}.jsonl (default: $CTP_DATA_DIR) if that folder exists, else its
+    data set's present commit on the hub. The revision is a hash of the definition's files, the data and the version.
 
     Raises ValueError, in one sentence: no such task, a group of tasks, data that cannot be pinned, no harness.
     """
     harness_version()
     if name.endswith((".yaml", ".yml")):
-        source = Source(str(own_file(name, base)))
+        source = Source(str(user_file(name, base)))
     else:
         root = local_root(data_dir)
         folder = root / name if root is not None else None
@@ -91,20 +89,20 @@ def locate(
     task = _define(source)
     if task.hub:
         kwargs = task.config.get("dataset_kwargs") or {}
-        source = replace(source, commit=_hub_commit(task.name, task.hub, kwargs.get("revision")))
+        revision = kwargs.get("revision") or COMMITS.get(task.hub, "")
+        commit = hub_commit(f"the task {task.name}", task.hub, revision, f"a folder {task.name}")
+        source = replace(source, commit=commit)
     task.check_shots(shots)
     return task.name, _revision(source, task), json.dumps({n: v for n, v in asdict(source).items() if v})
 
 
-def read(location: str, revision: str) -> Task:
-    """The task that `locate` pinned. Raises ValueError where it has changed since then, or lies no longer there."""
+def check_pinned(location: str, revision: str) -> Task:
+    """The task that `locate` pinned. Raises Changed if it has changed since then, ValueError if it cannot be read."""
     source = Source(**json.loads(location))
     task = _define(source)
     if _revision(source, task, anew=True) != revision:
-        raise changed(
-            f"the task {task.name} ({source.title})",
-            f"its definition, its data or the harness, which is {harness_version()} here",
-        )
+        why = f"its definition, its data or the harness, which is {harness_version()} here"
+        raise changed(f"the task {task.name} ({source.title})", why)
     kwargs = task.changes.get("dataset_kwargs") or {}
     if "cache_dir" in kwargs:  # `datasets` tells files apart by path and time: a copy for each revision
         kwargs = {**kwargs, "cache_dir": f"{kwargs['cache_dir']}/{revision.removeprefix('sha256:')[:16]}"}
@@ -113,7 +111,7 @@ def read(location: str, revision: str) -> Task:
 
 
 def pinned_files(location: str) -> list[Path]:
-    """The files that the definition of a task is made of, and its local data. Raises ValueError as `locate` does."""
+    """The files of a task's definition, and its local data. Raises ValueError as `locate` does."""
     task = _define(Source(**json.loads(location)))
     return [*task.files, *(path for _, path in task.data)]
 
@@ -126,7 +124,7 @@ def _revision(source: Source, task: Task, anew: bool = False) -> str:
 
 
 def _define(source: Source) -> Task:
-    """What the files say. Raises ValueError for what is no single task, or whose data cannot be pinned."""
+    """The task of the files. Raises ValueError if it is no single task, or its data cannot be pinned."""
     path = harness_file(source.title) if source.task.startswith(_HARNESS) else Path(source.task)
     config, files = merged(path, ())
     for key, why in (
@@ -146,14 +144,9 @@ def _define(source: Source) -> Task:
     return _own_data(task, source.commit)
 
 
-def _splits(config: dict[str, Any]) -> dict[str, str]:
-    """Field -> split, those that the task names."""
-    return {field: config[field] for field in SPLITS if config.get(field)}
-
-
 def _from_folder(task: Task, folder: Path) -> Task:
-    """The task on {split}.jsonl of a folder. What is evaluated must be there; splits for examples may be missing."""
-    named = _splits(task.config)
+    """The task on a folder's {split}.jsonl. What is evaluated must be there; splits for examples may be missing."""
+    named = {field: task.config[field] for field in SPLITS if task.config.get(field)}  # field -> split
     evaluated = named.get("test_split") or named.get("validation_split")
     given = (task.config.get("fewshot_config") or {}).get("split") or named.get("fewshot_split")
     there = {split: folder / f"{split}.jsonl" for split in (*named.values(), *([given] if given else []))}
@@ -170,7 +163,7 @@ def _from_folder(task: Task, folder: Path) -> Task:
 
 
 def _own_data(task: Task, commit: str) -> Task:
-    """The task on what its YAML names: local files, a local folder, or a data set of the hub at a commit."""
+    """The task on the data that its YAML names: local files, a local folder, or a data set of the hub at a commit."""
     path, kwargs = task.config.get("dataset_path"), dict(task.config.get("dataset_kwargs") or {})
     if not isinstance(path, str):
         raise ValueError(f"the task {task.name}: dataset_path = {path!r} must name a data set, a folder or a builder")
@@ -185,9 +178,8 @@ def _own_data(task: Task, commit: str) -> Task:
         files = {n: [_data_file(task, f) for f in (v if isinstance(v, list) else [v])] for n, v in parts.items()}
         data = [(f"{split} {i}", file) for split, listed in files.items() for i, file in enumerate(listed)]
         local = {split: [_pattern(f) for f in listed] for split, listed in files.items()}
-        return replace(
-            task, changes=_files(path, local, kwargs, name=task.config.get("dataset_name")), data=tuple(data)
-        )
+        changes = _files(path, local, kwargs, name=task.config.get("dataset_name"))
+        return replace(task, changes=changes, data=tuple(data))
     if path.startswith((".", "/")) or folder.is_dir():
         found = sorted(f for f in folder.rglob("*") if f.is_file() and not f.name.startswith("."))
         if not found:
@@ -205,7 +197,7 @@ def _data_file(task: Task, name: Any) -> Path:
 
 
 def _pattern(path: Path) -> str:
-    """What `datasets` reads as this very file: * ? [ are its wildcards. Raises ValueError for "::", a chain to it."""
+    """The file as a pattern for `datasets`, with * ? [ escaped. Raises ValueError for "::", which chains there."""
     if "::" in str(path):
         raise ValueError(f"a task's data cannot be in a folder with '::' in its name: {path}")
     return glob.escape(str(path))
@@ -217,16 +209,4 @@ def _files(builder: str, files: Any, kwargs: dict[str, Any] | None = None, name:
 
 
 def _arrow() -> str:
-    """Where `datasets` keeps its copies of local files."""
-    return str(cache_dir() / "datasets")
-
-
-def _hub_commit(name: str, data: str, revision: str | None) -> str:
-    try:
-        return hub.commit(data, revision or COMMITS.get(data, ""), "data set")
-    except hub.Unreachable as e:
-        raise hub.Unreachable(
-            f"the task {name}: the hub ({data}) cannot be reached; give --data DIR or CTP_DATA_DIR with a folder {name}"
-        ) from e
-    except ValueError as e:
-        raise ValueError(f"the task {name}: {e}") from e
+    return str(cache_dir() / "datasets")  # its copies of local files

@@ -1,4 +1,4 @@
-"""Texts in files: .jsonl with one document a line, and .txt. What is wrong with one is told with its place.
+"""Texts in files: .jsonl with one document a line, and .txt. Errors name the line.
 
 Both are UTF-8, read as Python's text mode reads them with the encoding `utf-8-sig`: a byte order mark at the beginning
 is no text, and every line ends in "\\n", whether the file has LF, CRLF or CR.
@@ -6,42 +6,49 @@ is no text, and every line ends in "\\n", whether the file has LF, CRLF or CR.
 
 import hashlib
 import json
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ctp.common.files import Stamp, cache_dir, changed, settled, sha256_file, stamps, write_json
-from ctp.data import packaged
+from ctp.common.files import Stamp, cache_dir, settled, sha256_file, stamps, write_json
 
 BOM = "\ufeff"
+_hashes: dict[tuple[Stamp, ...], str] = {}  # a grid names one file in many cells
 
 
-def text_sha256(path: Path) -> str:
-    """Hex digest of what is read from a file: of a .txt its text, so that line ends and a byte order mark do not count;
-    of a .jsonl its bytes. It is the digest of the bytes where neither is there.
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes; of a .txt without its byte order mark and with line ends of LF.
+
+    Remembered in this process while the file stays as it is.
     """
-    if path.suffix == ".txt" and _marked(path):
-        return hashlib.sha256(decoded(path, path.read_bytes()).encode()).hexdigest()
-    return sha256_file(path)
+    seen, now = stamps([path]), time.time_ns()
+    if seen in _hashes:
+        return _hashes[seen]
+    data = path.read_bytes() if path.suffix == ".txt" else b""
+    marked = data.startswith(BOM.encode()) or b"\r" in data
+    found = hashlib.sha256(decoded(path, data).encode()).hexdigest() if marked else sha256_file(path)
+    if settled(seen, now):
+        _hashes[seen] = found
+    return found
 
 
-def check_text(path: Path, column: str, sha256: str) -> None:
+def check_text(path: Path, column: str) -> None:
     """Raise ValueError, naming the line, unless a file is text and each of its lines a row (.jsonl) with text.
 
-    sha256: of the file, by which this machine remembers that it was looked at.
+    Remembered on this machine by the file's digest.
     """
-    named = hashlib.sha256(f"{path.suffix} {column} {sha256}".encode()).hexdigest()
+    digest = sha256(path)
+    named = hashlib.sha256(f"{path.suffix} {column} {digest}".encode()).hexdigest()
     memo = cache_dir() / "texts" / f"{named}.json"
     if memo.exists():
         return
     if path.suffix == ".jsonl":
-        documents = sum(1 for _ in _rows(path, column))
+        documents = sum(1 for _ in rows(path, column))
     else:
         documents = int(bool(decoded(path, path.read_bytes()).strip()))
     if not documents:
         raise ValueError(f"{path} is empty: there is no text in it")
-    write_json(memo, {"sha256": sha256})
+    write_json(memo, {"sha256": digest})
 
 
 def decoded(path: Path, data: bytes) -> str:
@@ -52,16 +59,12 @@ def decoded(path: Path, data: bytes) -> str:
         raise ValueError(f"{path}: byte {e.start:,} is {data[e.start]:#04x}: not UTF-8 text") from e
     text = text.removeprefix(BOM).replace("\r\n", "\n").replace("\r", "\n")
     if (at := text.find("\0")) >= 0:
-        raise ValueError(_binary(path, text.count("\n", 0, at) + 1))
+        raise _binary(f"{path}, line {text.count(chr(10), 0, at) + 1}")
     return text
 
 
-def rows(path: Path, column: str) -> list[str]:
-    """The documents of a .jsonl, which are in the field `column`. Raises ValueError naming the line that has none."""
-    return list(_rows(path, column))
-
-
-def _rows(path: Path, column: str) -> Iterator[str]:
+def rows(path: Path, column: str) -> Iterator[str]:
+    """The documents of a .jsonl, in the field `column`. Raises ValueError, naming the line that has none."""
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:  # bad bytes come as lone surrogates
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -72,7 +75,7 @@ def _row(place: str, line: str, column: str) -> str:
     if not encodable(line):
         raise ValueError(f"{place}: not UTF-8 text")
     if "\0" in line:
-        raise ValueError(_binary(*place.rsplit(", line ", 1)))
+        raise _binary(place)
     try:
         text = json.loads(line)[column]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -86,9 +89,7 @@ def _row(place: str, line: str, column: str) -> str:
 
 
 def encodable(text: str) -> bool:
-    """Is it without lone surrogates, which are no characters?"""
-    if text.isascii():
-        return True
+    """Has it no lone surrogates, which are half characters?"""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -96,79 +97,5 @@ def encodable(text: str) -> bool:
     return True
 
 
-def _binary(path: Path | str, line: int | str) -> str:
-    return f"{path}, line {line}: a NUL character: not UTF-8 text, but UTF-16 or no text at all"
-
-
-def _marked(path: Path) -> bool:
-    """Has a file a byte order mark, or line ends with CR?"""
-    with path.open("rb") as file:
-        start = file.read(3)
-        return (
-            start == BOM.encode()
-            or b"\r" in start
-            or any(b"\r" in part for part in iter(lambda: file.read(2**20), b""))
-        )
-
-
-PARTS_OF_FILE = 10
-_PINNED = re.compile(r"(.*)@(sha256:[0-9a-f]{64})", re.DOTALL)
-_hashes: dict[tuple[Stamp, ...], str] = {}  # a grid names one file in many cells
-
-
-def pinned(place: str) -> tuple[str, str]:
-    """(location, revision) of `file:PATH`, `divide:PATH` (one file for all splits) or `package:NAME`, as it is now.
-
-    Raises ValueError where the package is not installed, OSError where there is no such file.
-    """
-    revision = _revision(place)
-    return f"{place}@{revision}", revision
-
-
-def place(location: str) -> str:
-    """A location without its revision."""
-    found = _PINNED.fullmatch(location)
-    return found[1] if found else location
-
-
-def _revision(place: str) -> str:
-    """What pins the text of a file or package as it is now."""
-    scheme, _, path = place.partition(":")
-    if scheme == "package":
-        return packaged.fingerprint(path)
-    digest = sha256(Path(path))
-    if scheme == "divide":
-        digest = hashlib.sha256(f"{digest} {packaged.VERSION} {PARTS_OF_FILE}".encode()).hexdigest()
-    return f"sha256:{digest}"
-
-
-def sha256(path: Path) -> str:
-    """`textfiles.text_sha256`, remembered in this process while the file stays as it is."""
-    seen, now = stamps([path]), time.time_ns()
-    if seen in _hashes:
-        return _hashes[seen]
-    found = text_sha256(path)
-    if settled(seen, now):
-        _hashes[seen] = found
-    return found
-
-
-def pinned_files(location: str) -> list[Path]:
-    """The file that a location names; none where it is on the hub or in a package."""
-    scheme, _, path = place(location).partition(":")
-    return [Path(path)] if scheme in ("file", "divide") else []
-
-
-def check_pinned(location: str) -> None:
-    """Raises Changed, in one sentence, where the text at a location that `locate` gave is no more what was pinned."""
-    if (found := _PINNED.fullmatch(location)) is None:
-        return  # the hub's commits are exact
-    what = f"the text {found[1].partition(':')[2]}"
-    try:
-        now = _revision(found[1])
-    except FileNotFoundError:
-        return  # its reader says so
-    except OSError as e:
-        raise changed(what, e.strerror or str(e)) from e
-    if now != found[2]:
-        raise changed(what, f"it was {found[2][:19]}, it is {now[:19]}")
+def _binary(place: str) -> ValueError:
+    return ValueError(f"{place}: a NUL character: not UTF-8 text, but UTF-16 or no text at all")

@@ -15,11 +15,10 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Corpus:
-    """One text and where it comes from: the hub, a package (`packaged`), or `path` on this machine's disks.
+    """A text and where it comes from: the hub, a package (`packaged`), or `path` on this machine.
 
-    join: what stands between two documents. folder: its place below a local data folder. hub, config, data_files,
-    revision: arguments of `datasets.load_dataset`; data_files maps a split to its files. column: the field that holds
-    the text.
+    join: what stands between two documents. folder: below a local data folder. hub, config, data_files (by split),
+    revision: arguments of `datasets.load_dataset`. column: the field that holds the text.
     """
 
     name: str
@@ -77,11 +76,11 @@ _FROM_HUB = {"hub", "config", "data_files", "field", "join", "revision"}
 
 
 def parse_corpus(name: str, mapping: Mapping[str, Any]) -> Corpus:
-    """A text that a grid file defines: `{path: FOLDER_OR_FILE}` or `{hub: ID}`, and options, -> Corpus.
+    """A text that a grid file defines: `{path: FOLDER_OR_FILE}` or `{hub: ID}`, and options.
 
     path: a folder with `{split}.jsonl` (documents in the field `field`) or `{split}.txt` (one document), or one such
-    file, which is then divided: one document (of a .txt: one section) in ten is validation, one is test. hub: with
-    `config`, `data_files` ({split: files}), `revision`. `field` defaults to "text", `join` to a blank line.
+    file, of which one document (or section of a .txt) in ten is validation, one is test. hub: with `config`,
+    `data_files` ({split: files}), `revision`. `field` defaults to "text", `join` to a blank line.
 
     Raises ValueError: a built-in's name, unknown keys, neither or both of path and hub, a value that is no string.
     """
@@ -113,9 +112,8 @@ def _check_data_files(name: str, value: Any) -> None:
     for split, files in value.items():
         listed = files if isinstance(files, list) and files else [files]
         if not all(isinstance(f, str) and f for f in listed):
-            raise ValueError(
-                f"data set {name!r}: data_files.{split} = {shown(files)} must be a file or a list of files"
-            )
+            where = f"data set {name!r}: data_files.{split}"
+            raise ValueError(f"{where} = {shown(files)} must be a file or a list of files")
 
 
 def find(name: str, custom: Mapping[str, Corpus] | None = None, data_dir: str | Path | None = None) -> Corpus:

@@ -1,12 +1,14 @@
 """Token windows cut from documents, specified to the token."""
 
 import hashlib
+import itertools
 import json
 import logging
+import math
 import random
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ctp.cells.inputs import Windows
 from ctp.data.texts import find
@@ -15,22 +17,20 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 log = logging.getLogger(__name__)
 
-# Tokens read beyond the windows asked for when documents are left over: what follows them cannot change them, because
-# tokenizers decide word by word.
-_MARGIN = 1024
+_MARGIN = 1024  # tokens read beyond the windows: what follows cannot change them, as tokenizers decide word by word
 
 
-def cut_windows(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> "torch.LongTensor":
+def cut_windows(spec: Windows, documents: Sequence[str], tokenizer: Tokenizer) -> "torch.LongTensor":
     """The token ids of `spec`: int64 (n, seq_len), with special tokens as `Windows.bos` says.
 
-    Sequential windows are those of all documents joined and tokenised in one go. With `count`, only as many documents
-    are tokenised as it takes. Crops: a document is drawn, with replacement, from those longer than seq_len, then one
-    of its windows, all alike likely; global random state is neither used nor changed.
+    Sequential windows are those of all documents joined and tokenised at once (with `count`, of as many as it takes).
+    Crops: a document is drawn, with replacement, from those longer than seq_len, then one of its windows, uniformly.
 
-    Raises ValueError when there are fewer windows than `count`, none at all, no document longer than a crop, or no BOS
-    to put in front of each.
+    Raises ValueError if there are fewer windows than `count`, or none, no document longer than a crop, or no BOS to put
+    in front of each.
     """
     import torch
 
@@ -51,41 +51,30 @@ def _title(spec: Windows) -> str:
     return f"{spec.dataset}/{spec.split}"
 
 
-def _tokens(spec: Windows, tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+def _tokens(spec: Windows, tokenizer: Tokenizer, text: str) -> list[int]:
     # verbose=False: a text longer than the model's context is no mistake here
     special = spec.bos == "first"
     return list(tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"])
 
 
-def _sequential(
-    spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase", size: int
-) -> list[list[int]]:
+def _sequential(spec: Windows, documents: Sequence[str], tokenizer: Tokenizer, size: int) -> list[list[int]]:
     """Pieces of `size` tokens, one after the other."""
     join = spec.join if spec.join is not None else find(spec.dataset).join
-    wanted = None if spec.count is None else spec.count * size + _MARGIN
-    used = len(documents) if wanted is None else _enough(documents, 5 * wanted)
-    while True:
-        ids = _tokens(spec, tokenizer, join.join(documents[:used]))
-        if wanted is None or used >= len(documents) or len(ids) >= wanted:
-            break
+    wanted = math.inf if spec.count is None else spec.count * size + _MARGIN
+    lengths = itertools.accumulate(map(len, documents))
+    used = next((n for n, length in enumerate(lengths, 1) if length >= 5 * wanted), len(documents))
+    ids = _tokens(spec, tokenizer, join.join(documents[:used]))
+    while used < len(documents) and len(ids) < wanted:
         used *= 2
+        ids = _tokens(spec, tokenizer, join.join(documents[:used]))
     n = len(ids) // size
     if n < (spec.count or 1):
-        asked = "" if spec.count is None else f"; {spec.count} are asked for"
-        raise ValueError(f"{_title(spec)} has {len(ids)} tokens, {n} windows of {spec.seq_len}{asked}")
-    n = n if spec.count is None else spec.count
-    return [ids[i * size : (i + 1) * size] for i in range(n)]
+        needed = "" if spec.count is None else f"; {spec.count} are asked for"
+        raise ValueError(f"{_title(spec)} has {len(ids)} tokens, {n} windows of {spec.seq_len}{needed}")
+    return [ids[i * size : (i + 1) * size] for i in range(spec.count or n)]
 
 
-def _enough(documents: Sequence[str], characters: int) -> int:
-    for used, text in enumerate(documents, 1):
-        characters -= len(text)
-        if characters <= 0:
-            return used
-    return len(documents)
-
-
-def _crops(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase", size: int) -> list[list[int]]:
+def _crops(spec: Windows, documents: Sequence[str], tokenizer: Tokenizer, size: int) -> list[list[int]]:
     """Pieces of `size` tokens out of longer documents."""
     assert spec.count is not None
     draw = random.Random(spec.seed)
@@ -105,13 +94,10 @@ def _crops(spec: Windows, documents: Sequence[str], tokenizer: "PreTrainedTokeni
     return crops
 
 
-def text_stats(
-    windows: "torch.Tensor", tokenizer: "PreTrainedTokenizerBase", sha256: str | None = None
-) -> dict[str, Any]:
+def text_stats(windows: "torch.Tensor", tokenizer: Tokenizer, sha256: str | None = None) -> dict[str, Any]:
     """What a perplexity depends on besides the model: tokenizer_sha256, tokens (count), unk (count).
 
-    sha256: the tokenizer's, where it is known. unk is 0 where the tokenizer has no unknown token of its own, as in
-    byte-level ones that lend it another's id.
+    sha256: the tokenizer's, if known. unk is 0 if the unknown token has the id of another special token.
     """
     unk = tokenizer.unk_token_id
     own = unk is not None and unk not in (tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -122,7 +108,7 @@ def text_stats(
     }
 
 
-def tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
+def tokenizer_sha256(tokenizer: Tokenizer) -> str:
     """Hex digest of how a tokenizer cuts text: its serialised backend, else its vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return _state_sha256(json.dumps({"vocab": tokenizer.get_vocab()}) if backend is None else backend.to_str())

@@ -1,34 +1,20 @@
 """Answers to questions, with or without a soft prompt in front: the paper's case studies (figures 1, 7 and 8)."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ctp.data.specials import opening_ids, plain_ids
-from ctp.prompts.attach import context_of, frozen
+from ctp.prompts.attach import check_context, frozen
 from ctp.prompts.attached import attach_prompt, reads_padded
 from ctp.prompts.prefix import stretched
 
 GRAM = 4  # tokens of what counts as a repetition
-
-
-def answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: list[str],
-    prompt: Tensor | None = None,
-    new_tokens: int = 64,
-    batch: int = 4,
-) -> list[str]:
-    """The model's continuation of each question behind `prompt` (k, d): greedy, `new_tokens` at most, up to an end of
-    text. Its text alone: no question, no special tokens.
-
-    Raises ValueError as `answer_tokens` does.
-    """
-    return [plain_text(tokenizer, ids) for ids in answer_tokens(model, tokenizer, questions, prompt, new_tokens, batch)]
 
 
 def answer_tokens(
@@ -41,13 +27,12 @@ def answer_tokens(
     progress: Callable[[int, int], None] | None = None,
     before: str = "",
 ) -> list[list[int]]:
-    """What `answers` gives, as token ids without the end of text.
+    """The model's answer to each question behind `prompt` (k, d), as token ids without the end of text.
 
-    `batch` questions at a time, padded on the left: rounding apart, the answers are those of one at a time. The
-    checkpoint's own settings for generating (sampling, penalties) do not count, but for its ends of text; model and
-    tokenizer are left as they were. before: text whose tokens the prompt's rows are, to which questions are attached
-    by a space: no second beginning of text stands between. Raises ValueError if there is no question, one is empty, or
-    one does not fit the context with k prompt rows and `new_tokens`.
+    Greedy, `new_tokens` at most, `batch` questions at a time, padded on the left: rounding apart, the answers are those
+    of one at a time. Of the checkpoint's settings for generating only the ends of text count. before: the text of a
+    hard prompt, to which questions are attached by a space, without a second BOS. Raises ValueError if there is no
+    question, one is empty, or one does not fit the context with k prompt rows and `new_tokens`.
     """
     read = [_read(tokenizer, question, before) for question in questions]
     _check_questions(model, questions, read, 0 if prompt is None else len(prompt), new_tokens, batch)
@@ -56,7 +41,8 @@ def answer_tokens(
     batch = batch if len({len(ids) for ids in read}) == 1 or padded else 1
     ends = _ends(model, tokenizer)
     out: list[list[int]] = []
-    with frozen(model), _plainly(model), _behind(model, prompt):
+    attached = nullcontext() if prompt is None else attach_prompt(model, prompt)
+    with frozen(model), _plainly(model), attached:
         for start in range(0, len(read), batch):
             ids, mask = _padded(read[start : start + batch], ends[0] if ends else 0)
             device = model.get_input_embeddings().weight.device
@@ -71,10 +57,7 @@ def answer_tokens(
 
 
 def repeated_4grams(rows: list[list[int]]) -> float | None:
-    """Of all runs of four tokens within the rows, the fraction that stood earlier in the same row already.
-
-    None where no row has four tokens.
-    """
+    """Of all runs of four tokens, the fraction that occurred earlier in its row. None if no row has four tokens."""
     grams = [[tuple(row[i : i + GRAM]) for i in range(len(row) - GRAM + 1)] for row in rows]
     total = sum(map(len, grams))
     return 1 - sum(len(set(g)) for g in grams) / total if total else None
@@ -97,31 +80,26 @@ def _check_questions(
     for name, value in {"number of questions": len(questions), "new_tokens": new_tokens, "batch": batch}.items():
         if value < 1:
             raise ValueError(f"{name} = {value}, allowed: 1 and more")
-    context = context_of(model)
     for question, ids in zip(questions, read, strict=True):
         if not ids:
             raise ValueError(f"the question {question!r} has no tokens: the model needs at least one to go on from")
-        length = k + len(ids) + new_tokens
-        if context is not None and length > context:
-            short = question if len(question) <= 60 else question[:60] + "…"
-            raise ValueError(
-                f"the question {short!r}: {k} prompt rows + {len(ids)} tokens + {new_tokens} new ones = {length} "
-                f"exceed the model's context of {context}"
-            )
+        short = question if len(question) <= 60 else question[:60] + "…"
+        sizes = f"the question {short!r}: {k} prompt rows + {len(ids)} tokens + {new_tokens} new ones"
+        check_context(model, k + len(ids) + new_tokens, sizes)
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an answer: the checkpoint's, which may be several, and the tokenizer's."""
-    own = model.generation_config.eos_token_id
-    ends = [] if own is None else [own] if isinstance(own, int) else list(own)
-    return list(dict.fromkeys([*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]))
+    given = model.generation_config.eos_token_id
+    ends = [*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id]
+    return list(dict.fromkeys(end for end in ends if end is not None))
 
 
 def _padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     """(ids, mask), each (b, longest): rows with padding on the left, mask 0 there."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
-    return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    left = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = left([torch.tensor(row) for row in rows], padding_value=pad)
+    return ids, left([torch.ones(len(row), dtype=torch.long) for row in rows])
 
 
 def _until(row: list[int], ends: list[int]) -> list[int]:
@@ -130,22 +108,10 @@ def _until(row: list[int], ends: list[int]) -> list[int]:
 
 @contextmanager
 def _plainly(model: PreTrainedModel) -> Iterator[None]:
-    """Without the checkpoint's settings for generating, which `generate` fills in wherever it is told none."""
-    own = model.generation_config
+    """Without the checkpoint's settings for generating, which `generate` takes as defaults."""
+    before = model.generation_config
     model.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
-
-
-@contextmanager
-def _behind(model: PreTrainedModel, prompt: Tensor | None) -> Iterator[None]:
-    if prompt is None:
-        yield
-        return
-    attached = attach_prompt(model, prompt)
-    try:
-        yield
-    finally:
-        attached.remove()
+        model.generation_config = before

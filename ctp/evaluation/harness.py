@@ -1,7 +1,8 @@
-"""The harness's model with a prompt in front of whatever it reads, and what the harness's own cannot tokenise."""
+"""The harness's model with a prompt in front of whatever it reads, and with tokenizers that the harness cannot use."""
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctp.common.messages import shown
-from ctp.data.harness import INSTALL
 from ctp.data.specials import Specials
+from ctp.data.taskfiles import INSTALL
 from ctp.prompts.attach import check_readable, context_of, token_logits
 from ctp.prompts.attached import attach_prompt
 from ctp.prompts.opening import Opening
@@ -26,18 +27,16 @@ except ImportError as e:
 class SoftPromptLM(HFLM):
     """The harness's Hugging Face model, with the k rows of `prompt` (k, d) in front of whatever it reads.
 
-    They stand where a text begins: behind the padding of a batch, before the beginning-of-text token of tokenizers that
-    write one. The context is k tokens shorter: what is too long loses its beginning, as in the harness; the prompt
-    never does. Without a prompt it is HFLM. rows: called with the number of sequences read so far; `cut` counts the
-    log-likelihood requests that lost their beginning. The tokenizer is copied: the harness sets its padding. text: that
-    of a hard prompt, whose tokens the rows are: requests then stand behind it as one text (see `Opening`).
+    They stand behind the padding of a batch, before the tokenizer's BOS. The context is k tokens shorter: longer texts
+    lose their beginning, as in the harness. Without a prompt it is HFLM. rows: called with the number of
+    sequences read so far. `cut` counts the log-likelihood requests that lost their beginning. text: that of a hard
+    prompt: requests then stand behind it as one text (see `Opening`).
 
-    What the harness cannot do is done here: an answer of which nothing is left, because its characters and the
-    context's last ones make one token, is encoded by itself; what a tokenizer puts behind a text is left out; a context
-    without tokens is the harness's prefix token; a tokenizer need not have an end of text.
+    Beyond the harness: an answer that makes one token with the end of its context is encoded by itself; what a
+    tokenizer puts behind a text is left out; an empty context is the prefix token; a tokenizer may lack an end of text.
 
-    Raises ValueError where the model cannot read rows, the prompt leaves no room for two tokens, the tokenizer has
-    neither a beginning nor an end of text, or an answer is empty.
+    Raises ValueError if the model cannot read rows, the prompt leaves no room for two tokens, the tokenizer has neither
+    BOS nor EOS, or an answer is empty.
     """
 
     def __init__(
@@ -57,10 +56,9 @@ class SoftPromptLM(HFLM):
             check_readable(model)
         if stretched(model.config, context_of(model) or 0):  # positions would depend on the longest text of a batch
             batch = 1
-        # Told by the model type, a decoder that is half of such a model would read the answer without its context.
-        super().__init__(
-            pretrained=model, backend="causal", tokenizer=padding(copy.deepcopy(tokenizer)), batch_size=batch
-        )
+        tokenizer = _with_padding(copy.deepcopy(tokenizer))  # the harness sets its padding
+        # "causal": the decoder half of an encoder-decoder model would else read the answer without its context.
+        super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch)
         self._opening = Opening.of_requests(model, tokenizer, text, self.prefix_token_id) if text else None
         if self.max_length < 2:
             raise ValueError(f"{self._k} prompt rows leave no room in a context of {super().max_length} tokens")
@@ -73,8 +71,6 @@ class SoftPromptLM(HFLM):
     def max_length(self) -> int:
         """Tokens that fit behind the prompt."""
         return int(super().max_length) - self._k
-
-    # ------------------------------------------------------------------ tokens
 
     @property
     def eot_token_id(self) -> int:
@@ -100,7 +96,7 @@ class SoftPromptLM(HFLM):
         return ids, mask
 
     def loglikelihood(self, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
-        """As the harness. Raises ValueError for an answer without text, which nothing can be said of."""
+        """As the harness. Raises ValueError for an answer without text."""
         if any(r.args == ("", "") for r in requests):
             raise ValueError("a context and its answer are both empty")
         return super().loglikelihood(requests, **options)
@@ -120,8 +116,6 @@ class SoftPromptLM(HFLM):
         alone = self.tok_encode(text, add_special_tokens=False)
         return whole[len(front) :] if whole[: len(front)] == front and len(whole) > len(front) else alone
 
-    # ------------------------------------------------------------------- model
-
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits (b, t, V) of the tokens `inps` (b, t), padded on the right."""
         if self._prompt is None:
@@ -136,13 +130,9 @@ class SoftPromptLM(HFLM):
         """Tokens (b, at most max_length) that begin with `context` (b, t), padded on the left."""
         made, mask = [], options.pop("attention_mask", None)
         for chosen, ids, rows in self._parts(context, mask):
-            prompted = None if rows is None else attach_prompt(self.model, rows)
-            own = {} if mask is None else {"attention_mask": mask[chosen]}
-            try:
-                made.append((chosen, super()._model_generate(ids, max_length, stop, **own, **options)))
-            finally:
-                if prompted is not None:
-                    prompted.remove()
+            masked = {} if mask is None else {"attention_mask": mask[chosen]}
+            with nullcontext() if rows is None else attach_prompt(self.model, rows):
+                made.append((chosen, super()._model_generate(ids, max_length, stop, **masked, **options)))
         longest = max(tokens.shape[1] for _, tokens in made)
         pad = self.tokenizer.pad_token_id
         tokens = _joined([(chosen, F.pad(t, (0, longest - t.shape[1]), value=pad)) for chosen, t in made])
@@ -150,7 +140,7 @@ class SoftPromptLM(HFLM):
         return tokens
 
     def _parts(self, ids: Tensor, mask: Tensor | None = None) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """(which of the rows of `ids`, those rows, the prompt in front of them), for all rows."""
+        """(which rows of `ids`, those rows, the prompt in front of them), for all rows."""
         every = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         if self._opening is None or self._prompt is None:
             return [(every, ids, self._prompt)]
@@ -177,7 +167,7 @@ class SoftPromptLM(HFLM):
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """What was made of parts of a batch, (which of its rows, their results) each, as one batch."""
+    """One batch from the results of its parts: (which of its rows, their results) each."""
     chosen, first = parts[0]
     if len(parts) == 1:
         return first
@@ -187,10 +177,10 @@ def _joined(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     return whole
 
 
-def padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer with a token to pad with: the harness would add one, which the model's embedding does not have.
+def _with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer with a token to pad with: the harness would add one that the embedding does not have.
 
-    Raises ValueError where it has neither a beginning nor an end of text, one of which the harness needs.
+    Raises ValueError if it has neither BOS nor EOS.
     """
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has neither a beginning-of-text nor an end-of-text token: a task needs one")

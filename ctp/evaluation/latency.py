@@ -1,10 +1,6 @@
-"""How long a model takes to read tokens behind a prompt (prefill) and to write each token after them (decode).
-
-The paper's appendix A.4 asks what k prompt rows cost: they make the input k positions longer, and nothing else.
-"""
+"""How long a model takes to read tokens behind a prompt (prefill) and to write each token after them (decode)."""
 
 import gc
-import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -18,18 +14,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ctp.machine.record import process_peak
-from ctp.prompts.attach import check_readable, context_of, frozen
-from ctp.prompts.prefix import with_prompt
+from ctp.prompts.attach import check_context, check_readable, check_shape, frozen
+from ctp.prompts.prefix import kept, with_prompt
 
 SEED = 0  # of the tokens that are read
 
 
 @dataclass(frozen=True)
 class LatencyResult:
-    """Single timings in seconds, one a round, in their order: of the whole prefill, and of decode per step.
+    """Seconds of each round, in order: of the whole prefill, and of decode per step (a token for each row).
 
-    A step writes one token for each of the batch's rows. prompt_tokens: k. cached_tokens: positions in the cache after
-    a round, k + seq_len + new_tokens; cache_bytes: what they take. memory_peak_bytes: see `memory_measured`.
+    prompt_tokens: k. cached_tokens: positions in the cache after a round, k + seq_len + new_tokens; cache_bytes: their
+    size. memory_peak_bytes: of what `memory_measured` names.
     """
 
     prefill: tuple[float, ...]
@@ -41,7 +37,7 @@ class LatencyResult:
     memory_measured: str
 
     def metrics(self) -> dict[str, float]:
-        """Medians and spreads (interquartile range, least, most; no range of a single round), and sizes."""
+        """Medians, least, most and (of several rounds) interquartile ranges of the timings; sizes."""
         out = _summary("prefill_seconds", self.prefill) | _summary("decode_seconds_per_token", self.decode)
         sizes = ("prompt_tokens", "cached_tokens", "cache_bytes", "memory_peak_bytes")
         return out | {name: getattr(self, name) for name in sizes}
@@ -58,12 +54,11 @@ def latency(
     repeats: int = 7,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatencyResult:
-    """Time `repeats` rounds after `warmup` that are thrown away, where and as the model lies.
+    """Time `repeats` rounds after `warmup` that are thrown away, on the model's device, in its dtype.
 
-    Prefill: `batch` rows of `seq_len` random tokens, the same every time, behind `prompt` (k, d) fill the cache, and
-    the last position's logits give the first token. Decode: `new_tokens` steps, each feeds the token before and picks
-    the most likely next one; nothing ends them early. Raises ValueError if a number is not allowed, the prompt does not
-    fit, k + seq_len + new_tokens exceed the context, or the model keeps no cache.
+    Prefill: `batch` rows of `seq_len` random tokens behind `prompt` (k, d) fill the cache and give the first token.
+    Decode: `new_tokens` greedy steps. Raises ValueError if a number is not allowed, the prompt does not fit,
+    k + seq_len + new_tokens exceed the context, or the model keeps no cache.
     """
     _check(model, seq_len, new_tokens, prompt, {"batch": batch, "warmup": warmup, "repeats": repeats})
     embedding = model.get_input_embeddings().weight
@@ -88,7 +83,7 @@ def tokens(vocabulary: int, batch: int, seq_len: int) -> Tensor:
 
 def _round(model: PreTrainedModel, ids: Tensor, new_tokens: int, rows: Tensor | None) -> tuple[float, float, int, int]:
     """(prefill seconds, decode seconds per step, positions cached, bytes cached) of one pass from an empty cache."""
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    last = kept(model, 1)
     gc.collect()  # it does not run by itself while rounds are timed
     _wait()
     begun = time.perf_counter()
@@ -123,7 +118,7 @@ def _most_likely(output: Any, ids: Tensor) -> Tensor:
 
 
 def _wait() -> None:
-    """Until every GPU of this process has done what it was given."""
+    """Wait until every GPU of this process is idle."""
     if torch.cuda.is_initialized():
         for index in range(torch.cuda.device_count()):
             torch.cuda.synchronize(index)
@@ -143,7 +138,7 @@ def _no_collector() -> Iterator[None]:
 
 @contextmanager
 def _peak_memory(device: torch.device) -> Iterator[Callable[[], tuple[int, str]]]:
-    """Begin a new peak; gives a function for (bytes at most since then, what these count)."""
+    """Begin a new peak; gives a function for (most bytes since then, what they count)."""
     if device.type == "cuda":
         gpus = range(torch.cuda.device_count())
         for index in gpus:
@@ -162,7 +157,7 @@ def _peak_memory(device: torch.device) -> Iterator[Callable[[], tuple[int, str]]
 
 
 def _resident_peak() -> int:
-    """VmHWM, in bytes: the most resident memory since it was last reset."""
+    """Bytes of resident memory at most since the last reset, which `process_peak` does not know."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
 
@@ -182,14 +177,9 @@ def _check(
         least = 0 if name == "warmup" else 1
         if value < least:
             raise ValueError(f"{name} = {value}, allowed: {least} and more")
-    k, context = 0 if prompt is None else len(prompt), context_of(model)
-    width = model.get_input_embeddings().embedding_dim
-    if prompt is not None and (prompt.dim() != 2 or k == 0 or prompt.shape[1] != width):
-        raise ValueError(f"prompt of shape {tuple(prompt.shape)}: must be (k, {width}) for this model, with k > 0")
     if prompt is not None:
+        check_shape(model, prompt)
         check_readable(model)
-    if context is not None and k + seq_len + new_tokens > context:
-        raise ValueError(
-            f"{k} prompt rows + {seq_len} tokens + {new_tokens} new ones = {k + seq_len + new_tokens} exceed the "
-            f"model's context of {context}"
-        )
+    k = 0 if prompt is None else len(prompt)
+    sizes = f"{k} prompt rows + {seq_len} tokens + {new_tokens} new ones"
+    check_context(model, k + seq_len + new_tokens, sizes)

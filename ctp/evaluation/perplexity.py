@@ -1,8 +1,4 @@
-"""Perplexity over fixed token windows, with or without a soft prompt in front of each.
-
-The paper's tables very likely divide by the prompt positions too, which lowers every number measured with a prompt:
-see `PerplexityResult.ppl_paper`. Conclusions rest on `ppl`.
-"""
+"""Perplexity over fixed token windows, with or without a soft prompt in front of each."""
 
 import math
 from collections.abc import Callable
@@ -18,10 +14,10 @@ from ctp.prompts.prefix import Prefix, prefix
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """What was summed and over how much, so that either denominator can be taken later.
+    """A sum and both denominators. Raises FloatingPointError if nll_sum is not finite.
 
     nll_sum: -log p in nats, over `scored_tokens` = n (s - 1) tokens. positions: n (s - 1 + k), the scored tokens and
-    the k prompt rows before each of the n windows. Raises FloatingPointError if nll_sum is not finite.
+    the k prompt rows before each of the n windows.
     """
 
     nll_sum: float
@@ -39,7 +35,7 @@ class PerplexityResult:
 
     @property
     def ppl_paper(self) -> float:
-        """The denominator of the paper's public code, prompt positions included: ppl ** ((s - 1) / (s - 1 + k))."""
+        """As the paper's public code, which divides by the prompt positions too: ppl ** ((s - 1) / (s - 1 + k))."""
         return math.exp(self.nll_sum / self.positions)
 
 
@@ -53,11 +49,10 @@ def perplexity(
 ) -> PerplexityResult:
     """Score x_1 .. x_{s-1} of each window (n, s) behind `prompt` (k, d), which stands outside the window.
 
-    prompt: rows, which then go through the model once, or what `prefix` made of them for this model. Runs where the
-    model's embedding lies, in the model's dtype (or the caller's autocast), `batch` windows at a time; log-softmax in
-    fp32, summed in float64. `progress(done, n)` is called after each batch. Raises ValueError if k + s tokens exceed
-    the model's context, a shape does not fit or the model cannot read rows, FloatingPointError if the sum is not
-    finite.
+    prompt: rows, or what `prefix` made of them for this model. Runs on the device of the model's embedding, in the
+    model's dtype (or the caller's autocast), `batch` windows at a time; log-softmax in fp32, summed in float64.
+    `progress(done, n)` is called after each batch. Raises ValueError if k + s tokens exceed the context, a shape does
+    not fit or the model cannot read rows, FloatingPointError if the sum is not finite.
     """
     k = 0 if prompt is None else len(prompt)
     rows = prompt.rows if isinstance(prompt, Prefix) else prompt

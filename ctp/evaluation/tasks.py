@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctp.data import tasks
-from ctp.data.harness import INSTALL, harness_version
+from ctp.data.taskfiles import INSTALL, harness_version
 from ctp.evaluation.harness import SoftPromptLM
 from ctp.prompts.attach import frozen
 
@@ -36,12 +37,11 @@ OURS = ("score", "score_stderr", "documents")
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a task gave.
+    """metrics: what the task reports, standard errors, `documents`, and `score`: `acc_norm`, `acc` or its first one.
 
-    metrics: every metric that it reports, its standard error where there is one, `documents`, and `score`: `acc_norm`
-    where the task has it, else `acc`, else its first metric. samples: for each document its hash, that of its prompt,
-    the responses (log-likelihood and whether greedy decoding gives it, for each choice; or the text), its metrics.
-    about: name, chosen metric, versions and how many inputs were cut to the context.
+    samples: for each document its hash, that of its prompt, the responses (log-likelihood and whether greedy decoding
+    gives it, for each choice; or the text), its metrics. about: name, chosen metric, versions and how many inputs were
+    cut to the context.
     """
 
     metrics: dict[str, float]
@@ -67,23 +67,16 @@ def run_task(
     """
     name = task.config.task
     with quiet(), frozen(model), _seeded():
-        lm = SoftPromptLM(
-            model,
-            tokenizer,
-            prompt,
-            batch=batch,
-            rows=lambda n: progress(min(n, len(task.instances)), len(task.instances)),
-            text=text,
-        )
+        rows = partial(_progress, progress, task)
+        lm = SoftPromptLM(model, tokenizer, prompt, batch=batch, rows=rows, text=text)
         task.set_fewshot_seed(SEEDS["examples"])
         try:
-            results = evaluate(
-                lm, task_dict={"tasks": {name: task}}, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True
-            )
+            named = {"tasks": {name: task}}
+            results = evaluate(lm, task_dict=named, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True)
         except AssertionError as e:  # an answer longer than the context, no room to generate
             raise ValueError(f"the task {name} does not fit a context of {lm.max_length} tokens: {e}") from e
         finally:
-            task._instances = None  # the task stays, for other cells; what it was asked does not
+            task._instances = None  # the task is kept for other cells, its requests are not
     samples = [_line(sample) for sample in results["samples"][name]]
     metrics = _metrics(results["results"][name], name)
     chosen = next((n for n in ("acc_norm", "acc") if n in metrics), next(iter(metrics), None))
@@ -91,10 +84,13 @@ def run_task(
         raise ValueError(f"the task {name} reports no metric")
     documents = results["n-samples"][name]["effective"]
     about = {"name": name, "metric": chosen, "version": task.VERSION, "documents": documents}
+    about |= {"harness": harness_version(), "cut": lm.cut}
     score = {f"score{end}": metrics[f"{chosen}{end}"] for end in ("", "_stderr") if f"{chosen}{end}" in metrics}
-    return TaskResult(
-        {**score, **metrics, "documents": documents}, samples, {**about, "harness": harness_version(), "cut": lm.cut}
-    )
+    return TaskResult({**score, **metrics, "documents": documents}, samples, about)
+
+
+def _progress(progress: Callable[[int, int], None], task: Any, read: int) -> None:
+    progress(min(read, len(task.instances)), len(task.instances))
 
 
 def _metrics(reported: dict[str, Any], name: str) -> dict[str, float]:
@@ -136,16 +132,16 @@ _built: dict[tuple[str, str, int], Any] = {}
 
 
 def build(location: str, revision: str, shots: int) -> Any:
-    """The harness's object of a pinned task, kept: cells that ask for it again find its documents read.
+    """The harness's object of a pinned task, kept with its documents for the next cell.
 
-    Raises ValueError where the task has changed since it was pinned, or the harness cannot make it.
+    Raises ValueError if the task has changed since it was pinned, or the harness cannot make it.
     """
-    defined = tasks.read(location, revision)
+    defined = tasks.check_pinned(location, revision)
     defined.check_shots(shots)
     memo = (location, revision, shots)
     if memo not in _built:
         config = {**load_yaml(defined.path), **defined.changes, "num_fewshot": shots}
-        for key in ("tag", "group", "task_list"):  # they say where it belongs, not what it is
+        for key in ("tag", "group", "task_list"):  # where it belongs, not what it is
             config.pop(key, None)
         try:
             with quiet():
@@ -153,7 +149,7 @@ def build(location: str, revision: str, shots: int) -> Any:
         except Exception as e:  # a template, a field, a split, a function: whatever is wrong in it
             why = " ".join(f"{type(e).__name__}: {e}".split())
             raise ValueError(f"the harness cannot make the task {defined.name}: {why}") from e
-        tasks.read(location, revision)  # still what was pinned
+        tasks.check_pinned(location, revision)  # still what was pinned
         _built[memo] = built
     return _built[memo]
 

@@ -12,14 +12,9 @@ from ctp.models.config import model_facts
 
 
 def compress(job: CompressJob) -> dict[str, float]:
-    """Write the compressed model into `job.folder`; returns its metrics.
-
-    A method class with a `compress(job)` of its own, as plugins have, does it itself.
-    """
+    """Write the compressed model into `job.folder`; returns its metrics. A method's own `compress(job)` comes first."""
     spec = job.cell.compression
-    own = getattr(spec, "compress", None)
-    metrics: dict[str, float] = own(job) if own else _compress(spec, job)
-    return metrics
+    return spec.compress(job) if hasattr(spec, "compress") else _compress(spec, job)
 
 
 @singledispatch
@@ -29,7 +24,7 @@ def _compress(spec: Compression, job: CompressJob) -> dict[str, float]:
 
 @_compress.register
 def _dense(spec: Dense, job: CompressJob) -> dict[str, float]:
-    """The model itself is the artifact, at its pinned revision: only its location is written down."""
+    """The model itself is the artifact, at its pinned revision: only its location is recorded."""
     job.record["location"] = job.location(job.base)
     return {"parameters": model_facts(job.record["location"], job.base.revision).parameters, "sparsity": 0.0}
 
@@ -48,7 +43,6 @@ def _checkpoint(spec: Checkpoint, job: CompressJob) -> dict[str, float]:
 def _solve(spec: Solver, job: CompressJob) -> dict[str, float]:
     model, tokenizer = job.load_base()
     ids = job.calibration(tokenizer)
-    # Not Runtime.batch: sums in another order round a weight to another code here and there.
     routing = Routing()
     layers = compress_model(model, ids, spec, progress=job.progress, routing=routing)
     small = replace(Compressed.of(model, layers, tokenizer), routing=routing)

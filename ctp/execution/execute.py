@@ -17,7 +17,7 @@ from ctp.common.files import Changed
 from ctp.common.messages import shown
 from ctp.execution import payload
 from ctp.execution.compress import compress
-from ctp.execution.jobs import CompressJob, LearnJob, evaluating
+from ctp.execution.jobs import CompressJob, LearnJob, Place, evaluating
 from ctp.execution.learn import recover
 from ctp.execution.loading import forget
 from ctp.execution.measure import measure
@@ -35,9 +35,9 @@ from ctp.tracking.entries import OWN, name_problem
 def execute(cell: Cell, store: Store, runtime: Runtime, report: Report) -> None:
     """Do one cell, unless it is done; its inputs must be. `report` gets its progress and notices.
 
-    Raises what the cell's method raises; OutOfMemory, which says what was tried and what could help, where memory ran
-    out; FloatingPointError where a metric is no finite number; Changed where a model, text, adapter or task outside the
-    store is not what was pinned, or does not stay it. Nothing is published then.
+    Raises what the cell's method raises; OutOfMemory with what was tried and what could help; FloatingPointError if a
+    metric is not finite; Changed if a model, text, adapter or task outside the store is not what was pinned. Nothing is
+    published then.
     """
     if store.has(ref(cell)):
         return
@@ -53,7 +53,7 @@ def execute(cell: Cell, store: Store, runtime: Runtime, report: Report) -> None:
         failure = explained(e, traceback.format_exc(), _advice(cell, runtime, device))
     else:
         return
-    free()  # the next cell of this process finds room: no frame of the failed one is held any more
+    free()  # room for the next cell of this process: no frame of the failed one is held any more
     raise failure
 
 
@@ -64,34 +64,41 @@ def _publish(cell: Cell, store: Store, runtime: Runtime, device: str, report: Re
         torch.cuda.reset_peak_memory_stats()
     begun = time.monotonic()
     with store.publish(ref(cell), identity(cell)) as draft, reading(cell, runtime.locations) as reads:
-        base: dict[str, Any] = {"store": store, "runtime": runtime, "device": device, "report": report}
-        base["reads"] = reads
-        base |= {"folder": draft.path, "record": draft.record}
-        width = 0
-        if isinstance(cell, Compress):
-            metrics = compress(CompressJob(**base, cell=cell))
-        elif isinstance(cell, Learn):
-            learning = LearnJob(**base, cell=cell)
-            metrics, width = recover(learning), learning.width
-        elif isinstance(cell, Evaluate):
-            with evaluating(cell, **base) as job:
-                metrics = measure(job)
-            check_finite(metrics, least=1)
-            job.write_json("result.json", metrics)
-        else:
-            raise TypeError(f"nothing here does a {type(cell).__name__}")
-        check_finite(metrics)
-        payload.check(cell, draft.path, width)
-        draft.record["metrics"] = metrics
+        metrics = _work(cell, (store, runtime, device, draft.path, draft.record, report, reads))
         peak = torch.cuda.max_memory_allocated() if device == "cuda" else process_peak()
-        draft.record |= {"seconds": time.monotonic() - begun, "device": device, "peak_memory_bytes": peak}
-        draft.record["computed_in"] = computed_in(cell.dtype, device)
-        draft.record |= {"created": time.time(), **about}
+        draft.record |= {
+            "metrics": metrics,
+            "seconds": time.monotonic() - begun,
+            "device": device,
+            "peak_memory_bytes": peak,
+            "computed_in": computed_in(cell.dtype, device),
+            "created": time.time(),
+            **about,
+        }
+
+
+def _work(cell: Cell, place: Place) -> dict[str, float]:
+    """The cell's metrics; what it makes is in its job's folder. Raises where either cannot be used."""
+    width = 0
+    if isinstance(cell, Compress):
+        metrics = compress(CompressJob(*place, cell))
+    elif isinstance(cell, Learn):
+        learning = LearnJob(*place, cell)
+        metrics, width = recover(learning), learning.width
+    else:
+        assert isinstance(cell, Evaluate)
+        with evaluating(cell, place) as job:
+            metrics = measure(job)
+        check_finite(metrics, least=1)
+        job.write_json("result.json", metrics)
+    check_finite(metrics)
+    payload.check(cell, place[3], width)
+    return metrics
 
 
 def check_finite(metrics: Any, least: int = 0) -> None:
-    """A missing number is an error. Raises FloatingPointError naming the metric that is NaN or infinite, TypeError
-    where one is no number, ValueError where there are fewer than `least`, or MLflow does not take a name."""
+    """Raise FloatingPointError if a metric is NaN or infinite, TypeError if it is no number, ValueError if there are
+    fewer than `least`, or MLflow does not take a name."""
     if not isinstance(metrics, dict) or len(metrics) < least:
         raise ValueError(f"metrics = {metrics!r}: numbers by name are needed" + ", at least one" * (least > 0))
     for name, value in metrics.items():
@@ -113,7 +120,7 @@ def _finite(value: float) -> bool:
 
 
 def _advice(cell: Cell, runtime: Runtime, device: str) -> str:
-    """What a person can do where memory is short for a cell: what is still left to try, and what always helps."""
+    """What the user can do if memory is short for a cell: what is left to try, and what always helps."""
     left = []
     if isinstance(cell, Learn) and isinstance(cell.recovery, Learned):
         if not runtime.recompute:
@@ -129,7 +136,7 @@ def _advice(cell: Cell, runtime: Runtime, device: str) -> str:
 
 @lru_cache
 def surroundings() -> dict[str, Any]:
-    """What a manifest says of the code and machine that made it."""
+    """The fields of a manifest about code and machine."""
     return {
         "git_commit": git_commit(),
         "versions": versions(),

@@ -1,8 +1,8 @@
-"""What a method is given to do its work with: models, token windows, a folder for what it makes, a place to report."""
+"""Jobs: what a method works with. Models, token windows, a folder for the result, a place to report."""
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,25 +16,27 @@ from ctp.cells.events import Notice, Progress, Report
 from ctp.cells.inputs import Model, Pinned, Windows
 from ctp.cells.runtime import Runtime, location
 from ctp.data.windows import text_stats
+from ctp.execution import loading
+from ctp.execution.loading import Loaded, load_compressed, token_windows
 from ctp.execution.unchanged import Reads
 from ctp.learning.checkpoint import TrainState
 from ctp.models.config import model_facts
 from ctp.models.load import load_tokenizer
 from ctp.prompts import adapter
+from ctp.storage.ref import identity, ref
 from ctp.storage.store import Store
 
 if TYPE_CHECKING:  # transformers takes seconds
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from ctp.prompts.prefix import Prefix
-from ctp.execution.loading import _load_base, _prefix, _sha256, forget, load_compressed, token_windows
-from ctp.storage.ref import identity, ref
+
+Place = tuple[Store, Runtime, str, Path, dict[str, Any], Report, Reads]  # the fields of a Job
 
 
 @dataclass
 class Job:
-    """One cell being done. folder: its payload, empty at first. record: what its manifest says beside the metrics.
-
-    reads: the models and texts outside the store that it reads.
-    """
+    """One cell being done. folder: its payload. record: fields of its manifest. reads: inputs outside the store."""
 
     store: Store
     runtime: Runtime
@@ -42,29 +44,29 @@ class Job:
     folder: Path
     record: dict[str, Any]
     report: Report
-    reads: Reads = field(default=Reads({}), kw_only=True)
+    reads: Reads
 
     def progress(self, done: int, of: int) -> None:
-        """Tell how many steps are done."""
+        """Report how many steps are done."""
         self.report(Progress(done, of))
 
     def notice(self, text: str) -> None:
-        """Tell people a sentence about this cell; "" is not told."""
+        """Show the user a sentence about this cell; "" shows nothing."""
         if text:
             self.report(Notice(text))
 
     def location(self, thing: Pinned) -> str:
-        """Where a pinned thing lies on this machine."""
+        """Where a pinned thing is on this machine."""
         return location(self.runtime.locations, thing)
 
     def write_json(self, name: str, value: Any) -> None:
-        """A payload file. Raises ValueError on a number that is not finite."""
+        """Write a payload file. Raises ValueError on a number that is not finite."""
         (self.folder / name).write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 @dataclass
 class CompressJob(Job):
-    """cell: what is to be compressed and how."""
+    """cell: what to compress and how."""
 
     cell: Compress
 
@@ -73,16 +75,16 @@ class CompressJob(Job):
         """The model before compression."""
         return self.cell.model
 
-    def load_base(self) -> tuple[Any, Any]:
+    def load_base(self) -> Loaded:
         """(model, tokenizer) before compression, for this job to change."""
-        forget()  # the model of the cell before would stay in memory beside the one to compress
-        return _load_base(self.cell, self.runtime, self.device)
+        loading.forget()  # the model of the previous cell would stay in memory beside the one to compress
+        return loading.load_base(self.cell, self.runtime, self.device)
 
-    def base_tokenizer(self) -> Any:
+    def base_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer of the model before compression."""
         return load_tokenizer(self.location(self.base), self.base.revision)
 
-    def calibration(self, tokenizer: Any) -> Tensor:
+    def calibration(self, tokenizer: "PreTrainedTokenizerBase") -> Tensor:
         """The token windows (n, seq_len) to calibrate with, on the job's device."""
         assert self.cell.calibration is not None
         return token_windows(self.cell.calibration, tokenizer, self.runtime).to(self.device)
@@ -90,23 +92,23 @@ class CompressJob(Job):
 
 @dataclass
 class LearnJob(Job):
-    """cell: what is to be recovered, and how. The model is the compressed one, unpacked."""
+    """cell: what to recover, and how. The model is the compressed one, unpacked."""
 
     cell: Learn
 
     @cached_property
-    def loaded(self) -> tuple[Any, Any]:
-        """(model in eval mode, tokenizer). LoRA is put into ordinary linears: packed ones are for prompts."""
+    def loaded(self) -> Loaded:
+        """(model in eval mode, tokenizer). LoRA goes into ordinary linears: packed ones are for prompts."""
         packed = self.runtime.packed and self.cell.recovery.in_front
         return load_compressed(self.cell.source, self.store, self.runtime, self.device, packed)
 
     @property
-    def model(self) -> Any:
-        """The compressed model on the job's device: give it back as it was."""
+    def model(self) -> "PreTrainedModel":
+        """The compressed model on the job's device. Leave it as it was."""
         return self.loaded[0]
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
         return self.loaded[1]
 
     @property
@@ -125,50 +127,50 @@ class LearnJob(Job):
         """Token windows (n, seq_len) on the CPU."""
         return token_windows(spec, self.tokenizer, self.runtime)
 
-    def partial(self) -> Any:
-        """Context manager: the folder of the last saved state of this cell, or None."""
+    def partial(self) -> AbstractContextManager[Path | None]:
+        """The folder of the last saved state of this cell, or None."""
         return self.store.states.newest(ref(self.cell))
 
     def keep(self, state: TrainState) -> None:
-        """Save a state to go on from. Raises Changed where what it was learned with is not what is pinned any more."""
+        """Save a state to resume from. Raises Changed if what it learns from is no longer what was pinned."""
         self.reads.check()
         self.store.states.save(ref(self.cell), identity(self.cell), state.step, state.save)
 
 
 @dataclass
 class EvaluateJob(Job):
-    """cell: what is to be measured. prompt: rows (k, d) in front, None without; LoRA is inside the model already.
+    """cell: what to measure. prompt: rows (k, d) in front, or None; LoRA is inside the model already.
 
-    lowered: what the record says of the inputs at a time, where memory allows fewer than runtime.batch.
+    lowered: a note for the record if memory allows fewer inputs at once than runtime.batch.
     """
 
     cell: Evaluate
-    model: Any
-    tokenizer: Any
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
     prompt: Tensor | None
     lowered: dict[str, Any] = field(default_factory=dict)
 
     def progress(self, done: int, of: int) -> None:
-        """Tell how many steps are done."""
+        """Report how many steps are done."""
         self.report(Progress(done, of, **self.lowered))
 
     def windows(self, spec: Windows) -> Tensor:
-        """Token windows (n, seq_len) on the CPU. What they are enters the record: numbers on others do not compare."""
+        """Token windows (n, seq_len) on the CPU, described in the record: other windows give other numbers."""
         ids = token_windows(spec, self.tokenizer, self.runtime)
-        self.record["text"] = text_stats(ids, self.tokenizer, _sha256(self.tokenizer))
+        self.record["text"] = text_stats(ids, self.tokenizer, loading.tokenizer_digest(self.tokenizer))
         return ids
 
-    def behind(self, windows: Tensor) -> "list[tuple[Tensor, Prefix | Tensor | None]]":
-        """Windows (n, s) with the prompt that stands in front of them.
-
-        They are of two kinds where the prompt is a text: in those that begin with BOS it stands in front of the prompt.
-        """
+    @property
+    def hard_prompt(self) -> str:
+        """The text in front of every input; "" if the prompt is not a text."""
         recovery = self.cell.recovery.recovery if self.cell.recovery else None
-        if not isinstance(recovery, HardPrompt):
-            return [(windows, self.prefix)]
+        return recovery.text if isinstance(recovery, HardPrompt) else ""
+
+    def behind(self, windows: Tensor) -> "list[tuple[Tensor, Prefix | Tensor | None]]":
+        """Windows (n, s) with the prompt in front of them; a BOS that windows begin with moves before a hard prompt."""
         from ctp.prompts.opening import Opening
 
-        opening = Opening.of_windows(self.model, self.tokenizer, recovery.text)
+        opening = Opening.of_windows(self.model, self.tokenizer, self.hard_prompt) if self.hard_prompt else None
         if opening is None:
             return [(windows, self.prefix)]
         begins, swapped = opening.split(windows)
@@ -177,18 +179,18 @@ class EvaluateJob(Job):
 
     @property
     def prefix(self) -> "Prefix | None":
-        """The prompt as the model reads it, None without one; kept for the next cell with this target and prompt."""
-        return None if self.prompt is None else _prefix(self.cell, self.model, self.prompt)
+        """The prompt as the model reads it, or None; kept for the next cell with this target and prompt."""
+        return None if self.prompt is None else loading.prompt_prefix(self.cell, self.model, self.prompt)
 
 
 @contextmanager
-def evaluating(cell: Evaluate, **base: Any) -> Iterator[EvaluateJob]:
-    """The job of an Evaluate cell, its target loaded and its recovery applied; taken off again on the way out."""
-    store, runtime, device = base["store"], base["runtime"], base["device"]
+def evaluating(cell: Evaluate, place: Place) -> Iterator[EvaluateJob]:
+    """The job of an Evaluate cell: its target is loaded and its recovery applied, then removed on the way out."""
+    store, runtime, device = place[:3]
     model, tokenizer = load_compressed(cell.target, store, runtime, device)
     if cell.recovery is None:
-        yield EvaluateJob(**base, cell=cell, model=model, tokenizer=tokenizer, prompt=None)
+        yield EvaluateJob(*place, cell, model, tokenizer, prompt=None)
         return
     with adapter.applied(model, store.fetch(ref(cell.recovery))) as prompt:
         rows = None if prompt is None else prompt.to(device)
-        yield EvaluateJob(**base, cell=cell, model=model, tokenizer=tokenizer, prompt=rows)
+        yield EvaluateJob(*place, cell, model, tokenizer, rows)

@@ -12,14 +12,11 @@ from ctp.prompts.rows import untrained_rows
 
 
 def recover(job: LearnJob) -> dict[str, float]:
-    """Write an adapter in PEFT's two-file format into `job.folder`; returns its metrics.
-
-    A method class with a `recover(job)` of its own, as plugins have, does it itself.
+    """Write an adapter in PEFT's format into `job.folder`; returns its metrics. A method's own `recover(job)` comes
+    first.
     """
     spec = job.cell.recovery
-    own = getattr(spec, "recover", None)
-    metrics: dict[str, float] = own(job) if own else _recover(spec, job)
-    return metrics
+    return spec.recover(job) if hasattr(spec, "recover") else _recover(spec, job)
 
 
 @singledispatch
@@ -38,10 +35,7 @@ def _lora(spec: LoRA, job: LearnJob) -> dict[str, float]:
 
 
 def _learn(learn: Callable[..., Outcome], spec: Learned, job: LearnJob) -> dict[str, float]:
-    """`learn` through the job's model, on from its last saved state, and save.
-
-    learn: called as `learn(model, windows, validation, spec, runtime=…, resume=…, checkpoint=…, report=…)`.
-    """
+    """Learn through the job's model, from its last saved state, and save."""
     windows, validation = job.windows(spec.text), job.windows(spec.validation)
     with job.partial() as resume:
         learned = learn(
@@ -62,7 +56,6 @@ def _learn(learn: Callable[..., Outcome], spec: Learned, job: LearnJob) -> dict[
 
 @_recover.register
 def _untrained(spec: Untrained, job: LearnJob) -> dict[str, float]:
-    """The rows as a soft prompt's adapter, which every target then takes like a learned one."""
     rows = untrained_rows(spec, job.model, job.tokenizer)
     save_prompt(job.folder, rows, job.model_name)
     return {"trainable_parameters": 0, "prompt_tokens": len(rows)}

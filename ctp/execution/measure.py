@@ -2,33 +2,32 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, astuple
-from functools import singledispatch
-from typing import Any
+from functools import partial, singledispatch
 
-from ctp.cells import Generation, HardPrompt, Latency, Measure, Neighbours, Perplexity, Task
+from ctp.cells import Generation, Latency, Measure, Neighbours, Perplexity, Task
 from ctp.execution.jobs import EvaluateJob
 from ctp.machine.memory import AtOnce, smaller
 from ctp.machine.record import machine
 
 
 def measure(job: EvaluateJob) -> dict[str, float]:
-    """Numbers about `job.model`, behind `job.prompt` where there is one; files go into `job.folder`.
+    """Numbers about `job.model`, behind `job.prompt` if there is one; files go into `job.folder`. A measure's own
+    `measure(job)` comes first.
 
-    A measure class with a `measure(job)` of its own, as plugins have, does it itself. Where memory runs out, batched
-    measures start again with fewer inputs at a time. Raises OutOfMemory where one input is too many.
+    If memory runs out, a batched measure starts again with fewer inputs at a time. Raises OutOfMemory if one input is
+    too many.
     """
     if not job.cell.measure.batched:
         return _once(job)
-    asked, before, at_once = job.runtime.batch, dict(job.record), AtOnce(job.runtime.batch, job.runtime.halved)
+    requested, record, at_once = job.runtime.batch, dict(job.record), AtOnce(job.runtime.batch, job.runtime.halved)
 
     def attempt(batch: int) -> dict[str, float]:
         for left in job.folder.iterdir():
             left.unlink() if left.is_file() else shutil.rmtree(left)
         job.record.clear()
-        job.record.update(before)
-        job.runtime, job.lowered = job.runtime.model_copy(update={"batch": batch}), smaller(asked, batch)
+        job.record.update(record)
+        job.runtime, job.lowered = job.runtime.model_copy(update={"batch": batch}), smaller(requested, batch)
         return _once(job)
 
     metrics = at_once(attempt)
@@ -38,9 +37,7 @@ def measure(job: EvaluateJob) -> dict[str, float]:
 
 def _once(job: EvaluateJob) -> dict[str, float]:
     spec = job.cell.measure
-    own = getattr(spec, "measure", None)
-    metrics: dict[str, float] = own(job) if own else _measure(spec, job)
-    return metrics
+    return spec.measure(job) if hasattr(spec, "measure") else _measure(spec, job)
 
 
 @singledispatch
@@ -49,8 +46,6 @@ def _measure(spec: Measure, job: EvaluateJob) -> dict[str, float]:
 
 
 # Each imports what it computes with: lm-evaluation-harness, for one, takes seconds.
-
-
 @_measure.register
 def _perplexity(spec: Perplexity, job: EvaluateJob) -> dict[str, float]:
     from ctp.evaluation.perplexity import PerplexityResult, perplexity
@@ -58,7 +53,7 @@ def _perplexity(spec: Perplexity, job: EvaluateJob) -> dict[str, float]:
     ids = job.windows(spec.text)
     done, results = 0, []
     for windows, front in job.behind(ids):
-        progress = _after(done, len(ids), job.progress)
+        progress = partial(_progress_after, job, done, len(ids))
         results.append(perplexity(job.model, windows, front, batch=job.runtime.batch, progress=progress))
         done += len(windows)
     result = PerplexityResult(*(sum(column) for column in zip(*map(astuple, results), strict=True)))
@@ -66,8 +61,8 @@ def _perplexity(spec: Perplexity, job: EvaluateJob) -> dict[str, float]:
     return {"ppl": result.ppl, "ppl_paper": result.ppl_paper, **sums}
 
 
-def _after(done: int, of: int, progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    return lambda more, _: progress(done + more, of)
+def _progress_after(job: EvaluateJob, done: int, of: int, more: int, _: int) -> None:
+    job.progress(done + more, of)
 
 
 @_measure.register
@@ -78,18 +73,12 @@ def _task(spec: Task, job: EvaluateJob) -> dict[str, float]:
     task = build(job.location(spec), spec.revision, spec.shots)
     result = run_task(
         task, job.model, job.tokenizer, job.prompt,
-        batch=job.runtime.batch, limit=spec.limit, text=_hard_prompt(job), progress=job.progress,
+        batch=job.runtime.batch, limit=spec.limit, text=job.hard_prompt, progress=job.progress,
     )  # fmt: skip
     with (job.folder / "samples.jsonl").open("w", encoding="utf-8") as f:
         f.writelines(json.dumps(line, default=str) + "\n" for line in result.samples)
     job.record["task"] = {**result.about, "shots": spec.shots}
     return result.metrics
-
-
-def _hard_prompt(job: EvaluateJob) -> str:
-    """The text in front of every input, "" where the prompt is not one."""
-    recovery = job.cell.recovery.recovery if job.cell.recovery else None
-    return recovery.text if isinstance(recovery, HardPrompt) else ""
 
 
 @_measure.register
@@ -98,12 +87,8 @@ def _latency(spec: Latency, job: EvaluateJob) -> dict[str, float]:
     from ctp.evaluation.latency import latency
 
     model = job.model
-    about: dict[str, Any] = {
-        **machine(),
-        "device": job.device,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
-    }
+    dtype, attention = str(model.dtype).removeprefix("torch."), model.config._attn_implementation
+    about = machine() | {"device": job.device, "dtype": dtype, "attention": attention}
     result = latency(
         model, spec.seq_len, spec.new_tokens, job.prompt, batch=spec.batch, warmup=spec.warmup, repeats=spec.repeats,
         progress=job.progress,
@@ -115,29 +100,17 @@ def _latency(spec: Latency, job: EvaluateJob) -> dict[str, float]:
 
 @_measure.register
 def _generation(spec: Generation, job: EvaluateJob) -> dict[str, float]:
-    """Answers in answers.json with their lengths in tokens; how long and repetitive they are.
-
-    `repeated_4grams` is left out where no answer has four tokens.
-    """
+    """Answers in answers.json with their lengths in tokens; `repeated_4grams` unless no answer has four tokens."""
     from ctp.evaluation.generation import answer_tokens, plain_text, repeated_4grams
 
     questions = [line for line in spec.questions.splitlines() if line.strip()]
-    made = answer_tokens(
-        job.model, job.tokenizer, questions, job.prompt, spec.new_tokens, job.runtime.batch, job.progress,
-        _hard_prompt(job),
-    )  # fmt: skip
-    rows = [
-        {"question": question, "answer": plain_text(job.tokenizer, ids), "tokens": len(ids)}
-        for question, ids in zip(questions, made, strict=True)
-    ]
-    job.write_json("answers.json", rows)
-    written = sum(map(len, made))
-    out = {
-        "questions": len(rows),
-        "tokens": written,
-        "tokens_per_answer": written / len(rows),
-        "empty_answers": sum(not str(row["answer"]).strip() for row in rows),
-    }
+    batch, front = job.runtime.batch, job.hard_prompt
+    made = answer_tokens(job.model, job.tokenizer, questions, job.prompt, spec.new_tokens, batch, job.progress, front)
+    answers = [plain_text(job.tokenizer, ids) for ids in made]
+    rows = zip(questions, answers, made, strict=True)
+    job.write_json("answers.json", [{"question": q, "answer": a, "tokens": len(ids)} for q, a, ids in rows])
+    written, empty = sum(map(len, made)), sum(not answer.strip() for answer in answers)
+    out = {"questions": len(made), "tokens": written, "tokens_per_answer": written / len(made), "empty_answers": empty}
     repeated = repeated_4grams(made)
     return out if repeated is None else {**out, "repeated_4grams": repeated}
 

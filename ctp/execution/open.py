@@ -1,10 +1,10 @@
 """Models and exports by the key of a stored artifact."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ctp.cells import Dense
-from ctp.cells.cell import Cell, Compress, Learn
+from ctp.cells.cell import Compress, Learn
 from ctp.cells.labels import slug
 from ctp.cells.runtime import Runtime
 from ctp.common.files import new_folder
@@ -16,14 +16,17 @@ from ctp.storage.catalog import find
 from ctp.storage.ref import ref
 from ctp.storage.store import Store, default_store
 
+if TYPE_CHECKING:  # torch
+    from ctp.execution.loading import Loaded
 
-def load_key(text: str, uri: str | None, device: str) -> tuple[Any, Any]:
+
+def load_key(text: str, uri: str | None, device: str) -> "Loaded":
     """(model, tokenizer) of the Compress or Learn cell with that key, a learned prompt or adapter attached.
 
-    Raises ValueError where it is no model, or the base model is not where it was; StoreError from the store.
+    Raises ValueError if it is no model, or the base model is not where it was; StoreError from the store.
     """
-    from ctp.execution.loading import open_model
-    from ctp.prompts.adapter import attach_adapter  # torch and transformers: not for `ls`
+    from ctp.execution.loading import open_model  # torch: not for `ls`
+    from ctp.prompts.adapter import attach_adapter
 
     store = Store(uri or default_store())
     cell, _ = find(store, text)
@@ -44,11 +47,14 @@ def export_key(text: str, store: Store, folder: Path, format: str) -> list[str]:
     from ctp.formats.export import export
 
     cell, _ = find(store, text)
-    allowed = _formats(cell)
+    dense = isinstance(cell, Compress) and isinstance(cell.compression, Dense)
+    allowed: tuple[str, ...] = ("hf",) if dense else FORMATS
+    if not isinstance(cell, Compress):
+        allowed = ("peft",) if isinstance(cell, Learn) else ()
     if format not in allowed:
         why = ", ".join(allowed) if allowed else "none, it is an evaluation"
         raise ValueError(f"--format {format}: for {slug(cell)} allowed: {why}")
-    if isinstance(cell, Compress) and not isinstance(cell.compression, Dense):
+    if isinstance(cell, Compress) and not dense:
         return export(Compressed.open(store.fetch(ref(cell))), folder, format)
     with quiet(), new_folder(folder) as work:
         if isinstance(cell, Compress):
@@ -61,16 +67,8 @@ def export_key(text: str, store: Store, folder: Path, format: str) -> list[str]:
     return [f"{made}: PeftModel.from_pretrained(model, {str(folder)!r})."]
 
 
-def _formats(cell: Cell) -> tuple[str, ...]:
-    if isinstance(cell, Learn):
-        return ("peft",)
-    if not isinstance(cell, Compress):
-        return ()
-    return ("hf",) if isinstance(cell.compression, Dense) else FORMATS
-
-
 def _runtime(cell: Compress, store: Store) -> Runtime:
-    """Where a dense artifact's model lies: where it lay when the artifact was made, if it is still the same."""
+    """With the location of a dense artifact's model: where it was when the artifact was made, if it is the same."""
     if not isinstance(cell.compression, Dense):
         return Runtime()
     where = store.manifest(ref(cell))["location"]

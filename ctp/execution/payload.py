@@ -1,4 +1,4 @@
-"""Has a method written what the cells that need its result are going to open? Looked at before anything is stored."""
+"""Checks, before anything is stored, that a method wrote what the cells that need its result are going to open."""
 
 from pathlib import Path
 
@@ -9,17 +9,17 @@ from ctp.cells.cell import Cell, Compress, Learn
 from ctp.formats.artifact import PACKED, REST
 from ctp.models.adapters import ADAPTER, CONFIG, adapter_facts
 from ctp.models.files import shapes
-from ctp.prompts.files import load_prompt
+from ctp.prompts.adapter import prompt_rows
 
 MODEL = (PACKED, REST, "config.json")  # what `Compressed.save` writes
 PROMPT = (CONFIG, ADAPTER)
 
 
 def check(cell: Cell, folder: Path, width: int) -> None:
-    """Raises ValueError where `folder` lacks the compressed model or the adapter that the cell is to make, or holds
-    one that cannot be used. Of a model the headers are read, and of an adapter the numbers.
+    """Raises ValueError if `folder` lacks the compressed model or adapter that the cell makes, or it cannot be used.
 
-    width: of the model's embedding, for an adapter."""
+    Reads the headers of a model, the numbers of an adapter. width: of the model's embedding, for an adapter.
+    """
     if isinstance(cell, Compress) and not isinstance(cell.compression, Dense):
         _there(folder, MODEL, f"the compression {cell.compression.method!r} wrote no model",
                "Compressed.save(job.folder) writes one")  # fmt: skip
@@ -43,9 +43,7 @@ def _there(folder: Path, names: tuple[str, ...], problem: str, remedy: str) -> N
 def _adapter(folder: Path, width: int) -> None:
     facts = adapter_facts(folder)
     if facts.kind == "prompt":
-        prompt = load_prompt(folder)
-        if tuple(prompt.shape) != (facts.k, facts.width):
-            raise ValueError(f"{ADAPTER} holds a prompt {tuple(prompt.shape)}; {CONFIG} says {facts.k} x {facts.width}")
+        prompt_rows(folder, facts)
         if facts.width != width:
             raise ValueError(f"its rows have {facts.width} numbers, but the model's embedding has {width}")
     for name, tensor in load_file(folder / ADAPTER).items():

@@ -1,12 +1,13 @@
-"""What a cell reads outside the store stays what its key names for as long as the cell reads it.
+"""Checks that what a cell reads outside the store stays what its key names while the cell reads it.
 
-Weights of a safetensors file may be mapped into memory and not copied: who writes into the file changes the model that
-was loaded from it. So files are compared before a cell, before what it learned is saved, and after it.
+Weights of a safetensors file may be mapped into memory: writing to the file changes the loaded model. So files are
+compared before a cell, before what it learned is saved, and after it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,19 @@ from ctp.cells.cell import Cell, Compress
 from ctp.cells.inputs import Pinned, Spec
 from ctp.cells.runtime import location
 from ctp.common.files import Changed, Stamp, changed, stamps
-from ctp.data import textfiles
-from ctp.models import sources
+from ctp.data import documents, tasks
+from ctp.models import adapters, sources
 
 Files = Callable[[], Sequence[Path]]
+# What knows the files of a thing, and whether they are still what is pinned.
+_PINNERS: dict[str, Any] = {
+    "pin_model": sources, "checkpoint": sources, "pin_windows": documents, "adapter": adapters, "pin_task": tasks,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Reads:
-    """Things outside the store by what they are called: how to find their files, and these files' first stamps."""
+    """Things outside the store by name: how to find their files, and the first stamps of these files."""
 
     seen: Mapping[str, tuple[Files, tuple[Stamp, ...]]]
 
@@ -34,7 +39,7 @@ class Reads:
                 now = stamps(files())
             except OSError as e:
                 if not before:
-                    continue  # it was never there, which its reader says
+                    continue  # it was never there, which its reader reports
                 raise changed(what, f"{e.filename}: {e.strerror}") from e
             if odd := sorted(set(now) ^ set(before)):
                 raise changed(what, f"{odd[0][0]} was written to while it was in use")
@@ -42,9 +47,9 @@ class Reads:
 
 @contextmanager
 def reading(cell: Cell, locations: Mapping[str, str]) -> Iterator[Reads]:
-    """What the cell reads, compared with what is pinned on the way in, and with that again on the way out.
+    """What the cell reads, compared with what is pinned, on the way in and on the way out.
 
-    Raises Changed, instead of what half a file may have made somebody raise.
+    Raises Changed, instead of whatever error half a file may have caused.
     """
     reads = Reads({f"{_title(t)} {t.pinned_name}": _pinned(t, location(locations, t)) for t in _things(cell)})
     try:
@@ -82,21 +87,12 @@ def _title(thing: Pinned) -> str:
 
 
 def _pinned(thing: Pinned, place: str) -> tuple[Files, tuple[Stamp, ...]]:
-    """How to find the files of a thing, and their stamps. Raises Changed where they are not what is pinned."""
-    from ctp.data import tasks
-    from ctp.models import adapters
-
-    ways: dict[str, tuple[Callable[[str], Sequence[Path]], Callable[[], Any]]] = {
-        "pin_model": (sources.pinned_files, lambda: sources.check_pinned(place, thing.revision)),
-        "checkpoint": (sources.pinned_files, lambda: sources.check_pinned(place, thing.revision)),
-        "pin_windows": (textfiles.pinned_files, lambda: textfiles.check_pinned(place)),
-        "adapter": (adapters.pinned_files, lambda: adapters.check_pinned(place, thing.revision)),
-        "pin_task": (tasks.pinned_files, lambda: tasks.read(place, thing.revision)),
-    }
-    kind = getattr(thing, "method", "") if thing.PINNED_BY == "pin_path" else thing.PINNED_BY
-    files, check = ways.get(kind, (lambda _: (), lambda: None))
+    """How to find the files of a thing, and their stamps. Raises Changed if they are not what is pinned."""
+    module = _PINNERS.get(getattr(thing, "method", "") if thing.PINNED_BY == "pin_path" else thing.PINNED_BY)
+    if module is None:
+        return tuple, ()
     before: tuple[Stamp, ...] = ()
-    with suppress(OSError):  # a file that is gone, which the check says
-        before = stamps(files(place))
-    check()
-    return lambda: files(place), before
+    with suppress(OSError):  # a missing file, which the check reports
+        before = stamps(module.pinned_files(place))
+    module.check_pinned(place, thing.revision)
+    return partial(module.pinned_files, place), before

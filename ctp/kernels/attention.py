@@ -1,7 +1,6 @@
-"""Causal attention of learning: one row of positions holds the prompt and all windows behind it.
+"""Causal attention for learning: one row of positions holds k prompt rows, then b windows of t tokens.
 
-Positions stand one behind the other: k prompt rows, then b windows of t tokens. The prompt attends to itself, every
-window to the prompt and to itself; the prompt's queries, keys and values are there once and not b times.
+The prompt attends to itself, every window to the prompt and to itself. The prompt is computed once, not b times.
 """
 
 import math
@@ -17,22 +16,18 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "ctp_packed"  # in transformers' registry of attention implementations
-BLOCK = 128  # query rows that are computed together: what lies after the last of them is left out
-OTHER = ("softcap", "s_aux", "position_bias")  # attention of another kind, where one is given
+BLOCK = 128  # query rows that are computed together, without the keys after the last of them
+OTHER = ("softcap", "s_aux", "position_bias")  # arguments of attention of another kind
 
 
 class Scratch:
-    """Buffers that one layer after the other computes in.
-
-    Blocks of this size between others that wait for the backward pass would stay in the heap as holes: half as much
-    memory again.
-    """
+    """Buffers shared by all layers: allocated between tensors that are kept, they would leave holes in the heap."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
     def take(self, which: int, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Buffer number `which` in this shape; what it holds is anything."""
+        """Buffer number `which` in this shape, uninitialised."""
         size, place = math.prod(shape), (which, dtype, device)
         held = self._held.get(place)
         if held is None or held.numel() < size:
@@ -42,8 +37,9 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Layout:
-    """k prompt rows, then b windows of t tokens. keep: attention weights wait for the backward pass. calls: the
-    attention layers that have computed in this layout.
+    """k prompt rows, then b windows of t tokens. keep: attention weights are kept for the backward pass.
+
+    calls: the attention layers that have computed in this layout.
     """
 
     k: int
@@ -54,7 +50,7 @@ class Layout:
     calls: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     def positions(self, device: torch.device) -> Tensor:
-        """Position ids (1, k + b t): every window goes on from k."""
+        """Position ids (1, k + b t): every window starts at k."""
         window = torch.arange(self.k, self.k + self.t, device=device)
         return torch.cat([torch.arange(self.k, device=device), window.repeat(self.b)])[None]
 
@@ -63,7 +59,7 @@ def packed_attention(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *,
     scaling: float, layout: Layout, **other: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """What transformers calls with q (1, heads, n, d) and k, v (1, kv heads, n, d); returns (1, n, heads, d).
+    """As transformers calls it, with q (1, heads, n, d) and k, v (1, kv heads, n, d); returns (1, n, heads, d).
 
     Raises NotImplementedError for attention that is not plainly causal.
     """
@@ -94,11 +90,9 @@ def _windows(x: Tensor, layout: Layout) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, keep: bool, scratch: Scratch) -> Tensor:
-    """softmax(scale q k^T) v, where the last of s keys is the last query's own: q (b, heads, t, d), k and v (b, kv
-    heads, s, d) with s >= t. Returns (b, heads, t, d).
+    """softmax(scale q k^T) v for q (b, heads, t, d), and k, v (b, kv heads, s, d) with s >= t: (b, heads, t, d).
 
-    keep: whether the weights wait for the backward pass (b x heads x t x s numbers), where they are not recomputed
-    anyhow: on a GPU torch's kernels do.
+    The last key is the last query's. keep: the b x heads x t x s weights are kept for the backward pass, on a CPU.
     """
     if q.device.type == "cpu":
         return _Attention.apply(q, k, v, scale, keep, scratch)
@@ -109,9 +103,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, keep: bool, 
 
 
 class _Attention(Function):
-    """As matrix products over blocks of queries: torch's CPU kernel takes twice the time in bfloat16.
+    """Matrix products over blocks of queries: torch's CPU kernel takes twice the time in bfloat16.
 
-    Query heads that share keys are one matrix of (heads / kv heads) x rows. Scores and weights are in q's dtype.
+    Query heads that share keys are one matrix of (heads / kv heads) x rows. Scores and weights have q's dtype.
     """
 
     @staticmethod
@@ -135,8 +129,8 @@ class _Attention(Function):
         take = ctx.scratch.take
         grad = grads[0].reshape(grouped.shape)
         dq, dk, dv = torch.empty_like(grouped), torch.empty_like(keys), torch.empty_like(values)
-        for j, i in reversed(list(enumerate(range(0, grouped.shape[2], BLOCK)))):  # the last sees all: it writes first
-            w = weights[j] if weights else _weights(grouped, keys, i, ctx.scale, ctx.scratch, keep=False)
+        for i in reversed(range(0, grouped.shape[2], BLOCK)):  # the last block sees all keys: it writes first
+            w = weights[i // BLOCK] if weights else _weights(grouped, keys, i, ctx.scale, ctx.scratch, keep=False)
             some, seen, add = slice(i, i + BLOCK), w.shape[2], float(w.shape[2] < keys.shape[1])
             g, q = grad[:, :, some].flatten(1, 2), grouped[:, :, some].flatten(1, 2)
             dv[:, :seen].baddbmm_(w.transpose(1, 2), g, beta=add)
@@ -151,7 +145,7 @@ class _Attention(Function):
 def _weights(grouped: Tensor, keys: Tensor, start: int, scale: float, scratch: Scratch, keep: bool) -> Tensor:
     """Attention weights (n, heads of a group x rows, keys seen) of the block of queries at `start`.
 
-    keep: in memory of their own, else in the scratch's buffer 1.
+    keep: as a new tensor, not in buffer 1.
     """
     t, s = grouped.shape[2], keys.shape[1]
     stop = min(start + BLOCK, t)

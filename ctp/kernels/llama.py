@@ -1,10 +1,6 @@
-"""A decoder block of LLaMA's kind on a GPU, with the Triton kernels of liger-kernel for all that is no matrix product.
+"""A decoder block of LLaMA's kind on a GPU, with liger-kernel's Triton kernels for all but the matrix products."""
 
-Frozen linears keep only their weights for the backward pass, the kernels their inputs.
-"""
-
-from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -30,24 +26,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """w x / sqrt(mean(x^2) + eps) over the last dimension."""
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    made: Tensor = LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
-    return made
+    return LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-    made: Tensor = LigerSiLUMulFunction.apply(gate, up)
-    return made
+    return LigerSiLUMulFunction.apply(gate, up)
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary embedding of q and k (1, heads, n, d), which are overwritten, by cos and sin (1, n, d)."""
     from liger_kernel.ops.rope import LigerRopeFunction
 
-    made: tuple[Tensor, Tensor] = LigerRopeFunction.apply(q, k, cos, sin)
-    return made
+    return LigerRopeFunction.apply(q, k, cos, sin)
 
 
 def forward(
@@ -55,30 +48,18 @@ def forward(
 ) -> Tensor:
     """The block `module` over hidden states (1, n, d): x + attention(norm(x)), then the same with the gated MLP.
 
-    Without `layout.keep` the MLP is computed again in the backward pass; where the weights are packed, which is done to
-    save memory, attention is too.
+    Without `layout.keep` the MLP is computed again in the backward pass; with packed weights, attention is too.
     """
-
-    def attend(x: Tensor) -> Tensor:
-        return _attend(module.self_attn, norms[0], layout, x, *position_embeddings)
-
-    def mlp(x: Tensor) -> Tensor:
-        return _mlp(module.mlp, norms[1], x)
-
+    attend = partial(_attend, module.self_attn, norms[0], layout, *position_embeddings)
+    mlp = partial(_mlp, module.mlp, norms[1])
     if layout.keep or not torch.is_grad_enabled():
         return mlp(attend(hidden))
     if isinstance(module.mlp.down_proj, PackedLinear):
-        return _again(lambda x: mlp(attend(x)), hidden)
-    return _again(mlp, attend(hidden))
+        return checkpoint(lambda x: mlp(attend(x)), hidden, use_reentrant=False)
+    return checkpoint(mlp, attend(hidden), use_reentrant=False)
 
 
-def _again(part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """part(x), computed again in the backward pass."""
-    out: Tensor = checkpoint(part, x, use_reentrant=False)
-    return out
-
-
-def _attend(attention: Any, norm: Any, layout: Layout, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _attend(attention: Any, norm: Any, layout: Layout, cos: Tensor, sin: Tensor, hidden: Tensor) -> Tensor:
     x = rms_norm(hidden, norm.weight, norm.variance_epsilon)
     heads = [
         linear(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)

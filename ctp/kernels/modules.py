@@ -1,6 +1,6 @@
-"""Norms and gated MLPs of a frozen model, as functions that keep for the backward pass only what it cannot do without.
+"""Norms and gated MLPs of a frozen model as functions that keep little for the backward pass.
 
-Nothing here computes a gradient of a weight. What a module computes stays what it was, up to rounding.
+They have no gradients of weights. Results stay the same, up to rounding.
 """
 
 from collections.abc import Callable, Iterator
@@ -77,7 +77,7 @@ def text_model(model: Any) -> Any:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks; where they are in no single list, what transformers itself would compute again."""
+    """The decoder blocks; if they are in no single list, what transformers itself would compute again."""
     try:
         return list(decoder_blocks(text_model(model))[1])
     except ValueError:
@@ -85,11 +85,11 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def replacements(model: nn.Module, fused: bool, recompute: bool) -> dict[nn.Module, Callable[..., Any]]:
-    """The forward that each module is to have instead of its own.
+    """The forward that each module gets instead of its own.
 
-    fused: blocks are one function (ctp.kernels.block) where they can be, else their norms and gated MLPs as here;
-    whether that computes the same is the caller's to check, as a module is known by the names of its parts. recompute:
-    of other blocks only the input waits for the backward pass.
+    fused: blocks are one function (ctp.kernels.block) if possible, else their norms and gated MLPs are. Modules are
+    recognised by the names of their parts: the caller must check the results. recompute: other blocks keep only their
+    input for the backward pass.
     """
     found: dict[nn.Module, Callable[..., Any]] = {}
     if fused:
@@ -106,24 +106,25 @@ def replacements(model: nn.Module, fused: bool, recompute: bool) -> dict[nn.Modu
 
 @contextmanager
 def replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """The modules have these forwards; their own again on the way out."""
+    """The modules have these forwards, and their own again on the way out."""
     before = {m: vars(m).get("forward") for m in forwards}
     try:
         for module, forward in forwards.items():
             module.forward = forward
         yield
     finally:
-        for module, own in before.items():
-            if own is None:
+        for module, original in before.items():
+            if original is None:
                 vars(module).pop("forward", None)
             else:
-                module.forward = own
+                module.forward = original
 
 
 @contextmanager
 def rounded_weights(model: nn.Module, dtype: torch.dtype, held: torch.dtype) -> Iterator[None]:
-    """The numbers of frozen linears are rounded once to `dtype`, as autocast would round them at every use, and held
-    as `held`. Where that is another type, and autocast is not there to do so, experts and other matrices are, too.
+    """Frozen linears are rounded once to `dtype`, as autocast would at every use, and stored as `held`.
+
+    If that is another type, so that autocast is off, experts and other matrices are rounded too.
     """
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
     others = [(m, n, p) for m in model.modules() for n, p in m.named_parameters(recurse=False)
@@ -151,7 +152,7 @@ def rounded_weights(model: nn.Module, dtype: torch.dtype, held: torch.dtype) -> 
 
 
 def _rounded(parameter: Any, dtype: torch.dtype, held: torch.dtype) -> Any:
-    """Itself where that changes nothing: no second copy of the weights is kept then."""
+    """The parameter itself if rounding changes nothing: no second copy then."""
     value = parameter.detach().to(dtype).to(held)
     same = value.dtype == parameter.dtype and torch.equal(value, parameter)
     return parameter if same else nn.Parameter(value, requires_grad=False)

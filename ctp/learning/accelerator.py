@@ -1,4 +1,4 @@
-"""accelerate, which keeps one choice of precision and device per process, made a matter of one run."""
+"""accelerate, which keeps one precision and device per process, with those of one run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +9,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 @contextmanager
 def accelerated(precision: str, device: str) -> Iterator[Accelerator]:
-    """An Accelerator of this precision on "cuda" or "cpu", whatever ran in this process before.
-
-    accelerate keeps both in process-wide dictionaries and refuses a second choice: they are set aside for the run.
-    """
+    """An Accelerator of this precision on "cuda" or "cpu"; the process's own choice is set aside meanwhile."""
     shared = (AcceleratorState._shared_state, PartialState._shared_state)
     before = [dict(s) for s in shared]
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -8,21 +8,19 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ctp.prompts.files import _write
+from ctp.prompts.files import write_plain
 
 TENSORS, PROGRESS = "state.safetensors", "state.json"
 
 
 @dataclass
 class TrainState:
-    """All that a run needs to go on to the same bytes.
+    """All that a run needs to resume to the same bytes. Batches, dropout and rates are functions of the step.
 
-    Batches, dropout and learning rates are functions of the step, so that no sampler or scheduler appears here.
-    identity: names spec and text, compared on resume. values, best: the trainable parameters by name, as of the last
-    checkpoint and at the lowest validation loss. moments: AdamW's by parameter and name, empty before the first update.
-    scaler: of the fp16 loss, else empty. loss_sum over loss_count updates: training loss since the last validation.
-    seconds: spent so far, all interrupted runs together. at_once: windows a micro-batch, fewer than the spec's where
-    memory ran out; 0 before the first update.
+    identity: of spec and text, compared on resume. values, best: the trainable parameters by name, as of the last
+    checkpoint and at the lowest validation loss. moments: AdamW's by parameter and name. scaler: of the fp16 loss.
+    loss_sum over loss_count updates: training loss since the last validation. seconds: of all interrupted runs.
+    at_once: windows a micro-batch, fewer than the spec's if memory ran out; 0 before the first update.
     """
 
     identity: str
@@ -46,24 +44,24 @@ class TrainState:
         tensors = {f"{kind}:{n}": t for kind in ("values", "best") for n, t in getattr(self, kind).items()}
         tensors |= {f"{stat}:{n}": t for n, each in self.moments.items() for stat, t in each.items()}
         save_file({n: t.detach().cpu().clone() for n, t in tensors.items()}, folder / TENSORS)
-        _write(folder / PROGRESS, {n: getattr(self, n) for n in _PLAIN})
+        write_plain(folder / PROGRESS, {n: getattr(self, n) for n in _PLAIN})
 
     @classmethod
     def load(cls, folder: str | Path) -> "TrainState":
         """The state that `save` wrote. Raises FileNotFoundError where there is none."""
         state = cls(**json.loads((Path(folder) / PROGRESS).read_text()))
         for name, tensor in load_file(Path(folder) / TENSORS).items():
-            kind, _, own = name.partition(":")
+            kind, _, parameter = name.partition(":")
             if kind in ("values", "best"):
-                getattr(state, kind)[own] = tensor
+                getattr(state, kind)[parameter] = tensor
             else:
-                state.moments.setdefault(own, {})[kind] = tensor
+                state.moments.setdefault(parameter, {})[kind] = tensor
         return state
 
     def outcome(self) -> dict[str, Any]:
         """The fields of an `Outcome`."""
-        numbers = {"best_step": self.best_step, "best_val_loss": self.best_loss}
-        return {**numbers, "history": self.history, "seconds": self.seconds}
+        best = {"best_step": self.best_step, "best_val_loss": self.best_loss}
+        return {**best, "history": self.history, "seconds": self.seconds}
 
 
 _PLAIN = [n for n in TrainState.__dataclass_fields__ if n not in ("values", "best", "moments")]

@@ -1,8 +1,8 @@
 """Learning LoRA through a compressed model, on the query and value projections (appendix A.5 of the paper).
 
-A projection W becomes W + (alpha / r) B A with A (r, in) and B (out, r); W stays frozen, B starts at 0. BLOOM computes
-queries, keys and values with one fused matrix: it is split into three while A and B are learned, and the two adapters
-are then written as one of rank 2r that fits the fused matrix.
+A projection W becomes W + (alpha / r) B A with A (r, in) and B (out, r); W stays frozen, B starts at 0. BLOOM's fused
+matrix of queries, keys and values is split into three while A and B are learned; the two adapters are then saved as one
+of rank 2r for the fused matrix.
 """
 
 import math
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from peft import LoraConfig, TaskType, inject_adapter_in_model
@@ -25,8 +25,8 @@ from ctp.architectures.blocks import decoder_blocks
 from ctp.architectures.families import FUSED, QUERY, VALUE
 from ctp.architectures.linears import linears
 from ctp.cells import LoRA
-from ctp.cells.runtime import Runtime
-from ctp.learning.train import Checkpoint, Report, Trainable, train
+from ctp.learning.run import Trainable
+from ctp.learning.train import How, train
 from ctp.machine.random import generator
 from ctp.models.adapters import ADAPTER
 from ctp.prompts.adapter import restored
@@ -34,14 +34,15 @@ from ctp.prompts.attach import frozen
 from ctp.prompts.files import Outcome
 
 NAME = "learned"  # of the adapter, while it is inside the model
+Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class LearnedLoRA(Outcome):
     """LoRA at the step with the lowest validation loss.
 
-    weights: by PEFT's names, fp32 on the CPU, as they fit the ordinary model. trained: how many numbers were learned;
-    fewer than `weights` has for BLOOM, where keys have zeros. settings: of PEFT's LoraConfig.
+    weights: by PEFT's names, fp32 on the CPU. trained: how many numbers were learned; fewer than `weights` has for
+    BLOOM, where keys have zeros. settings: of PEFT's LoraConfig.
     """
 
     weights: dict[str, Tensor]
@@ -53,7 +54,6 @@ class LearnedLoRA(Outcome):
         return self.trained
 
     def save(self, folder: str | Path, base_model_name: str) -> None:
-        """Write PEFT's two files, which `PeftModel.from_pretrained(model, folder)` reads, and history.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self.weights, folder / ADAPTER, metadata={"format": "pt"})
@@ -64,29 +64,16 @@ class LearnedLoRA(Outcome):
 
 
 def learn_lora(
-    model: PreTrainedModel,
-    windows: Tensor,
-    validation: Tensor,
-    spec: LoRA,
-    *,
-    runtime: Runtime = Runtime(),  # noqa: B008 (frozen)
-    resume: str | Path | None = None,
-    checkpoint: Checkpoint | None = None,
-    report: Report | None = None,
+    model: PreTrainedModel, windows: Tensor, validation: Tensor, spec: LoRA, **how: Unpack[How]
 ) -> LearnedLoRA:
     """Learn LoRA on the token windows (n, s); keep the step with the lowest validation loss.
 
-    The model moves to runtime.device (unless accelerate has spread it out) and is otherwise left as it was found.
-    resume, checkpoint, report: as `ctp.learning.train.train` has them, which says what else is raised.
-
-    Raises ValueError where the model is refused, has no query and value projections that ctp knows, or fewer blocks
-    than spec.layers.
+    The model moves to runtime.device (unless accelerate has spread it out) and is otherwise left as it was.
+    how, errors: see `ctp.learning.train.train`. Also raises ValueError if the model is refused,
+    has no query and value projections that ctp knows, or fewer blocks than spec.layers.
     """
     families.check(model.config, "lora")
-    state = train(
-        model, lambda: injected(model, spec), windows, validation, spec,
-        runtime=runtime, resume=resume, checkpoint=checkpoint, report=report,
-    )  # fmt: skip
+    state = train(model, lambda: injected(model, spec), windows, validation, spec, **how)
     trained = sum(t.numel() for t in state.best.values())
     weights, settings = _as_saved(model, spec, state.best)
     return LearnedLoRA(weights, settings, trained, **state.outcome())
@@ -94,10 +81,10 @@ def learn_lora(
 
 @contextmanager
 def injected(model: PreTrainedModel, spec: LoRA) -> Iterator[Trainable]:
-    """The model with LoRA inside, in evaluation mode; modules, flags and weights are as before on the way out.
+    """The model with LoRA inside, in evaluation mode; modules, flags and weights are restored on the way out.
 
-    The parameters are fp32 whatever the model is, `MODULE.lora_A` (r, in) drawn as PEFT draws them (Kaiming's uniform)
-    by spec.seed, `MODULE.lora_B` (out, r) zero. Raises ValueError as `learn_lora` does.
+    The parameters are fp32: `MODULE.lora_A` (r, in) drawn as by PEFT (Kaiming's uniform) from spec.seed,
+    `MODULE.lora_B` (out, r) zero. Raises ValueError as `learn_lora` does.
     """
     with restored(model), frozen(model):
         names = _projections(model, spec.layers)
@@ -116,9 +103,8 @@ def _trainable(model: PreTrainedModel, layers: dict[str, LoraLayer], spec: LoRA)
     dropout: list[nn.Module] = []
     for name, layer in layers.items():
         a, b = layer.lora_A[NAME].float().weight, layer.lora_B[NAME].float().weight
-        start = nn.init.kaiming_uniform_(
-            torch.empty(a.shape), math.sqrt(5), generator=generator("lora", spec.seed, name)
-        )
+        draw = generator("lora", spec.seed, name)
+        start = nn.init.kaiming_uniform_(torch.empty(a.shape), math.sqrt(5), generator=draw)
         with torch.no_grad():
             a.copy_(start)
             b.zero_()
@@ -142,14 +128,8 @@ def _projections(model: PreTrainedModel, layers: int | None) -> list[str]:
     return names
 
 
-def _outside(model: PreTrainedModel) -> bool:
-    """Are there linears of these names outside the decoder blocks, as in a tower for images?"""
-    inside = decoder_blocks(model)[0]
-    return any(n.split(".")[-1] in (QUERY, VALUE) for n in linears(model) if not n.startswith(f"{inside}."))
-
-
 class SplitProjection(nn.Module):
-    """A fused linear as three of its own: rows (heads, [query, key, value], head size), the same function."""
+    """A fused linear, with rows (heads, [query, key, value], head size), as three: the same function."""
 
     def __init__(self, fused: nn.Linear, heads: int) -> None:
         super().__init__()
@@ -171,11 +151,11 @@ class SplitProjection(nn.Module):
 
 
 def _split(block: nn.Module, name: str, heads: int) -> None:
-    """Put a SplitProjection in the place of the block's fused linear."""
+    """Replace the block's fused linear by a SplitProjection."""
     for path, module in list(block.named_modules()):
-        if path.split(".")[-1] == name and isinstance(module, nn.Linear):
-            parent, _, own = path.rpartition(".")
-            setattr(block.get_submodule(parent), own, SplitProjection(module, heads))
+        parent, _, last = path.rpartition(".")
+        if last == name and isinstance(module, nn.Linear):
+            setattr(block.get_submodule(parent), last, SplitProjection(module, heads))
 
 
 def _fuse(learned: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
@@ -195,28 +175,23 @@ def _fuse(learned: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
 
 
 def _settings(model: PreTrainedModel, spec: LoRA) -> dict[str, Any]:
-    """PEFT's settings of what is learned, before a fused projection is put together."""
+    """PEFT's settings of what is learned, before a fused projection is joined."""
     place, blocks = decoder_blocks(model)
     count = len(blocks)
     last = None if spec.layers is None else list(range(count - spec.layers, count))
     target: list[str] | str = [QUERY, VALUE]
-    if _outside(model):  # PEFT takes names for ends of names, anywhere; a pattern is for whole names
+    outside = (n for n in linears(model) if not n.startswith(f"{place}."))
+    if any(n.split(".")[-1] in (QUERY, VALUE) for n in outside):  # in a tower for images: PEFT would match those too
         numbers = "|".join(map(str, last or range(count)))
         target, last = rf"{re.escape(place)}\.({numbers})\..*\b({QUERY}|{VALUE})", None
     return {
-        "task_type": TaskType.CAUSAL_LM,
-        "r": spec.r,
-        "lora_alpha": spec.alpha,
-        "lora_dropout": spec.dropout,
-        "target_modules": target,
-        "layers_to_transform": last,
-    }
+        "task_type": TaskType.CAUSAL_LM, "r": spec.r, "lora_alpha": spec.alpha, "lora_dropout": spec.dropout,
+        "target_modules": target, "layers_to_transform": last,
+    }  # fmt: skip
 
 
-def _as_saved(
-    model: PreTrainedModel, spec: LoRA, learned: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(weights by PEFT's names, settings of its LoraConfig) as they fit the ordinary model."""
+def _as_saved(model: PreTrainedModel, spec: LoRA, learned: Weights) -> tuple[Weights, dict[str, Any]]:
+    """(weights by PEFT's names, settings of its LoraConfig) for the ordinary model."""
     settings, fused = _settings(model, spec), FUSED.get(model.config.model_type)
     if fused:
         learned = _fuse(learned, model.config.num_attention_heads)

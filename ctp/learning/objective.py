@@ -1,8 +1,7 @@
-"""The loss that is learned by: summed next-token loss behind a prompt, and how its gradient is computed.
+"""The summed next-token loss behind a prompt, and the fastest way to compute its gradient.
 
-A batch is one row of positions, the prompt's and then every window's, where the architecture allows it; the head and
-the log-softmax run a chunk of scored positions at a time, and their gradient is taken at once: no tensor of
-batch x window x vocabulary is ever there.
+If the architecture allows, a batch is one row of positions, the prompt's and then every window's. The head, the
+log-softmax and their gradient run a chunk of positions at a time: no tensor of batch x window x vocabulary exists.
 """
 
 from collections.abc import Iterator
@@ -25,15 +24,15 @@ from ctp.prompts.prefix import Prefix, prefix
 
 # Logits that exist at a time. A GPU needs many to be busy; on a CPU more only take memory.
 CHUNK = {"cpu": 2**22, "cuda": 2**26}
-SHORT = 16  # tokens of a window whose gradient is tried
+SHORT = 16  # tokens of a window whose gradient is compared
 CACHED = 2**20  # logits that are exponentiated together on a CPU: in fp32 they stay in its cache
 
 
 class _LinearNLL(Function):
-    """Sum of -log softmax(h W^T)[target] over the rows of h (n, d), a float64 scalar; its gradient for h on the way.
+    """Sum of -log softmax(h W^T)[target] over the rows of h (n, d), a float64 scalar, and its gradient for h.
 
     With E = exp(z - max z) and S its row sums, the loss of a row is log S + max z - z_target, its gradient
-    E W / S - W_target. E is rounded to h's dtype for its product, S and the loss are sums in fp32 and float64.
+    E W / S - W_target. E is rounded to h's dtype for its product; S and the loss are sums in fp32 and float64.
     """
 
     @staticmethod
@@ -62,9 +61,7 @@ class _LinearNLL(Function):
 
 
 def _exponentials(z: Tensor) -> tuple[Tensor, Tensor]:
-    """The maxima of the rows of z (n, V) and the sums of exp(z - maximum), both (n, 1) in fp32; z becomes these
-    exponentials, rounded to its dtype once they are summed.
-    """
+    """Of the rows of z (n, V), the maxima and the sums of exp(z - maximum), both (n, 1) in fp32; z becomes exp(...)."""
     rows = len(z) if z.device.type != "cpu" else max(1, CACHED // z.shape[1])
     tops, sums = z.new_empty(2, len(z), 1, dtype=torch.float32)
     for part, top, total in zip(z.split(rows), tops.split(rows), sums.split(rows), strict=True):
@@ -79,7 +76,7 @@ def _exponentials(z: Tensor) -> tuple[Tensor, Tensor]:
 def linear_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum of -log p (nats) of targets (n,) under softmax(hidden W^T): hidden (n, d), weight (V, d); a float64 scalar.
 
-    Differentiable in hidden alone. Under autocast the product is in its dtype.
+    Differentiable in hidden alone.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -91,11 +88,11 @@ def linear_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """The summed loss of windows behind a prompt through one model; `choose` says how it is computed.
+    """The summed loss of windows behind a prompt through one model, as `choose` finds it best computed.
 
-    packed: prompt and windows are one row of positions, norms and gated MLPs are ctp's own; else the prompt is a prefix
-    of keys and values. headless: the head is its matrix and nothing else, and no more logits than a chunk exist.
-    recompute: what can be computed again does not wait for the backward pass.
+    packed: prompt and windows are one row of positions, through ctp.kernels; else the prompt is a prefix of keys and
+    values. headless: the head is a matrix and nothing else, applied in chunks. recompute: what can be computed again
+    is not kept for the backward pass.
     """
 
     model: PreTrainedModel
@@ -106,7 +103,7 @@ class Objective:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """The model computes in this way: around `nll` and its backward pass."""
+        """The model computes so: around `nll` and its backward pass."""
         config = self.model.config.get_text_config()
         before = config._attn_implementation
         try:
@@ -126,7 +123,7 @@ class Objective:
         return linear_nll(states.to(weight.device), weight, windows[:, 1:].flatten().to(weight.device))
 
     def states(self, windows: Tensor, prompt: Tensor | None, layout: Layout | None = None) -> Tensor:
-        """What the head is given (b, s - 1, d) at x_0 .. x_{s-2} of each window. layout: that of `layout`, if any."""
+        """The head's input (b, s - 1, d) at x_0 .. x_{s-2} of each window. layout: see `layout`."""
         if not self.packed:
             return scored_states(self.model, windows, self._front(prompt, windows.shape[1] - 1))
         ids = windows[:, :-1]
@@ -140,7 +137,7 @@ class Objective:
         return out.last_hidden_state[0, layout.k :].unflatten(0, ids.shape)
 
     def layout(self, windows: Tensor, prompt: Tensor | None) -> Layout:
-        """How the windows (b, s) and the prompt lie in one row of positions."""
+        """The one row of positions of the prompt and the windows (b, s)."""
         b, s = windows.shape
         return Layout(0 if prompt is None else len(prompt), b, s - 1, not self.recompute, self.scratch)
 
@@ -150,8 +147,7 @@ class Objective:
 
 
 def choose(model: PreTrainedModel, windows: Tensor, prompt: Tensor | None, recompute: bool = False) -> Objective:
-    """The fastest objective that agrees with the model's own forward pass, tried on the first of the windows (n, s) and
-    on others of its length.
+    """The fastest objective that agrees with the model's own forward pass on windows like the first of these (n, s).
 
     Runs in the caller's precision and autocast.
     """
@@ -174,8 +170,7 @@ def choose(model: PreTrainedModel, windows: Tensor, prompt: Tensor | None, recom
 def _reads_alike(packed: Objective, window: Tensor, prompt: Tensor | None) -> bool:
     """Are the hidden states of two windows (1, s) in one row those of each alone, and does neither see the other?
 
-    A layer that mixes positions in another way than by attention (states, convolutions) calls no packed attention, or
-    sees the window before.
+    A layer that mixes positions in another way (states, convolutions) calls no packed attention, or sees both.
     """
     model, (one, two, three) = packed.model, _apart(packed.model, window)
     layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
@@ -190,7 +185,7 @@ def _reads_alike(packed: Objective, window: Tensor, prompt: Tensor | None) -> bo
 
 
 def _learns_alike(packed: Objective, window: Tensor, prompt: Tensor | None) -> bool:
-    """Is the gradient of two short windows' loss the model's own? Compared in fp32 only: others round too much."""
+    """Is the gradient of two short windows' loss the model's own? In fp32 only: other dtypes round too much."""
     model = packed.model
     inside = [p for p in model.parameters() if p.requires_grad]
     if computed(model) != torch.float32 or (prompt is None and not inside):
@@ -207,7 +202,7 @@ def _learns_alike(packed: Objective, window: Tensor, prompt: Tensor | None) -> b
 
 
 def _apart(model: PreTrainedModel, window: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The window (1, s) and two made up ones: no two have a token in common at any place."""
+    """The window (1, s) and two made-up ones that differ from it, and from each other, at every place."""
     return window, other_tokens(model, window), other_tokens(model, window, 2)
 
 

@@ -5,22 +5,20 @@
 The model is frozen; the prompt E, kept in spec.dtype, is all that has a gradient.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ctp.cells import SoftPrompt
-from ctp.cells.runtime import Runtime
-from ctp.learning import train as training
-from ctp.learning.checkpoint import TrainState
-from ctp.prompts.files import LearnedPrompt, load_prompt
+from ctp.learning.run import Trainable
+from ctp.learning.train import How
+from ctp.learning.train import train as minimise
+from ctp.prompts.files import LearnedPrompt
 from ctp.prompts.rows import distinct_rows, embedding_rows
 
-__all__ = ["LearnedPrompt", "TrainState", "initial_prompt", "learn", "load_prompt"]
 PROMPT = "prompt"  # its name among the trainable parameters
 
 
@@ -31,32 +29,22 @@ def learn(
     spec: SoftPrompt,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    runtime: Runtime = Runtime(),  # noqa: B008 (frozen)
-    resume: str | Path | None = None,
-    checkpoint: Callable[[TrainState], None] | None = None,
-    report: training.Report | None = None,
+    **how: Unpack[How],
 ) -> LearnedPrompt:
     """Learn `spec.k` rows in front of the windows of `train` (n, s); keep the step with the lowest validation loss.
 
-    The model moves to runtime.device (unless accelerate has spread it out) and is otherwise left as it was found.
-    resume, checkpoint, report: as `ctp.learning.train.train` has them.
-
-    Raises ValueError where spec, text and model do not fit or the checkpoint is another run's, FloatingPointError
-    (with step, learning rate and last losses) on a loss or gradient that is not finite.
+    The model moves to runtime.device (unless accelerate has spread it out) and is otherwise left as it was.
+    how, errors: see `ctp.learning.train.train`.
     """
 
-    def in_front() -> AbstractContextManager[training.Trainable]:
+    def in_front() -> AbstractContextManager[Trainable]:
         rows = initial_prompt(model, spec, tokenizer)
         device = model.get_input_embeddings().weight.device
         prompt = torch.nn.Parameter(rows.to(device, getattr(torch, spec.dtype), copy=True))
-        return nullcontext(training.Trainable(model, {PROMPT: prompt}, prompt))
+        return nullcontext(Trainable(model, {PROMPT: prompt}, prompt))
 
-    state = training.train(
-        model, in_front, train, validation, spec,
-        runtime=runtime, resume=resume, checkpoint=checkpoint, report=report,
-    )  # fmt: skip
-    best = state.best[PROMPT].to(torch.float32)
-    return LearnedPrompt(best, **state.outcome())
+    state = minimise(model, in_front, train, validation, spec, **how)
+    return LearnedPrompt(state.best[PROMPT].to(torch.float32), **state.outcome())
 
 
 def initial_prompt(
@@ -64,9 +52,8 @@ def initial_prompt(
 ) -> Tensor:
     """The k rows (k, d), fp32 on the CPU, that learning starts from: embeddings of k tokens.
 
-    random_rows: distinct tokens drawn by spec.seed (the paper's text). first_rows: the first k tokens (its code).
-    Both leave out rows of the embedding that stand for no token of the tokenizer, where one is given. text: the tokens
-    of spec.init_text, repeated or cut to k. Raises ValueError if there are too few.
+    random_rows: distinct tokens drawn by spec.seed (the paper's text). first_rows: the first k tokens (its code). text:
+    the tokens of spec.init_text, repeated or cut to k. Raises ValueError if there are too few.
     """
     if spec.init != "text":
         return distinct_rows(model, spec.k, spec.seed if spec.init == "random_rows" else None, tokenizer)

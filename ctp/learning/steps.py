@@ -1,4 +1,4 @@
-"""What a step of learning does, as functions of spec and step: resuming needs no sampler, no scheduler."""
+"""Learning rates and batches as functions of spec and step: resuming needs no sampler and no scheduler."""
 
 import math
 from functools import lru_cache
@@ -13,7 +13,7 @@ from ctp.machine.random import generator
 def learning_rate(spec: Learned, done: int) -> float:
     """The rate of the update after `done` updates: linear warm-up from 0, then constant, linear or cosine to 0.
 
-    Step for step the schedules of transformers (get_linear_schedule_with_warmup …), which the paper's code uses.
+    Step for step as transformers' schedules, which the paper's code uses.
     """
     if done < spec.warmup:
         return spec.lr * done / spec.warmup
@@ -24,7 +24,7 @@ def learning_rate(spec: Learned, done: int) -> float:
 
 
 def batch_rows(n: int, spec: Learned, done: int) -> Tensor:
-    """The windows (batch,) out of n that the update after `done` updates takes: every epoch is its own permutation."""
+    """The windows (batch,) of n for the update after `done` updates: every epoch is a new permutation."""
     places = range(done * spec.batch, (done + 1) * spec.batch)
     return torch.stack([_epoch(n, spec.seed, place // n)[place % n] for place in places])
 

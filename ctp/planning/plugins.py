@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ctp.cells import Compression, Measure, Method, Recovery
 from ctp.common.files import there
 from ctp.common.messages import shown
 from ctp.machine.contained import MethodEnded, contained
@@ -38,7 +39,20 @@ def read(given: Any, folders: Sequence[Path], problems: list[str]) -> dict[str, 
                 load({name: out[name]})
         except (Exception, SystemExit, MethodEnded) as e:  # whatever the file itself raises
             problems.append(f"{place}: {type(e).__name__}: {e}")
+        problems += [f"{place}: {problem}" for problem in _undone(f"ctp_plugin_{name}" if out.get(name) else name)]
     return out
+
+
+def _undone(module: str) -> list[str]:
+    """Methods of a module that nothing does: without a function, and derived from no built-in method."""
+    families: dict[type[Method], str] = {Compression: "compress", Recovery: "recover", Measure: "measure"}
+    return [
+        f"the method {name!r} needs a function {verb}(self, job)"
+        for family, verb in families.items()
+        for name, kind in family.registry.items()
+        if kind.__module__ == module and not hasattr(kind, verb)
+        and not any(b is not family and issubclass(b, family) and b.__module__.startswith("ctp.") for b in kind.__mro__)
+    ]  # fmt: skip
 
 
 _sources: dict[str, str] = {}

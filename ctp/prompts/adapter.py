@@ -1,38 +1,42 @@
-"""Adapters in PEFT's format that were made elsewhere: soft prompts and LoRA. safetensors and JSON only.
-
-`locate` pins one to an exact version, `fetch` gives its folder, `adapter_facts` says what it is, `applied` uses it.
-"""
+"""PEFT adapters, soft prompts and LoRA, applied to a model and taken off again."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # torch takes seconds to import, and pinning a grid needs none of it
+from ctp.models.adapters import ADAPTER, CONFIG, AdapterFacts, _tensors, adapter_facts
+
+if TYPE_CHECKING:  # torch and transformers take seconds
     from torch import Tensor
     from transformers import PreTrainedModel
-from ctp.models.adapters import ADAPTER, CONFIG, _tensors, adapter_facts
 
 
 @contextmanager
 def applied(model: "PreTrainedModel", folder: str | Path) -> "Iterator[Tensor | None]":
     """The model with the adapter: yields a soft prompt (k, d) in fp32, to be put in front, or None with LoRA injected.
 
-    LoRA is taken off again on the way out: the same modules, flags and weights as before. Inside, the model is in
-    evaluation mode and nothing asks for a gradient. Raises ValueError where the adapter does not fit the model.
+    LoRA is taken off on the way out: the same modules, flags and weights as before. Inside, the model is in evaluation
+    mode and frozen. Raises ValueError if the adapter does not fit the model.
     """
     from ctp.prompts.attach import frozen
-    from ctp.prompts.files import load_prompt
 
     facts = adapter_facts(folder)
     if facts.kind == "prompt":
-        prompt = load_prompt(folder)
-        if tuple(prompt.shape) != (facts.k, facts.width):
-            raise ValueError(f"{ADAPTER} holds a prompt {tuple(prompt.shape)}; {CONFIG} says {facts.k} x {facts.width}")
-        yield prompt
+        yield prompt_rows(folder, facts)
         return
     with frozen(model), _lora(model, Path(folder)):
         yield None
+
+
+def prompt_rows(folder: str | Path, facts: AdapterFacts) -> "Tensor":
+    """The prompt (k, d) of an adapter in fp32. Raises ValueError if its configuration says other sizes."""
+    from ctp.prompts.files import load_prompt
+
+    prompt = load_prompt(folder)
+    if tuple(prompt.shape) != (facts.k, facts.width):
+        raise ValueError(f"{ADAPTER} holds a prompt {tuple(prompt.shape)}; {CONFIG} says {facts.k} x {facts.width}")
+    return prompt
 
 
 def attach_adapter(model: "PreTrainedModel", folder: str | Path) -> Any:

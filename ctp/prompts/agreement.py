@@ -1,4 +1,4 @@
-"""Two ways to compute the same thing, tried on a model: whether they agree, up to the rounding of its arithmetic."""
+"""Whether two ways to compute the same thing agree on a model, up to the rounding of its arithmetic."""
 
 from typing import Any
 
@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# Largest difference of a hidden state, relative to the largest one, at which two computations of it are the same.
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# The same, relative to its own position, where the arithmetic is the same too and only what it must not see differs.
-UNSEEN = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# The same, where tensors of other shapes are computed with.
-ROUNDED = {torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 2e-1}
+# Largest difference between two computations of the same hidden states:
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative to the largest state
+UNSEEN = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # to its own position, in the same arithmetic
+ROUNDED = {torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 2e-1}  # to its own, with tensors of other shapes
 
 
 def alike(model: PreTrainedModel, found: Tensor, wanted: Tensor) -> bool:
@@ -20,7 +18,7 @@ def alike(model: PreTrainedModel, found: Tensor, wanted: Tensor) -> bool:
 
 
 def unmoved(model: PreTrainedModel, found: Tensor, wanted: Tensor) -> bool:
-    """Are these hidden states (..., d) the same at every position, though something else was changed?"""
+    """Are these hidden states (..., d) the same at every position, though something else changed?"""
     found, wanted = found.float(), wanted.float()
     return bool(((found - wanted).norm(dim=-1) <= UNSEEN[computed(model)] * wanted.norm(dim=-1)).all())
 
@@ -33,9 +31,9 @@ def mostly(model: PreTrainedModel, found: Tensor, wanted: Tensor) -> bool:
 
 
 def computed(model: PreTrainedModel) -> torch.dtype:
-    """The dtype of the model's arithmetic: autocast's where that is on."""
+    """The dtype of the model's arithmetic: autocast's if that is on."""
     device = model.get_input_embeddings().weight.device.type
-    dtype: torch.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
     return dtype if dtype in TOLERANCE else torch.float32
 
 
@@ -52,14 +50,11 @@ def spread_tokens(model: PreTrainedModel) -> Tensor:
 
 
 def body_states(model: PreTrainedModel, **inputs: Any) -> Tensor:
-    """What the model makes of its inputs before its head: hidden states (b, n, d), logits where it has no body."""
-    states: Tensor = read(model, **inputs)[0]
-    return states
+    """The hidden states (b, n, d) before the head; logits of a model without a body."""
+    return read(model, **inputs)[0]
 
 
 def read(model: PreTrainedModel, **inputs: Any) -> Any:
-    """The output of the body, of the whole model where it has none: as its class computes it, without a prompt that is
-    attached to the model itself.
-    """
+    """The output of the body, or of a whole model without one; a prompt attached to the model does not count."""
     body = model.base_model
     return type(model).forward(model, **inputs) if body is model else body(**inputs)

@@ -1,8 +1,7 @@
-"""A soft prompt in front of token windows: embedding, forward pass, and the log-likelihoods that are scored.
+"""A soft prompt in front of token windows: logits, and the log-likelihoods that are scored.
 
-Shapes: b windows of s tokens, k prompt rows of d numbers (d is the width of the *embedding*, which in some OPT models
-is not the hidden size), V vocabulary entries. The window is x_0 .. x_{s-1}: x_0 is never scored, and x_{s-1} predicts
-nothing, so that it is never fed.
+Shapes: b windows of s tokens, k prompt rows of d numbers (the width of the *embedding*, which in some OPT models is not
+the hidden size), V vocabulary entries. Of a window x_0 .. x_{s-1}, x_0 is not scored and x_{s-1} is not fed.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,10 +26,10 @@ CHUNK = 2**24
 
 
 def token_logits(model: PreTrainedModel, ids: Tensor, prompt: Tensor | Prefix | None = None) -> Tensor:
-    """Logits (b, t, V) at the tokens `ids` (b, t) behind the prompt (k, d), in whatever dtype the model computes.
+    """Logits (b, t, V) at the tokens `ids` (b, t) behind the prompt (k, d), in the model's dtype.
 
-    prompt: its rows, or what `prefix` made of them, which costs less. The head runs at the tokens' positions only,
-    where the architecture can say so.
+    prompt: its rows, or what `prefix` made of them, which costs less. The head runs at the tokens' positions only, if
+    the architecture allows.
     """
     return model(**_inputs(model, ids, prompt), **kept(model, ids.shape[1])).logits[:, -ids.shape[1] :]
 
@@ -51,7 +50,7 @@ def scored_logits(model: PreTrainedModel, windows: Tensor, prompt: Tensor | Pref
 
 
 def summed_nll(logits: Tensor, windows: Tensor) -> Tensor:
-    """Sum of -log p (nats, natural logarithm) over the logits of `scored_logits`: a float64 scalar on their device.
+    """Sum of -log p (nats) over the logits of `scored_logits`: a float64 scalar on their device.
 
     Log-softmax in fp32 (or wider, if the logits are), a chunk at a time: no fp32 copy of all the logits is made.
     """
@@ -59,7 +58,7 @@ def summed_nll(logits: Tensor, windows: Tensor) -> Tensor:
 
 
 def scored_nll(model: PreTrainedModel, windows: Tensor, prompt: Tensor | Prefix | None = None) -> Tensor:
-    """`summed_nll` of the `scored_logits`; where the architecture allows, only a chunk of the logits exists at a time.
+    """`summed_nll` of the `scored_logits`; if the architecture allows, only a chunk of the logits exists at a time.
 
     Without gradients: with them every chunk is kept.
     """
@@ -81,12 +80,10 @@ def _summed(head: Callable[[Tensor], Tensor], states: Tensor, windows: Tensor, v
     rows = max(1, CHUNK // vocabulary)
     total = torch.zeros((), dtype=torch.float64, device=flat.device)
     for chunk, target in zip(flat.split(rows), targets.split(rows), strict=True):
-        total = total + F.cross_entropy(_wide(head(chunk)), target, reduction="none").sum(dtype=torch.float64)
+        logits = head(chunk)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = total + F.cross_entropy(wide, target, reduction="none").sum(dtype=torch.float64)
     return total
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def context_of(model: PreTrainedModel) -> int | None:
@@ -94,15 +91,25 @@ def context_of(model: PreTrainedModel) -> int | None:
     return context_length(model.config)
 
 
-def check_fit(model: PreTrainedModel, windows: Tensor, k: int, width: int | None = None) -> None:
-    """Raise ValueError unless `windows` are token windows (n, s) that fit the model behind k prompt rows of `width`.
+def check_context(model: PreTrainedModel, total: int, sizes: str) -> None:
+    """Raise ValueError if `total` positions, the sum of `sizes`, exceed the model's context."""
+    context = context_of(model)
+    if context is not None and total > context:
+        raise ValueError(f"{sizes} = {total} exceed the model's context of {context}")
 
-    Also where its configuration says that it cannot read rows.
-    """
+
+def check_shape(model: PreTrainedModel, prompt: Tensor) -> None:
+    """Raise ValueError unless the prompt has k > 0 rows as wide as the model's embedding."""
+    width = model.get_input_embeddings().embedding_dim
+    if prompt.dim() != 2 or len(prompt) == 0 or prompt.shape[1] != width:
+        raise ValueError(f"prompt of shape {tuple(prompt.shape)}: must be (k, {width}) for this model, with k > 0")
+
+
+def check_fit(model: PreTrainedModel, windows: Tensor, k: int, width: int | None = None) -> None:
+    """Raise ValueError unless `windows` are token windows (n, s) that the model can read behind k rows of `width`."""
     if windows.dim() != 2 or windows.dtype != torch.long or len(windows) == 0 or windows.shape[1] < 2:
-        raise ValueError(
-            f"windows must be a LongTensor (n > 0, s > 1); got {windows.dtype} of shape {tuple(windows.shape)}"
-        )
+        shape = tuple(windows.shape)
+        raise ValueError(f"windows must be a LongTensor (n > 0, s > 1); got {windows.dtype} of shape {shape}")
     embedding = model.get_input_embeddings()
     low, high = int(windows.min()), int(windows.max())
     if low < 0 or high >= embedding.num_embeddings:
@@ -117,20 +124,18 @@ def check_fit(model: PreTrainedModel, windows: Tensor, k: int, width: int | None
                 f"windows hold the padding token {pad}, by which model type {model.config.model_type} counts "
                 "positions: behind a prompt it cannot"
             )
-    context = context_of(model)
     s = windows.shape[1]
-    if context is not None and k + s > context:
-        raise ValueError(f"{k} prompt rows + windows of {s} tokens = {k + s} exceed the model's context of {context}")
+    check_context(model, k + s, f"{k} prompt rows + windows of {s} tokens")
 
 
-_readable: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()  # why not, "" where it is
+_readable: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()  # the reason why not, or ""
 
 
 def check_readable(model: PreTrainedModel) -> None:
-    """Raise ValueError where rows in front of the text cannot mean what tokens there would.
+    """Raise ValueError if rows in front of the text cannot mean what tokens there would.
 
-    Refused by its configuration, or found by trying, once a model: it must read the embeddings of tokens as it reads
-    the tokens, and no token may change what was read before it.
+    By its configuration, or by a trial once a model: it must read the embeddings of tokens as it reads the tokens, and
+    no token may change what was read before it.
     """
     families.check(model.config, "prompt")
     if model not in _readable:
@@ -145,7 +150,7 @@ def _unreadable(model: PreTrainedModel) -> str:
     changed = torch.cat([ids[:, :-1], other_tokens(model, ids[:, -1:])], dim=1)
     read = body_states(model, input_ids=ids, use_cache=False)
     if not bool(torch.isfinite(read).all()):
-        return ""  # whoever sums a loss says so
+        return ""  # whoever sums a loss reports it
     try:
         embedded = body_states(model, inputs_embeds=embedding(ids), use_cache=False)
     except Exception as e:  # whatever a model raises that looks for token ids and finds none
@@ -160,7 +165,7 @@ def _unreadable(model: PreTrainedModel) -> str:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) and no parameter that asks for a gradient; each flag is put back on the way out."""
+    """Evaluation mode (no dropout) and no gradient of any parameter; each flag is restored on the way out."""
     modes = [(m, m.training) for m in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:

@@ -1,7 +1,7 @@
-"""A soft prompt attached to a Hugging Face causal LM, which is then called, and generates, as it was before.
+"""A soft prompt attached to a Hugging Face causal LM, which is then called, and generates, as before.
 
 The k rows stand between the left padding and the first token of every input. The caller's tokens, mask, positions,
-labels and logits do not count them; caches, hidden states and attentions do: they have k positions more.
+labels and logits do not count them; caches, hidden states and attentions have k positions more.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 from ctp.architectures import families
 from ctp.machine.memory import ran_out
 from ctp.prompts.agreement import body_states, mostly, read, spread_tokens
-from ctp.prompts.attach import check_readable, context_of, frozen
+from ctp.prompts.attach import check_context, check_readable, check_shape, frozen
 from ctp.prompts.files import LearnedPrompt
 from ctp.prompts.prefix import stretched, with_prompt
 
@@ -27,19 +27,17 @@ HANDLE = "_attached_prompt"  # a model's attribute, its handle
 MARK = "_soft_prompt"  # a cache's: number of the handle whose prompt it holds, tokens of the call that put it there
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 # `generate` calls the second when every setting is resolved and nothing is computed yet, the third for a paged cache.
-# They are replaced on the instance, not hooked: PEFT and accelerate call `model.forward` itself, which passes hooks by.
+# Replaced on the instance, not hooked: PEFT and accelerate call `model.forward` itself, which bypasses hooks.
 REPLACED = ("forward", "_prepare_cache_for_generation", "generate_batch")
-_numbers = itertools.count(1)
-
-
-_padded: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 PADDING = 3  # tokens of it that are tried
+_numbers = itertools.count(1)
+_padded: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def reads_padded(model: PreTrainedModel) -> bool:
-    """Does the model read text behind padding on the left, masked, as it reads the text alone, and go on from it?
+    """Does the model read, and go on from, text behind masked padding as it reads the text alone? Tried once a model.
 
-    Tried once a model. Where positions are counted without the mask, it does not.
+    It does not where positions are counted without the mask.
     """
     if model not in _padded:
         with frozen(model), torch.no_grad():
@@ -69,16 +67,14 @@ def _tried_padded(model: PreTrainedModel) -> bool:
 
 
 def attach_prompt(model: PreTrainedModel, prompt: Tensor | LearnedPrompt) -> "AttachedPrompt":
-    """Put the prompt, rows (k, d) with d the width of the embedding, or what `learn` gave, in front of all that `model`
-    reads, until `remove()`.
+    """Put the prompt, rows (k, d) or what `learn` gave, in front of all that `model` reads, until `remove()`.
 
     `model(input_ids, attention_mask=…, labels=…)` gives the logits of the given tokens, and the mean loss over the
-    given labels but those of each row's first token, as `ctp.evaluation.perplexity` counts. `model.generate` works
-    greedily, by sampling and by beams, with left padding, with and without a cache; `max_length` counts tokens only.
-    Class, configuration and weights stay as they are, and `save_pretrained` saves those: the prompt has its own folder.
+    labels but each row's first. `model.generate` works greedily, by sampling and by beams, with left padding, with and
+    without a cache; `max_length` counts tokens only. `save_pretrained` saves the model without the prompt.
 
-    Raises ValueError if the prompt does not fit, or one is attached already. What cannot work raises it when asked of
-    the model: `inputs_embeds`, a mask that is not (b, tokens), a cache that is not dynamic or was filled without this
+    Raises ValueError if the prompt does not fit, or one is attached already. The model then raises it for what cannot
+    work: `inputs_embeds`, a mask that is not (b, tokens), a cache that is not dynamic or was filled without this
     prompt, `generate` from a filled cache, assisted decoding, k + tokens beyond the context.
     """
     if not isinstance(model, PreTrainedModel):
@@ -88,46 +84,46 @@ def attach_prompt(model: PreTrainedModel, prompt: Tensor | LearnedPrompt) -> "At
     families.check(model.config, "generate")
     lacking = [n for n in families.ATTACHED if n not in inspect.signature(model.forward).parameters]
     if lacking or not all(hasattr(model, name) for name in REPLACED):
-        raise ValueError(
-            f"{type(model).__name__} cannot have a prompt attached: it does not generate, or its forward "
-            f"lacks one of {', '.join(families.ATTACHED)}"
-        )
+        raise ValueError(f"{type(model).__name__} cannot have a prompt attached: it does not generate, or its forward "
+                         f"lacks one of {', '.join(families.ATTACHED)}")  # fmt: skip
     check_readable(model)
     if isinstance(prompt, LearnedPrompt):
         prompt = prompt.embeddings
-    width = model.get_input_embeddings().embedding_dim
-    if prompt.dim() != 2 or len(prompt) == 0 or prompt.shape[1] != width:
-        raise ValueError(f"prompt of shape {tuple(prompt.shape)}: must be (k, {width}) for this model, with k > 0")
+    check_shape(model, prompt)
     if not prompt.is_floating_point() or not bool(torch.isfinite(prompt).all()):
         raise ValueError("a prompt's rows must be finite floating-point numbers")
     return AttachedPrompt(model, prompt)
 
 
 class AttachedPrompt:
-    """A prompt in front of a model, made by `attach_prompt`; `remove` ends it."""
+    """A prompt in front of a model, made by `attach_prompt`; `remove` takes it off."""
 
     def __init__(self, model: PreTrainedModel, prompt: Tensor) -> None:
         self._model, self._prompt, self._k, self._number = model, prompt, len(prompt), next(_numbers)
         self._padded = reads_padded(model)  # tried while the model is still called as its class says
         self._plain, self._plain_cache, _ = (getattr(model, name) for name in REPLACED)
-        self._before = {name: vars(model).get(name) for name in REPLACED}
+        self._before = {name: vars(model).get(name) for name in (*REPLACED, HANDLE)}
         self._parameters = tuple(inspect.signature(self._plain).parameters)
-        for name, own in zip(REPLACED, (self._forward, self._prepare_cache, self._refuse_batch), strict=True):
+        for name, ours in zip(REPLACED, (self._forward, self._prepare_cache, self._refuse_batch), strict=True):
             # `generate` reads forward's signature. A partial: a deep copy of the model gets a handle of its own.
-            setattr(model, name, update_wrapper(partial(own), getattr(model, name)))
+            setattr(model, name, update_wrapper(partial(ours), getattr(model, name)))
         setattr(model, HANDLE, self)
 
+    def __enter__(self) -> "AttachedPrompt":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
     def remove(self) -> None:
-        """Give the model back as it was before; a second call does nothing."""
+        """Give the model back as it was; a second call does nothing."""
         if getattr(self._model, HANDLE, None) is not self:
             return
-        for name, before in {**self._before, HANDLE: None}.items():
+        for name, before in self._before.items():
             if before is None:
                 delattr(self._model, name)
             else:
                 setattr(self._model, name, before)
-
-    # ------------------------------------------------------------- in the model's place
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self._parameters, args, strict=False)) | kwargs
@@ -142,25 +138,17 @@ class AttachedPrompt:
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], mode: Any, *args: Any
     ) -> Any:
         """Refuse what cannot work before anything is computed; then as the model does."""
-        length, context = self._k + generation_config.max_length, context_of(self._model)
-        if context is not None and length > context:
-            raise ValueError(
-                f"{self._k} prompt rows + input and new tokens ({generation_config.max_length}) = {length} exceed the "
-                f"model's context of {context}"
-            )
+        tokens, length = generation_config.max_length, self._k + generation_config.max_length
+        check_context(self._model, length, f"{self._k} prompt rows + input and new tokens ({tokens})")
         if mode not in MODES or generation_config.is_assistant:
             allowed = ", ".join(m.value for m in MODES)
             raise ValueError(f"{mode.value} does not work behind a soft prompt; allowed: {allowed}")
         if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation = {generation_config.cache_implementation!r} does not work behind a soft "
-                "prompt; allowed: 'dynamic', or use_cache=False"
-            )
+            given = f"cache_implementation = {generation_config.cache_implementation!r}"
+            raise ValueError(f"{given} does not work behind a soft prompt; allowed: 'dynamic', or use_cache=False")
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         if cache is not None and cache.get_seq_length():
-            raise ValueError(
-                "generate cannot go on from a filled cache behind a soft prompt: give all tokens, no cache"
-            )
+            raise ValueError("generate cannot go on from a filled cache behind a soft prompt: give all tokens")
         config, begun = self._model.config, self._k if mask is None else self._k + int(mask.sum(-1).max())
         if stretched(config, length) and not stretched(config, begun):
             generation_config.use_cache = False  # what is cached was rotated by other angles than what follows
@@ -169,10 +157,8 @@ class AttachedPrompt:
     def _refuse_batch(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError("continuous batching (a paged cache) does not work behind a soft prompt: use generate")
 
-    # ----------------------------------------------------------------- what the model reads
-
     def _prompted(self, given: dict[str, Any], filled: int) -> dict[str, Any]:
-        """The arguments of the plain forward pass that gives what the caller asked for."""
+        """The arguments of the plain forward pass."""
         given = dict(given)
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         padding = None
@@ -194,7 +180,7 @@ class AttachedPrompt:
         return given if filled else given | self._beginning(given, padding)
 
     def _beginning(self, given: dict[str, Any], padding: Tensor | None) -> dict[str, Any]:
-        """What differs where the prompt itself is read, at the beginning."""
+        """The arguments that differ at the beginning, where the prompt itself is read."""
         ids, labels = given["input_ids"], given.get("labels")
         rows = with_prompt(self._model, ids, self._prompt)
         new = {"input_ids": None, "inputs_embeds": _insert(rows[:, : self._k], rows[:, self._k :], padding)}
@@ -217,17 +203,12 @@ class AttachedPrompt:
             raise ValueError("past_key_values was filled without this soft prompt: start again from an empty cache")
         if not isinstance(given.get("logits_to_keep", 0), int):
             raise ValueError("logits_to_keep must be a number of tokens behind a soft prompt, not positions or a mask")
-        total = filled + ids.shape[1] + (0 if filled else self._k)
-        tokens, context = total - self._k, context_of(self._model)
+        tokens = filled + ids.shape[1] - (self._k if filled else 0)
         if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != (len(ids), tokens)):
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"attention_mask {shape}: must be ({len(ids)}, {tokens}), what is cached included, no prompt"
-            )
-        if context is not None and total > context:
-            raise ValueError(
-                f"{self._k} prompt rows + {tokens} tokens = {total} exceed the model's context of {context}"
-            )
+            wanted = f"({len(ids)}, {tokens})"
+            raise ValueError(f"attention_mask {shape}: must be {wanted}, what is cached included, no prompt")
+        check_context(self._model, self._k + tokens, f"{self._k} prompt rows + {tokens} tokens")
         return filled
 
 

@@ -1,4 +1,4 @@
-"""What learning leaves on disk: a checkpoint to go on from, and what was learned. safetensors and JSON only."""
+"""Learned prompts and their histories on disk: PEFT's format, safetensors and JSON only."""
 
 import json
 from collections.abc import Mapping
@@ -17,10 +17,10 @@ HISTORY, KEY = "history.json", "prompt_embeddings"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Outcome:
-    """How learning went. best_val_loss and the losses in `history` are nats per scored token: exp gives a perplexity.
+    """How learning went. Losses are nats per scored token: exp gives a perplexity.
 
-    history: one entry per validation with step, val_loss, loss (mean training loss since the one before), lr (both None
-    at step 0), and at_once where memory allowed fewer windows a micro-batch than the spec says. seconds: all
+    history: one entry per validation with step, val_loss, loss (mean training loss since the last one), lr (both None
+    at step 0), and at_once if memory allowed fewer windows a micro-batch than the spec says. seconds: of all
     interrupted runs together.
     """
 
@@ -39,8 +39,8 @@ class Outcome:
         raise NotImplementedError
 
     def write_history(self, folder: str | Path) -> None:
-        """Write history.json: the best step and how it came to it."""
-        _write(Path(folder) / HISTORY, {n: getattr(self, n) for n in Outcome.__dataclass_fields__})
+        """Write history.json."""
+        write_plain(Path(folder) / HISTORY, {n: getattr(self, n) for n in Outcome.__dataclass_fields__})
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,6 @@ class LearnedPrompt(Outcome):
         return self.embeddings.numel()
 
     def save(self, folder: str | Path, base_model_name: str) -> None:
-        """Write PEFT's two files, which `PeftModel.from_pretrained(model, folder)` reads, and history.json."""
         save_prompt(folder, self.embeddings, base_model_name)
         self.write_history(folder)
 
@@ -91,5 +90,6 @@ def load_prompt(folder: str | Path) -> Tensor:
     return prompt.to(torch.float32)
 
 
-def _write(path: Path, data: Mapping[str, Any]) -> None:
+def write_plain(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON. Raises ValueError on a number that is not finite."""
     path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")

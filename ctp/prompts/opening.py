@@ -1,11 +1,11 @@
 """Texts that begin with a special token, behind a hard prompt: the token stands once, in front of the prompt."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ctp.data.specials import Specials, plain_ids
 from ctp.prompts.rows import embedding_rows
@@ -13,10 +13,10 @@ from ctp.prompts.rows import embedding_rows
 
 @dataclass(frozen=True, eq=False)
 class Opening:
-    """How ids that begin with the token `first` are read behind a hard prompt: as first + prompt + the other ids.
+    """Ids that begin with the token `first`, read behind a hard prompt: first + prompt + the other ids.
 
-    `rows` (k, d) are all that stands before the prompt's last token, None where nothing does; that token, `last`, takes
-    the place of `first`. So shapes stay, and each id is predicted from what really stands before it.
+    `rows` (k, d) are all that stands before the prompt's last token, or None; that token, `last`, takes the place of
+    `first`. So shapes stay, and each id is predicted from what really stands before it.
     """
 
     first: int
@@ -24,19 +24,17 @@ class Opening:
     rows: Tensor | None
 
     @classmethod
-    def of_windows(cls, model: PreTrainedModel, tokenizer: Any, text: str) -> "Opening | None":
-        """For token windows; None for tokenizers without BOS, or which put several tokens before a text."""
+    def of_windows(cls, model: PreTrainedModel, tokenizer: Tokenizer, text: str) -> "Opening | None":
+        """For token windows; None if the tokenizer has no BOS, or puts several tokens before a text."""
         known = Specials.of(tokenizer)
-        if len(known.before) > 1 or (not known.before and known.bos is None):
-            return None
         first = known.before[0] if known.before else known.bos
-        assert first is not None
+        if first is None or len(known.before) > 1:
+            return None
         return cls._of(model, first, [first, *plain_ids(tokenizer, text)])
 
     @classmethod
-    def of_requests(cls, model: PreTrainedModel, tokenizer: Any, text: str, empty: int) -> "Opening | None":
-        """For a task's requests, which begin as the tokenizer has it, or with `empty` where nothing stands in front of
-        the answer: behind a prompt something does."""
+    def of_requests(cls, model: PreTrainedModel, tokenizer: Tokenizer, text: str, empty: int) -> "Opening | None":
+        """For a task's requests, which begin as the tokenizer begins a text, or with `empty` after no context."""
         before = Specials.of(tokenizer).before
         if len(before) > 1:
             return None

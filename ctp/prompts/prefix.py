@@ -1,8 +1,7 @@
 """A soft prompt's keys and values, computed once and read by every window that stands behind it.
 
 In a causal model they depend on the k prompt rows alone: a batch of b windows of t tokens then costs b t positions
-instead of b (k + t), and windows, batches and texts share them. Where gradients are on, so do they: the prompt's
-gradient comes back through the one pass over its rows.
+instead of b (k + t). With gradients on, the prompt's gradient comes back through the one pass over its rows.
 """
 
 import inspect
@@ -21,17 +20,16 @@ from ctp.prompts.agreement import alike, body_states
 
 CACHE = ("inputs_embeds", "past_key_values", "use_cache")
 FAILED = -1
-# model -> k -> the longest windows, in tokens, that the cache of k rows was tried with; FAILED where it did not serve.
+# model -> k -> the longest windows, in tokens, that the cache of k rows was tried with; or FAILED.
 _tried: WeakKeyDictionary[PreTrainedModel, dict[int, int]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """A prompt as one model reads it, made by `prefix`, of use to that model only.
+    """A prompt as one model reads it, made by `prefix` for that model only.
 
-    rows: the prompt (k, d). cache: `past_key_values` of a forward pass of any batch, which leaves it as it is; it holds
-    2 numbers per layer, row and key width (LLaMA-7B, k = 100, float16: 52 MB). None where the model keeps its past in
-    another form: the rows then stand in front of every window, as they do where `serves` says no.
+    rows: the prompt (k, d). cache: `past_key_values` for a forward pass of any batch, which does not change it
+    (LLaMA-7B, k = 100, float16: 52 MB). Without one, or if `serves` says no, the rows stand in front of every window.
     """
 
     rows: Tensor
@@ -42,10 +40,10 @@ class Prefix:
 
 
 def prefix(model: PreTrainedModel, prompt: Tensor, tokens: int = 0) -> Prefix:
-    """Run the prompt (k, d) through the model, without its head but for one row, where and as the embedding lies.
+    """Run the prompt (k, d) through the model, with its head at one row only, on the embedding's device.
 
-    Differentiable in the prompt; under `no_grad` it holds no graph. tokens: of the windows behind it, where that is
-    known: nothing is run for a cache that will not serve them.
+    Differentiable in the prompt. tokens: of the windows behind it, if known: nothing is run for a cache that will not
+    serve them.
     """
     if stretched(model.config, len(prompt) + tokens) or _tried.get(model, {}).get(len(prompt)) == FAILED:
         return Prefix(prompt, None)
@@ -55,7 +53,7 @@ def prefix(model: PreTrainedModel, prompt: Tensor, tokens: int = 0) -> Prefix:
         return Prefix(prompt, None)
     try:
         past = model(inputs_embeds=rows[None], use_cache=True, **kept(model, 1)).get("past_key_values")
-    except Exception as e:  # the cache that the model is given, or makes, is none that it can use
+    except Exception as e:  # the model cannot use the cache that it is given or makes
         if ran_out(e):
             raise
         past = None
@@ -71,7 +69,7 @@ def prefix(model: PreTrainedModel, prompt: Tensor, tokens: int = 0) -> Prefix:
 def serves(model: PreTrainedModel, made: Prefix, ids: Tensor) -> bool:
     """Do the tokens `ids` (b, t) behind the prefix's cache read as behind its rows?
 
-    Tried with two of them, and again where they are longer than before: a cache may keep less than attention sees.
+    Tried with two rows of `ids`, and again if they are longer than before: a cache may keep less than attention sees.
     """
     k, t = len(made), ids.shape[1]
     if made.cache is None or stretched(model.config, k + t):
@@ -118,15 +116,12 @@ def with_prompt(model: PreTrainedModel, ids: Tensor, prompt: Tensor) -> Tensor:
 
 
 def kept(model: PreTrainedModel, positions: int) -> dict[str, int]:
-    """The argument by which the head runs at the last `positions` only, where the architecture has one."""
+    """The argument by which the head runs at the last `positions` only, if the architecture has one."""
     return {"logits_to_keep": positions} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 class _Full(DynamicLayer):
-    """Keys and values (1, heads, k, width) that stand in front of what each pass brings, and keep none of it.
-
-    A growing layer would hold every layer's keys and values of the whole batch until the pass ends.
-    """
+    """Keys and values (1, heads, k, width) that stand in front of those of each pass, and do not grow by them."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return _in_front(self.keys, key_states), _in_front(self.values, value_states)
@@ -143,7 +138,7 @@ _FIXED: dict[type, type] = {DynamicLayer: _Full, DynamicSlidingWindowLayer: _Sli
 
 
 def _fixed(layer: Any) -> Any:
-    """The filled layer of a cache as one that stays as it is; None for layers that keep something else as well."""
+    """The filled layer of a cache as one that does not grow; None for layers that keep something else as well."""
     if type(layer) not in _FIXED or not layer.is_initialized:
         return None
     fixed: Any = object.__new__(_FIXED[type(layer)])

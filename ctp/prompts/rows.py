@@ -1,7 +1,7 @@
-"""Rows of a model's own embedding: what a soft prompt starts from, and prompts that are not trained at all."""
+"""Rows of a model's embedding: what a soft prompt starts from, and prompts that are not trained at all."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,13 +12,13 @@ from ctp.machine.random import generator
 
 if TYPE_CHECKING:  # torch itself is needed above
     from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
 def embedding_rows(model: "PreTrainedModel", ids: Sequence[int]) -> Tensor:
-    """The embeddings (k, d) of k token ids, fp32 on the CPU, as the model's first block is given them.
+    """The embeddings (k, d) of k token ids, fp32 on the CPU. Raises ValueError for ids beyond the vocabulary.
 
-    d is the width of the embedding, which in some OPT models is not the hidden size. Raises ValueError for ids that the
-    vocabulary does not have.
+    d is the width of the embedding, which in some OPT models is not the hidden size.
     """
     embedding = model.get_input_embeddings()
     size = embedding.num_embeddings
@@ -29,19 +29,20 @@ def embedding_rows(model: "PreTrainedModel", ids: Sequence[int]) -> Tensor:
     return rows.to("cpu", torch.float32, copy=True)
 
 
-def token_ids(model: "PreTrainedModel", tokenizer: Any) -> list[int]:
-    """The ids that stand for a token, special ones included, in their order: an embedding is often padded with rows
-    that none does. All rows where there is no tokenizer.
+def token_ids(model: "PreTrainedModel", tokenizer: "Tokenizer | None") -> list[int]:
+    """The ids of all tokens in order, special ones included, without the rows that pad an embedding.
+
+    All rows without a tokenizer.
     """
     size = model.get_input_embeddings().num_embeddings
     known = range(size) if tokenizer is None else tokenizer.get_vocab().values()
     return sorted({i for i in known if 0 <= i < size})
 
 
-def distinct_rows(model: "PreTrainedModel", k: int, seed: int | None, tokenizer: Any = None) -> Tensor:
-    """Embeddings (k, d) of k distinct tokens: drawn by `seed`, or the first k where it is None.
+def distinct_rows(model: "PreTrainedModel", k: int, seed: int | None, tokenizer: "Tokenizer | None" = None) -> Tensor:
+    """Embeddings (k, d) of k distinct tokens: drawn by `seed`, or the first k if it is None.
 
-    tokenizer: says which rows stand for a token; without one all do. Raises ValueError if there are too few.
+    Raises ValueError if there are too few.
     """
     ids = token_ids(model, tokenizer)
     if k > len(ids):
@@ -50,8 +51,8 @@ def distinct_rows(model: "PreTrainedModel", k: int, seed: int | None, tokenizer:
     return embedding_rows(model, [ids[i] for i in order])
 
 
-def untrained_rows(spec: Untrained, model: "PreTrainedModel", tokenizer: Any) -> Tensor:
-    """The rows (k, d), fp32 on the CPU, that an untrained prompt stands for. Raises ValueError where there are none."""
+def untrained_rows(spec: Untrained, model: "PreTrainedModel", tokenizer: "Tokenizer") -> Tensor:
+    """The rows (k, d), fp32 on the CPU, of an untrained prompt. Raises ValueError if there are none."""
     if isinstance(spec, RandomPrompt):
         return distinct_rows(model, spec.k, spec.seed, tokenizer)
     if isinstance(spec, HardPrompt):

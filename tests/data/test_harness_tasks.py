@@ -13,8 +13,7 @@ from support.tinytasks import DATA, SHIPPED, needs_data, own_task
 
 from ctp.cells import Task
 from ctp.cells.runtime import Runtime
-from ctp.data import harness as data_harness
-from ctp.data import tasks
+from ctp.data import taskfiles, tasks
 from ctp.evaluation.harness import SoftPromptLM
 from ctp.evaluation.tasks import build
 from ctp.execution.jobs import EvaluateJob
@@ -159,8 +158,8 @@ def job_for(tmp_path, name, model=None, prompt=None, batch=4, seen=None, data=No
     report = (lambda numbers: None) if seen is None else seen.append
     cell = SimpleNamespace(recovery=None)
     return spec, EvaluateJob(
-        store=None, runtime=runtime, device="cpu", folder=folder, record={}, report=report, cell=cell, model=model,
-        tokenizer=byte_tokenizer(), prompt=prompt,
+        store=None, runtime=runtime, device="cpu", folder=folder, record={}, report=report, reads=None, cell=cell,
+        model=model, tokenizer=byte_tokenizer(), prompt=prompt,
     )  # fmt: skip
 
 
@@ -193,7 +192,7 @@ def test_openbookqa_counted_by_hand(tmp_path):
     assert metrics["score_stderr"] == pytest.approx((p * (1 - p) / 5) ** 0.5)  # of a mean of 6
     assert metrics["documents"] == len(samples(job)) == 6
     about = {"name": "ctp_openbookqa", "metric": "acc_norm", "version": 1.0, "documents": 6, "shots": 0, "cut": 0}
-    assert job.record["task"] == {**about, "harness": data_harness.harness_version()}
+    assert job.record["task"] == {**about, "harness": taskfiles.harness_version()}
     assert seen[-1] == {"step": 24, "steps": 24}  # four answers to each of six questions
 
 

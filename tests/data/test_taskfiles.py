@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.tinytasks import DATA, SHIPPED, needs_data, own_task
 
-from ctp.data import harness, tasks
+from ctp.data import taskfiles, tasks
 from ctp.evaluation.tasks import build
 
 
@@ -29,15 +29,15 @@ def test_a_revision_follows_definition_data_and_harness(tmp_path, monkeypatch):
         file.write_text(file.read_text() + add)
         seen.append(tasks.locate(path))
         with pytest.raises(ValueError, match=r"sums .* has changed since it was pinned"):
-            tasks.read(seen[-1][2], seen[-2][1])
+            tasks.check_pinned(seen[-1][2], seen[-2][1])
     with monkeypatch.context() as patched:
-        patched.setattr(harness, "version", lambda name: "0.5")
+        patched.setattr(taskfiles, "version", lambda name: "0.5")
         seen.append(tasks.locate(path))
         with pytest.raises(ValueError, match=r"0\.5 here"):
-            tasks.read(seen[-1][2], seen[-2][1])
+            tasks.check_pinned(seen[-1][2], seen[-2][1])
     assert len({revision for _, revision, _ in seen}) == len(seen)
     assert {(name, location) for name, _, location in seen} == {("sums", seen[0][2])}
-    assert tasks.read(seen[-2][2], seen[-2][1]).config["description"] == "Add."
+    assert tasks.check_pinned(seen[-2][2], seen[-2][1]).config["description"] == "Add."
     assert build(seen[-2][2], seen[-2][1], 0).config.description == "Add."
 
 
@@ -50,7 +50,7 @@ def test_where_it_lies_is_not_part_of_it(tmp_path, monkeypatch):
     _, revision, location = tasks.locate(first)
     Path(first).unlink()
     with pytest.raises(ValueError, match=r"sums.yaml is missing on this machine"):
-        tasks.read(location, revision)
+        tasks.check_pinned(location, revision)
 
 
 def test_a_folder_of_data_is_pinned_and_read(tmp_path):
@@ -139,7 +139,7 @@ def test_the_hubs_commit_is_pinned(monkeypatch):
     assert asked_for == ["allenai/ai2_arc"] * 2
     assert first != second
     assert json.loads(location) == {"task": f"harness:{name}", "commit": "a" * 40}
-    assert tasks.read(location, first).changes == {"dataset_kwargs": {"revision": "a" * 40}}
+    assert tasks.check_pinned(location, first).changes == {"dataset_kwargs": {"revision": "a" * 40}}
 
 
 def test_planning_imports_neither_torch_nor_the_harness(monkeypatch):
@@ -155,8 +155,8 @@ def test_planning_imports_neither_torch_nor_the_harness(monkeypatch):
 
 def test_without_the_harness_one_sentence_says_what_to_install(monkeypatch):
     def missing(name):
-        raise harness.PackageNotFoundError(name)
+        raise taskfiles.PackageNotFoundError(name)
 
-    monkeypatch.setattr(harness, "version", missing)
+    monkeypatch.setattr(taskfiles, "version", missing)
     with pytest.raises(ValueError, match=r"pip install 'ctp\[tasks\]'"):
         tasks.locate("piqa")

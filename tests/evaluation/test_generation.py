@@ -11,13 +11,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctp.cells import Generation, HardPrompt
 from ctp.evaluation import generation as module
-from ctp.evaluation.generation import answer_tokens, answers, repeated_4grams
+from ctp.evaluation.generation import answer_tokens, plain_text, repeated_4grams
 from ctp.execution import measure
 from ctp.prompts.adapter import applied
 from ctp.prompts.prefix import with_prompt
 from ctp.prompts.rows import untrained_rows
 
 QUESTIONS = ["Where is Long Beach?", "What?", "What is asparagus, and who eats it?", "Why", "Where is Tulsa, Oklahoma?"]
+
+
+def answers(model, tokenizer, questions, prompt=None, new_tokens=64, batch=4):
+    """The answers as texts."""
+    found = module.answer_tokens(model, tokenizer, questions, prompt, new_tokens, batch)
+    return [plain_text(tokenizer, ids) for ids in found]
 
 
 def greedy(model, tokenizer, question, prompt, new):

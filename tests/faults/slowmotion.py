@@ -48,16 +48,16 @@ def after(owner, name, stage):
 
 def watch_worker():
     from ctp.execution import execute, jobs
-    from ctp.learning import train
+    from ctp.learning import run
     from ctp.storage import store
 
     before(execute, "execute", "begin")
     before(jobs.Job, "progress", "compress")
-    before(train._Run, "update", lambda run: f"learn {run.state.step}", linger=0.01)
+    before(run.Run, "update", lambda run: f"learn {run.state.step}", linger=0.01)
     before(store.Store, "save_partial", "checkpoint")
     before(store.Store, "commit", "publish")
     after(store.Store, "commit", "published")
-    before(jobs, "evaluating", "evaluate")
+    before(execute, "evaluating", "evaluate")
 
 
 def watch_driver():

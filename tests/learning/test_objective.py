@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.tiny import random_windows, tiny_bloom, tiny_llama, tiny_mixtral, tiny_opt
+from support.tiny import random_windows, tiny_bloom, tiny_llama, tiny_mixtral, tiny_opt
 from torch import nn
 
 from ctp.kernels.attention import BLOCK, Scratch, causal_attention

@@ -16,6 +16,9 @@ from ctp.plugin import Recovery
 class Shout(Recovery):
     method: Literal["shout"] = "shout"
     volume: int = 11
+
+    def recover(self, job):
+        return {}
 """
 
 
@@ -56,6 +59,16 @@ def test_no_method_is_replaced_and_mistakes_name_the_file(tmp_path, llama_folder
     assert found[1].startswith("plugins = 'broken.py': ModuleNotFoundError: No module named 'nothing_like_that'")
     assert found[2] == "plugins = 'gone.py': there is no such file, here or beside the grid file"
     assert found[3] == "plugins = 5: the path of a .py file, or the name of an installed module"
+
+
+def test_a_method_that_nothing_does_is_refused(tmp_path, llama_folder):
+    idle = SOURCE.partition("    def recover")[0]
+    (tmp_path / "idle.py").write_text(idle)
+    found = problems(write_grid(tmp_path / "g.yaml", grid(llama_folder, plugins="idle.py")))
+    assert found == ["plugins = 'idle.py': the method 'shout' needs a function recover(self, job)"]
+    derived = idle.replace("import Recovery", "import Recovery\nfrom ctp.cells import RandomPrompt")
+    (tmp_path / "murmur.py").write_text(derived.replace("(Recovery)", "(RandomPrompt)").replace("shout", "murmur"))
+    load(write_grid(tmp_path / "g.yaml", grid(llama_folder, plugins="murmur.py")))
 
 
 def test_the_readme_shows_the_plugin_that_is_tested():

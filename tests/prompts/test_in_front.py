@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.tiny import random_windows
+from support.tiny import random_windows
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 

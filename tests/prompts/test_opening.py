@@ -61,8 +61,8 @@ def test_windows_stand_behind_it_as_one_text(model, monkeypatch, before, after, 
     monkeypatch.setattr(EvaluateJob, "prefix", property(lambda job: prefix(job.model, job.prompt)))
     seen = []
     job = EvaluateJob(
-        store=None, runtime=Runtime(batch=3), device="cpu", folder=None, record={}, report=seen.append, cell=cell,
-        model=model, tokenizer=tokenizer, prompt=rows,
+        store=None, runtime=Runtime(batch=3), device="cpu", folder=None, record={}, report=seen.append, reads=None,
+        cell=cell, model=model, tokenizer=tokenizer, prompt=rows,
     )  # fmt: skip
     with torch.no_grad():
         found = _perplexity(Perplexity(text=spec), job)

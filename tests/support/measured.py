@@ -31,7 +31,7 @@ def job_for(folder, model, tokenizer, prompt=None):
 
     return SimpleNamespace(
         cell=SimpleNamespace(recovery=None), model=model, tokenizer=tokenizer, prompt=prompt, device="cpu",
-        folder=folder, record={},
+        folder=folder, record={}, hard_prompt="",
         runtime=Runtime(device="cpu", batch=3), progress=lambda done, of: None, write_json=write_json,
     )  # fmt: skip
 

@@ -1,7 +1,4 @@
-"""The files that define tasks of lm-evaluation-harness: found by name, and read without importing it.
-
-The harness takes seconds to import, and planning a grid needs only what its YAML says.
-"""
+"""The YAML files that define tasks: found by name, and read without lm-evaluation-harness, which imports in seconds."""
 
 import difflib
 import re
@@ -27,7 +24,8 @@ def harness_version() -> str:
         raise ValueError(INSTALL) from e
 
 
-def own_file(name: str, base: Path | None) -> Path:
+def user_file(name: str, base: Path | None) -> Path:
+    """A task file of the user's, relative to `base` or the working directory. Raises ValueError if there is none."""
     given = expanded(name)
     for folder in (base, Path.cwd()):
         if folder is not None and there(folder / given) and (folder / given).is_file():
@@ -40,34 +38,34 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
 
 class _Function(str):
-    """`module.name`, relative to the folder of the YAML that says it."""
+    """`module.name`, relative to the folder of the YAML."""
 
 
 _Loader.add_constructor("!function", lambda loader, node: _Function(loader.construct_scalar(node)))
 
 
 def merged(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], list[Path]]:
-    """A YAML with what it includes, as the harness merges it, and every file of it, Python included."""
+    """(settings, files) of a YAML with what it includes, as the harness merges it, Python files included."""
     if path in above:
         raise ValueError(f"{path} includes itself")
     try:
-        own = yaml.load(path.read_bytes(), _Loader)  # a safe loader
+        settings = yaml.load(path.read_bytes(), _Loader)  # a safe loader
     except OSError as e:
         raise ValueError(f"{path} is missing on this machine") from e
     except yaml.YAMLError as e:
         raise ValueError(f"{path} is no YAML: {' '.join(str(e).split())}") from e
-    if not isinstance(own, dict):
-        raise ValueError(f"{path}: a task is a mapping of settings, not a {type(own).__name__}")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: a task is a mapping of settings, not a {type(settings).__name__}")
     config: dict[str, Any] = {}
-    files = [path, *_python_files(own, path.parent)]
-    includes = own.pop("include", [])
+    files = [path, *_python_files(settings, path.parent)]
+    includes = settings.pop("include", [])
     for include in includes if isinstance(includes, list) else [includes]:
         if not isinstance(include, str):
             raise ValueError(f"include = {include!r} in {path}: must be the name of a file")
         fields, more = merged((path.parent / include).resolve(), (*above, path))
         config |= fields
         files += more
-    return config | own, files
+    return config | settings, files
 
 
 def _python_files(value: Any, folder: Path) -> list[Path]:
@@ -85,7 +83,7 @@ _HEADS = re.compile(
 
 @lru_cache
 def _harness_names() -> tuple[dict[str, Path], dict[str, list[str]]]:
-    """Its tasks' files by name, and the tasks of each group and tag, as far as they tell: 14,000 files, a second."""
+    """Its tasks' files by name, and the known tasks of each group and tag; reads 14,000 files in a second."""
     spec = find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(INSTALL)
@@ -104,6 +102,7 @@ def _harness_names() -> tuple[dict[str, Path], dict[str, list[str]]]:
 
 
 def harness_file(name: str) -> Path:
+    """The file of one of the harness's tasks. Raises ValueError for other names, and for groups."""
     tasks, groups = _harness_names()
     if name in tasks:
         return tasks[name]
