@@ -209,12 +209,7 @@ def _check_plain(model: object, tokenizer: object) -> None:
 
 
 def _windows(
-    model: Model,
-    tokenizer: Tokenizer,
-    texts: Texts,
-    seq_len: int | None,
-    count: int | None,
-    k: int = 0,
+    model: Model, tokenizer: Tokenizer, texts: Texts, seq_len: int | None, count: int | None, k: int = 0
 ) -> Tensor:
     """Token windows (n, seq_len) of documents, or the token ids given. They fit the model behind k rows."""
     if count is not None and (not isinstance(count, int) or count < 1):

@@ -149,11 +149,8 @@ def _check_usage(args: argparse.Namespace) -> None:
 def _selected(args: argparse.Namespace, plan: Plan, state: dict[str, State]) -> tuple[Plan, set[str]]:
     """The plan of the stage that was asked for, and the cells of it to run."""
     todo = again(plan, state) if args.retry_failed else undone(state)
-    return _of_stage(plan, args.stage), _in_stage(plan, todo, args.stage)
-
-
-def _of_stage(plan: Plan, stage: str | None) -> Plan:
-    return keep(plan, _in_stage(plan, set(plan.nodes), stage)) if stage else plan
+    part = keep(plan, _in_stage(plan, set(plan.nodes), args.stage)) if args.stage else plan
+    return part, _in_stage(plan, todo, args.stage)
 
 
 def _in_stage(plan: Plan, keys: set[str], stage: str | None) -> set[str]:

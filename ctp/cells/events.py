@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Progress:
     key: str = ""
     at: float = field(default_factory=time.time, compare=False)
 
-    def numbers(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, float]:
         """What was measured, by name."""
         return {n: v for n, v in vars(self).items() if v is not None and n not in ("key", "at")}
 

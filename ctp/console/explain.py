@@ -59,7 +59,7 @@ def explain(plan: Plan, text: str, store: Store, tracking: str, batch: int = 4) 
     for driver in records(store, plan.name):
         for at_work in driver.cells if driver.state == "alive" else ():
             if at_work.key in state and not state[at_work.key].done:
-                where = f"{driver.machine}, {how_far(at_work) or 'it told no step yet'}"
+                where = f"{driver.machine}, {how_far(at_work) or 'no step reported yet'}"
                 state[at_work.key] = State(Kind.RUNNING, where)
     out: dict[str, Any] = {
         "key": node.key, "kind": cell.kind, "name": slug(cell), "state": str(state[node.key]), "version": cell.VERSION,
@@ -98,18 +98,18 @@ def run_of(tracking: str, experiment: str, key: str) -> str:
     return scrub(f"run {run.run_id}, {run.status}  {web}".rstrip())
 
 
-def lines(said: dict[str, Any]) -> list[str]:
+def lines(found: dict[str, Any]) -> list[str]:
     """The same as text."""
     rows: list[tuple[str, str]] = [
-        ("key", said["key"]), ("state", one_line(said["state"])), ("studies", ", ".join(said["studies"])),
-        *(("input", f"{i['key'][:12]} {i['name']} ({one_line(i['state'])})") for i in said["inputs"]),
-        ("needed by", f"{said['needed_by']} cells"),
-        ("lies in" if "manifest" in said else "will lie in", said["folder"]),
-        *(_made(said["manifest"]) if "manifest" in said else _to_make(said)),
-        ("MLflow", said["mlflow"]), ("version", f"{said['version']} of {said['kind']} cells"),
+        ("key", found["key"]), ("state", one_line(found["state"])), ("studies", ", ".join(found["studies"])),
+        *(("input", f"{i['key'][:12]} {i['name']} ({one_line(i['state'])})") for i in found["inputs"]),
+        ("needed by", f"{found['needed_by']} cells"),
+        ("folder", found["folder"]),
+        *(_made(found["manifest"]) if "manifest" in found else _to_make(found)),
+        ("MLflow", found["mlflow"]), ("version", f"{found['version']} of {found['kind']} cells"),
     ]  # fmt: skip
-    out = [f"{said['kind']} {said['name']}", *(f"  {name:<12} {value}" for name, value in rows), "settings"]
-    settings = ((n.removeprefix("spec."), json.dumps(v, ensure_ascii=False)) for n, v in said["settings"].items())
+    out = [f"{found['kind']} {found['name']}", *(f"  {name:<12} {value}" for name, value in rows), "settings"]
+    settings = ((n.removeprefix("spec."), json.dumps(v, ensure_ascii=False)) for n, v in found["settings"].items())
     return out + [f"  {name} = {value}" for name, value in settings]
 
 
@@ -131,17 +131,17 @@ def _made(m: dict[str, Any]) -> list[tuple[str, str]]:
     return rows + [("metric", f"{n} = {v:g}") for n, v in sorted(m.get("metrics", {}).items())]
 
 
-def _to_make(said: dict[str, Any]) -> list[tuple[str, str]]:
-    e = said["expected"]
+def _to_make(found: dict[str, Any]) -> list[tuple[str, str]]:
+    e = found["expected"]
     takes = f"{e['flops']:.2g} operations, {size(e['memory_bytes'])} of memory, {size(e['stored_bytes'])} stored"
     rows = [("expected", f"{takes} (cost model)")]
-    return [*rows, ("traceback", said["failure"])] if "failure" in said else rows
+    return [*rows, ("traceback", found["failure"])] if "failure" in found else rows
 
 
 def show(plan: Plan, text: str, store: Store, tracking: str, as_json: bool) -> None:
     """Print what is known of the cell that `text` names. Raises as `explain`."""
     try:
-        said = explain(plan, text, store, tracking)
+        found = explain(plan, text, store, tracking)
     except OSError as e:
         raise StoreError(f"store {store.uri!r} cannot be read: {e}") from e
-    print(json.dumps(said) if as_json else "\n".join(lines(said)))
+    print(json.dumps(found) if as_json else "\n".join(lines(found)))

@@ -8,24 +8,23 @@ import platform
 import re
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 from ctp.common.redact import scrub
 from ctp.console.board import Board
 from ctp.machine.process import signs
-from ctp.storage.drivers import RUNNING, Driver, records
+from ctp.storage.drivers import RUNNING, About, Driver, records
 from ctp.storage.store import Store
 
 SECONDS = 10.0
 
 
 @contextmanager
-def beating(store: Store, board: Board, about: Mapping[str, Any], seconds: float = SECONDS) -> Iterator[None]:
+def beating(store: Store, board: Board, about: About, seconds: float = SECONDS) -> Iterator[None]:
     """Inside, a thread keeps the record of this driver; records of dead drivers of this grid are removed.
 
-    about: more fields of Driver. A store that is away does not stop the run: the next record replaces the last.
+    A store that is away does not stop the run: the next record replaces the last.
     """
     name = re.sub(r"[^\w.-]", "-", board.plan.name)
     path = f"{store.folders.root}/{RUNNING}/{name}-{uuid.uuid4().hex[:8]}.json"
@@ -53,8 +52,8 @@ def beating(store: Store, board: Board, about: Mapping[str, Any], seconds: float
             store.folders.remove(path)
 
 
-def record(board: Board, about: Mapping[str, Any]) -> Driver:
+def record(board: Board, about: About) -> Driver:
     """The record of this driver as of now."""
-    more = {n: scrub(v) if isinstance(v, str) else v for n, v in about.items()}
+    more = {n: scrub(v) if isinstance(v, str) else v for n, v in about}
     return Driver(grid=board.plan.name, machine=platform.node(), pid=os.getpid(), signs=signs(), began=board.began_at,
                   cells=board.cells(), **board.counts(), **more)  # fmt: skip

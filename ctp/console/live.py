@@ -6,9 +6,8 @@ It is redrawn twice a second. Failures are printed above it and stay. Rich respe
 import platform
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import psutil
 from rich.console import Console, Group, RenderableType
@@ -24,7 +23,7 @@ from ctp.console.board import Board
 from ctp.console.pages import where
 from ctp.console.progress import Printer
 from ctp.planning.resources import GIB
-from ctp.storage.drivers import CellAtWork
+from ctp.storage.drivers import About, CellAtWork
 
 REFRESH = 2.0  # times a second
 WIDE = 100  # columns from which on speeds are shown
@@ -33,9 +32,9 @@ RECENT = 3  # finished cells that are listed
 
 
 class View(Printer):
-    """Draws the board. about: MLflow's URI and the cluster, as ctp.storage.drivers.Driver has them."""
+    """Draws the board, and `about` as far as it is filled in."""
 
-    def __init__(self, board: Board, about: Mapping[str, Any], console: Console) -> None:
+    def __init__(self, board: Board, about: About, console: Console) -> None:
         super().__init__(board)
         self.about, self.console = about, console
         models = {str(axes(n.cell)["model"]) for n in board.plan.nodes.values()}
@@ -106,15 +105,13 @@ class View(Printer):
         return table
 
     def _foot(self) -> RenderableType:
-        a, memory = self.about, psutil.virtual_memory()
-        many = a.get("machines", 1) > 1
-        cluster = f"{a['machines']} machines, {a['cpus']:g} CPUs, {a['gpus']:g} GPUs  " if many else ""
+        memory = psutil.virtual_memory()
         used, total = (memory.total - memory.available) / GIB, memory.total / GIB
-        return _row(f"{cluster}{platform.node()}  memory {used:.1f} of {total:.1f} GiB", "dim")
+        return _row(f"{self.about.cluster}  {platform.node()}  memory {used:.1f} of {total:.1f} GiB".strip(), "dim")
 
     def _pages(self) -> list[Text]:
         """In full, to be copied or clicked."""
-        pages = [where(name, self.about.get(name.lower(), "")) for name in ("MLflow", "Ray")]
+        pages = where("MLflow", self.about.mlflow), where("Ray", self.about.ray)
         return [Text(page, style="dim", overflow="fold") for page in pages if page]
 
 
@@ -123,8 +120,8 @@ def _row(text: str, style: str) -> Text:
 
 
 @contextmanager
-def watching(board: Board, about: Mapping[str, Any], console: Console | None = None) -> Iterator[View]:
-    """Inside, the view is drawn; only failures stay on the terminal. about: as in View, filled in as it is known."""
+def watching(board: Board, about: About, console: Console | None = None) -> Iterator[View]:
+    """Inside, the view is drawn; only failures stay on the terminal."""
     console = console or Console(highlight=False)
     view = View(board, about, console)
     with Live(view, console=console, refresh_per_second=REFRESH, transient=True):

@@ -24,8 +24,8 @@ def where(name: str, uri: str, machine: str = "") -> str:
     place = _place(uri)
     if place is None:
         opens = "" if not uri or uri.startswith("databricks") else "mlflow ui --backend-store-uri "
-        said = opens + (shlex.quote(scrub(uri)) if opens else scrub(uri))
-        return f"{name}: {said}{f'  (on {elsewhere})' if elsewhere else ''}" if uri else ""
+        command = opens + (shlex.quote(scrub(uri)) if opens else scrub(uri))
+        return f"{name}: {command}{f'  (on {elsewhere})' if elsewhere else ''}" if uri else ""
     if elsewhere and (place[0] == "localhost" or place[0].startswith("127.") or place[0] == "::1"):
         return f"{name}: port {place[1]} of {elsewhere}, open there alone"
     return f"{name}: {scrub(uri)}" if answers(*place) else f"{name}: no answer from {place[0]}, port {place[1]}"

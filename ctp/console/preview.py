@@ -78,6 +78,11 @@ class Preview:
         return sum(e.seconds for e in self.expected.values())
 
     @property
+    def longest_path(self) -> tuple[float, list[str]]:
+        """(seconds, cells)."""
+        return longest_path(self.plan, {k: e.seconds for k, e in self.expected.items()})
+
+    @property
     def money(self) -> float | None:
         return None if self.assumed.price is None else self.gpu_hours * self.assumed.price
 
@@ -132,7 +137,7 @@ def totals(p: Preview) -> list[str]:
     at_once, price = p.assumed.at_once, p.assumed.price
     devices = sorted({e.device for e in p.expected.values() if e.device})
     where = f", on {', '.join(devices)} (*)" if devices else ""
-    seconds, path = longest_path(p.plan, {k: e.seconds for k, e in p.expected.items()})
+    seconds, path = p.longest_path
     wall = duration(max(seconds, p.seconds / at_once) + STARTING) if at_once else ""
     here = f"about {wall} on this machine, {at_once} cells at a time; " if wall else ""
     out = [f"Time: {here}{duration(p.seconds)} one after the other.",
@@ -149,7 +154,7 @@ def totals(p: Preview) -> list[str]:
 
 def as_json(p: Preview, unpinned: list[str]) -> dict[str, Any]:
     """The preview as plain data, with every cell."""
-    seconds, path = longest_path(p.plan, {k: e.seconds for k, e in p.expected.items()})
+    seconds, path = p.longest_path
     money = {} if p.money is None else {"gpu_hour_price": p.assumed.price, "money": p.money}
     total = {"seconds": p.seconds, "gpu_hours": p.gpu_hours, "assumed": p.assumed.pace.about, **money}
     return {"grid": p.plan.name, "cells": [_cell(p, k) for k in p.plan.nodes], "to_run": len(p.todo), "total": total,

@@ -77,10 +77,8 @@ def _driver(d: Driver) -> list[str]:
     sign = f"last sign {ago} ago" if d.state == "alive" else f"STALE: no sign for {ago}, its machine may be gone"
     lasts, ended = duration(max(0.0, time.time() - d.began)), d.done + d.failed + d.skipped
     out = [f"Running on {d.machine} (process {d.pid}) for {lasts}: {ended} of {d.total} cells ended; {sign}"]
-    if (d.machines or 1) > 1:
-        out.append(f"  {d.machines} machines, {d.cpus:g} CPUs, {d.gpus:g} GPUs")
-    pages = where("MLflow", d.mlflow, d.machine), where("Ray", d.ray, d.machine)
-    out += [f"  {page}" for page in pages if page]
+    about = d.cluster, where("MLflow", d.mlflow, d.machine), where("Ray", d.ray, d.machine)
+    out += [f"  {line}" for line in about if line]
     for c in d.cells if d.state == "alive" else ():
         out.append(f"  {c.kind:<8} {c.name}  {how_far(c) or 'for ' + duration(c.seconds)}")
     return out

@@ -77,7 +77,7 @@ class Recovery:
 
 def recoveries(plan: Plan, keys: Iterable[str], store: Store) -> list[Recovery]:
     """The recoveries of compressed models among these evaluations, the best first: those whose three perplexities are
-    in the store, and where compression lost something worth the name."""
+    in the store, and where compression lost something."""
 
     @cache
     def perplexity(k: str) -> float | None:
@@ -91,7 +91,7 @@ def recoveries(plan: Plan, keys: Iterable[str], store: Store) -> list[Recovery]:
         cell = plan.nodes[k].cell
         if not isinstance(cell, Evaluate) or cell.recovery is None or isinstance(cell.target.compression, Dense):
             continue
-        whole = Compress(model=cell.target.model, compression=Dense())
+        whole = Compress(model=cell.model, compression=Dense())
         bare = (key(Evaluate(target=target, measure=cell.measure)) for target in (whole, cell.target))
         dense, compressed, prompted = map(perplexity, (*bare, k))
         if dense is None or compressed is None or prompted is None:

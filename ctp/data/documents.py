@@ -53,17 +53,22 @@ def locate_text(corpus: Corpus, split: str, data_dir: str | Path | None = None) 
 
 
 def commit_of(corpus: Corpus) -> str:
-    """The commit of a hub text: its revision if that is one, else what the hub says.
+    """The commit of a hub text: its revision if that is one, else what the hub says. Raises as `hub_commit`."""
+    return hub_commit(corpus.name, corpus.hub, corpus.revision or "", "a local copy")
 
-    Raises ValueError where there is none; Unreachable where the hub cannot be reached.
+
+def hub_commit(title: str, data: str, revision: str, copy: str) -> str:
+    """The commit of a data set. Raises ValueError if there is none; Unreachable if the hub cannot be reached.
+
+    title, copy: what the errors call it, and its local copy.
     """
     try:
-        return hub.commit(corpus.hub, corpus.revision or "", "data set")
+        return hub.commit(data, revision, "data set")
     except hub.Unreachable as e:
-        raise hub.Unreachable(f"{corpus.name}: the hub ({corpus.hub}) cannot be reached; "
-                              "give --data DIR or CTP_DATA_DIR with a local copy") from e  # fmt: skip
+        remedy = f"give --data DIR or CTP_DATA_DIR with {copy}"
+        raise hub.Unreachable(f"{title}: the hub ({data}) cannot be reached; {remedy}") from e
     except ValueError as e:
-        raise ValueError(f"{corpus.name}: {e}") from e
+        raise ValueError(f"{title}: {e}") from e
 
 
 def _locate_file(corpus: Corpus, split: str, folder: Path) -> tuple[str, str]:

@@ -12,15 +12,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ctp.common import hub
 from ctp.common.files import cache_dir, changed, digest
+from ctp.data.documents import hub_commit
 from ctp.data.taskfiles import harness_file, harness_version, merged, user_file
 from ctp.data.texts import local_root
 
-BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # what `dataset_path` may be called for files of one's own
+BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # values of `dataset_path` for local files
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 _HARNESS = "harness:"
-# What the paper's tasks are made of, at the commit that main was at; other data sets are pinned to theirs when planned.
+# Of the paper's tasks. Other data sets are pinned to their present commit when a grid is planned.
 COMMITS = {
     "allenai/openbookqa": "388097ea7776314e93a529163e0fea805b8a6454",
     "Rowan/hellaswag": "218ec52e09a7e7462a5400043bb9a69a41d06b76",
@@ -62,7 +62,7 @@ class Task:
     hub: str = ""
 
     def check_shots(self, shots: int) -> None:
-        """Raise ValueError where the task cannot be put with `shots` worked examples."""
+        """Raise ValueError if the task cannot have `shots` worked examples."""
         if shots and self.config.get("num_fewshot") == 0:
             raise ValueError(f"shots = {shots}: the task {self.name} is defined without examples (num_fewshot: 0)")
         if shots and self.lacking:
@@ -89,7 +89,9 @@ def locate(
     task = _define(source)
     if task.hub:
         kwargs = task.config.get("dataset_kwargs") or {}
-        source = replace(source, commit=_hub_commit(task.name, task.hub, kwargs.get("revision")))
+        revision = kwargs.get("revision") or COMMITS.get(task.hub, "")
+        commit = hub_commit(f"the task {task.name}", task.hub, revision, f"a folder {task.name}")
+        source = replace(source, commit=commit)
     task.check_shots(shots)
     return task.name, _revision(source, task), json.dumps({n: v for n, v in asdict(source).items() if v})
 
@@ -109,7 +111,7 @@ def check_pinned(location: str, revision: str) -> Task:
 
 
 def pinned_files(location: str) -> list[Path]:
-    """The files that the definition of a task is made of, and its local data. Raises ValueError as `locate` does."""
+    """The files of a task's definition, and its local data. Raises ValueError as `locate` does."""
     task = _define(Source(**json.loads(location)))
     return [*task.files, *(path for _, path in task.data)]
 
@@ -122,7 +124,7 @@ def _revision(source: Source, task: Task, anew: bool = False) -> str:
 
 
 def _define(source: Source) -> Task:
-    """What the files say. Raises ValueError for what is no single task, or whose data cannot be pinned."""
+    """The task of the files. Raises ValueError if it is no single task, or its data cannot be pinned."""
     path = harness_file(source.title) if source.task.startswith(_HARNESS) else Path(source.task)
     config, files = merged(path, ())
     for key, why in (
@@ -161,7 +163,7 @@ def _from_folder(task: Task, folder: Path) -> Task:
 
 
 def _own_data(task: Task, commit: str) -> Task:
-    """The task on what its YAML names: local files, a local folder, or a data set of the hub at a commit."""
+    """The task on the data that its YAML names: local files, a local folder, or a data set of the hub at a commit."""
     path, kwargs = task.config.get("dataset_path"), dict(task.config.get("dataset_kwargs") or {})
     if not isinstance(path, str):
         raise ValueError(f"the task {task.name}: dataset_path = {path!r} must name a data set, a folder or a builder")
@@ -195,7 +197,7 @@ def _data_file(task: Task, name: Any) -> Path:
 
 
 def _pattern(path: Path) -> str:
-    """What `datasets` reads as this very file: * ? [ are its wildcards. Raises ValueError for "::", a chain to it."""
+    """The file as a pattern for `datasets`, with * ? [ escaped. Raises ValueError for "::", which chains there."""
     if "::" in str(path):
         raise ValueError(f"a task's data cannot be in a folder with '::' in its name: {path}")
     return glob.escape(str(path))
@@ -208,13 +210,3 @@ def _files(builder: str, files: Any, kwargs: dict[str, Any] | None = None, name:
 
 def _arrow() -> str:
     return str(cache_dir() / "datasets")  # its copies of local files
-
-
-def _hub_commit(name: str, data: str, revision: str | None) -> str:
-    try:
-        return hub.commit(data, revision or COMMITS.get(data, ""), "data set")
-    except hub.Unreachable as e:
-        remedy = f"give --data DIR or CTP_DATA_DIR with a folder {name}"
-        raise hub.Unreachable(f"the task {name}: the hub ({data}) cannot be reached; {remedy}") from e
-    except ValueError as e:
-        raise ValueError(f"the task {name}: {e}") from e

@@ -16,9 +16,9 @@ PAPER_BOUND = 0.16  # "the cosine similarity for nearly all comparisons falls be
 def neighbours(prompt: Tensor, table: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """(cosines, ids), each (k, top) and on the CPU: the rows of `table` (V, d) nearest to each of `prompt` (k, d).
 
-    Cosines in fp32, greatest first; the table is read in chunks, in its own dtype and where it lies. A row of zeros has
-    no direction: in the table (padding) it is nobody's neighbour. Raises ValueError if the prompt has one, a
-    shape does not fit, numbers are not finite, or the table has fewer than `top` other rows.
+    Cosines in fp32, greatest first; the table is read in chunks. Its rows of zeros (padding) are left out. Raises
+    ValueError if the prompt has a row of zeros, a shape does not fit, numbers are not finite, or the table has fewer
+    than `top` rows.
     """
     rows = _directions(prompt, table)
     length = max(1, CHUNK // max(rows.shape))
@@ -54,19 +54,25 @@ def _directions(prompt: Tensor, table: Tensor) -> Tensor:
 
 
 def histogram(cosines: Tensor) -> dict[str, list[Any]]:
-    """edges (101) and counts (100) of all cosines, in bins of 0.02: each holds its lower edge, the last also 1."""
+    """edges (101) and counts (100) of all cosines, in bins of 0.02."""
     edges = [round(2 * i / BINS - 1, 2) for i in range(BINS + 1)]
     counts, _ = np.histogram(cosines.double().numpy(), bins=edges)
     return {"edges": edges, "counts": counts.tolist()}
 
 
 def nearest_words(cosines: Tensor, ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """The nearest word of each row, as text and as the tokenizer writes the token (None beyond its vocabulary)."""
+    """The nearest word of each row, as text and as a token (None beyond the tokenizer's vocabulary)."""
+    nearest = zip(ids[:, 0].tolist(), cosines[:, 0].tolist(), strict=True)
     return [
-        {"row": row, "word": tokenizer.decode([token]), "token": _token(tokenizer, token), "id": token,
-         "cosine": cosine}
-        for row, (token, cosine) in enumerate(zip(ids[:, 0].tolist(), cosines[:, 0].tolist(), strict=True))
-    ]  # fmt: skip
+        {
+            "row": row,
+            "word": tokenizer.decode([i]),
+            "token": tokenizer.convert_ids_to_tokens(i) if i < len(tokenizer) else None,
+            "id": i,
+            "cosine": cosine,
+        }
+        for row, (i, cosine) in enumerate(nearest)
+    ]
 
 
 def summary(cosines: Tensor, ids: Tensor) -> dict[str, float]:
@@ -78,8 +84,3 @@ def summary(cosines: Tensor, ids: Tensor) -> dict[str, float]:
         f"fraction_below_{PAPER_BOUND}": (cosines.double() < PAPER_BOUND).double().mean().item(),
         "distinct_nearest": len(set(ids[:, 0].tolist())),
     }
-
-
-def _token(tokenizer: PreTrainedTokenizerBase, token: int) -> str | None:
-    """How the tokenizer writes the token; None for rows of the table beyond its vocabulary."""
-    return tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else None

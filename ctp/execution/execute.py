@@ -35,9 +35,9 @@ from ctp.tracking.entries import OWN, name_problem
 def execute(cell: Cell, store: Store, runtime: Runtime, report: Report) -> None:
     """Do one cell, unless it is done; its inputs must be. `report` gets its progress and notices.
 
-    Raises what the cell's method raises; OutOfMemory, which says what was tried and what could help, where memory ran
-    out; FloatingPointError where a metric is not finite; Changed where a model, text, adapter or task outside the store
-    is not what was pinned, or changes meanwhile. Nothing is published then.
+    Raises what the cell's method raises; OutOfMemory with what was tried and what could help; FloatingPointError if a
+    metric is not finite; Changed if a model, text, adapter or task outside the store is not what was pinned. Nothing is
+    published then.
     """
     if store.has(ref(cell)):
         return
@@ -97,8 +97,8 @@ def _work(cell: Cell, place: Place) -> dict[str, float]:
 
 
 def check_finite(metrics: Any, least: int = 0) -> None:
-    """A missing number is an error. Raises FloatingPointError naming the metric that is NaN or infinite, TypeError
-    where one is no number, ValueError where there are fewer than `least`, or MLflow does not take a name."""
+    """Raise FloatingPointError if a metric is NaN or infinite, TypeError if it is no number, ValueError if there are
+    fewer than `least`, or MLflow does not take a name."""
     if not isinstance(metrics, dict) or len(metrics) < least:
         raise ValueError(f"metrics = {metrics!r}: numbers by name are needed" + ", at least one" * (least > 0))
     for name, value in metrics.items():
@@ -120,7 +120,7 @@ def _finite(value: float) -> bool:
 
 
 def _advice(cell: Cell, runtime: Runtime, device: str) -> str:
-    """What a person can do where memory is short for a cell: what is still left to try, and what always helps."""
+    """What the user can do if memory is short for a cell: what is left to try, and what always helps."""
     left = []
     if isinstance(cell, Learn) and isinstance(cell.recovery, Learned):
         if not runtime.recompute:
@@ -136,7 +136,7 @@ def _advice(cell: Cell, runtime: Runtime, device: str) -> str:
 
 @lru_cache
 def surroundings() -> dict[str, Any]:
-    """What a manifest says of the code and machine that made it."""
+    """The fields of a manifest about code and machine."""
     return {
         "git_commit": git_commit(),
         "versions": versions(),

@@ -36,10 +36,7 @@ Place = tuple[Store, Runtime, str, Path, dict[str, Any], Report, Reads]  # the f
 
 @dataclass
 class Job:
-    """One cell being done. folder: its payload, empty at first. record: what its manifest says besides the metrics.
-
-    reads: the models and texts outside the store that it reads.
-    """
+    """One cell being done. folder: its payload. record: fields of its manifest. reads: inputs outside the store."""
 
     store: Store
     runtime: Runtime
@@ -50,7 +47,7 @@ class Job:
     reads: Reads
 
     def progress(self, done: int, of: int) -> None:
-        """Tell how many steps are done."""
+        """Report how many steps are done."""
         self.report(Progress(done, of))
 
     def notice(self, text: str) -> None:
@@ -144,7 +141,7 @@ class LearnJob(Job):
 class EvaluateJob(Job):
     """cell: what to measure. prompt: rows (k, d) in front, or None; LoRA is inside the model already.
 
-    lowered: what the record says of the batch where memory allows fewer inputs than runtime.batch.
+    lowered: a note for the record if memory allows fewer inputs at once than runtime.batch.
     """
 
     cell: Evaluate
@@ -154,7 +151,7 @@ class EvaluateJob(Job):
     lowered: dict[str, Any] = field(default_factory=dict)
 
     def progress(self, done: int, of: int) -> None:
-        """Tell how many steps are done."""
+        """Report how many steps are done."""
         self.report(Progress(done, of, **self.lowered))
 
     def windows(self, spec: Windows) -> Tensor:
@@ -170,10 +167,7 @@ class EvaluateJob(Job):
         return recovery.text if isinstance(recovery, HardPrompt) else ""
 
     def behind(self, windows: Tensor) -> "list[tuple[Tensor, Prefix | Tensor | None]]":
-        """Windows (n, s) with the prompt that stands in front of them.
-
-        A hard prompt makes two kinds: in windows that begin with BOS, that token moves in front of the prompt.
-        """
+        """Windows (n, s) with the prompt in front of them; a BOS that windows begin with moves before a hard prompt."""
         from ctp.prompts.opening import Opening
 
         opening = Opening.of_windows(self.model, self.tokenizer, self.hard_prompt) if self.hard_prompt else None

@@ -87,8 +87,8 @@ def _latency(spec: Latency, job: EvaluateJob) -> dict[str, float]:
     from ctp.evaluation.latency import latency
 
     model = job.model
-    about = machine() | {"device": job.device, "attention": model.config._attn_implementation}
-    about["dtype"] = str(model.dtype).removeprefix("torch.")
+    dtype, attention = str(model.dtype).removeprefix("torch."), model.config._attn_implementation
+    about = machine() | {"device": job.device, "dtype": dtype, "attention": attention}
     result = latency(
         model, spec.seq_len, spec.new_tokens, job.prompt, batch=spec.batch, warmup=spec.warmup, repeats=spec.repeats,
         progress=job.progress,

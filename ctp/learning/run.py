@@ -155,7 +155,7 @@ class Run:
             state.best_loss, state.best_step, state.best = val_loss, state.step, self.trainable.values()
 
     def progress(self) -> Progress:
-        """What `report` is called with after a step."""
+        """Losses since the last validation, rates, and `val_loss` if it was measured at this step."""
         state, measured = self.state, self.state.history[-1]
         return Progress(
             step=state.step,

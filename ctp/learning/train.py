@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ Report = Callable[[Progress], None]
 
 
 class How(TypedDict, total=False):
-    """How a run goes on, which does not change what is learned; see `train`."""
+    """The options of `train`, which do not change what is learned."""
 
     runtime: Runtime
     resume: str | Path | None
@@ -47,29 +47,30 @@ def train(
     windows: Tensor,
     validation: Tensor,
     spec: Learned,
-    **how: Unpack[How],
+    *,
+    runtime: Runtime = Runtime(),  # noqa: B008 (frozen)
+    resume: str | Path | None = None,
+    checkpoint: Checkpoint | None = None,
+    report: Report | None = None,
 ) -> TrainState:
     """Minimise the next-token loss on `windows` (n, s) over what `make` gives; `best` of the state is what was learned.
 
     make: called once the model is frozen and on its device (runtime.device, unless accelerate has spread it out).
     resume: folder of a TrainState. checkpoint: called between two steps, at least runtime.checkpoint_seconds apart.
-    report: called about once a second and after each validation with step, steps, loss (mean since the last
-    validation), lr, tokens_per_s, best_val_loss, best_step and, when measured, val_loss; losses are nats per scored
-    token whatever spec.loss is. If memory runs out, micro-batches are halved from then on: the gradient is the same sum
-    up to rounding (dropout draws other masks); report and history then give the windows `at_once`. Half precision that
-    the device has no fast arithmetic for is computed in float32, with rounded weights and without a loss scale.
+    report: called about once a second and after each validation; losses are nats per scored token
+    whatever spec.loss is. If memory runs out, micro-batches are halved from then on: the gradient is the same sum up to
+    rounding (dropout draws other masks). Half precision that the device has no fast arithmetic for is computed in
+    float32, with rounded weights and without a loss scale.
 
-    Raises ValueError if spec, text and model do not fit or the checkpoint is another run's, FloatingPointError (with
-    step, learning rate and last losses) on a loss or gradient that is not finite, OutOfMemory if one window at once is
-    too many.
+    Raises ValueError if spec, text and model do not fit or the checkpoint is another run's, FloatingPointError on a
+    loss or gradient that is not finite, OutOfMemory if one window at once is too many.
     """
-    runtime = how.get("runtime", Runtime())
     for text in (windows, validation):
         check_fit(model, text, spec.prompt_rows)
     if model.dtype == torch.float16 and spec.precision == "fp32":
         # The gradient of a mean over 4,000 tokens and 50,000 logits is below float16's least number, 6e-8.
         raise ValueError("a float16 model needs precision 'bf16' or 'fp16': without a loss scale its gradient vanishes")
-    state = _initial(_identity(spec, windows, validation), how.get("resume"))
+    state = _initial(_identity(spec, windows, validation), resume)
     keep_heap()
     device = pick(runtime.device)
     half = AUTOCAST.get(spec.precision)
@@ -79,7 +80,7 @@ def train(
             model.to(accelerator.device)
         with widened(model, everything=not native), make() as trainable, _rounded(model, half, native):
             run = Run(trainable, windows, validation, spec, state, accelerator, runtime)
-            _loop(run, runtime.checkpoint_seconds, how.get("checkpoint"), how.get("report"))
+            _loop(run, runtime.checkpoint_seconds, checkpoint, report)
     return state
 
 
@@ -100,9 +101,7 @@ def _rounded(model: PreTrainedModel, half: str | None, native: bool) -> Abstract
     return rounded_weights(model, dtype, dtype if native else torch.float32)
 
 
-def _loop(
-    run: Run, checkpoint_seconds: float, checkpoint: Callable[[TrainState], None] | None, report: Report | None
-) -> None:
+def _loop(run: Run, checkpoint_seconds: float, checkpoint: Checkpoint | None, report: Report | None) -> None:
     spec, state = run.spec, run.state
     begun, before = time.monotonic(), state.seconds
     saved = reported = begun

@@ -126,8 +126,8 @@ def sort(node: Node) -> tuple[str, ...]:
     return cell.kind, cell.method.method, model.name, model.revision, model.dtype
 
 
-def measured(plan: Plan, todo: Collection[str], state: Mapping[str, State], store: Store, read: Mapping[str, Manifest],
-             batch: int) -> Samples:  # fmt: skip
+def measured(plan: Plan, todo: Collection[str], state: Mapping[str, State], store: Store,
+             read: Mapping[str, Manifest], batch: int) -> Samples:  # fmt: skip
     """What finished cells took, by sort, of the sorts that are to run. read: manifests of cells' stale relatives."""
     wanted = {sort(plan.nodes[k]) for k in todo}
     done: dict[tuple[str, ...], list[str]] = defaultdict(list)

@@ -27,10 +27,9 @@ class Opening:
     def of_windows(cls, model: PreTrainedModel, tokenizer: Tokenizer, text: str) -> "Opening | None":
         """For token windows; None if the tokenizer has no BOS, or puts several tokens before a text."""
         known = Specials.of(tokenizer)
-        if len(known.before) > 1 or (not known.before and known.bos is None):
-            return None
         first = known.before[0] if known.before else known.bos
-        assert first is not None
+        if first is None or len(known.before) > 1:
+            return None
         return cls._of(model, first, [first, *plain_ids(tokenizer, text)])
 
     @classmethod

@@ -26,6 +26,7 @@ from ray._raylet import Config  # type: ignore[attr-defined]
 from ctp.common.exit_codes import Exit
 from ctp.machine import signals
 from ctp.planning.resources import Fleet, fleet
+from ctp.storage.drivers import About
 
 TOKEN = Path("~/.ray/auth_token")
 CONFIG = Path("~/ray_bootstrap_config.yaml")  # where `ray up` puts the cluster's configuration on the head
@@ -59,7 +60,7 @@ def join(address: str | None, insecure: bool = False, last: Callable[[], object]
 
     insecure: the cluster need not ask for a token. last: as in `watched`. Raises ResourceError.
     """
-    find = machines if address else local_machine
+    find = machines if address else lambda: fleet(_alive())
     if ray.is_initialized():
         yield find()
         return
@@ -244,20 +245,15 @@ def machines() -> Fleet:
     return found
 
 
-def local_machine() -> Fleet:
-    return fleet(_alive())
-
-
 def _alive() -> list[dict[str, float]]:
     return [n["Resources"] for n in ray.nodes() if n["Alive"]]
 
 
-def overview() -> dict[str, Any]:
-    """The joined cluster as it is now, as fields of `ctp.storage.drivers.Driver`."""
-    there = _alive()
-    page = worker.get_dashboard_url()
-    total = {name: sum(m.get(resource, 0) for m in there) for name, resource in (("cpus", "CPU"), ("gpus", "GPU"))}
-    return {"machines": len(there), **total, "ray": f"http://{page}" if page else ""}
+def describe(about: About) -> None:
+    """Fill in the joined cluster as it is now."""
+    there, page = _alive(), worker.get_dashboard_url()
+    about.machines, about.ray = len(there), f"http://{page}" if page else ""
+    about.cpus, about.gpus = (sum(m.get(resource, 0) for m in there) for resource in ("CPU", "GPU"))
 
 
 def _config() -> dict[str, Any] | None:

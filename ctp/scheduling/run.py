@@ -7,9 +7,9 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ctp.cells.events import Event
 from ctp.cells.runtime import Runtime
@@ -22,6 +22,7 @@ from ctp.planning.graph import Plan
 from ctp.planning.states import Outcome
 from ctp.scheduling.options import Options
 from ctp.scheduling.repair import complete, past_damage
+from ctp.storage.drivers import About
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store
 from ctp.tracking.entries import TrackError
@@ -57,8 +58,8 @@ def _execute(plan: Plan, todo: set[str], done: set[str], store: Store, tracker: 
     from ctp.scheduling import cluster, tune
 
     board = Board(plan, len(todo))
-    about: dict[str, Any] = {"mlflow": tracker.uri, "command": shlex.join(sys.argv[1:])}
-    look_at_cluster = _every(heartbeat.SECONDS, lambda: about.update(cluster.overview()))
+    about = About(mlflow=tracker.uri, command=shlex.join(sys.argv[1:]))
+    look_at_cluster = _every(heartbeat.SECONDS, lambda: cluster.describe(about))
 
     def on_event(event: Event) -> None:
         look_at_cluster()
@@ -105,7 +106,7 @@ def _close(outcome: Outcome, store: Store, tracker: "Tracker", options: Options)
 
 
 @contextmanager
-def displayed(board: Board, about: Mapping[str, Any]) -> Iterator[Printer]:
+def displayed(board: Board, about: About) -> Iterator[Printer]:
     """What shows events to people and the board: a live view on a terminal, else a line each."""
     if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
         yield Printer(board)

@@ -63,28 +63,24 @@ class Walk:
         self, plan: Plan, todo: set[str], done: set[str], settings: Settings, on_event: Callable[[Event], None]
     ) -> None:
         self.plan, self.settings, self.on_event = plan, settings, on_event
-        self.outcome = Outcome()
-        self.stopped = self.draining = False
         self.weights = settings.weights or dict.fromkeys(plan.nodes, 1.0)
-        paths = heaviest_paths(plan, self.weights)
-        self.order: dict[str, Rank] = {
-            k: (alone(n.cell), -paths[k][0], i) for i, (k, n) in enumerate(plan.nodes.items())
-        }
-        self.finished = set(done)
-        self.tasks: dict[str, list[str]] = {}
-        self.running: set[str] = set()  # tasks that have reported something, and so have a slot
-        self.free_model = ""  # what the worker that became free last has loaded
-        self.seconds: dict[Sort, float] = {}  # moving average of what a cell takes
-        self.steps: dict[str, int] = {}  # cell -> its saved step when its workers died last
+        self.order = _order(plan, self.weights)
+        self.stopped = self.draining = False
+        # Cells: what they came to, which wait and for what, and heaps of those that are ready.
+        self.outcome, self.finished = Outcome(), set(done)
         self.skip(runnable(plan, todo, done))
-        self.waiting = {k for k in plan.nodes if k in todo and k not in self.outcome.skipped}
-        self.ready: dict[Group, list[tuple[Rank, str]]] = {}  # heaps
-        self.ready_cells, self.ready_weight = 0, 0.0
-        self.needed_by: dict[str, list[str]] = {k: [] for k in plan.nodes}
-        self.missing = {k: len(set(n.inputs) - self.finished) for k, n in plan.nodes.items()}
+        self.waiting = (todo & plan.nodes.keys()) - self.outcome.skipped.keys()
+        self.needed_by = _needed_by(plan, self.waiting)
+        self.missing = {k: len(set(n.inputs) - done) for k, n in plan.nodes.items()}
+        self.ready: dict[Group, list[tuple[Rank, str]]] = {}
+        # Tasks that are handed out, and those of them that have a slot: they have reported something.
+        self.tasks: dict[str, list[str]] = {}
+        self.running: set[str] = set()
+        # What workers have shown: the model that the free one has loaded, times, saved steps when they died.
+        self.free_model = ""
+        self.seconds: dict[Sort, float] = {}
+        self.steps: dict[str, int] = {}
         for k in self.waiting:
-            for i in set(plan.nodes[k].inputs):
-                self.needed_by[i].append(k)
             self._offer(k)
 
     # ----------------------------------------------------------------- handing out
@@ -133,8 +129,6 @@ class Walk:
             k = heapq.heappop(cells)[1]
             task.append(k)
             taken += self.weights[k]
-        self.ready_cells -= len(task)
-        self.ready_weight -= taken
         if not cells:
             del self.ready[group]
         # Evaluations of one prompt follow each other: its keys and values are computed once.
@@ -144,8 +138,9 @@ class Walk:
     def _share(self, group: Group) -> tuple[float, float]:
         """(cells, work) at which the group's next task is full."""
         if group.sort.kind == Evaluate.kind:
-            return math.inf, self.ready_weight / self.settings.slots
-        fair = math.ceil(self.ready_cells / (2 * self.settings.slots))
+            work = sum(self.weights[k] for cells in self.ready.values() for _, k in cells)
+            return math.inf, work / self.settings.slots
+        fair = math.ceil(sum(map(len, self.ready.values())) / (2 * self.settings.slots))
         return min(fair, max(1, TASK_SECONDS // max(self.seconds.get(group.sort, math.inf), 1e-3))), math.inf
 
     def _offer(self, k: str) -> None:
@@ -154,8 +149,6 @@ class Walk:
             cell = self.plan.nodes[k].cell
             group = Group(_sort(cell), alone(cell), tuple(sorted(self.settings.resources[k].items())))
             heapq.heappush(self.ready.setdefault(group, []), (self.order[k], k))
-            self.ready_cells += 1
-            self.ready_weight += self.weights[k]
 
     # ----------------------------------------------------------------- what comes back
 
@@ -262,13 +255,24 @@ def death(message: str) -> str:
             "once; could help: more --cpus a cell, --recompute or --packed for learning, a larger machine")  # fmt: skip
 
 
+def _order(plan: Plan, weights: Mapping[str, float]) -> dict[str, Rank]:
+    paths = heaviest_paths(plan, weights)
+    return {k: (alone(n.cell), -paths[k][0], i) for i, (k, n) in enumerate(plan.nodes.items())}
+
+
+def _needed_by(plan: Plan, waiting: set[str]) -> dict[str, list[str]]:
+    """Of each cell, the waiting cells that it is an input of."""
+    found: dict[str, list[str]] = {k: [] for k in plan.nodes}
+    for k in waiting:
+        for i in set(plan.nodes[k].inputs):
+            found[i].append(k)
+    return found
+
+
 def _sort(cell: Cell) -> Sort:
-    if isinstance(cell, Evaluate):
-        return Sort(cell.kind, key(cell.target), "")
-    if isinstance(cell, Learn):
-        return Sort(cell.kind, key(cell.source), cell.recovery.method)
-    assert isinstance(cell, Compress)
-    return Sort(cell.kind, "", f"{cell.compression.method} {cell.model.name}")  # no model stays loaded
+    if isinstance(cell, Compress):  # no model stays loaded
+        return Sort(cell.kind, "", f"{cell.compression.method} {cell.model.name}")
+    return Sort(cell.kind, key(cell.base), cell.recovery.method if isinstance(cell, Learn) else "")
 
 
 def expected(plan: Plan, costs: Mapping[str, Cost]) -> dict[str, float]:

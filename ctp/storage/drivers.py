@@ -28,10 +28,27 @@ class CellAtWork(BaseModel):
     left: float | None = None
 
 
-class Driver(BaseModel):
+class About(BaseModel):
+    """Where to look at a run. command: its arguments; mlflow, ray: URIs; machines, cpus, gpus: once they are known."""
+
+    command: str = ""
+    mlflow: str = ""
+    ray: str = ""
+    machines: int | None = None
+    cpus: float | None = None
+    gpus: float | None = None
+
+    @property
+    def cluster(self) -> str:
+        """Its size as text; empty for a single machine."""
+        many = (self.machines or 1) > 1
+        return f"{self.machines} machines, {self.cpus:g} CPUs, {self.gpus:g} GPUs" if many else ""
+
+
+class Driver(About):
     """A driver's record. signs: of its process; total, done, failed, skipped: cells; began: seconds since 1970.
 
-    machines, cpus, gpus: of its cluster, once known. path, silence (seconds since its last sign), state: as read.
+    path, silence (seconds since its last sign), state: as read.
     """
 
     grid: str
@@ -44,12 +61,6 @@ class Driver(BaseModel):
     skipped: int
     began: float
     cells: list[CellAtWork]
-    command: str = ""
-    mlflow: str = ""
-    ray: str = ""
-    machines: int | None = None
-    cpus: float | None = None
-    gpus: float | None = None
     path: str = ""
     silence: float = 0.0
     state: Literal["alive", "silent", "dead"] = "alive"

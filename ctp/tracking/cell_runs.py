@@ -53,9 +53,11 @@ class CellRuns:
         """Add points to the curves of prompts that are being learned, as of the times when they were reported."""
         points: dict[str, list[Metric]] = {}
         for event in events:
-            numbers, at = event.numbers(), int(1000 * event.at)
+            numbers = event.numbers()
             points.setdefault(event.key, []).extend(
-                Metric(name, float(numbers[n]), at, event.step) for n, name in LIVE.items() if n in numbers
+                Metric(name, float(numbers[n]), int(1000 * event.at), event.step)
+                for n, name in LIVE.items()
+                if n in numbers
             )
         for k, found in points.items():
             node = self.plan.nodes[k]

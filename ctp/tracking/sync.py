@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from ctp.planning.graph import Node
+from ctp.storage.ref import Ref
 from ctp.storage.store import Store
 from ctp.tracking.entries import CURRENT, ERROR, KEY, KIND, LEFT_OUT, current_tags, fingerprint
 from ctp.tracking.experiment import Experiment
@@ -70,7 +70,7 @@ def _write_failures(writer: Writer, done: set[str]) -> int:
             continue
         known, node = writer.experiment.runs().get(k), writer.plan.nodes[k]
         if known is None or (known.status != "RUNNING" and known.tags.get(ERROR) != error[:5000]):
-            writer.cell(k, partial(writer.runs.fail, node, error, _traceback(writer.store, node)))
+            writer.cell(k, partial(writer.runs.fail, node, error, _traceback(writer.store, node.ref)))
             written += 1
     return written
 
@@ -95,9 +95,9 @@ def _retire(writer: Writer) -> None:
             writer.client.set_tag(known.run_id, CURRENT, "no")
 
 
-def _traceback(store: Store, node: Node) -> str:
+def _traceback(store: Store, ref: Ref) -> str:
     """Of the cell's last attempt; empty where it was cut off while it was written."""
     try:
-        return store.failures.trace(node.ref)
+        return store.failures.trace(ref)
     except (OSError, ValueError, KeyError):
         return ""

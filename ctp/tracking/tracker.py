@@ -119,13 +119,12 @@ class Tracker:
 
     def _handle(self, event: Event) -> None:
         node = self.writer.plan.nodes[event.key]
-        match event:
-            case Done():
-                self.writer.finish(node.key)
-            case Failed():
-                self.runs.fail(node, event.error, event.traceback)
-            case Started() if isinstance(node.cell, Learn):
-                self.runs.start(node)
+        if isinstance(event, Done):
+            self.writer.finish(node.key)
+        elif isinstance(event, Failed):
+            self.runs.fail(node, event.error, event.traceback)
+        elif isinstance(event, Started) and isinstance(node.cell, Learn):
+            self.runs.start(node)
 
     def _write_backlog(self) -> None:
         """What the thread could not write and the store does not have: progress, and failures of unfinished cells."""

@@ -4,6 +4,8 @@ import json
 import re
 
 import pytest
+from support.plans import make
+from support.tinygrid import grid
 
 from ctp.cells.cell import Learn, to_json
 from ctp.cells.events import Progress
@@ -11,8 +13,14 @@ from ctp.cells.labels import slug
 from ctp.console import explain, heartbeat
 from ctp.console.board import Board
 from ctp.planning.gridtext import GridError
+from ctp.storage.drivers import About
 from ctp.storage.store import Store
 from ctp.tracking.tracker import Tracker
+
+
+@pytest.fixture
+def graph(tmp_path, llama_folder):
+    return make(tmp_path / "g.yaml", **grid(llama_folder))
 
 
 def the_learned(graph):
@@ -67,7 +75,7 @@ def test_a_cell_at_work_says_how_far(graph, tmp_path):
     node, board = the_learned(graph), Board(graph, 10)
     board.update(Progress(key=node.key, step=3, steps=9, loss=2.0))
     store.folders.write(
-        f"{store.folders.root}/running/g-0.json", heartbeat.record(board, {}).model_dump_json().encode()
+        f"{store.folders.root}/running/g-0.json", heartbeat.record(board, About()).model_dump_json().encode()
     )
     said = explain.explain(graph, node.key, store, "sqlite:///none.db")
     assert re.fullmatch(r"running on .*, step 3/9, loss 2\.000", said["state"])

@@ -12,12 +12,13 @@ from ctp.cells.labels import slug
 from ctp.console import live, progress
 from ctp.console.board import Board
 from ctp.scheduling import run
+from ctp.storage.drivers import About
 
 
 def frame(board, width, height=24, tell=()):
     console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None,
                       highlight=False)  # fmt: skip
-    view = live.View(board, {"mlflow": "sqlite:///results/mlflow.db"}, console)
+    view = live.View(board, About(mlflow="sqlite:///results/mlflow.db"), console)
     for event in tell:
         view.show(event)
     console.print(view)
@@ -40,12 +41,12 @@ def test_pages_are_named_whole_and_only_where_they_answer(graph, listening):
     """Every half second is drawn, and the page asked once."""
     console = Console(file=io.StringIO(), width=60, height=24, force_terminal=True, color_system=None)
     port, asked = listening
-    about = {"mlflow": "sqlite:////a/folder/mlflow.db", "ray": f"http://127.0.0.1:{port}"}
+    about = About(mlflow="sqlite:////a/folder/mlflow.db", ray=f"http://127.0.0.1:{port}")
     view = live.View(at_work(graph), about, console)
     for _ in range(3):
         console.print(view)
     drawn = console.file.getvalue()
-    assert drawn.count(f"\nRay: {about['ray']}\n") == 3
+    assert drawn.count(f"\nRay: {about.ray}\n") == 3
     assert drawn.count("\nMLflow: mlflow ui --backend-store-uri ") == 3
     assert drawn.count("sqlite:////a/folder/mlflow.db") == 3
     assert asked() <= 2  # the time for which an answer holds may end among them
@@ -72,7 +73,7 @@ def test_failures_stay_and_done_is_told(graph):
 
 def test_a_pipe_gets_a_line_an_event(graph, capsys):
     first, second, *_ = graph.nodes
-    with run.displayed(Board(graph, 10), {}) as display:
+    with run.displayed(Board(graph, 10), About()) as display:
         assert type(display) is progress.Printer
         display.show(Started(first))
         display.show(Done(first))
@@ -85,7 +86,7 @@ def test_a_pipe_gets_a_line_an_event(graph, capsys):
 def test_no_color_is_heeded(graph, monkeypatch):
     def drawn():
         console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="standard")
-        console.print(live.View(at_work(graph), {"mlflow": ""}, console))
+        console.print(live.View(at_work(graph), About(), console))
         return console.file.getvalue()
 
     coloured = re.compile(r"\x1b\[[\d;]*3[1-7]m")

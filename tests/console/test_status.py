@@ -18,6 +18,7 @@ from ctp.console.summary import Recovery, recoveries
 from ctp.evaluation.recovered import won_back
 from ctp.planning.states import Outcome
 from ctp.storage import drivers
+from ctp.storage.drivers import About
 from ctp.storage.ref import identity, ref
 from ctp.storage.store import Store
 
@@ -39,7 +40,7 @@ def test_the_board_knows_pace_and_counts(graph):
 
 
 def test_status_of_a_run_from_elsewhere_while_it_lasts(graph, store):
-    with heartbeat.beating(store, at_work(graph), {"mlflow": "http://u:secretpw@host:5000"}, seconds=0.05):
+    with heartbeat.beating(store, at_work(graph), About(mlflow="http://u:secretpw@host:5000"), seconds=0.05):
         wait_for(lambda: drivers.records(store, "g"))
         said = status.status(graph, Store(store.uri))
         text = "\n".join(status.lines(said))
@@ -91,17 +92,17 @@ def test_what_only_another_machine_can_open_is_said_to_be_there(listening):
 
 
 def test_status_names_the_pages_of_a_run(graph, store, listening):
-    about = {"mlflow": f"http://127.0.0.1:{dead_port()}", "ray": f"http://127.0.0.1:{listening[0]}"}
+    about = About(mlflow=f"http://127.0.0.1:{dead_port()}", ray=f"http://127.0.0.1:{listening[0]}")
     with heartbeat.beating(store, at_work(graph), about, seconds=0.05):
         wait_for(lambda: drivers.records(store, "g"))
         told = status.lines(status.status(graph, store))
-    assert f"  Ray: {about['ray']}" in told
+    assert f"  Ray: {about.ray}" in told
     assert [line for line in told if "no answer from 127.0.0.1" in line]
-    assert about["mlflow"] not in "\n".join(told)
+    assert about.mlflow not in "\n".join(told)
 
 
 def test_another_grid_of_this_store_is_not_told_of(graph, store):
-    with heartbeat.beating(store, Board(graph, 1), {}, seconds=0.05):
+    with heartbeat.beating(store, Board(graph, 1), About(), seconds=0.05):
         wait_for(lambda: store.folders.glob("running", "*.json"))
         assert drivers.records(store, "other") == []
 
@@ -111,7 +112,7 @@ def test_another_grid_of_this_store_is_not_told_of(graph, store):
     ("elsewhere/x 1 2", 3600, "silent"),
 ])  # fmt: skip
 def test_stale_and_dead_drivers_are_said_to_be(graph, store, owner, ago, state):
-    record = heartbeat.record(Board(graph, 3), {}).model_dump()
+    record = heartbeat.record(Board(graph, 3), About()).model_dump()
     if owner:
         mine = record["signs"]["ctp.owner"].split()[0]
         record["signs"]["ctp.owner"] = f"{mine} 999999999 1" if owner == "dead here" else owner
@@ -123,7 +124,7 @@ def test_stale_and_dead_drivers_are_said_to_be(graph, store, owner, ago, state):
     assert found.state == state
     text = "\n".join(status.lines(status.status(graph, store)))
     assert ("STALE" in text, "is gone" in text) == (state != "alive", state == "dead")
-    with heartbeat.beating(store, Board(graph, 3), {}):
+    with heartbeat.beating(store, Board(graph, 3), About()):
         kept = state != "dead" and ago < 600
         assert bool(store.folders.read(path)) is kept
 
@@ -132,8 +133,8 @@ def test_a_store_that_is_away_does_not_hold_up_the_run(graph, store, monkeypatch
     def away(*args):
         raise OSError("away")
 
-    monkeypatch.setattr(store, "write", away)
-    with heartbeat.beating(store, Board(graph, 3), {}, seconds=0.01):
+    monkeypatch.setattr(store.folders, "write", away)
+    with heartbeat.beating(store, Board(graph, 3), About(), seconds=0.01):
         time.sleep(0.05)
         assert [t for t in threading.enumerate() if t.name == "heartbeat"]
     assert not [t for t in threading.enumerate() if t.name == "heartbeat"]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.tiny import random_windows, tiny_bloom, tiny_llama, tiny_opt
+from support.tiny import random_windows, tiny_bloom, tiny_llama, tiny_opt
 from torch import nn
 
 from ctp.cells import GPTQ, SparseGPT

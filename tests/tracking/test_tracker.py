@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from mlflow.tracking import MlflowClient
 from support.bench import Bench
-from support.gridruns import runs
+from support.mlflow_runs import runs
 
 from analysis import attach, transfer_matrix
 from analysis.runs import AnalysisError, evaluations
@@ -203,7 +203,7 @@ def test_manifests_are_cut_at_a_limit(monkeypatch):
 def test_files_are_attached_to_the_newest_invocation(finished, uri, tmp_path):
     file = tmp_path / "report_g.html"
     file.write_text("first")
-    with pytest.raises(AnalysisError, match="has no run of an invocation of 'g': `ctp track sync g`"):
+    with pytest.raises(AnalysisError, match="has no run of an invocation of 'g' to attach to: `ctp track sync g`"):
         attach.attach("g", {"report.html": file})
     Tracker(uri, finished.plan, finished.store).sync()  # as after MLflow was emptied: cells, and no invocation
     with pytest.raises(AnalysisError, match="has no run of an invocation"):
@@ -320,7 +320,7 @@ def test_a_dead_server_never_holds_up_the_end(finished, uri, server):
     server.away = True
     learned = key(finished.all(Learn)[0])
     for step in range(50):
-        tracker.tell(Progress(key=learned, step=step, steps=9, tokens_per_s=9.0))
+        tracker.tell(Progress(key=learned, step=step, steps=99, tokens_per_s=9.0))
     tracker.thread.stop()
     assert server.refused == 1
     assert "away" in tracker.trouble
