@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ctp.cells import Compression, Measure, Method, Recovery
 from ctp.common.files import there
@@ -13,7 +14,7 @@ from ctp.machine.contained import MethodEnded, contained
 from ctp.planning.gridtext import beside
 
 
-def read(given: object, folders: Sequence[Path], problems: list[str]) -> dict[str, str]:
+def read(given: Any, folders: Sequence[Path], problems: list[str]) -> dict[str, str]:
     """name -> source of every file in `plugins`, loaded once so that its methods are known; mistakes go to `problems`.
 
     A name without .py is a module that is installed wherever cells run; its source is "".
@@ -24,11 +25,12 @@ def read(given: object, folders: Sequence[Path], problems: list[str]) -> dict[st
         if not isinstance(item, str) or not item:
             problems.append(f"{place}: the path of a .py file, or the name of an installed module")
             continue
-        path, is_file = beside(item, folders), item.endswith(".py")
-        name = path.stem if is_file else item
-        if is_file and not (there(path) and path.is_file()):
+        path = beside(item, folders)
+        if item.endswith(".py") and not (there(path) and path.is_file()):
             problems.append(f"{place}: there is no such file, here or beside the grid file")
-        elif name in out:
+            continue
+        name = path.stem if item.endswith(".py") else item
+        if name in out:
             problems.append(f"{place}: two plugins are called {name}")
             continue
         try:
