@@ -1,0 +1,1 @@
+"""What every package may use: messages, terminal text, files and hashes, YAML, the Hugging Face hub."""

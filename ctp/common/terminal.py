@@ -1,4 +1,4 @@
-"""Rows as lines of aligned columns, for the terminal."""
+"""Text for the terminal: aligned columns, sizes, durations; and an output pipe that is closed."""
 
 import functools
 import os
@@ -32,13 +32,13 @@ BROKEN_PIPE = 141  # what shells call SIGPIPE
 
 
 def unread(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
-    """A `main(argv) -> exit code` that returns BROKEN_PIPE, in silence, once nobody reads its standard output on.
+    """A `main(argv) -> exit code` that returns BROKEN_PIPE, in silence, where the pipe it prints to was closed.
 
-    A pipe or connection of its own that breaks still raises BrokenPipeError.
+    Any other pipe or connection that breaks still raises BrokenPipeError.
     """
 
     @functools.wraps(main)
-    def heeding(argv: list[str] | None = None) -> int:
+    def wrapped(argv: list[str] | None = None) -> int:
         try:
             try:
                 return main(argv)
@@ -50,18 +50,17 @@ def unread(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
             return BROKEN_PIPE
 
-    return heeding
+    return wrapped
 
 
 def reader_gone() -> bool:
     """Whether standard output is a pipe that nobody reads."""
+    closed = select.poll()
     try:
-        place = sys.stdout.fileno()
+        closed.register(sys.stdout.fileno(), 0)  # errors are reported whatever events are requested
     except (OSError, ValueError):  # a text in memory, or closed
         return False
-    asked = select.poll()
-    asked.register(place, 0)  # errors are told whatever is asked
-    return bool(asked.poll(0))
+    return bool(closed.poll(0))
 
 
 def how_far(event: dict[str, Any]) -> str:

@@ -2,17 +2,15 @@
 
 import itertools
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ctp.common import hub
-from ctp.common.files import sha256_file, write_json
+from ctp.common.files import new_file, sha256_file, write_json
+from ctp.common.terminal import size
 from ctp.data.documents import check_column, commit_of, hub_rows
 from ctp.data.tasks import COMMITS
 from ctp.data.texts import CORPORA, Corpus
@@ -71,14 +69,14 @@ def fetch(root: Path, source: Source, first: dict[str, int | None]) -> None:
     commit = str(told["commit"]) if told else commit_of(corpus)
     for split in needed:
         path, documents = folder / f"{split}.jsonl", first.get(split)
-        with _whole(path) as work:
+        with new_file(path) as work:
             rows = _write(work, _rows(source, split, commit, documents))
             said = {"rows": rows, "bytes": work.stat().st_size, "sha256": sha256_file(work), "documents": documents}
             files = {**files, path.name: said}
             # Before the file: what a manifest names and is not there is fetched again, what none names is not ours.
             about = {"hub": corpus.hub, "commit": commit, "config": corpus.config}
             write_json(folder / MANIFEST, {**about, "files": files})
-        print(f"{corpus.folder}/{path.name}: {rows:,} rows, {path.stat().st_size / 1e6:.1f} MB", flush=True)
+        print(f"{corpus.folder}/{path.name}: {rows:,} rows, {size(path.stat().st_size)}", flush=True)
 
 
 def _is_of(told: dict[str, Any], corpus: Corpus) -> bool:
@@ -113,21 +111,6 @@ def _rows(source: Source, split: str, commit: str, first: int | None) -> Iterato
             yield dict(row) if source.whole_rows else {"text": row[corpus.column]}
     except Exception as e:  # the network, in the middle of a stream
         raise hub.explain(e, corpus.hub, "data set", commit) from e
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file to write, which becomes `path` on a clean exit; after an error nothing is left of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    work = Path(name)
-    try:
-        yield work
-        work.chmod(0o644)
-        work.replace(path)
-    finally:
-        work.unlink(missing_ok=True)
 
 
 def _write(path: Path, rows: Iterable[dict[str, Any]]) -> int:
@@ -194,7 +177,7 @@ def _damage(file: Path, said: dict[str, Any]) -> str:
     """What is wrong with a file, "" if nothing."""
     if not file.is_file():
         return "missing"
-    size, should = file.stat().st_size, said.get("bytes")
-    if should is not None and size < should:
-        return f"truncated, {size} of {should} bytes"
+    held, should = file.stat().st_size, said.get("bytes")
+    if should is not None and held < should:
+        return f"truncated, {held} of {should} bytes"
     return "" if sha256_file(file) == said["sha256"] else "changed: another sha256"

@@ -7,11 +7,10 @@ is no text, and every line ends in "\\n", whether the file has LF, CRLF or CR.
 import hashlib
 import json
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ctp.common.files import Stamp, cache_dir, changed, settled, sha256_file, stamps, write_json
+from ctp.common.files import cache_dir, changed, hashed_once, sha256_file, write_json
 from ctp.data import packaged
 
 BOM = "\ufeff"
@@ -113,7 +112,6 @@ def _marked(path: Path) -> bool:
 
 PARTS_OF_FILE = 10
 _PINNED = re.compile(r"(.*)@(sha256:[0-9a-f]{64})", re.DOTALL)
-_hashes: dict[tuple[Stamp, ...], str] = {}  # a grid names one file in many cells
 
 
 def pinned(place: str) -> tuple[str, str]:
@@ -143,14 +141,8 @@ def _revision(place: str) -> str:
 
 
 def sha256(path: Path) -> str:
-    """`textfiles.text_sha256`, remembered in this process while the file stays as it is."""
-    seen, now = stamps([path]), time.time_ns()
-    if seen in _hashes:
-        return _hashes[seen]
-    found = text_sha256(path)
-    if settled(seen, now):
-        _hashes[seen] = found
-    return found
+    """`text_sha256`, remembered in this process while the file stays as it is: a grid names one file in many cells."""
+    return hashed_once("text", [path], lambda: text_sha256(path))
 
 
 def pinned_files(location: str) -> list[Path]:

@@ -1,7 +1,7 @@
-"""In which number type a device computes what is asked of it in half precision, and how fast this machine's CPU is.
+"""In which number type a device computes half precision, and how fast this machine's CPU is.
 
-Where matrix products in bfloat16 or float16 are no faster than in float32, what asks for them is computed in float32
-with weights rounded as asked: see docs/precision.md. Nothing here imports torch before it has to.
+Where matrix products in bfloat16 or float16 are no faster than in float32, they are computed in float32 with weights
+rounded to the half precision: see docs/precision.md. Nothing here imports torch before it has to.
 """
 
 import hashlib
@@ -66,9 +66,6 @@ def notice(dtype: str, device: str) -> str:
     return f"This {name} has no fast {dtype}: computing in float32 with weights rounded to {dtype} (docs/precision.md)."
 
 
-# ------------------------------------------------------------------------- models
-
-
 def widen(model: "nn.Module", everything: bool = False) -> str:
     """Hold the half-precision tensors of a model as float32 where their device computes in that: the values stay.
 
@@ -105,14 +102,12 @@ def widened(model: "nn.Module", everything: bool = False) -> Iterator[None]:
 def as_stored(model: "nn.Module") -> Iterator[None]:
     """A model that `widen` holds in float32 has the types it was stored in for a while, with its values rounded."""
     stored = vars(model).pop(STORED, None)
-    if stored is None:
-        yield
-        return
-    _narrow(stored)
+    _narrow(stored or [])
     try:
         yield
     finally:
-        widen(model)
+        if stored is not None:
+            widen(model)
 
 
 def _types(model: "nn.Module") -> "list[tuple[nn.Module, str, torch.dtype]]":
@@ -130,9 +125,6 @@ def _narrow(types: "list[tuple[nn.Module, str, torch.dtype]]") -> None:
             tensor.grad.data = tensor.grad.data.to(dtype)
 
 
-# -------------------------------------------------------------------------- speed
-
-
 @lru_cache
 def cpu_rates() -> Mapping[str, float]:
     """float32 and bfloat16 -> operations a second of matrix products on one core, measured once per machine.
@@ -144,7 +136,7 @@ def cpu_rates() -> Mapping[str, float]:
     found = _measured()
     with suppress(OSError, RuntimeError):  # a cache that cannot be written, or no home for it, is no reason to stop
         write_json(_memo(), found)
-    return _remembered() or found  # of processes that measure at once, all go by the last one
+    return _remembered() or found  # of processes that measure at once, all use the last one
 
 
 def _remembered() -> dict[str, float] | None:
@@ -193,11 +185,9 @@ def _rate(dtype: "torch.dtype", rows: int, width: int) -> float:
 def _least(work: Callable[[], object]) -> float:
     """Seconds of the fastest round; the first one, which prepares the product, does not count."""
     work()
-    least, end = float("inf"), time.perf_counter() + PATIENCE
-    for _ in range(ROUNDS):
+    times: list[float] = []
+    while len(times) < ROUNDS and sum(times) <= PATIENCE:
         begun = time.perf_counter()
         work()
-        least = min(least, time.perf_counter() - begun)
-        if time.perf_counter() > end:
-            break
-    return least
+        times.append(time.perf_counter() - begun)
+    return min(times)

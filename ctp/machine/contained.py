@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 
@@ -32,10 +32,7 @@ def contained(run: str = "", k: str = "") -> Iterator[None]:
 
     os._exit = refuse  # type: ignore[assignment]
     try:
-        if run:
-            with _noted(_note(run, k)):
-                yield
-        else:
+        with _noted(_note(run, k)) if run else nullcontext():
             yield
     finally:
         os._exit = leave
@@ -47,15 +44,13 @@ def _note(run: str, k: str) -> Path:
 
 @contextmanager
 def _noted(note: Path) -> Iterator[None]:
-    """Python writes a fatal signal into the note; who comes out of here alive removes it. A process that was killed
-    from outside, for memory, leaves it empty."""
+    """Python writes a fatal signal into the note; a clean exit removes it. A process that was killed from outside, for
+    memory, leaves it empty."""
     with suppress(FileNotFoundError):
         text = note.read_text(errors="replace")
-        if text.strip():
-            note.unlink()
-            raise MethodEnded(crash(text))
-    with suppress(FileNotFoundError):
         note.unlink()
+        if text.strip():
+            raise MethodEnded(crash(text))
     with os.fdopen(os.open(note, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         faulthandler.enable(file, all_threads=False)
         try:

@@ -27,14 +27,11 @@ class OutOfMemory(MemoryError):
 
 def ran_out(error: BaseException) -> bool:
     """Is this, or what it came from, memory that could not be had?"""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, MemoryError | torch.OutOfMemoryError):
-            return True
-        if isinstance(seen, RuntimeError) and any(sign in str(seen) for sign in SIGNS):
-            return True
-        seen = seen.__cause__
-    return False
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS):
+        return True
+    return error.__cause__ is not None and ran_out(error.__cause__)
 
 
 class AtOnce:
@@ -60,7 +57,9 @@ class AtOnce:
                     raise
                 self.tried.append(self.size)
                 if self.size == 1:
-                    raise OutOfMemory(f"{said(e)}; tried with {_listed(self.tried)} at once") from e
+                    *first, last = map(str, self.tried)
+                    sizes = f"{', '.join(first)} and {last}" if first else last  # as in: 4, 2 and 1
+                    raise OutOfMemory(f"{said(e)}; tried with {sizes} at once") from e
             # Only now, behind the handler: the error held the frames of the attempt, and these its tensors.
             free()
             self.size = (self.size + 1) // 2
@@ -74,7 +73,7 @@ def free() -> None:
 
 
 def said(error: BaseException) -> str:
-    """What could not be had, on one line, in the words of whoever could not give it, without their advice."""
+    """The error's message about the memory that could not be had, on one line, without its advice."""
     if isinstance(error, OutOfMemory):
         return str(error)
     text = " ".join(str(error).split())
@@ -83,12 +82,6 @@ def said(error: BaseException) -> str:
         text = text.partition(rest)[0]
     name = type(error).__name__
     return text[:300].rstrip(". ") or ("no memory was left" if name == "MemoryError" else name)
-
-
-def _listed(sizes: list[int]) -> str:
-    """As in: 4, 2 and 1."""
-    *first, last = map(str, sizes)
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def explained(error: BaseException, trace: str, advice: str) -> OutOfMemory:

@@ -1,0 +1,1 @@
+"""Artifacts in a local folder or an object store: written whole or not at all, checked by their hashes."""

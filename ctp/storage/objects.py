@@ -2,15 +2,15 @@
 
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ctp.common.files import matches
 from ctp.storage.folders import File, Folders, manifest_text
-from ctp.storage.manifest import MANIFEST, PAYLOAD, check_files, files_of
+from ctp.storage.manifest import MANIFEST, PAYLOAD, files_of
 from ctp.storage.remote import StoreError, connect, unsupported
 
 
@@ -52,20 +52,13 @@ class Objects(Folders):
     def stamp(self, path: str) -> int | None:
         return self.size(path)
 
-    @contextmanager
-    def inspected(self, source: str, manifest: Mapping[str, Any], name: str) -> Iterator[Path]:
-        with self.workspace() as work:
-            self.download(source, {**manifest, "files": {name: manifest["files"][name]}}, work)
-            yield work
-
     def _workspaces(self) -> None:
         return None
 
-    def sweep(self) -> None:
-        pass
+    def left_over(self) -> list[Path]:
+        return []
 
     def commit(self, work: Path, target: str, record: Mapping[str, Any]) -> bytes:
-        check_files(work)
         return self.upload(work, target, record, files_of(work))
 
     def upload(self, work: Path, target: str, record: Mapping[str, Any], files: Mapping[str, Any]) -> bytes:

@@ -131,7 +131,7 @@ def test_a_store_that_is_away_does_not_hold_up_the_run(graph, store, monkeypatch
     def away(*args):
         raise OSError("away")
 
-    monkeypatch.setattr(store, "write", away)
+    monkeypatch.setattr(store.folders, "write", away)
     with heartbeat.beating(store, Board(graph, 3), {}, seconds=0.01):
         time.sleep(0.05)
         assert [t for t in threading.enumerate() if t.name == "heartbeat"]
