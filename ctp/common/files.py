@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -198,9 +197,3 @@ def folder_named(text: str) -> Path | None:
     """The folder that a text names, None where there is none."""
     path = expanded(text)
     return path if text and there(path) and path.is_dir() else None
-
-
-def matches(path: str, pattern: str) -> bool:
-    """As a shell does: a * ends at the next slash."""
-    parts, wanted = path.split("/"), pattern.split("/")
-    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))

@@ -26,7 +26,7 @@ _silent_until = 0.0
 
 
 class Unreachable(ValueError):
-    """The hub does not answer, and this machine's cache does not have what was asked for."""
+    """The hub does not answer, and this machine's cache does not have what was requested."""
 
 
 def commit(name: str, revision: str = "", what: str = "model", instead: str = "a folder") -> str:

@@ -37,10 +37,10 @@ ROUNDS, PATIENCE = 7, 0.003  # products at most, and seconds after which no furt
 
 
 def computed_in(dtype: str, device: str) -> str:
-    """The number type in which a device ("cpu" or "cuda") computes what is asked for in `dtype`.
+    """The number type in which a device ("cpu" or "cuda") computes where `dtype` is requested.
 
-    float32 in place of a half precision that the device has no fast arithmetic for, else `dtype` itself. On a CPU that
-    is so for float16 always: learning in it needs a loss scale, which accelerate has for GPUs only.
+    float32 instead of a half precision that the device has no fast arithmetic for, else `dtype` itself. On a CPU
+    float16 is always replaced: learning in it needs a loss scale, which accelerate has for GPUs only.
     """
     if dtype not in HALF or device not in ("cpu", "cuda"):
         return dtype
@@ -70,8 +70,8 @@ def widen(model: "nn.Module", everything: bool = False) -> str:
     """Hold the half-precision tensors of a model as float32 where their device computes in that: the values stay.
 
     everything: all of them, whatever their device computes fast. Returns the `notice` of it, empty where there is none.
-    A module whose numbers must keep their type, as packed weights must, sees to that in its `_apply`. What the types
-    were is kept for `as_stored`.
+    A module whose tensors must keep their type, as packed weights must, overrides `_apply`. The former types are kept
+    for `as_stored`.
     """
     types = _types(model)
     there = {(p.dtype, p.device.type) for p in model.parameters()}
@@ -140,7 +140,7 @@ def cpu_rates() -> Mapping[str, float]:
 
 
 def _remembered() -> dict[str, float] | None:
-    """What the cache has; None where that is nothing, or cannot be right."""
+    """The rates in the cache; None without valid ones."""
     with suppress(OSError, ValueError, KeyError, TypeError, ArithmeticError, RuntimeError):
         held = json.loads(_memo().read_text())
         rates = {name: float(held[name]) for name in ("float32", "bfloat16")}
@@ -156,7 +156,7 @@ def _memo() -> Path:
 
 
 def _measured() -> dict[str, float]:
-    """As `cpu_rates`. Where bfloat16 is very slow, products of usual size would take a second: small ones tell."""
+    """As `cpu_rates`. Where bfloat16 is very slow, products of usual size would take a second, so small ones do."""
     import torch
 
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()

@@ -1,4 +1,4 @@
-"""Memory that runs out, of a GPU or of the host: how it is told from other errors, and trying again with less at once.
+"""Memory that runs out, of a GPU or of the host: how it is recognised, and trying again with less at once.
 
 A process that the kernel or Ray ends for its memory never gets here: see ctp.scheduling.tune.
 """
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
-# What torch and CUDA's libraries say where they raise a plain RuntimeError.
+# In messages of plain RuntimeErrors of torch and CUDA's libraries.
 SIGNS = (
     "can't allocate memory",
     "not enough memory: you tried to allocate",
@@ -22,11 +22,11 @@ SIGNS = (
 
 
 class OutOfMemory(MemoryError):
-    """There is too little memory, though as little was tried at once as can be; says what was tried."""
+    """There is too little memory for one window (or row) at once; the message names the sizes that were tried."""
 
 
 def ran_out(error: BaseException) -> bool:
-    """Is this, or what it came from, memory that could not be had?"""
+    """Is this error, or its cause, a lack of memory?"""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS):
@@ -66,7 +66,7 @@ class AtOnce:
 
 
 def free() -> None:
-    """Give back what nobody holds any more: a failed pass leaves cycles, and torch keeps what it once had of a GPU."""
+    """Free what nothing refers to: a failed pass leaves cycles, and torch keeps the GPU memory that it once had."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -85,7 +85,7 @@ def said(error: BaseException) -> str:
 
 
 def explained(error: BaseException, trace: str, advice: str) -> OutOfMemory:
-    """The error of a cell: what could not be had, what was tried, what could help; `trace` goes along as a note.
+    """The error of a cell: what was lacking, what was tried, what could help; `trace` is added as a note.
 
     It is not chained to `error`, whose frames hold the tensors that took the memory.
     """

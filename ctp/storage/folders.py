@@ -72,9 +72,7 @@ class Folders:
 
     def finished(self, folder: str) -> set[str]:
         """The names of the folders in there that have a manifest. An empty one, from a power cut, does not count."""
-        base = f"{self.root}/{folder}"
-        inside = os.listdir(base) if os.path.isdir(base) else ()
-        return {name for name in inside if self.size(f"{base}/{name}/{MANIFEST}")}
+        return {p.split("/")[-2] for p in self.glob(folder, f"*/{MANIFEST}") if self.size(p)}
 
     def size(self, path: str) -> int | None:
         """Bytes of a file; None where there is none."""
