@@ -37,7 +37,7 @@ ANALYSIS = _analysis()
 COMMANDS: dict[str, dict[str, Command]] = {
     "run": {
         "grid": Command("ctp.grid", "ctp.grid", "plan a grid and run what is missing of it"),
-        "store": Command("ctp.store", "ctp.store", "what lies in a store, and how to get it out"),
+        "store": Command("ctp.store", "ctp.store", "what a store holds, and how to get it out"),
         "track": Command("ctp.track", "ctp.track", "write into MLflow what it lacks of the store"),
         "corpora": Command("ctp.corpora", "ctp.corpora", "local copies of texts and tasks, for machines off the net"),
     },

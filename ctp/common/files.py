@@ -1,4 +1,4 @@
-"""Where this machine keeps what can be made again: converted models, fetched artifacts, digests."""
+"""This machine's cache, files and folders that are written whole or not at all, hashes, and paths."""
 
 import errno
 import hashlib
@@ -9,51 +9,39 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 
 def cache_dir() -> Path:
     """CTP_CACHE, else `ctp` in the user's cache folder (XDG_CACHE_HOME)."""
-    if own := os.environ.get("CTP_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctp"
+    chosen = os.environ.get("CTP_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctp"
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """An empty folder next to `target`; what is left of it on the way out is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def fill(target: Path, make: Callable[[Path], None]) -> Path:
     """The folder `target`, made by `make(empty folder)` where it is missing. Atomic: a second maker drops its copy."""
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        make(work)
-        work.rename(target)
-    except OSError:
-        if not target.exists():
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with _beside(target) as work:
+        try:
+            make(work)
+            work.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
     return target
-
-
-def flush(folder: Path) -> None:
-    """Wait until the disk holds every file in the folder, and the folders themselves: a power cut takes none of it."""
-    for path in (*folder.rglob("*"), folder):
-        flush_entry(path)
-
-
-def flush_entry(path: str | Path) -> None:
-    """Wait until the disk holds this file, or the names in this folder where the file system can tell."""
-    at = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(at)
-    except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(at)
 
 
 @contextmanager
@@ -64,27 +52,42 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is not empty: nothing is overwritten")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with _beside(target) as work:
         yield work
         work.chmod(0o755)
         work.replace(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `target` on a clean exit; after an error nothing is left of it."""
+    with _beside(target) as work:
+        yield work / target.name
+        (work / target.name).replace(target)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    with new_file(path) as work:
+        work.write_text(json.dumps(value, indent=1, sort_keys=True))
+
+
+def flush(folder: Path) -> None:
+    """Wait until every file in the folder, and the folders themselves, are safe from a power cut."""
+    for path in (*folder.rglob("*"), folder):
+        flush_entry(path)
+
+
+def flush_entry(path: str | Path) -> None:
+    """Wait until this file, or the names in this folder, are on the disk, where the file system supports that."""
+    at = os.open(path, os.O_RDONLY)
     try:
-        with os.fdopen(fd, "w") as f:
-            json.dump(value, f, indent=1, sort_keys=True)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        os.fsync(at)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(at)
 
 
 def sha256_file(path: Path) -> str:
@@ -96,18 +99,17 @@ def sha256_file(path: Path) -> str:
 Stamp = tuple[str, int, int, int, int, int]
 # Nanoseconds: file systems keep times in steps of up to two seconds, and a second write within one shows no change.
 SETTLED = 2e9
-_digests: dict[tuple[Stamp, ...], str] = {}  # of this process
+_digests: dict[tuple[str, tuple[Stamp, ...]], str] = {}  # of this process
 
 
 def stamps(files: Iterable[Path]) -> tuple[Stamp, ...]:
-    """What the file system says of each file: resolved path, device, inode, size, times of writing and of change.
+    """Of each file: resolved path, device, inode, size, times of writing and of change, in nanoseconds since 1970.
 
     The time of change (ctime) cannot be set, so that a file unpacked over another with the same size and times differs.
     Raises OSError where a file is missing.
     """
-    return tuple(
-        (str(f.resolve()), (s := f.stat()).st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f in files
-    )
+    found = ((f, f.stat()) for f in files)
+    return tuple((str(f.resolve()), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in found)
 
 
 def settled(seen: tuple[Stamp, ...], now: int) -> bool:
@@ -115,25 +117,42 @@ def settled(seen: tuple[Stamp, ...], now: int) -> bool:
     return all(stamp[-1] < now - SETTLED for stamp in seen)
 
 
-def digest(files: Sequence[Path], anew: bool = False) -> str:
-    """One digest of several files' names and bytes, remembered by `stamps`, on this machine and in this process.
+def hashed_once(what: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
+    """compute(), a hash of the files of the kind `what`, remembered in this process by their `stamps`.
 
-    anew: believe only what this process has hashed itself. Raises ValueError where a file changes meanwhile.
+    Raises ValueError where a file changes meanwhile.
     """
     before, begun = stamps(files), time.time_ns()
-    if before in _digests:
-        return _digests[before]
-    memo = cache_dir() / "digests" / (hashlib.sha256(repr(before).encode()).hexdigest() + ".json")
-    if memo.exists() and not anew:
-        return str(json.loads(memo.read_text())["sha256"])
-    whole = hashlib.sha256()
-    for f in sorted(files, key=lambda f: f.name):
-        whole.update(f"{f.name}\0{sha256_file(f)}\n".encode())
+    if (known := _digests.get((what, before))) is not None:
+        return known
+    found = compute()
     if stamps(files) != before:
         raise ValueError(f"{files[0].parent} changes while it is read: wait until it is whole, and run again")
     if settled(before, begun):
-        _digests[before] = whole.hexdigest()
-        write_json(memo, {"sha256": whole.hexdigest()})
+        _digests[what, before] = found
+    return found
+
+
+def digest(files: Sequence[Path], anew: bool = False) -> str:
+    """One digest of several files' names and bytes, remembered by `stamps`, on this machine and in this process.
+
+    anew: trust only what this process has hashed itself. Raises ValueError where a file changes meanwhile.
+    """
+    here = "files", stamps(files)
+    memo = cache_dir() / "digests" / (hashlib.sha256(repr(here[1]).encode()).hexdigest() + ".json")
+    known = here in _digests
+    if not known and not anew and memo.exists():
+        return str(json.loads(memo.read_text())["sha256"])
+    found = hashed_once("files", files, lambda: _digest(files))
+    if here in _digests and not known:
+        write_json(memo, {"sha256": found})
+    return found
+
+
+def _digest(files: Sequence[Path]) -> str:
+    whole = hashlib.sha256()
+    for f in sorted(files, key=lambda f: f.name):
+        whole.update(f"{f.name}\0{sha256_file(f)}\n".encode())
     return whole.hexdigest()
 
 
@@ -178,9 +197,3 @@ def folder_named(text: str) -> Path | None:
     """The folder that a text names, None where there is none."""
     path = expanded(text)
     return path if text and there(path) and path.is_dir() else None
-
-
-def matches(path: str, pattern: str) -> bool:
-    """As a shell does: a * ends at the next slash."""
-    parts, wanted = path.split("/"), pattern.split("/")
-    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))

@@ -1,7 +1,7 @@
 """The Hugging Face hub: which commit a name stands for, and a commit's files on this machine.
 
-`commit` and `check_access` are asked while planning, `fetch` and `fetch_model` on a worker: one process of a node
-downloads, the others wait and read its files, and nobody asks the network again. Every failure is one sentence.
+`commit` and `check_access` are for planning, `fetch` and `fetch_model` for workers: one process of a node downloads,
+the others wait and read its files without the network. Every failure is one sentence.
 """
 
 import errno
@@ -20,22 +20,20 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 CONFIG = ("*.json", "*.model", "*.txt", "*.jinja")  # configurations and tokenizers, and the index of shards
 SAFETENSORS = ("model.safetensors", "model-*.safetensors")
 PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin")
-ELSEWHERE = ("*/*",)  # weights of other frameworks and formats lie in subfolders: onnx/, original/
 SECONDS = 10.0  # to wait for an answer while planning
 SILENCE = 300.0  # seconds without asking again after the hub could not be reached
 _silent_until = 0.0
 
 
 class Unreachable(ValueError):
-    """The hub does not answer, and this machine's cache does not have what was asked for."""
+    """The hub does not answer, and this machine's cache does not have what was requested."""
 
 
 def commit(name: str, revision: str = "", what: str = "model", instead: str = "a folder") -> str:
     """The commit that `revision` (or main) points to, from the hub or, without a network, from its local cache.
 
-    what: "model", "adapter" or "data set": how errors call it; instead: what would do without a network. A commit is
-    returned as it is, without asking. Raises ValueError, in one sentence, where there is none; Unreachable where nobody
-    can tell.
+    what: "model", "adapter" or "data set", for errors; instead: what would do without a network. A commit is returned
+    as it is. Raises ValueError, in one sentence, where there is none; Unreachable where nobody can tell.
     """
     global _silent_until
     if COMMIT.fullmatch(revision):
@@ -43,9 +41,9 @@ def commit(name: str, revision: str = "", what: str = "model", instead: str = "a
     from huggingface_hub import HfApi
 
     try:
-        _mind_the_silence()
-        ask = HfApi().dataset_info if what == "data set" else HfApi().model_info
-        return str(ask(name, revision=revision or None, timeout=SECONDS).sha)
+        _check_reachable()
+        info = HfApi().dataset_info if what == "data set" else HfApi().model_info
+        return str(info(name, revision=revision or None, timeout=SECONDS).sha)
     except Exception as e:  # whatever the transport raises, whose library changes
         if refused := _refusal(e, name, what, revision):
             raise refused from e
@@ -57,51 +55,45 @@ def commit(name: str, revision: str = "", what: str = "model", instead: str = "a
 
 
 def check_access(name: str, revision: str) -> None:
-    """Raises ValueError, in one sentence, where this machine could not fetch the model: before anything is computed.
+    """Raises ValueError, in one sentence, where this machine could not fetch the model.
 
-    Nothing is asked where its configuration was fetched before.
+    Without a request where its configuration was fetched before.
     """
     if _remembered(_memo(name, revision, CONFIG)) or _cached(name, revision, "model"):
         return
     from huggingface_hub import HfApi
 
     try:
-        _mind_the_silence()
+        _check_reachable()
         HfApi().auth_check(name)
     except Exception as e:
-        said = explain(e, name, "model", revision)
-        if isinstance(said, Unreachable) or _refusal(e, name, "model", revision):
-            raise said from e  # anything else is a mirror that does not know this question
+        why = explain(e, name, "model", revision)
+        if isinstance(why, Unreachable) or _refusal(e, name, "model", revision):
+            raise why from e  # anything else is a mirror that does not know this request
 
 
-def _mind_the_silence() -> None:
+def _check_reachable() -> None:
     if time.monotonic() < _silent_until:
         raise ConnectionError(f"not asked again for {SILENCE:.0f} seconds")
 
 
-def _downloader() -> Any:
-    """The hub's `snapshot_download`, with bars for a person only."""
+def _download(name: str, commit: str, files: Sequence[str], **how: Any) -> Path:
+    """The snapshot folder with these files of a commit, those in subfolders left out: other frameworks' weights."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    return snapshot_download
+    wanted = {"allow_patterns": list(files), "ignore_patterns": ["*/*"]}
+    return Path(snapshot_download(name, revision=commit or None, **wanted, **how))
 
 
 def _cached(name: str, revision: str, what: str) -> Path | None:
     """The snapshot of a revision in the hub's own cache, if its configuration is there."""
     if what == "data set":
         return None  # kept by another library, which finds it by its commit
-    snapshot_download = _downloader()
-
     try:
-        return Path(
-            snapshot_download(
-                name, revision=revision or None, allow_patterns=["*config.json"], ignore_patterns=list(ELSEWHERE),
-                local_files_only=True,
-            )
-        )  # fmt: skip
+        return _download(name, revision, ["*config.json"], local_files_only=True)
     except Exception:  # it is not there, or the name is none
         return None
 
@@ -120,13 +112,8 @@ def fetch(name: str, commit: str, files: Sequence[str], what: str = "model") -> 
     with FileLock(memo.with_suffix(".lock")):
         if there := _remembered(memo):
             return there  # another process of this node was first
-        snapshot_download = _downloader()
         try:
-            folder = Path(
-                snapshot_download(
-                    name, revision=commit, allow_patterns=list(files), ignore_patterns=list(ELSEWHERE)
-                )
-            )  # fmt: skip
+            folder = _download(name, commit, files)
         except Exception as e:
             raise explain(e, name, what, commit) from e
         found = {f.name: f.stat().st_size for pattern in files for f in sorted(folder.glob(pattern))}
@@ -168,9 +155,9 @@ def _memo(name: str, commit: str, files: Sequence[str]) -> Path:
 def _remembered(memo: Path) -> Path | None:
     """The folder that a memo names, if every file in it is as large as it was."""
     try:
-        said = json.loads(memo.read_text())
-        folder = Path(said["folder"])
-        same = folder.is_dir() and all((folder / n).stat().st_size == size for n, size in said["files"].items())
+        known = json.loads(memo.read_text())
+        folder = Path(known["folder"])
+        same = folder.is_dir() and all((folder / n).stat().st_size == size for n, size in known["files"].items())
         return folder if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -230,14 +217,13 @@ def _network(chain: Sequence[Any]) -> bool:
     if (status := _status(chain)) is not None:
         return status >= 500 or status == 429
     kinds = {cls for e in chain for cls in type(e).__mro__}
-    roots = {cls.__module__.partition(".")[0] for cls in kinds}
+    libraries = ("httpx", "httpcore", "requests", "urllib3", "aiohttp")
     return bool(kinds & {ConnectionError, TimeoutError, LocalEntryNotFoundError}) or any(
-        root.startswith(("httpx", "httpcore", "requests", "urllib3", "aiohttp")) for root in roots
+        cls.__module__.startswith(libraries) for cls in kinds
     )
 
 
-def _causes(error: BaseException) -> Iterator[Any]:
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
+def _causes(error: BaseException | None) -> Iterator[Any]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

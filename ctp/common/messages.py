@@ -1,4 +1,4 @@
-"""Saying what name or value is wrong, and which one was probably meant."""
+"""Names, values and errors of other libraries in one short line of a message."""
 
 import difflib
 from collections.abc import Iterable, Sequence

@@ -35,13 +35,13 @@ def program(module: str) -> str:
 
 
 def unread(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
-    """A `main(argv) -> exit code` that returns BROKEN_PIPE, without a message, once its output pipe is closed.
+    """A `main(argv) -> exit code` that returns BROKEN_PIPE, in silence, where the pipe it prints to was closed.
 
-    A pipe or connection of its own that breaks still raises BrokenPipeError.
+    Any other pipe or connection that breaks still raises BrokenPipeError.
     """
 
     @functools.wraps(main)
-    def heeding(argv: list[str] | None = None) -> int:
+    def wrapped(argv: list[str] | None = None) -> int:
         try:
             try:
                 return main(argv)
@@ -53,18 +53,17 @@ def unread(main: Callable[[list[str] | None], int]) -> Callable[..., int]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at the end
             return Exit.BROKEN_PIPE
 
-    return heeding
+    return wrapped
 
 
 def reader_gone() -> bool:
     """Whether standard output is a pipe that nobody reads."""
+    closed = select.poll()
     try:
-        place = sys.stdout.fileno()
+        closed.register(sys.stdout.fileno(), 0)  # errors are reported whatever events are requested
     except (OSError, ValueError):  # a text in memory, or closed
         return False
-    asked = select.poll()
-    asked.register(place, 0)  # errors are told whatever is asked
-    return bool(asked.poll(0))
+    return bool(closed.poll(0))
 
 
 def duration(seconds: float) -> str:

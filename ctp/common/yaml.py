@@ -1,7 +1,7 @@
-"""YAML as grid files and `--set` understand it: plain values, within limits that no file of a person comes near.
+"""YAML as grid files and `--set` understand it: plain values, within limits that no grid comes near.
 
-The limits keep a plan quick whatever it is given: anchors that stand for each other a billion times, brackets without
-end, a file of another kind.
+The limits keep a plan quick whatever it is given: anchors that repeat each other a billion times, endless brackets, a
+file of another kind.
 """
 
 import math
@@ -17,9 +17,9 @@ from ctp.common.messages import shown
 MOST_BYTES = 256 * 1024  # of a file
 MOST_VALUES = 10_000  # of a file, with every alias and merge key written out
 DEEPEST = 40  # mappings and lists within each other
-_TURNING = (
-    "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the rest of a line would be shown in another order
-)
+_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # these change the order in which text is shown
+_TOO_DEEP = f"more than {DEEPEST} mappings and lists within each other"
+_TOO_MANY = f"more than {MOST_VALUES:,} values"
 
 
 class _Loader(yaml.SafeLoader):
@@ -32,12 +32,12 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.depth += 1
         self.nodes += 1
+        event = self.peek_event()
         if self.depth > DEEPEST or self.nodes > MOST_VALUES:
-            _refuse(_TOO_DEEP if self.depth > DEEPEST else _TOO_MANY, self.peek_event().start_mark)
-        if tag := getattr(self.peek_event(), "tag", None):
+            _refuse(_TOO_DEEP if self.depth > DEEPEST else _TOO_MANY, event.start_mark)
+        if tag := getattr(event, "tag", None):
             _refuse(
-                f"the tag {shown(tag)}: text, numbers, lists and mappings are told by how they look",
-                self.peek_event().start_mark,
+                f"the tag {shown(tag)}: text, numbers, lists and mappings are told by how they look", event.start_mark
             )
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -47,10 +47,6 @@ class _Loader(yaml.SafeLoader):
         super().flatten_mapping(node)
         if len(node.value) > MOST_VALUES:
             _refuse(_TOO_MANY, node.start_mark)
-
-
-_TOO_DEEP = f"more than {DEEPEST} mappings and lists within each other"
-_TOO_MANY = f"more than {MOST_VALUES:,} values"
 
 
 def _refuse(problem: str, mark: Any) -> None:
@@ -73,8 +69,8 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
         if k.tag == "tag:yaml.org,2002:merge":
             continue
         if k.tag != "tag:yaml.org,2002:str":
-            said = f"{k.value} " if isinstance(k, yaml.ScalarNode) else ""
-            _refuse(f"the key {said}is read as {k.tag.rpartition(':')[2]}, not as text: put it in quotes", k.start_mark)
+            name = f"{k.value} " if isinstance(k, yaml.ScalarNode) else ""
+            _refuse(f"the key {name}is read as {k.tag.rpartition(':')[2]}, not as text: put it in quotes", k.start_mark)
         if k.value in seen:
             _refuse(f"the key {k.value!r} appears twice", k.start_mark)
         seen.add(k.value)
@@ -152,7 +148,5 @@ def odd_values(value: Any, place: str = "") -> Iterator[str]:
 
 def _control(text: str, allowed: str) -> str:
     """The first control character of a text, named; "" without one."""
-    for c in text:
-        if c not in allowed and (unicodedata.category(c) in ("Cc", "Cs") or c in _TURNING):
-            return f"the control character U+{ord(c):04X}"
-    return ""
+    odd = (c for c in text if c not in allowed and (unicodedata.category(c) in ("Cc", "Cs") or c in _TURNING))
+    return next((f"the control character U+{ord(c):04X}" for c in odd), "")

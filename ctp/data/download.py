@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ctp.common import hub
 from ctp.common.exit_codes import Exit
-from ctp.common.files import sha256_file, write_json
+from ctp.common.files import new_file, sha256_file, write_json
+from ctp.common.terminal import size
 from ctp.data.documents import check_column, commit_of, hub_rows
 from ctp.data.tasks import COMMITS
 from ctp.data.texts import CORPORA, Corpus
@@ -95,23 +95,19 @@ def fetch(root: Path, source: Source, first: dict[str, int | None]) -> None:
 
 def _fetch_split(path: Path, source: Source, manifest: Manifest, split: str, documents: int | None) -> None:
     """Write a split's rows as JSON lines; after an error no file is left. Raises ValueError without rows."""
-    work = path.with_name(f".{path.name}-{os.getpid()}")
     count = 0
-    try:
+    with new_file(path) as work:
         with work.open("w", encoding="ascii") as f:
             for row in _rows(source, split, manifest.commit, documents):
                 f.write(json.dumps(row) + "\n")
                 count += 1
         if not count:
             raise ValueError(f"{path.parent}: the hub gave no rows")
-        size = work.stat().st_size
-        manifest.files[path.name] = Entry(sha256=sha256_file(work), bytes=size, documents=documents, rows=count)
+        written = work.stat().st_size
+        manifest.files[path.name] = Entry(sha256=sha256_file(work), bytes=written, documents=documents, rows=count)
         # Before the file: one that a manifest names and is not there is fetched again, one that none names is not ours.
         write_json(path.parent / MANIFEST, manifest.model_dump())
-        work.replace(path)
-    finally:
-        work.unlink(missing_ok=True)
-    print(f"{path.parent.name}/{path.name}: {count:,} rows, {size / 1e6:.1f} MB", flush=True)
+    print(f"{path.parent.name}/{path.name}: {count:,} rows, {size(written)}", flush=True)
 
 
 def _is_of(manifest: Manifest, corpus: Corpus) -> bool:
@@ -193,11 +189,11 @@ def _manifest(folder: Path) -> Manifest | None:
         raise ValueError(f"{path} is damaged ({where} {error['msg']}): remove {folder} to fetch it again") from e
 
 
-def _damage(file: Path, sha256: str, size: int | None) -> str:
-    """What is wrong with a file, "" if nothing. size: its bytes, if known."""
+def _damage(file: Path, sha256: str, bytes: int | None) -> str:
+    """What is wrong with a file, "" if nothing. bytes: its size, if known."""
     if not file.is_file():
         return "missing"
     found = file.stat().st_size
-    if size is not None and found < size:
-        return f"truncated, {found} of {size} bytes"
+    if bytes is not None and found < bytes:
+        return f"truncated, {found} of {bytes} bytes"
     return "" if sha256_file(file) == sha256 else "changed: another sha256"

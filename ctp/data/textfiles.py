@@ -6,14 +6,12 @@ is no text, and every line ends in "\\n", whether the file has LF, CRLF or CR.
 
 import hashlib
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ctp.common.files import Stamp, cache_dir, settled, sha256_file, stamps, write_json
+from ctp.common.files import cache_dir, hashed_once, sha256_file, write_json
 
 BOM = "\ufeff"
-_hashes: dict[tuple[Stamp, ...], str] = {}  # a grid names one file in many cells
 
 
 def sha256(path: Path) -> str:
@@ -21,15 +19,13 @@ def sha256(path: Path) -> str:
 
     Remembered in this process while the file stays as it is.
     """
-    seen, now = stamps([path]), time.time_ns()
-    if seen in _hashes:
-        return _hashes[seen]
-    data = path.read_bytes() if path.suffix == ".txt" else b""
-    marked = data.startswith(BOM.encode()) or b"\r" in data
-    found = hashlib.sha256(decoded(path, data).encode()).hexdigest() if marked else sha256_file(path)
-    if settled(seen, now):
-        _hashes[seen] = found
-    return found
+
+    def compute() -> str:
+        data = path.read_bytes() if path.suffix == ".txt" else b""
+        marked = data.startswith(BOM.encode()) or b"\r" in data
+        return hashlib.sha256(decoded(path, data).encode()).hexdigest() if marked else sha256_file(path)
+
+    return hashed_once("text", [path], compute)  # a grid names one file in many cells
 
 
 def check_text(path: Path, column: str) -> None:

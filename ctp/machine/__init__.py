@@ -1,1 +1,1 @@
-"""The machine and this process: what it is, how it computes, what it has."""
+"""The machine and this process: what it is, how fast it computes, its memory, threads, signals and versions."""

@@ -1,7 +1,7 @@
-"""In which number type a device computes what is asked of it in half precision, and how fast this machine's CPU is.
+"""In which number type a device computes half precision, and how fast this machine's CPU is.
 
-Where matrix products in bfloat16 or float16 are no faster than in float32, what asks for them is computed in float32
-with weights rounded as asked: see docs/precision.md. Nothing here imports torch before it has to.
+Where matrix products in bfloat16 or float16 are no faster than in float32, they are computed in float32 with weights
+rounded to the half precision: see docs/precision.md. Nothing here imports torch before it has to.
 """
 
 import hashlib
@@ -37,10 +37,10 @@ ROUNDS, PATIENCE = 7, 0.003  # products at most, and seconds after which no furt
 
 
 def computed_in(dtype: str, device: str) -> str:
-    """The number type in which a device ("cpu" or "cuda") computes what is asked for in `dtype`.
+    """The number type in which a device ("cpu" or "cuda") computes where `dtype` is requested.
 
-    float32 in place of a half precision that the device has no fast arithmetic for, else `dtype` itself. On a CPU that
-    is so for float16 always: learning in it needs a loss scale, which accelerate has for GPUs only.
+    float32 instead of a half precision that the device has no fast arithmetic for, else `dtype` itself. On a CPU
+    float16 is always replaced: learning in it needs a loss scale, which accelerate has for GPUs only.
     """
     if dtype not in HALF or device not in ("cpu", "cuda"):
         return dtype
@@ -66,15 +66,12 @@ def notice(dtype: str, device: str) -> str:
     return f"This {name} has no fast {dtype}: computing in float32 with weights rounded to {dtype} (docs/precision.md)."
 
 
-# ------------------------------------------------------------------------- models
-
-
 def widen(model: "nn.Module", everything: bool = False) -> str:
     """Hold the half-precision tensors of a model as float32 where their device computes in that: the values stay.
 
     everything: all of them, whatever their device computes fast. Returns the `notice` of it, empty where there is none.
-    A module whose numbers must keep their type, as packed weights must, sees to that in its `_apply`. What the types
-    were is kept for `as_stored`.
+    A module whose tensors must keep their type, as packed weights must, overrides `_apply`. The former types are kept
+    for `as_stored`.
     """
     types = _types(model)
     there = {(p.dtype, p.device.type) for p in model.parameters()}
@@ -105,14 +102,12 @@ def widened(model: "nn.Module", everything: bool = False) -> Iterator[None]:
 def as_stored(model: "nn.Module") -> Iterator[None]:
     """A model that `widen` holds in float32 has the types it was stored in for a while, with its values rounded."""
     stored = vars(model).pop(STORED, None)
-    if stored is None:
-        yield
-        return
-    _narrow(stored)
+    _narrow(stored or [])
     try:
         yield
     finally:
-        widen(model)
+        if stored is not None:
+            widen(model)
 
 
 def _types(model: "nn.Module") -> "list[tuple[nn.Module, str, torch.dtype]]":
@@ -130,9 +125,6 @@ def _narrow(types: "list[tuple[nn.Module, str, torch.dtype]]") -> None:
             tensor.grad.data = tensor.grad.data.to(dtype)
 
 
-# -------------------------------------------------------------------------- speed
-
-
 @lru_cache
 def cpu_rates() -> Mapping[str, float]:
     """float32 and bfloat16 -> operations a second of matrix products on one core, measured once per machine.
@@ -144,11 +136,11 @@ def cpu_rates() -> Mapping[str, float]:
     found = _measured()
     with suppress(OSError, RuntimeError):  # a cache that cannot be written, or no home for it, is no reason to stop
         write_json(_memo(), found)
-    return _remembered() or found  # of processes that measure at once, all go by the last one
+    return _remembered() or found  # of processes that measure at once, all use the last one
 
 
 def _remembered() -> dict[str, float] | None:
-    """What the cache has; None where that is nothing, or cannot be right."""
+    """The rates in the cache; None without valid ones."""
     with suppress(OSError, ValueError, KeyError, TypeError, ArithmeticError, RuntimeError):
         held = json.loads(_memo().read_text())
         rates = {name: float(held[name]) for name in ("float32", "bfloat16")}
@@ -164,7 +156,7 @@ def _memo() -> Path:
 
 
 def _measured() -> dict[str, float]:
-    """As `cpu_rates`. Where bfloat16 is very slow, products of usual size would take a second: small ones tell."""
+    """As `cpu_rates`. Where bfloat16 is very slow, products of usual size would take a second, so small ones do."""
     import torch
 
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
@@ -193,11 +185,9 @@ def _rate(dtype: "torch.dtype", rows: int, width: int) -> float:
 def _least(work: Callable[[], object]) -> float:
     """Seconds of the fastest round; the first one, which prepares the product, does not count."""
     work()
-    least, end = float("inf"), time.perf_counter() + PATIENCE
-    for _ in range(ROUNDS):
+    times: list[float] = []
+    while len(times) < ROUNDS and sum(times) <= PATIENCE:
         begun = time.perf_counter()
         work()
-        least = min(least, time.perf_counter() - begun)
-        if time.perf_counter() > end:
-            break
-    return least
+        times.append(time.perf_counter() - begun)
+    return min(times)

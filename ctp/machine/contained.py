@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 
@@ -23,19 +23,16 @@ def contained(run: str = "", k: str = "") -> Iterator[None]:
     run: a word of the run, empty for no note. Raises MethodEnded where the note of an earlier try in this run says that
     the cell crashed its process.
     """
-    own, leave = (os.getpid(), threading.get_ident()), os._exit
+    here, leave = (os.getpid(), threading.get_ident()), os._exit
 
     def refuse(code: int) -> None:
-        if (os.getpid(), threading.get_ident()) != own:  # a fork's, or another thread's
+        if (os.getpid(), threading.get_ident()) != here:  # a fork's, or another thread's
             leave(code)
         raise MethodEnded(f"os._exit({code})")
 
     os._exit = refuse  # type: ignore[assignment]
     try:
-        if run:
-            with _noted(_note(run, k)):
-                yield
-        else:
+        with _noted(_note(run, k)) if run else nullcontext():
             yield
     finally:
         os._exit = leave
@@ -47,15 +44,14 @@ def _note(run: str, k: str) -> Path:
 
 @contextmanager
 def _noted(note: Path) -> Iterator[None]:
-    """Python writes a fatal signal into the note; who comes out of here alive removes it. A process that was killed
-    from outside, for memory, leaves it empty."""
+    """Python writes a fatal signal into the note; a clean exit removes it. A process that was killed from outside, for
+    memory, leaves it empty."""
+    text = ""
     with suppress(FileNotFoundError):
         text = note.read_text(errors="replace")
-        if text.strip():
-            note.unlink()
-            raise MethodEnded(crash(text))
-    with suppress(FileNotFoundError):
-        note.unlink()
+    note.unlink(missing_ok=True)
+    if text.strip():
+        raise MethodEnded(crash(text))
     with os.fdopen(os.open(note, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         faulthandler.enable(file, all_threads=False)
         try:

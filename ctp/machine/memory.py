@@ -1,4 +1,4 @@
-"""Memory that runs out, of a GPU or of the host: how it is told from other errors, and trying again with less at once.
+"""Memory that runs out, of a GPU or of the host: how it is recognised, and trying again with less at once.
 
 A process that the kernel or Ray ends for its memory never gets here: see ctp.scheduling.tune.
 """
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
-# What torch and CUDA's libraries say where they raise a plain RuntimeError.
+# In messages of plain RuntimeErrors of torch and CUDA's libraries.
 SIGNS = (
     "can't allocate memory",
     "not enough memory: you tried to allocate",
@@ -22,19 +22,16 @@ SIGNS = (
 
 
 class OutOfMemory(MemoryError):
-    """There is too little memory, though as little was tried at once as can be; says what was tried."""
+    """There is too little memory for one window (or row) at once; the message names the sizes that were tried."""
 
 
 def ran_out(error: BaseException) -> bool:
-    """Is this, or what it came from, memory that could not be had?"""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, MemoryError | torch.OutOfMemoryError):
-            return True
-        if isinstance(seen, RuntimeError) and any(sign in str(seen) for sign in SIGNS):
-            return True
-        seen = seen.__cause__
-    return False
+    """Is this error, or its cause, a lack of memory?"""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS):
+        return True
+    return error.__cause__ is not None and ran_out(error.__cause__)
 
 
 class AtOnce:
@@ -60,21 +57,23 @@ class AtOnce:
                     raise
                 self.tried.append(self.size)
                 if self.size == 1:
-                    raise OutOfMemory(f"{said(e)}; tried with {_listed(self.tried)} at once") from e
+                    *first, last = map(str, self.tried)
+                    sizes = f"{', '.join(first)} and {last}" if first else last  # as in: 4, 2 and 1
+                    raise OutOfMemory(f"{said(e)}; tried with {sizes} at once") from e
             # Only now, behind the handler: the error held the frames of the attempt, and these its tensors.
             free()
             self.size = (self.size + 1) // 2
 
 
 def free() -> None:
-    """Give back what nobody holds any more: a failed pass leaves cycles, and torch keeps what it once had of a GPU."""
+    """Free what nothing refers to: a failed pass leaves cycles, and torch keeps the GPU memory that it once had."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def said(error: BaseException) -> str:
-    """What could not be had, on one line, in the words of whoever could not give it, without their advice."""
+    """The error's message about the memory that could not be had, on one line, without its advice."""
     if isinstance(error, OutOfMemory):
         return str(error)
     text = " ".join(str(error).split())
@@ -85,14 +84,8 @@ def said(error: BaseException) -> str:
     return text[:300].rstrip(". ") or ("no memory was left" if name == "MemoryError" else name)
 
 
-def _listed(sizes: list[int]) -> str:
-    """As in: 4, 2 and 1."""
-    *first, last = map(str, sizes)
-    return f"{', '.join(first)} and {last}" if first else last
-
-
 def explained(error: BaseException, trace: str, advice: str) -> OutOfMemory:
-    """The error of a cell: what could not be had, what was tried, what could help; `trace` goes along as a note.
+    """The error of a cell: what was lacking, what was tried, what could help; `trace` is added as a note.
 
     It is not chained to `error`, whose frames hold the tensors that took the memory.
     """

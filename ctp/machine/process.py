@@ -1,4 +1,4 @@
-"""Is the invocation that opened an MLflow run still alive? Its run says where it runs, and now and then that it does.
+"""Does the invocation that opened an MLflow run still run? Its run's tags name its process and its last sign of life.
 
 On the same machine the process itself is looked up; of another machine only the last sign of life is known.
 """
@@ -36,7 +36,7 @@ def last_sign(tags: Mapping[str, str], started: float) -> float:
 
 @lru_cache
 def _machine() -> str:
-    """Host, this boot of it, and the namespace that process ids are of; where the system does not tell, nobody's."""
+    """Host, this boot of it, and the namespace that process ids are of; elsewhere than on Linux a random text."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/pid').readlink().name}"
@@ -45,7 +45,10 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When the process started, in ticks since boot; empty where there is none, or only its exit code is left."""
+    """When the process started, in ticks since boot; empty where there is none, or only its exit code is left.
+
+    Not from psutil, which gives seconds of a clock that can be set meanwhile: two readings must be equal.
+    """
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,6 +1,5 @@
 """What a timing depends on besides the model: the processor, its threads, the GPUs and their driver."""
 
-import os
 import platform
 import resource
 import shutil
@@ -8,23 +7,26 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 
 def machine() -> dict[str, Any]:
-    """A record of this machine and process, as JSON values; None for what the system does not tell. Sizes in bytes.
+    """A record of this machine and process, as JSON values; None for what the system does not report. Sizes in bytes.
 
     cpus: logical processors, cpus_allowed: those that this process may use, threads: those that torch computes with.
     load: runnable processes, the mean of the minute before (others' work makes timings longer).
     """
     import torch
 
+    process = psutil.Process()
     return {
         "system": platform.platform(),
         "cpu": cpu_model(),
-        "cpus": os.cpu_count(),
-        "cpus_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "cpus": psutil.cpu_count(),
+        "cpus_allowed": len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else None,
         "threads": torch.get_num_threads(),
-        "ram_bytes": _ram(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "ram_bytes": psutil.virtual_memory().total,
+        "load": psutil.getloadavg()[0],
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "gpus": [_gpu(i) for i in range(torch.cuda.device_count())],
@@ -52,13 +54,6 @@ def process_peak() -> int:
     return peak if platform.system() == "Darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB
 
 
-def _ram() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
 def _gpu(index: int) -> dict[str, Any]:
     import torch
 
@@ -72,5 +67,5 @@ def _driver() -> str | None:
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    asked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    return asked.stdout.split("\n")[0].strip() or None if asked.returncode == 0 else None
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    return done.stdout.split("\n")[0].strip() or None if done.returncode == 0 else None

@@ -1,8 +1,8 @@
-"""How a run is stopped: a signal to the driver, a word to its workers, a saved state of what is being learned.
+"""How a run is stopped by a signal to its driver.
 
-The first Ctrl-C, or SIGTERM as clusters and Slurm send it before they kill, drains: no cell is begun, prompts save
-where they are and stop, other cells have `SECONDS` to end. A second one stops at once: at most a checkpoint's age is
-lost.
+The first Ctrl-C, or SIGTERM as clusters and Slurm send it before they kill, drains the run: no cell is begun, prompts
+save their state and stop, other cells have `SECONDS` to end. A second one stops at once: what was learned since the
+last saved state is lost.
 """
 
 import os
@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
 SECONDS = 20.0  # Slurm and Kubernetes kill 30 seconds after they have asked
@@ -36,11 +36,9 @@ def check() -> None:
         raise Drained
 
 
-@contextmanager
-def terminable() -> Iterator[None]:
+def terminable() -> AbstractContextManager[None]:
     """SIGTERM raises Terminated in here."""
-    with _handled(signal.SIGTERM, _terminate):
-        yield
+    return _handled(signal.SIGTERM, _terminate)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -58,7 +56,7 @@ def draining(hold: Callable[[], object], tell: Callable[[], object]) -> Iterator
     came: list[int] = []
 
     def now() -> None:
-        os.kill(os.getpid(), signal.SIGUSR1)  # Tune's own sign to end: it stops its workers
+        os.kill(os.getpid(), signal.SIGUSR1)  # Tune ends on this one, and stops its workers
 
     def handle(number: int, frame: FrameType | None) -> None:
         came.append(number)
@@ -70,24 +68,21 @@ def draining(hold: Callable[[], object], tell: Callable[[], object]) -> Iterator
         print(f"stopping: prompts are saved, short cells end; {rest}", file=sys.stderr, flush=True)
         hold()
         threading.Thread(target=tell, daemon=True).start()  # a call to the cluster may be what the signal cut short
-        timer = threading.Timer(SECONDS, now)
-        timer.daemon = True
-        timers.append(timer)
         timer.start()
 
     stopping.clear()
-    timers: list[threading.Timer] = []
+    timer = threading.Timer(SECONDS, now)
+    timer.daemon = True
     with _handled(signal.SIGUSR1, _interrupt), _handled(signal.SIGINT, handle), _handled(signal.SIGTERM, handle):
         try:
             yield came
         finally:
-            for timer in timers:
-                timer.cancel()
+            timer.cancel()
 
 
 @contextmanager
 def _handled(number: int, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """The handler in place; nothing where this is not the main thread, which gets the signals."""
+    """The handler is installed in here, if this is the main thread, which gets the signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -11,9 +11,9 @@ Result = TypeVar("Result")
 
 
 def keep_heap() -> None:
-    """Have this process keep the memory of freed activations, and not ask the system for it anew, page by page.
+    """Make this process keep the memory of freed activations, instead of requesting it again page by page.
 
-    glibc learns that from a large block that is freed; from 2^25 bytes on it learns nothing. Elsewhere nothing happens.
+    glibc adapts to a large block that is freed, if it has less than 2^25 bytes. Elsewhere nothing happens.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
 

@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,23 +116,22 @@ def entries(store: Store, kinds: Sequence[str] = tuple(KINDS), damaged: list[str
     damaged: a list for what is wrong with damaged ones; without it the first of them raises Damaged.
     """
     found = artifacts(store, kinds)
-    complaints = [_complaint(store, a) for a in found if a.problem]
-    if complaints and damaged is None:
-        raise Damaged(complaints[0])
-    (damaged if damaged is not None else []).extend(complaints)
+    for a in (a for a in found if a.problem):
+        if damaged is None:
+            raise Damaged(_complaint(store, a))
+        damaged.append(_complaint(store, a))
     return [a for a in found if a.done]
 
 
-def select(found: Iterable[Artifact], texts: Sequence[str]) -> list[Artifact]:
+def select(found: Sequence[Artifact], texts: Sequence[str]) -> list[Artifact]:
     """The artifacts that these keys (6 digits or more), names with or without their key, or paths stand for.
 
     Raises ValueError where a text stands for none, or a key for several.
     """
     chosen: dict[str, Artifact] = {}
-    everything = list(found)
     for text in texts:
-        named = [a for a in everything if text in (a.path, a.folder, a.name)]
-        by_key = KEY.fullmatch(text) and [a for a in everything if a.digits.startswith(text.lower()[:DIGITS])]
+        named = [a for a in found if text in (a.path, a.folder, a.name)]
+        by_key = KEY.fullmatch(text) and [a for a in found if a.digits.startswith(text.lower()[:DIGITS])]
         hits = named or by_key or []
         if not hits:
             raise ValueError(f"no artifact with the key or name {text!r}: `python -m ctp.store ls` prints both")
@@ -158,13 +158,9 @@ def find(store: Store, text: str) -> tuple[Cell, dict[str, Any]]:
     if len(manifests) != 1:
         what = "no artifact" if not manifests else f"{len(manifests)} artifacts"
         raise ValueError(f"{what} in {scrub(store.uri)} with a key that begins with {text!r}")
-    (manifest,) = manifests
-    try:
-        cell = from_json(manifest)
-        same = key(cell) == manifest["key"]
-    except (ValueError, KeyError):
-        same = False
-    if not same:
-        raise ValueError(f"{text} was made by another version of ctp, which meant something else by it, or by a "
-                         "plugin's method, which only its grid knows")  # fmt: skip
-    return cell, manifest
+    with suppress(ValueError, KeyError):
+        cell = from_json(manifests[0])
+        if key(cell) == manifests[0]["key"]:
+            return cell, manifests[0]
+    raise ValueError(f"{text} was made by another version of ctp, which meant something else by it, or by a "
+                     "plugin's method, which only its grid knows")  # fmt: skip

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ctp.common.files import flush, flush_entry
-from ctp.storage.manifest import MANIFEST, Damaged, check_files, files_of, parse, whole
+from ctp.storage.manifest import MANIFEST, Damaged, files_of, parse, whole
 from ctp.storage.ref import DIGITS
 from ctp.storage.remote import StoreError, room, unreadable
 
@@ -72,9 +72,7 @@ class Folders:
 
     def finished(self, folder: str) -> set[str]:
         """The names of the folders in there that have a manifest. An empty one, from a power cut, does not count."""
-        base = f"{self.root}/{folder}"
-        inside = os.listdir(base) if os.path.isdir(base) else ()
-        return {name for name in inside if self.size(f"{base}/{name}/{MANIFEST}")}
+        return {p.split("/")[-2] for p in self.glob(folder, f"*/{MANIFEST}") if self.size(p)}
 
     def size(self, path: str) -> int | None:
         """Bytes of a file; None where there is none."""
@@ -107,11 +105,6 @@ class Folders:
             except FileNotFoundError as e:
                 raise Damaged(f"{name} is missing, though the manifest names it") from e
 
-    @contextmanager
-    def inspected(self, source: str, manifest: Mapping[str, Any], name: str) -> Iterator[Path]:
-        """A local folder with one of the files that the manifest of `source` names. Raises as `download`."""
-        yield Path(source, manifest.get("payload", ""))  # a payload folder: it was copied from an object store
-
     # -------------------------------------------------------------------- writing
 
     @contextmanager
@@ -135,19 +128,20 @@ class Folders:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
         return folder
 
-    def sweep(self) -> None:
-        """Remove what killed workers left unfinished: workspaces without a sign of life for a day."""
+    def left_over(self) -> list[Path]:
+        """What killed workers left unfinished: workspaces without a sign of life for a day."""
+        found = []
         for path in Path(self.root, TEMPORARY).glob("*"):
             with suppress(FileNotFoundError):  # another driver's worker is done with it
-                if time.time() - path.stat().st_mtime > DAY:
-                    shutil.rmtree(path, ignore_errors=True)
+                if time.time() - path.lstat().st_mtime > DAY:
+                    found.append(path)
+        return sorted(found)
 
     def commit(self, work: Path, target: str, record: Mapping[str, Any]) -> bytes:
         """Make `work` visible as `target`. An artifact that is there already stays, and this one is dropped.
 
         Returns the manifest: the record and the files. Raises ValueError where `work` holds what no artifact can.
         """
-        check_files(work)
         text = manifest_text(record, files_of(work), "")
         (work / MANIFEST).write_bytes(text)
         flush(work)
@@ -163,29 +157,23 @@ class Folders:
             try:
                 work.rename(target)
                 return
-            except OSError as e:  # what was in the way may be gone by now: a look at it would not tell
+            except OSError as e:  # no check whether something is there: it may be gone by now
                 if e.errno not in IN_THE_WAY:
                     raise
             if self.stands(target):
                 return
-            aside = work.with_name(f"unfinished-{uuid.uuid4().hex[:12]}")
             with suppress(OSError):
-                os.rename(target, aside)
-                if self.stands(str(aside), target):  # finished since the last look: move it back
-                    os.rename(aside, target)
+                self._move(target, f"{work.parent}/unfinished-{uuid.uuid4().hex[:12]}", None)
         raise StoreError(f"{target} cannot be written: something comes back there again and again")
 
-    def stands(self, target: str, name: str = "") -> bool:
-        """Is there a whole artifact, whose key its path contains? A damaged one is set aside.
-
-        name: the path with the key, where that is not `target`.
-        """
+    def stands(self, target: str) -> bool:
+        """Is there a whole artifact, whose key its path contains? A damaged one is set aside."""
         path = f"{target}/{MANIFEST}"
         if (text := self.read(path)) is None:
             return False
         try:
             key = parse(text, path)["key"]
-            expected = key if key[:DIGITS] in (name or target) else "another cell's"
+            expected = key if key[:DIGITS] in target else "another cell's"
             whole(text, path, expected, lambda n: self.size(f"{target}/{n}"))
         except Damaged as e:
             self.set_aside(target, text, str(e))
@@ -231,7 +219,7 @@ class Folders:
             return False
         if self.read(f"{target}/{MANIFEST}") == manifest:
             return True
-        with suppress(OSError):  # a new one came in between: back with it, unless there is one again
+        with suppress(OSError):  # a new one came in between: move it back, unless another is there by now
             os.rename(target, folder)
         return False
 

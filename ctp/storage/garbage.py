@@ -1,6 +1,5 @@
 """What no run needs any more: `python -m ctp.store gc` and `rm` are made of this."""
 
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -58,15 +57,10 @@ def litter(store: Store, planned: set[str] | None = None) -> list[Litter]:
 
 
 def _workspaces(store: Store) -> Iterator[Litter]:
-    """What killed processes left in a local store's folder for what is being made."""
-    base = f"{store.folders.root}/{TEMPORARY}"
-    if not store.folders.local or not os.path.isdir(base):
-        return
-    inside = _grouped(store.folders.files(TEMPORARY), 1)
-    for name in sorted(os.listdir(base)):
-        size, last = inside.get(name, (0, 0.0))
-        if time.time() - max(last, os.lstat(f"{base}/{name}").st_mtime) > DAY:
-            yield Litter(f"{TEMPORARY}/{name}", size, "left by a process that was killed")
+    sizes = _grouped(store.folders.files(TEMPORARY), 1)
+    for path in store.folders.left_over():
+        size, _ = sizes.get(path.name, (0, 0.0))
+        yield Litter(f"{TEMPORARY}/{path.name}", size, "left by a process that was killed")
 
 
 def _records(store: Store) -> Iterator[Litter]:

@@ -17,7 +17,7 @@ PAYLOAD = re.compile("payload-[0-9a-f]{12}")  # in an object store, the folder o
 
 
 class Damaged(StoreError):
-    """What lies in the store is not what was put there, or was never put there by ctp."""
+    """What is stored is not what was put there, or was never put there by ctp."""
 
 
 def parse(text: bytes, path: str) -> dict[str, Any]:
@@ -33,11 +33,11 @@ def parse(text: bytes, path: str) -> dict[str, Any]:
 
 
 def whole(text: bytes, path: str, key: str, size: Callable[[str], int | None] | None) -> dict[str, Any]:
-    """The manifest of an artifact that is done: it is one, it is this cell's, and its files are there at their sizes.
+    """The manifest of an artifact that is done: it is valid, of this key, and its files have the sizes it names.
 
     This is what done means wherever it is asked; bytes are compared when an artifact is used. path: of the manifest.
-    key: of the cell. size: of a file in the manifest's folder by its name, None where there is none; itself None where
-    whoever asks is going to read the files. Raises Damaged.
+    size: of a file in the manifest's folder by its name, None where there is none; itself None where the caller is
+    going to read the files. Raises Damaged.
     """
     manifest = parse(text, path)
     if manifest["key"] != key:
@@ -48,13 +48,13 @@ def whole(text: bytes, path: str, key: str, size: Callable[[str], int | None] | 
 
 
 def lacking(manifest: Mapping[str, Any], size: Callable[[str], int | None]) -> str:
-    """What the sizes of its files say against an artifact; empty where they say nothing. size: as in `whole`."""
-    for name, said in manifest["files"].items():
+    """What the sizes of its files show to be wrong with an artifact; empty where nothing is. size: as in `whole`."""
+    for name, file in manifest["files"].items():
         found = size(f"{manifest.get('payload', '')}{name}")
         if found is None:
             return f"{name} is missing, though the manifest names it"
-        if found != said["size"]:
-            return f"{name} has {found} bytes, not the {said['size']} that its manifest says"
+        if found != file["size"]:
+            return f"{name} has {found} bytes, not the {file['size']} that its manifest says"
     return ""
 
 
@@ -62,43 +62,45 @@ def _wrong(manifest: Any) -> str:
     """What keeps this from being a manifest; empty where nothing does."""
     if not isinstance(manifest, dict):
         return "it is not an object"
-    if not isinstance(manifest.get("key"), str) or not _KEY.fullmatch(manifest["key"]):
-        return f"key = {manifest.get('key')!r}, not 64 hex digits"
+    key, payload, inputs = manifest.get("key"), manifest.get("payload", ""), manifest.get("inputs")
+    files, metrics = manifest.get("files"), manifest.get("metrics", {})
+    if not _is(_KEY, key):
+        return f"key = {key!r}, not 64 hex digits"
     if manifest.get("kind") not in KINDS or not isinstance(manifest.get("spec"), dict):
         return f"kind = {manifest.get('kind')!r}, or it has no spec; kinds are {', '.join(KINDS)}"
-    payload = manifest.get("payload", "")
-    if payload != "" and not (isinstance(payload, str) and payload[-1] == "/" and PAYLOAD.fullmatch(payload[:-1])):
+    if payload != "" and not (_is(PAYLOAD, str(payload)[:-1]) and payload[-1] == "/"):
         return f"payload = {payload!r}, not a folder that ctp makes"
-    inputs = manifest.get("inputs")
-    if not isinstance(inputs, list) or not all(isinstance(i, str) and _KEY.fullmatch(i) for i in inputs):
+    if not isinstance(inputs, list) or not all(_is(_KEY, i) for i in inputs):
         return f"inputs = {inputs!r}, not a list of keys"
-    if not isinstance(manifest.get("metrics", {}), dict):
-        return f"metrics = {manifest['metrics']!r}, not numbers by name"
-    files = manifest.get("files")
+    if not isinstance(metrics, dict):
+        return f"metrics = {metrics!r}, not numbers by name"
     if not isinstance(files, dict):
         return "it names no files"
-    for name, said in files.items():
-        if not plain(name) or name == MANIFEST:
+    for name, file in files.items():
+        if not _inside(name) or name == MANIFEST:
             return f"{name!r} is not the name of a file in its folder"
-        if (
-            not isinstance(said, dict)
-            or not isinstance(said.get("size"), int)
-            or not isinstance(said.get("sha256"), str)
-        ):
+        if not (isinstance(file, dict) and isinstance(file.get("size"), int) and isinstance(file.get("sha256"), str)):
             return f"it does not say size and sha256 of {name!r}"
     return ""
 
 
-def plain(name: str) -> bool:
-    """Does a file of that name lie in the folder, whatever the folder? No absolute paths, no way up, nothing odd."""
+def _is(pattern: re.Pattern[str], value: object) -> bool:
+    return isinstance(value, str) and bool(pattern.fullmatch(value))
+
+
+def _inside(name: str) -> bool:
+    """Is a file of that name in the folder, whatever the folder? No absolute paths, no way up, nothing odd."""
     parts = PurePosixPath(name).parts
     return bool(parts) and str(PurePosixPath(name)) == name and not {"/", "..", "."} & set(parts) and "\0" not in name
 
 
-def check_files(folder: Path) -> None:
-    """Raises ValueError where a folder that is to become an artifact has a link, something that is no file, a file that
-    has the manifest's name, or one whose name is not UTF-8."""
-    for path in folder.rglob("*"):
+def files_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a manifest holds of the files in a folder: name -> sha256 and size.
+
+    Raises ValueError where there is a link, something that is no file, or a name that no artifact can hold.
+    """
+    found = {}
+    for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_symlink():
             raise ValueError(f"{name!r} is a link: an artifact holds files of its own")
@@ -108,30 +110,27 @@ def check_files(folder: Path) -> None:
             raise ValueError(f"{name!r} is the name of ctp's own file in an artifact: give yours another one")
         if name.encode(errors="replace").decode() != name:
             raise ValueError(f"the file name {name!r} is not UTF-8")
-
-
-def files_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """What a manifest says of the files in a folder: name -> sha256 and size."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {str(p.relative_to(folder)): {"sha256": sha256_file(p), "size": p.stat().st_size} for p in files}
+        if path.is_file():
+            found[name] = {"sha256": sha256_file(path), "size": path.stat().st_size}
+    return found
 
 
 def verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises Damaged where a file is not the one that the manifest names: missing, torn, changed, or a link elsewhere.
+    """Raises Damaged where a file fails its checksum, is missing, or is a link that leaves the folder.
 
     An error of reading (a disk, a permission) is raised as it is: it says nothing of what was written. Messages begin
     with the file's name in the folder.
     """
     home = folder.resolve()
-    for name, said in files.items():
+    for name, file in files.items():
         path = folder / name
         if not path.resolve().is_relative_to(home):
             raise Damaged(f"{name} is a link that leaves its folder")
-        if not path.is_file():
-            raise Damaged(f"{name} is missing, though the manifest names it")
-        if path.stat().st_size != said["size"]:
-            raise Damaged(f"{name} has {path.stat().st_size} bytes, not the {said['size']} that its manifest says")
-        if sha256_file(path) != said["sha256"]:
+        if lack := lacking(
+            {"files": {name: file}}, lambda n: p.stat().st_size if (p := folder / n).is_file() else None
+        ):
+            raise Damaged(lack)
+        if sha256_file(path) != file["sha256"]:
             raise Damaged(f"{name} is not the file that its manifest names: its bytes have changed")
 
 

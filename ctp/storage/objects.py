@@ -1,16 +1,18 @@
 """Folders in an object store, which cannot rename: an artifact's files come first, its manifest last."""
 
+import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ctp.common.files import matches
+from fsspec.utils import glob_translate
+
 from ctp.storage.folders import File, Folders, manifest_text
-from ctp.storage.manifest import MANIFEST, PAYLOAD, check_files, files_of
+from ctp.storage.manifest import MANIFEST, PAYLOAD, files_of
 from ctp.storage.remote import StoreError, connect, unsupported
 
 
@@ -38,10 +40,12 @@ class Objects(Folders):
         return {p[start:]: File(int(f.get("size") or 0), _written(f)) for p, f in found.items()}
 
     def glob(self, folder: str, pattern: str) -> list[str]:
-        return [f"{self.root}/{folder}/{p}" for p in self.files(folder) if matches(p, pattern)]
+        wanted = re.compile(glob_translate(pattern))
+        return [f"{self.root}/{folder}/{p}" for p in self.files(folder) if wanted.fullmatch(p)]
 
     def finished(self, folder: str) -> set[str]:
-        return {p.split("/")[0] for p, f in self.files(folder).items() if matches(p, f"*/{MANIFEST}") and f.size}
+        found = ((p.split("/"), f) for p, f in self.files(folder).items() if f.size)
+        return {parts[0] for parts, _ in found if parts[1:] == [MANIFEST]}
 
     def size(self, path: str) -> int | None:
         try:
@@ -52,20 +56,13 @@ class Objects(Folders):
     def stamp(self, path: str) -> int | None:
         return self.size(path)
 
-    @contextmanager
-    def inspected(self, source: str, manifest: Mapping[str, Any], name: str) -> Iterator[Path]:
-        with self.workspace() as work:
-            self.download(source, {**manifest, "files": {name: manifest["files"][name]}}, work)
-            yield work
-
     def _workspaces(self) -> None:
         return None
 
-    def sweep(self) -> None:
-        pass
+    def left_over(self) -> list[Path]:
+        return []
 
     def commit(self, work: Path, target: str, record: Mapping[str, Any]) -> bytes:
-        check_files(work)
         return self.upload(work, target, record, files_of(work))
 
     def upload(self, work: Path, target: str, record: Mapping[str, Any], files: Mapping[str, Any]) -> bytes:
@@ -105,13 +102,13 @@ class Objects(Folders):
                 self.fs.rm_file(file)
 
     def _move(self, folder: str, target: str, manifest: bytes | None) -> bool:
-        """Copy the artifact's files, then remove them. Payload folders that its manifest does not name stay: other
-        drivers are filling them."""
-        named = PAYLOAD.search((manifest or b"").decode(errors="replace"))  # of a damaged manifest: it may not parse
+        """Copy the artifact's files, then remove them."""
+        text = (manifest or b"").decode(errors="replace")  # searched, not parsed: it may be damaged
+        named = PAYLOAD.findall(text)
         files = []
         for path in self.find(folder):
-            top = path[len(folder) + 1 :].split("/")[0]
-            if not top.startswith("payload-") or (named and top == named[0]):
+            payload = PAYLOAD.match(path[len(folder) + 1 :])
+            if payload is None or payload[0] in named:  # another driver is filling the payload folders that are not
                 files.append(path)
         for path in files:
             with suppress(FileNotFoundError):

@@ -1,9 +1,7 @@
-"""Stores that are reached over a network: requests that can be tried again are, with growing pauses, and none is waited
-for without end."""
+"""Stores reached over a network: failed requests are repeated with growing pauses, and each has a time limit."""
 
 import errno
 import os
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import tenacity
 from fsspec.implementations.local import LocalFileSystem
+from tenacity.stop import stop_base
 
 from ctp.common.redact import scrub
 
-PAUSES = (1.0, 4.0, 12.0, 30.0)  # seconds between five tries, each times 0.5 to 1.5 by chance
+PAUSES = (1.0, 4.0, 12.0, 30.0)  # seconds between five tries, each times 0.5 to 1.5 at random
 PATIENCE = 60.0  # seconds after which a request is not tried again; files are, as one may take longer than that
 SECONDS = {"cat_file": 60, "pipe_file": 60, "rm_file": 60, "info": 60, "makedirs": 60, "find": 600}  # of one try
 FILES = ("put_file", "get_file", "cp_file")  # no limit: a store that has gone silent is noticed read by read
@@ -38,36 +38,30 @@ class StoreError(Exception):
 
 
 def unreadable(path: str, e: OSError) -> StoreError:
-    """It says nothing of what was written: nothing is moved or computed again for it."""
+    """The error for a file that may not be read: it may be whole, so nothing is moved or computed again."""
     why = e.strerror or type(e).__name__
     return StoreError(f"{path} cannot be read ({why}): make it readable, or remove it to have it computed again")
 
 
 def connect(uri: str) -> tuple[Any, str, bool]:
-    """(file system, root, whether it is a local folder) of a store's URI. All but a local folder's tries again.
-
-    Raises StoreError on a bad URI.
-    """
-    how: dict[str, Any] = {}
-    scheme = uri.split("://")[0] if "://" in uri else "file"
-    if scheme in ("s3", "s3a"):
-        how["config_kwargs"] = S3_CONFIG | dict(fsspec.config.conf.get("s3", {}).get("config_kwargs", {}))
+    """(file system, root, whether it is a local folder) of a store's URI. Raises StoreError on a bad one."""
+    s3 = uri.startswith(("s3://", "s3a://"))
+    known = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
     try:
-        fs, root = fsspec.core.url_to_fs(uri, **how)
+        fs, root = fsspec.core.url_to_fs(uri, **({"config_kwargs": {**S3_CONFIG, **known}} if s3 else {}))
     except Exception as e:  # ValueError, ImportError, and whatever the client of a server raises
         raise StoreError(f"store {uri!r}: {e}") from e
     if isinstance(fs, LocalFileSystem):
         return fs, str(Path(root).resolve()), True
-    if scheme in ("s3", "s3a"):
+    if s3:
         fs.retries = S3_RETRIES
     return Retrying(fs, uri), root.rstrip("/"), False
 
 
 class Retrying:
-    """An fsspec file system whose requests are tried again where the store was away for a while, or too busy.
+    """An fsspec file system whose requests are repeated where the store was away for a while, or too busy.
 
-    What stays wrong becomes one StoreError that names the store and the last error. FileNotFoundError and
-    FileExistsError are answers, not errors; where permission is missing, trying again is of no use.
+    What stays wrong becomes one StoreError that names the store and the last error.
     """
 
     def __init__(self, fs: Any, uri: str) -> None:
@@ -77,45 +71,45 @@ class Retrying:
         found = getattr(self._fs, name)
         if name in SECONDS and self._fs.async_impl:  # fsspec's loop can end a request; others' clients have their own
             found = partial(found, timeout=SECONDS[name])
-        return partial(self._ask, name, found) if name in SECONDS or name in FILES else found
+        return partial(self._request, name, found) if name in SECONDS or name in FILES else found
 
-    def _ask(self, name: str, request: Callable[..., Any], *args: Any, **how: Any) -> Any:
+    def _request(self, name: str, request: Callable[..., Any], *args: Any, **how: Any) -> Any:
+        stop: stop_base = tenacity.stop_after_attempt(len(PAUSES) + 1)
+        tries = tenacity.Retrying(
+            stop=stop if name in FILES else stop | tenacity.stop_after_delay(PATIENCE),
+            wait=tenacity.wait_chain(*(tenacity.wait_random(p / 2, p * 1.5) for p in PAUSES)),
+            retry=tenacity.retry_if_exception(lambda e: not _answer(e) and transient(e)),
+            before=lambda _: self._fs.invalidate_cache() if name in ("find", "info") else None,  # others write too
+            reraise=True,
+        )
         begun = time.monotonic()
-        for tries, pause in enumerate((*PAUSES, None), 1):
-            try:
-                if name in ("find", "info"):
-                    self._fs.invalidate_cache()  # others write to the store
-                return request(*args, **how)
-            except (FileNotFoundError, FileExistsError, NotImplementedError):
+        try:
+            return tries(request, *args, **how)
+        except Exception as e:  # whatever the object store's client raises
+            if _answer(e):
                 raise
-            except Exception as e:  # whatever the object store's client raises
-                if no_room(e) or unsupported(e):
-                    raise
-                if not transient(e):
-                    raise StoreError(f"store {self._uri!r}: {_said(e)}") from e
-                seconds = time.monotonic() - begun
-                if pause is None or (name not in FILES and seconds > PATIENCE):
-                    tried = f"{tries} tries in {seconds:.0f} s" if tries > 1 else f"{seconds:.0f} s"
-                    raise StoreError(f"store {self._uri!r} does not answer ({tried}): {_said(e)}") from e
-            time.sleep(pause * random.uniform(0.5, 1.5))
-        raise AssertionError("the last try returns or raises")
+            error = f"{type(e).__name__}: {' '.join(str(e).split())}"[:500]
+            if not transient(e):
+                raise StoreError(f"store {self._uri!r}: {error}") from e
+            number, seconds = tries.statistics["attempt_number"], f"{time.monotonic() - begun:.0f} s"
+            tried = f"{number} tries in {seconds}" if number > 1 else seconds
+            raise StoreError(f"store {self._uri!r} does not answer ({tried}): {error}") from e
+
+
+def _answer(e: BaseException) -> bool:
+    """Is this an answer that callers expect, rather than an error?"""
+    return isinstance(e, FileNotFoundError | FileExistsError) or no_room(e) or unsupported(e)
 
 
 def transient(e: BaseException) -> bool:
     """May the same request succeed a little later? True of timeouts, lost connections, and answers 408, 429 and 5xx."""
-    while True:
-        if isinstance(e, PermissionError | ValueError | TypeError):
-            return False
-        status = _status(e)
-        if status is not None:
-            return status in (408, 429) or (status >= 500 and status != 501)
-        if isinstance(e, OSError) and e.errno in _BUSY:
-            return True
-        if any(c.__name__ in _LOST for c in type(e).__mro__):
-            return True
-        if e.__cause__ is None:
-            return False
-        e = e.__cause__
+    if isinstance(e, PermissionError | ValueError | TypeError):
+        return False
+    if (status := _status(e)) is not None:
+        return status in (408, 429) or (status >= 500 and status != 501)
+    if (isinstance(e, OSError) and e.errno in _BUSY) or any(c.__name__ in _LOST for c in type(e).__mro__):
+        return True
+    return e.__cause__ is not None and transient(e.__cause__)
 
 
 def unsupported(e: BaseException) -> bool:
@@ -154,7 +148,3 @@ def _status(e: BaseException) -> int | None:
     else:
         found = next((v for n in ("status", "status_code", "code") if isinstance(v := getattr(e, n, None), int)), None)
     return found if isinstance(found, int) and 100 <= found < 600 else None
-
-
-def _said(e: BaseException) -> str:
-    return f"{type(e).__name__}: {' '.join(str(e).split())}"[:500]

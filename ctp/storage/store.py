@@ -29,8 +29,6 @@ from ctp.storage.partial import Failures, States
 from ctp.storage.ref import Ref
 from ctp.storage.remote import StoreError, room
 
-__all__ = ["DEFAULT_STORE", "MANIFEST", "Damaged", "Draft", "Store", "StoreError", "default_store"]
-
 DEFAULT_STORE = "results/store"
 READERS = 16  # manifests of an object store that are read at a time
 
@@ -71,7 +69,8 @@ class Store:
                 fs.makedirs(self.folders.root, exist_ok=True)
                 fs.pipe_file(probe, b"ctp")
                 fs.rm_file(probe)
-                self.folders.sweep()
+                for path in self.folders.left_over():
+                    shutil.rmtree(path, ignore_errors=True)
         except StoreError:
             raise
         except Exception as e:  # whatever the object store's client raises
@@ -100,14 +99,10 @@ class Store:
         if self.folders.local:
             problems = {r.key: self._problem(r) for r in refs}
         else:
-            sizes: dict[str, dict[str, int]] = {}
-            for kind in KINDS:
-                for path, file in self.folders.files(kind).items():
-                    name, _, inner = path.partition("/")
-                    sizes.setdefault(f"{kind}/{name}", {})[inner] = file.size
-            there = [r for r in refs if r.path in sizes]
+            listed = {f"{kind}/{p}": f.size for kind in KINDS for p, f in self.folders.files(kind).items()}
+            there = [r for r in refs if f"{r.path}/{MANIFEST}" in listed]
             with ThreadPoolExecutor(READERS) as pool:
-                found = pool.map(lambda r: self._problem(r, sizes[r.path].get), there)
+                found = pool.map(lambda r: self._problem(r, lambda name: listed.get(f"{r.path}/{name}")), there)
             problems = {r.key: problem for r, problem in zip(there, found, strict=True)}
         return {k for k, p in problems.items() if p == ""}, {k: p for k, p in problems.items() if p}
 
@@ -239,14 +234,14 @@ class Store:
             return path
         # Named by content too: another store may hold other bytes under this key.
         path = cache_dir() / "artifacts" / f"{ref.key[:24]}-{content(files)[:24]}"
-        for last in (False, False, True):  # a copy that was damaged here, then one that was damaged on its way
+        for tries_left in (2, 1, 0):  # the copy may be damaged in the cache, and the next one on its way
             fill(path, lambda to: self.folders.download(self.folder(ref), manifest, to))
             try:
                 verify(path, files)
                 break
             except Damaged:
                 shutil.rmtree(path, ignore_errors=True)
-                if last:
+                if not tries_left:
                     raise
         return path
 

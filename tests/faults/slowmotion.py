@@ -49,15 +49,16 @@ def after(owner, name, stage):
 def watch_worker():
     from ctp.execution import execute, jobs
     from ctp.learning import run
-    from ctp.storage import store
+    from ctp.storage import folders, objects, partial
 
     before(execute, "execute", "begin")
     before(jobs.Job, "progress", "compress")
     before(run.Run, "update", lambda run: f"learn {run.state.step}", linger=0.01)
-    before(store.Store, "save_partial", "checkpoint")
-    before(store.Store, "commit", "publish")
-    after(store.Store, "commit", "published")
-    before(execute, "evaluating", "evaluate")
+    before(partial.States, "save", "checkpoint")
+    for owner in (folders.Folders, objects.Objects):
+        before(owner, "commit", "publish")
+        after(owner, "commit", "published")
+    before(jobs, "evaluating", "evaluate")
 
 
 def watch_driver():
