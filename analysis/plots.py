@@ -184,8 +184,8 @@ def _latency(results: Results) -> Figure | None:
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     first = next(iter(own.values())).iloc[0]
     title = f"Latency behind k prompt vectors, {first.seq_len} tokens, {first.device}; median and quartiles"
-    said = stand_ins(results.table(paper.entries("figure6")))
-    figure.suptitle("\n".join([title, *textwrap.wrap(said, 125)]), fontsize=11)
+    note = stand_ins(results.table(paper.entries("figure6")))
+    figure.suptitle("\n".join([title, *textwrap.wrap(note, 125)]), fontsize=11)
     return figure
 
 

@@ -1,6 +1,5 @@
 """More figures of a report: latency, nearest words, and answers side by side."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -13,14 +12,6 @@ from .read import Record
 from .table import Sheet, Show, listing, number, text
 
 ANSWER = 2000  # characters
-
-
-@dataclass(frozen=True)
-class Answers:
-    """A question and (who, answer) side by side."""
-
-    question: str
-    answers: list[tuple[str, str]]
 
 
 def latency(record: Record) -> list[Part]:
@@ -81,17 +72,17 @@ def _words(part: Part, record: Record, row: Any) -> None:
     part.sheets.append(Sheet("Each vector's nearest word", ["vector", "word", "cosine"], body, [below], True))
 
 
-def answers(record: Record) -> list[tuple[str, list[Answers]]]:
-    """For each model, its questions with the answers of every compression and prompt; of several seeds the first."""
-    out = []
+def answers(record: Record) -> dict[str, dict[str, dict[str, str]]]:
+    """Model -> question -> compression and prompt -> answer; of several seeds the first."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
     for model, rows in by_model(record.measured("generation")):
-        asked: dict[str, dict[str, str]] = {}
+        questions = found.setdefault(model, {})
         for _, row in by_severity(rows).iterrows():
-            who = _who(row)
             for one in json_artifact(row.run_id, "answers.json"):
-                asked.setdefault(str(one["question"]), {}).setdefault(who, str(one["answer"]).strip()[:ANSWER])
-        out.append((model, [Answers(q, list(found.items())) for q, found in asked.items()]))
-    return out
+                questions.setdefault(str(one["question"]), {}).setdefault(
+                    _who(row), str(one["answer"]).strip()[:ANSWER]
+                )
+    return found
 
 
 def _who(row: Any) -> str:
