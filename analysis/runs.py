@@ -172,6 +172,12 @@ def of_measure(table: pd.DataFrame, measure: str) -> pd.DataFrame:
     return rows
 
 
+def timings(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Milliseconds by k: the mean of a latency, and of the distance between its quartiles (0 for one round alone)."""
+    found = rows.reindex(columns=["k", metric, f"{metric}_iqr"]).groupby("k").mean() * 1000
+    return found.set_axis(["mean", "spread"], axis=1).fillna({"spread": 0})
+
+
 def check_alike(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows, which are to stand in one table.
 

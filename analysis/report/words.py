@@ -4,7 +4,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..runs import check_alike, json_artifact
+from ..runs import check_alike, json_artifact, timings
 from ..tables import readable
 from .chart import curves, histogram
 from .figures import LINES, Part, by_model, by_severity, called
@@ -28,9 +28,9 @@ def _latencies(part: Part, rows: pd.DataFrame) -> None:
     for metric, what in (("prefill_seconds", "prefill, ms"), ("decode_seconds_per_token", "decode, ms per token")):
         lines, spread = [], []
         for (model, target), own in rows.groupby(["model", "target"]):
-            own = own.reindex(columns=["k", metric, f"{metric}_iqr"]).groupby("k").mean().sort_index() * 1000
-            lines.append((f"{model} {target}", list(zip(map(float, own.index), map(float, own[metric]), strict=True))))
-            spread.append([float(v) for v in own[f"{metric}_iqr"].fillna(0)])
+            found = timings(own, metric)
+            lines.append((f"{model} {target}", list(zip(map(float, found.index), found["mean"], strict=True))))
+            spread.append(list(found.spread))
         for i in range(0, len(lines), LINES):
             name = what.partition(",")[0].capitalize()
             part.charts.append(curves(f"{name} behind k prompt vectors", "prompt vectors k", what, lines[i : i + LINES],
