@@ -38,6 +38,6 @@ def attach(grid: str, files: Mapping[str, Path]) -> str:
     return str(newest.run_name)
 
 
-def told(grid: str, files: Mapping[str, Path]) -> None:
-    """Attach them, and say so in a line. Raises AnalysisError."""
+def log(grid: str, files: Mapping[str, Path]) -> None:
+    """Attach them, and print that. Raises AnalysisError."""
     print(f"Attached to the MLflow run {attach(grid, files)!r}: {', '.join(files)}")

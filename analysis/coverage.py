@@ -21,7 +21,7 @@ from .runs import AnalysisError, typed
 
 
 def planned(plan: Plan) -> Results:
-    """The cells of a plan, asked as if they were finished runs; they have no numbers."""
+    """The cells of a plan as if they were finished runs; they have no numbers."""
     rows = [
         {n: str(v) for n, v in params(node.cell).items()} | {"run_id": node.key[:12], "studies": node.studies}
         for node in plan.nodes.values()

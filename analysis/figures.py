@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(map(str, files)))
             drawn += files
         if args.log and drawn:
-            attach.told(args.grid, {f"figures/{file.name}": file for file in drawn})
+            attach.log(args.grid, {f"figures/{file.name}": file for file in drawn})
     except (AnalysisError, StoreError) as e:
         print(f"error: {e}", file=sys.stderr)
         return Exit.FAILED

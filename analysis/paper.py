@@ -99,11 +99,6 @@ def entries(table: str) -> list[PaperNumber]:
     return list(_entries(table))
 
 
-def numbers() -> list[PaperNumber]:
-    """Every number that the paper prints."""
-    return [e for table in tables() for e in entries(table) if e.value is not None]
-
-
 def _entries(table: str) -> Iterator[PaperNumber]:
     own = spec(table)
     columns = own["columns"]

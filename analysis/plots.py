@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from . import paper
 from .render import SPREAD, short
 from .results import Found, Measured, Results, stand_ins
-from .runs import check_alike, json_artifact
+from .runs import check_alike, json_artifact, timings
 
 GREEN, BLUE, RED, BLACK = "#009E73", "#0072B2", "#D55E00", "#000000"
 SERIES = [(BLUE, "o"), (RED, "s"), (GREEN, "^"), ("#CC79A7", "D")]
@@ -167,11 +167,10 @@ def _latency(results: Results) -> Figure | None:
     for ax, metric, what in zip(axes, ("prefill_seconds", "decode_seconds_per_token"),
                                 ("Prefill (ms)", "Decode (ms per token)"), strict=True):  # fmt: skip
         for i, (role, r) in enumerate(own.items()):
-            numbers = r.reindex(columns=["k", metric, f"{metric}_iqr"]).groupby("k").mean() * 1000
+            numbers = timings(r, metric)
             colour, marker = SERIES[i % len(SERIES)]
-            spread = numbers[f"{metric}_iqr"].fillna(0) / 2  # one round alone has none
-            ax.errorbar(numbers.index + 0.7 * (i - 1.5), numbers[metric], spread, color=colour, marker=marker,
-                        capsize=3, label=paper.title(role))  # fmt: skip
+            ax.errorbar(numbers.index + 0.7 * (i - 1.5), numbers["mean"], numbers.spread / 2, color=colour,
+                        marker=marker, capsize=3, label=paper.title(role))  # fmt: skip
         ax.set_xlabel("Prompt vectors k")
         ax.set_ylabel(what)
         medians = [v for r in own.values() for v in r[metric]]
@@ -184,8 +183,8 @@ def _latency(results: Results) -> Figure | None:
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     first = next(iter(own.values())).iloc[0]
     title = f"Latency behind k prompt vectors, {first.seq_len} tokens, {first.device}; median and quartiles"
-    said = stand_ins(results.table(paper.entries("figure6")))
-    figure.suptitle("\n".join([title, *textwrap.wrap(said, 125)]), fontsize=11)
+    note = stand_ins(results.table(paper.entries("figure6")))
+    figure.suptitle("\n".join([title, *textwrap.wrap(note, 125)]), fontsize=11)
     return figure
 
 

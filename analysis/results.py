@@ -9,7 +9,7 @@ import pandas as pd
 from . import paper, roles
 from .paper import PaperNumber
 from .roles import Roles
-from .runs import REQUIRED, AnalysisError, artifact, check_alike, finished, invocations, of_measure, told, varied
+from .runs import REQUIRED, AnalysisError, artifact, check_alike, finished, in_words, invocations, of_measure, varied
 
 COLUMN = {"target": "target_level", "source": "source_level"}  # axis of an entry -> column, where they differ
 IN_ROLES = ("model", "dataset", "task", "learned_on")
@@ -61,7 +61,7 @@ def stand_ins(found: Found) -> str:
 
 
 class Results:
-    """The finished cells of a grid, asked by entries of the paper.
+    """The finished cells of a grid, looked up by entries of the paper.
 
     rows: as `analysis.runs.finished` gives them. studies: names in the grid file; an entry of a table that has a study
     of its name is answered by cells of that study alone.
@@ -93,7 +93,9 @@ class Results:
         other = varied(rows)
         if other or not seeds or rows.duplicated(seeds).any():
             some = ", ".join(rows.run_id[:2])
-            raise AnalysisError(f"{entry.name}: {len(rows)} runs claim it ({some}, …); they differ in {told(other)}")
+            raise AnalysisError(
+                f"{entry.name}: {len(rows)} runs claim it ({some}, …); they differ in {in_words(other)}"
+            )
         return Measured(rows)
 
     def table(self, entries: Iterable[PaperNumber]) -> dict[PaperNumber, Measured | None]:

@@ -60,5 +60,5 @@ def of_grid(text: str) -> tuple[Roles, set[str]]:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as e:
         raise AnalysisError(f"the grid file kept in MLflow cannot be read: {' '.join(str(e).split())}") from e
-    said = raw if isinstance(raw, dict) else {}
-    return Roles(said.get("define")), set(said.get("studies") or {})
+    file = raw if isinstance(raw, dict) else {}
+    return Roles(file.get("define")), set(file.get("studies") or {})

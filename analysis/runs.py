@@ -34,8 +34,6 @@ NOT_LEARNED = ("none", "untrained", "imported")  # sources of what this grid did
 COUNTS = ("k", "rank", "seq_len", "shots")
 TAGS = {"ctp.tokenizer_sha256": "tokenizer", "ctp.data": "data", "ctp.protocol": "protocol",
         "ctp.device": "device", "ctp.machine": "machine", "ctp.metric": "metric"}  # fmt: skip
-
-
 CELLS = f"tags.`{CURRENT}` = 'yes' and tags.`{KIND}` != 'grid'"  # that the grid still has
 
 
@@ -56,29 +54,27 @@ def existing(uri: str) -> str:
     return uri
 
 
-def evaluations(grid: str, where: str = "", measure: str = "perplexity", dataset: str = "") -> pd.DataFrame:
-    """One row a finished evaluation of the grid by this measure, as it was last run; on one data set, where given.
+def evaluations(grid: str, where: str = "", dataset: str = "") -> pd.DataFrame:
+    """The finished perplexities of a grid, as `finished` gives them; on one data set, where given.
 
-    Columns as `finished` gives them. Raises AnalysisError where there is no such experiment, no run, or a run without
-    one of the measure's REQUIRED numbers.
+    Raises AnalysisError where there is no such experiment, no run, or a run without one of its numbers.
     """
-    of_text = f"params.dataset = '{dataset}'" if dataset else ""
-    runs = finished(grid, " and ".join(x for x in (f"params.measure = '{measure}'", of_text, where) if x))
+    filters = "params.measure = 'perplexity'", f"params.dataset = '{dataset}'" if dataset else "", where
+    runs = finished(grid, " and ".join(f for f in filters if f))
     if runs.empty and dataset:
-        known = sorted(evaluations(grid, where, measure).dataset.unique())
+        known = sorted(evaluations(grid, where).dataset.unique())
         raise AnalysisError(f"{grid} has nothing on {dataset!r}; it has: {', '.join(known)}")
     if runs.empty:
-        raise AnalysisError(f"{grid}: no finished {measure} evaluation" + (f" where {where}" if where else ""))
-    return of_measure(runs, measure)
+        raise AnalysisError(f"{grid}: no finished perplexity evaluation" + (f" where {where}" if where else ""))
+    return of_measure(runs, "perplexity")
 
 
 def finished(grid: str, where: str = "") -> pd.DataFrame:
-    """One row a finished run of a cell that the grid still has; no rows where there are none.
+    """One row a finished run of a cell that the grid still has. where: one more MLflow filter.
 
-    Columns: every param of the run (`k`, `rank`, `seq_len`, `shots` as int, 0 where it has none; words as str, "" where
-    it has none), every metric, the tags `tokenizer`, `data`, `protocol`, `device`, `studies` (a tuple of names),
-    `run_id`, and the compressions in the paper's words: `target_level`, `source_level`. `where` is one more MLflow
-    filter. Raises AnalysisError where there is no such experiment or MLflow does not answer.
+    Columns: every param of the run (COUNTS as int, 0 where it has none; WORDS as str, "" where it has none), every
+    metric, the TAGS, `studies` (a tuple of names), `run_id`, and the compressions in the paper's words: `target_level`,
+    `source_level`. Raises AnalysisError where there is no such experiment or MLflow does not answer.
     """
     wanted = f"attributes.status = 'FINISHED' and {CELLS}"
     return frame(search(grid, f"{wanted} and {where}" if where else wanted))
@@ -148,15 +144,16 @@ def typed(table: pd.DataFrame) -> pd.DataFrame:
 
 def _levels(table: pd.DataFrame, path: str, labels: pd.Series) -> pd.Series:
     """A compression in the paper's words; the label of one that the paper has no word for."""
-
-    def one(label: str, method: Any, bits: Any, sparsity: Any, pattern: Any) -> str:
-        if method not in ("dense", "gptq", "sparsegpt") or not pd.isna(pattern):
-            return label
-        return level(method, None if pd.isna(bits) else int(bits), None if pd.isna(sparsity) else float(sparsity))
-
     names = [f"{path}.{n}" for n in ("method", "bits", "sparsity", "pattern")]
-    columns = [table[n] if n in table else pd.Series(float("nan"), index=table.index) for n in names]
-    return pd.Series([one(*row) for row in zip(labels, *columns, strict=True)], index=table.index, dtype=object)
+    settings = table.reindex(columns=names).itertuples(index=False)
+    return pd.Series([_level(*row) or label for row, label in zip(settings, labels, strict=True)], table.index, object)
+
+
+def _level(method: Any, bits: Any, sparsity: Any, pattern: Any) -> str:
+    """ "" where the paper has no such compression."""
+    if method not in ("dense", "gptq", "sparsegpt") or not pd.isna(pattern):
+        return ""
+    return level(method, None if pd.isna(bits) else int(bits), None if pd.isna(sparsity) else float(sparsity))
 
 
 def of_measure(table: pd.DataFrame, measure: str) -> pd.DataFrame:
@@ -173,6 +170,12 @@ def of_measure(table: pd.DataFrame, measure: str) -> pd.DataFrame:
                 f"run {lacking.iloc[0].run_id} has no tag ctp.{name}: `python -m ctp.track sync GRID` writes it"
             )
     return rows
+
+
+def timings(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Milliseconds by k: the mean of a latency, and of the distance between its quartiles (0 for one round alone)."""
+    found = rows.reindex(columns=["k", metric, f"{metric}_iqr"]).groupby("k").mean() * 1000
+    return found.set_axis(["mean", "spread"], axis=1).fillna({"spread": 0})
 
 
 def check_alike(rows: pd.DataFrame) -> pd.DataFrame:
@@ -200,7 +203,7 @@ def _same(rows: pd.DataFrame, what: str, by: pd.Series) -> None:
             raise AnalysisError(
                 f"{str(name).strip()}: runs with different {what} do not belong in one table: {one.run_id} has "
                 f"{one[what]}, {other.run_id} has {other[what]}; they differ in "
-                f"{told(varied(group.loc[[one.name, other.name]]))}"
+                f"{in_words(varied(group.loc[[one.name, other.name]]))}"
             )
 
 
@@ -210,8 +213,8 @@ def varied(rows: pd.DataFrame) -> dict[str, list[str]]:
     return {c: sorted(rows[c].fillna("-").unique()) for c in names if rows[c].nunique(dropna=False) > 1}
 
 
-def told(differences: dict[str, list[str]]) -> str:
-    """`varied` as words."""
+def in_words(differences: dict[str, list[str]]) -> str:
+    """`varied` as text."""
     return ", ".join(f"{c} ({' | '.join(v[:3])})" for c, v in differences.items()) or "nothing that is a param"
 
 

@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         tables = [build(name, results) for name in ([args.table] if args.table else ALL)]
         files = _write(tables, args.format, args.out)
         if args.log:
-            attach.told(args.grid, files)
+            attach.log(args.grid, files)
     except (AnalysisError, StoreError) as e:
         print(f"error: {e}", file=sys.stderr)
         return Exit.FAILED

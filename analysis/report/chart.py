@@ -13,7 +13,6 @@ from ..render import SPREAD, short
 WIDTH, LETTER, LINE = 360, 6.1, 24  # LETTER: of a label, for each character
 BOTTOM = 178.0  # of a plot with a vertical axis
 SIDE = 4.5  # between the marks of two series on one line
-MARKERS = 4  # shapes; with 8 colours no two series look alike
 POINTS = 200  # of a line at most
 
 

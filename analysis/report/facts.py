@@ -228,7 +228,7 @@ def provenance(record: Record, found: list[dict[str, str]]) -> list[Sheet]:
     rows = [
         [text(n), *(text(v.get(n, "-")) for v in sets.values())] for n in sorted({n for v in sets.values() for n in v})
     ]
-    notes = [] if found else ["The store could not be asked which packages the cells were computed with."]
+    notes = [] if found else ["The store does not say which packages the cells were computed with."]
     return [listing("What the cells were computed with", by, made),
             Sheet("Packages", ["package", *sets], rows, notes, long=False)]  # fmt: skip
 

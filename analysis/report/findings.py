@@ -14,26 +14,26 @@ from .table import Sheet, Value, number, percent, text
 HEAD = ["model and text", "what was learned", "helps its own model", "loss won back, median", "helps other models",
         "dense model's perplexity"]  # fmt: skip
 NOTES = [
-    "It helps where the perplexity behind it is lower than without, both per scored token: its own model is the "
-    "compression (or dense model) that it was learned through, the others are other compressions of the same model.",
-    "Loss won back: of what compression adds to the log-perplexity, the share that comes back on its own model. 100 % "
-    "is as good as the dense model without a prompt, below 0 it got worse. More than 100 % happens: what was learned "
-    "also fits the model to the kind of text, and of a small loss a little is a large share; where compression costs "
-    f"less than {100 * (LOST - 1):.0f} % of perplexity, no share is given (-).",
+    "It helps where perplexity per scored token is lower with it than without. Its own model is the compressed (or "
+    "dense) model that it was learned through; the others are other compressions of the same model.",
+    "Loss won back: the share of what compression adds to the log-perplexity that comes back on its own model. 100 % "
+    "is as good as the dense model without a prompt, below 0 is worse than no prompt. More than 100 % happens: what "
+    "was learned also fits the model to the kind of text. Where compression costs less than "
+    f"{100 * (LOST - 1):.0f} % of perplexity, no share is given (-).",
 ]
 NAMED = 3  # models in the headline
 GLOSSARY = [
     ("cell", "One unit of work: a compression, the learning of one prompt, or one evaluation."),
-    ("dense", "The model as it was, before any compression."),
+    ("dense", "The model before any compression."),
     ("gptq-3bit, sparsegpt-50, …", "Compressions: weights of 3 bits (GPTQ); half of the weights zero (SparseGPT). "
      "sparsegpt-50-4bit is both at once; further words are settings that differ from the default."),
     ("soft prompt, k", "k learned vectors in front of the input's embeddings. The model's weights do not change."),
-    ("source, learned through", "The compressed model through whose frozen weights a prompt was learned."),
-    ("target, behind", "The model that reads a prompt when it is evaluated: its own source, or another compression."),
-    ("perplexity, ppl", "exp of the mean negative log-likelihood of a token: lower is better, and the size of the "
-     "vocabulary is what guessing comes to."),
-    ("loss, nats", "The mean negative log-likelihood itself, with natural logarithms: the logarithm of perplexity."),
-    ("seed", "What random choices start from; ± is the standard deviation over seeds, with their number in brackets."),
+    ("source, learned through", "The compressed model, frozen, that a prompt was learned through."),
+    ("target, behind", "The model that a prompt is placed in front of: its own source, or another compression."),
+    ("perplexity, ppl", "exp of the mean negative log-likelihood of a token. Lower is better; guessing gives the size "
+     "of the vocabulary."),
+    ("loss, nats", "The mean negative log-likelihood itself, the natural logarithm of perplexity."),
+    ("seed", "Where random choices start; ± is the standard deviation over seeds, with their number in brackets."),
 ]  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from ..runs import AnalysisError
 from . import facts, figures, words
 from .findings import GLOSSARY, at_a_glance, headline, outcomes
 from .read import Record, versions
-from .table import STEPS, ink
+from .table import STEPS, WHITE
 
 LARGEST = 5_000_000  # bytes of a report
 ROWS = (2000, 300, 50)  # of a table at most; the next where a report would be too large
@@ -68,8 +68,8 @@ def _page(content: dict[str, Any]) -> str:
 
 def colours() -> str:
     """The palettes as style sheet: light, dark where the system is dark, either where it was chosen; light on paper."""
-    said = {theme: ";".join(f"--{n}:{v}" for n, v in _named(theme).items()) for theme in PALETTE}
-    light, dark = (f"color-scheme:{theme};{said[theme]}" for theme in ("light", "dark"))
+    named = {theme: ";".join(f"--{n}:{v}" for n, v in _named(theme).items()) for theme in PALETTE}
+    light, dark = (f"color-scheme:{theme};{named[theme]}" for theme in ("light", "dark"))
     steps = "".join(f".heat td.h{i},.scale .h{i}{{background:var(--h{i});color:var(--i{i})}}\n"
                     for i in range(len(STEPS["light"])))  # fmt: skip
     return (f":root{{{light}}}\n@media (prefers-color-scheme:dark){{:root:not([data-theme=light]){{{dark}}}}}\n"
@@ -78,9 +78,10 @@ def colours() -> str:
 
 def _named(theme: str) -> dict[str, str]:
     """Its colours by name; s0…: of series, h0…: of heat maps, i0…: of words on these."""
-    heats = STEPS[theme]
-    return (PALETTE[theme] | {f"s{i}": c for i, c in enumerate(SERIES[theme])}
-            | {f"h{i}": c for i, c in enumerate(heats)} | {f"i{i}": ink(c) for i, c in enumerate(heats)})  # fmt: skip
+    named = PALETTE[theme] | {f"s{i}": c for i, c in enumerate(SERIES[theme])}
+    for i, colour in enumerate(STEPS[theme]):
+        named |= {f"h{i}": colour, f"i{i}": "#ffffff" if i in WHITE[theme] else "#000000"}
+    return named
 
 
 def _content(record: Record, found: list[dict[str, str]]) -> dict[str, Any]:
@@ -131,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         file.write_text(render(record, versions(record.cells, Store(args.store))), encoding="utf-8")
         print(file)
         if args.log:
-            attach.told(args.grid, {"report.html": file})
+            attach.log(args.grid, {"report.html": file})
     except (AnalysisError, StoreError) as e:
         print(f"error: {e}", file=sys.stderr)
         return Exit.FAILED

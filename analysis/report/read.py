@@ -46,7 +46,7 @@ class Record:
 
     @cached_property
     def results(self) -> Results:
-        """The finished cells, to be asked by entries of the paper."""
+        """The finished cells, looked up by entries of the paper."""
         return Results(self.rows, *roles.of_grid(self.text))
 
     @cached_property

@@ -16,11 +16,11 @@ STEPS = {
     "light": ["#1f5fa8", "#4f86c6", "#8fb5de", "#c4d9ee", "#f0f1f3", "#fbdcba", "#f2b680", "#dd8742", "#b35806"],
     "dark": ["#7bb8ff", "#4f90d6", "#366699", "#294664", "#222b35", "#533a26", "#845530", "#c07a3c", "#ffab61"],
 }
+WHITE = {"light": (0, 8), "dark": (2, 3, 4, 5, 6)}  # steps on which text is white, on others black
 MIDDLE = len(STEPS["light"]) // 2
 NARROWEST, WIDEST = 1.2, 4.0  # times the baseline, at the ends of a colour scale
 LONG = 20  # rows; a longer table begins closed
 MINUS = "\N{MINUS SIGN}"
-INKS = ("#000000", "#ffffff")
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,9 @@ def heat(caption: str, corner: str, values: pd.DataFrame, shown: pd.DataFrame, b
     for (name, row), (_, against) in zip(values.iterrows(), ratios.iterrows(), strict=True):
         cells = [Value(str(name))]
         for (column, value), ratio in zip(row.items(), map(float, against), strict=True):
-            said = str(shown.at[name, column])
+            label = str(shown.at[name, column])
             cell = number(value if value > 0 else None)
-            cell = Value(said, cell.sort) if "±" in said else cell
+            cell = Value(label, cell.sort) if "±" in label else cell
             if name != base and cell.text != "-" and math.isfinite(ratio):
                 tone = f"h{step(ratio, end)}" + (" own" if (name, column) in own else "")
                 cell = Value(cell.text, cell.sort, tone, change(ratio))
@@ -198,23 +198,3 @@ def step(ratio: float, end: float) -> int:
 def change(ratio: float) -> str:
     """A ratio as a change: -40 %, +3 %, 12x."""
     return f"{ratio:.0f}x" if ratio >= 9.5 else f"{100 * (ratio - 1):+.0f} %".replace("-", MINUS)
-
-
-def ink(colour: str) -> str:
-    """Black or white, whichever stands out more on the colour."""
-    return max(INKS, key=lambda i: contrast(i, colour))
-
-
-def contrast(one: str, other: str) -> float:
-    """WCAG 2's contrast ratio of two colours #rrggbb, from 1 to 21."""
-    dark, light = sorted(map(_luminance, (one, other)))
-    return (light + 0.05) / (dark + 0.05)
-
-
-def _luminance(colour: str) -> float:
-    linear = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in _rgb(colour)]
-    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
-def _rgb(colour: str) -> Sequence[int]:
-    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]

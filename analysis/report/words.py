@@ -1,11 +1,10 @@
 """More figures of a report: latency, nearest words, and answers side by side."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from ..runs import check_alike, json_artifact
+from ..runs import check_alike, json_artifact, timings
 from ..tables import readable
 from .chart import curves, histogram
 from .figures import LINES, Part, by_model, by_severity, called
@@ -13,14 +12,6 @@ from .read import Record
 from .table import Sheet, Show, listing, number, text
 
 ANSWER = 2000  # characters
-
-
-@dataclass(frozen=True)
-class Answers:
-    """A question and (who, answer) side by side."""
-
-    question: str
-    answers: list[tuple[str, str]]
 
 
 def latency(record: Record) -> list[Part]:
@@ -37,9 +28,9 @@ def _latencies(part: Part, rows: pd.DataFrame) -> None:
     for metric, what in (("prefill_seconds", "prefill, ms"), ("decode_seconds_per_token", "decode, ms per token")):
         lines, spread = [], []
         for (model, target), own in rows.groupby(["model", "target"]):
-            own = own.reindex(columns=["k", metric, f"{metric}_iqr"]).groupby("k").mean().sort_index() * 1000
-            lines.append((f"{model} {target}", list(zip(map(float, own.index), map(float, own[metric]), strict=True))))
-            spread.append([float(v) for v in own[f"{metric}_iqr"].fillna(0)])
+            found = timings(own, metric)
+            lines.append((f"{model} {target}", list(zip(map(float, found.index), found["mean"], strict=True))))
+            spread.append(list(found.spread))
         for i in range(0, len(lines), LINES):
             name = what.partition(",")[0].capitalize()
             part.charts.append(curves(f"{name} behind k prompt vectors", "prompt vectors k", what, lines[i : i + LINES],
@@ -81,17 +72,17 @@ def _words(part: Part, record: Record, row: Any) -> None:
     part.sheets.append(Sheet("Each vector's nearest word", ["vector", "word", "cosine"], body, [below], True))
 
 
-def answers(record: Record) -> list[tuple[str, list[Answers]]]:
-    """For each model, its questions with the answers of every compression and prompt; of several seeds the first."""
-    out = []
+def answers(record: Record) -> dict[str, dict[str, dict[str, str]]]:
+    """Model -> question -> compression and prompt -> answer; of several seeds the first."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
     for model, rows in by_model(record.measured("generation")):
-        asked: dict[str, dict[str, str]] = {}
+        questions = found.setdefault(model, {})
         for _, row in by_severity(rows).iterrows():
-            who = _who(row)
             for one in json_artifact(row.run_id, "answers.json"):
-                asked.setdefault(str(one["question"]), {}).setdefault(who, str(one["answer"]).strip()[:ANSWER])
-        out.append((model, [Answers(q, list(found.items())) for q, found in asked.items()]))
-    return out
+                questions.setdefault(str(one["question"]), {}).setdefault(
+                    _who(row), str(one["answer"]).strip()[:ANSWER]
+                )
+    return found
 
 
 def _who(row: Any) -> str:

@@ -18,7 +18,7 @@ BACKLOG = 10_000  # events that wait for a server; of more, progress is dropped
 class EventThread(threading.Thread):
     """Hands events to `write` in order, progress in batches; after an error it tries again, ever more seldom.
 
-    beat: called every BEAT_SECONDS, and before what had to wait. failed: told of each error; it must not raise.
+    beat: called every BEAT_SECONDS, and before what had to wait. failed: called with each error; it must not raise.
     backlog: what is not written yet.
     """
 

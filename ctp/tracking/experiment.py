@@ -48,10 +48,8 @@ class Experiment:
         try:
             try:
                 self._connect(anew=bool(self.rebuilt))
-            except TrackError:
-                raise
-            except Exception:
-                if not self.renew():
+            except Exception as e:
+                if isinstance(e, TrackError) or not self.renew():
                     raise
         except TrackError:
             raise
@@ -82,10 +80,6 @@ class Experiment:
         self.rebuilt = damaged or f"MLflow's database {self.file} was removed or replaced while it was in use"
         return self.rebuilt
 
-    def answers(self) -> None:
-        """Raise what the client raises where MLflow is away."""
-        self.client.search_runs([self.id], "", max_results=1)
-
     def runs(self) -> dict[str, Run]:
         """Every run of a cell by its key, read when first needed; only unfinished ones where the others are checked."""
         if self._runs is None:
@@ -97,9 +91,8 @@ class Experiment:
         """Read the runs again when they are next needed."""
         self._runs = None
 
-    def has(self, k: str) -> bool:
-        """Is there a finished run of the cell with this key?"""
-        which = f"tags.`{KEY}` = '{k}' and attributes.status = 'FINISHED'"
+    def any(self, which: str = "") -> bool:
+        """Is there a run that this filter of MLflow's selects? Raises what the client raises where MLflow is away."""
         return bool(self.client.search_runs([self.id], which, max_results=1))
 
     def create(self, start: int | None, tags: dict[str, str]) -> Run:

@@ -42,7 +42,9 @@ def _is_marked(experiment: Experiment, marks: set[str], done: set[str]) -> bool:
     """Does the experiment say that it was brought up to date with this, and is a cell drawn at random there?"""
     if experiment.rebuilt or experiment.synced not in marks:
         return False
-    return not done or experiment.has(random.choice(list(done)))
+    return not done or experiment.any(
+        f"tags.`{KEY}` = '{random.choice(list(done))}' and attributes.status = 'FINISHED'"
+    )
 
 
 def _write_finished(writer: Writer, done: set[str]) -> int:

@@ -51,8 +51,7 @@ class Tracker:
 
     def knows_grid(self) -> bool:
         """Is there a run of an invocation, whose grid.yaml says what the cells' runs stand for?"""
-        which = f"tags.`{KIND}` = 'grid'"
-        return self.writer.retried(lambda: bool(self.client.search_runs([self.experiment.id], which, max_results=1)))
+        return self.writer.retried(lambda: self.experiment.any(f"tags.`{KIND}` = 'grid'"))
 
     def sync(self, whole: bool = False, trust: bool = False) -> int:
         """Write every finished cell that MLflow lacks, and why others failed; returns how many. Of cells with several

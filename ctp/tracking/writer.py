@@ -5,7 +5,6 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from mlflow.entities import Param
-from tenacity import Retrying, retry_if_exception, stop_after_attempt
 
 from ctp.cells.labels import slug
 from ctp.common.redact import scrub
@@ -64,11 +63,9 @@ class Writer:
         last: nothing else will be written of it, so a refusal ends the cell's run. Raises where MLflow is away.
         """
         try:
-            self._twice(write, lambda e: not is_away(e))
-        except StoreError:
-            raise
+            self._twice(write, retry=lambda e: not is_away(e))
         except Exception as e:
-            if is_away(e):
+            if isinstance(e, StoreError) or is_away(e):
                 raise
             self._recover(e)
             if last:
@@ -80,7 +77,7 @@ class Writer:
         """What `write` returns, at the second attempt if the first one fails: another driver may have deleted a double
         that was to be written. Raises TrackError."""
         try:
-            return self._twice(write, lambda e: True)
+            return self._twice(write)
         except StoreError:
             raise
         except Exception as e:
@@ -105,18 +102,19 @@ class Writer:
             self.notes.append(f"{self.experiment.rebuilt}; this grid's runs are written anew from the store, those of "
                               "others by `python -m ctp.track sync NAME`")  # fmt: skip
 
-    def _twice(self, write: Callable[[], T], retry: Callable[[BaseException], bool]) -> T:
+    def _twice(self, write: Callable[[], T], retry: Callable[[Exception], bool] = lambda e: True) -> T:
         """The second attempt reads MLflow again."""
-        attempts = Retrying(
-            stop=stop_after_attempt(2), reraise=True,
-            retry=retry_if_exception(lambda e: isinstance(e, Exception) and not isinstance(e, StoreError) and retry(e)),
-            before_sleep=lambda state: self._recover(state.outcome.exception() if state.outcome else None),
-        )  # fmt: skip
-        return attempts(write)
+        try:
+            return write()
+        except Exception as e:
+            if isinstance(e, StoreError) or not retry(e):
+                raise
+            self._recover(e)
+        return write()
 
-    def _recover(self, e: BaseException | None) -> None:
+    def _recover(self, e: Exception) -> None:
         """After an error: read MLflow again, from a new database where the old one is lost. Raises if it is away."""
         self.runs.forget()
         if not is_away(e):
             self.renew()
-            self.experiment.answers()
+            self.experiment.any()

@@ -12,6 +12,10 @@ from analysis.roles import Roles, nearest, of_grid
 DIGEST = STORIES.parents[1] / "paper" / "tables.yaml"
 
 
+def numbers():
+    return [e for table in paper.tables() for e in paper.entries(table) if e.value is not None]
+
+
 def by_place(table):
     return {(*e.row, e.column): e for e in paper.entries(table)}
 
@@ -21,7 +25,7 @@ def test_every_number_that_is_printed():
     assert counts == {"table1": 22, "table2": 8, "table3": 9, "table5": 52, "table6": 12, "table7": 12, "table8": 5,
                       "figure1": 0, "figure2": 5, "figure3": 2, "figure4": 0, "figure5": 108, "figure6": 0,
                       "figure7": 0, "figure8": 0, "figure9": 0}  # fmt: skip
-    assert len(paper.numbers()) == 235
+    assert len(numbers()) == 235
 
 
 def test_an_entry_says_what_was_measured():
@@ -54,7 +58,7 @@ def test_exact_parameters_are_those_that_are_printed():
 def test_numbers_are_those_of_the_digest():
     digest = yaml.safe_load(DIGEST.read_text())
     ours: dict[tuple, set] = {}
-    for e in paper.numbers():
+    for e in numbers():
         w = e.where
         prompt = {"none": "none", "soft_prompt": w.get("learned_on")}.get(w["recovery"], w["recovery"])
         text = w.get("dataset") or w.get("task")

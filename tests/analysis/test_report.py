@@ -119,7 +119,7 @@ def test_the_result_comes_first_and_its_words_are_explained(record, html, parsed
     assert [a["href"] for t, a in contents if t == "a"] == sections
     assert html.count('href="#failures"') == 3  # from the count, the contents and the warning
     words = " ".join(parsed.words)
-    assert "1 cell failed, so that what needs it is missing below" in words
+    assert "1 cell failed, so everything that needs it is missing below" in words
     for word, meaning in findings.GLOSSARY:
         assert word in words
         assert meaning in words

@@ -11,7 +11,22 @@ from analysis.render import Table
 from analysis.report import page
 from analysis.report.chart import Scale, levels
 from analysis.report.figures import series_of, severity
-from analysis.report.table import STEPS, change, contrast, heat, ink, of_paper, percent, reach, steady, step
+from analysis.report.table import STEPS, change, heat, of_paper, percent, reach, steady, step
+
+
+def contrast(one, other):
+    """WCAG 2's contrast ratio of two colours #rrggbb, from 1 to 21."""
+    dark, light = sorted(map(_luminance, (one, other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def _luminance(colour):
+    linear = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in _rgb(colour)]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def _rgb(colour):
+    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
 
 
 def test_compressions_stand_by_kind_and_strength():
@@ -70,7 +85,8 @@ def test_words_and_marks_stand_out(theme):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_numbers_stand_out_on_every_colour_of_a_heat_map(theme):
     assert len(STEPS[theme]) == 9
-    assert all(contrast(c, ink(c)) >= 4.5 for c in STEPS[theme])
+    colours = page._named(theme)
+    assert all(contrast(c, colours[f"i{i}"]) >= 4.5 for i, c in enumerate(STEPS[theme]))
     ground = page.PALETTE[theme]["bg"]
     far = [contrast(c, ground) for c in STEPS[theme]]  # the further from no change, the further from the ground
     assert far[:5] == sorted(far[:5], reverse=True)
