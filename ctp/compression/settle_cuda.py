@@ -37,8 +37,8 @@ def _row(tile, is_row):  # type: ignore[no-untyped-def]
 def _on_grid(w, scale, zero, top):  # type: ignore[no-untyped-def]
     """The point of the grid nearest to w; all (OUTPUTS,).
 
-    Rounds to the nearest whole number, ties to even, as torch does: float32 numbers from 2^23 to 2^24 are whole, so that
-    adding 1.5 * 2^23 rounds x where |x| is below 2^22, and taking it off again leaves the rounded x.
+    Rounds to the nearest whole number, ties to even, as torch does: float32 numbers from 2^23 to 2^24 are whole, so
+    adding 1.5 * 2^23 rounds x if |x| is below 2^22, and taking it off again leaves the rounded x.
     """
     x = _clamp(tl.div_rn(w, scale), -zero - 1.0, top - zero + 1.0)
     steps = (x + 12582912.0) - 12582912.0
