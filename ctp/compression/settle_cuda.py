@@ -34,12 +34,15 @@ def _row(tile, is_row):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _round(x):  # type: ignore[no-untyped-def]
-    """To the nearest whole number, ties to even, as torch does it, for |x| below 2^22.
+def _on_grid(w, scale, zero, top):  # type: ignore[no-untyped-def]
+    """The point of the grid nearest to w; all (OUTPUTS,).
 
-    A float32 from 2^23 to 2^24 is whole: adding 1.5 * 2^23 rounds x, taking it off again leaves the rounded x.
+    Rounds to the nearest whole number, ties to even, as torch does: float32 numbers from 2^23 to 2^24 are whole, so
+    adding 1.5 * 2^23 rounds x if |x| is below 2^22, and taking it off again leaves the rounded x.
     """
-    return (x + 12582912.0) - 12582912.0
+    x = _clamp(tl.div_rn(w, scale), -zero - 1.0, top - zero + 1.0)
+    steps = (x + 12582912.0) - 12582912.0
+    return _clamp(steps, -zero, top - zero) * scale
 
 
 @triton.jit
@@ -92,8 +95,7 @@ def _settle(  # type: ignore[no-untyped-def]
             grid_row = tl.load(group_ptr + j) * n_outputs
             scale = tl.load(scale_ptr + grid_row + output, mask=valid_output, other=1.0)
             zero = tl.load(zero_ptr + grid_row + output, mask=valid_output, other=0.0)
-            steps = _round(_clamp(tl.div_rn(w, scale), -zero - 1.0, top - zero + 1.0))
-            q = _clamp(steps, -zero, top - zero) * scale
+            q = _on_grid(w, scale, zero, top)
         if PRUNES:
             q = tl.where(tl.sum(tl.where(is_row_j, pruned, 0), axis=0) > 0, 0.0, q)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ctp.architectures.blocks import decoder_blocks, unfit
 from ctp.architectures.calls import Batch, stop, stopping
-from ctp.architectures.chain import capture, check_chain, check_experts
+from ctp.architectures.chain import Chain, capture, check_chain, check_experts
 from ctp.architectures.experts import matrices, split
 from ctp.architectures.linears import linears, matrix
 from ctp.cells import Solver
@@ -51,25 +51,18 @@ def compress_model(
     """
     if windows.ndim != 2 or not windows.numel():
         raise ValueError(f"windows must be token ids (n, tokens), at least one; got shape {tuple(windows.shape)}")
-    prefix, blocks = decoder_blocks(model)
     if why := unfit(model):
         raise ValueError(why)
+    prefix, blocks = decoder_blocks(model)
     layers: dict[str, Layer] = {}
     experts = matrices(model)
     dtypes = {n: matrix(m).dtype for n, m in linears(blocks, prefix).items()}
     dtypes |= {n: model.get_parameter(m.parameter).dtype for n, m in experts.items()}
     with torch.no_grad(), _calibrating(model), widened(model):
         keep_heap()
-        chain = check_chain(model, windows[:1])
-        with split(blocks):
-            for name, linear in linears(blocks, prefix).items():
-                if name not in chain.idle:
-                    with _naming(name):
-                        check_shape(matrix(linear).shape[1], compression)
-        check_experts(model, windows[:1, :PROBE], chain)
+        chain = _check_model(model, windows, compression)
         on_cpu = next(model.parameters()).device.type == "cpu"
-        batch = batch or (max(1, CPU_TOKENS // windows.shape[1]) if on_cpu else 4)
-        batches = capture(model, windows, batch, chain)
+        batches = capture(model, windows, batch or (max(1, CPU_TOKENS // windows.shape[1]) if on_cpu else 4), chain)
         probe = capture(model, windows[:1, :PROBE], 1, chain)[0]
         for i, block in enumerate(blocks):
             done = compress_block(block, batches, compression, f"{prefix}.{i}", probe, dtypes, chain.idle, routing)
@@ -81,6 +74,19 @@ def compress_model(
             if progress:
                 progress(i + 1, len(blocks))
     return layers
+
+
+def _check_model(model: nn.Module, windows: Tensor, compression: Solver) -> Chain:
+    """Raises ValueError where the blocks are no chain, a group size or pattern fits no linear, or experts differ."""
+    prefix, blocks = decoder_blocks(model)
+    chain = check_chain(model, windows[:1])
+    with split(blocks):
+        for name, linear in linears(blocks, prefix).items():
+            if name not in chain.idle:
+                with _naming(name):
+                    check_shape(matrix(linear).shape[1], compression)
+    check_experts(model, windows[:1, :PROBE], chain)
+    return chain
 
 
 def compress_block(

