@@ -1,4 +1,4 @@
-"""The ways of learning that the benchmark times take the same step; its times need the real model and a quiet machine."""
+"""The ways of learning that the benchmark times take the same step; real times need the real model."""
 
 import pytest
 import torch
