@@ -198,7 +198,7 @@ def longer(bench: Bench, cell: Evaluate, lengths: list[int]) -> None:
 
 
 def run(bench: Bench, lengths: list[int]) -> int:
-    """Both sides and what is said of them. Returns the exit status."""
+    """Run both sides and print the comparison. Returns the exit status."""
     bench.prepare()
     sides, last = (Side(), Side()), None
     for number, cells in enumerate(bench.tasks()):
