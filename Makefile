@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all test-faults test-cluster test-gpu foreign bench lint audit models platforms clean
+.PHONY: demo test test-all test-faults test-cluster test-gpu foreign bench lint audit models map platforms clean
 
 # Ends make before a recipe's first command where PYTHON is none of PYTHONS.
 found = $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
@@ -70,6 +70,9 @@ audit: .audit/.installed ## known vulnerabilities of all pinned packages; needs 
 
 models: $(STAMP) ## docs/models.md anew: what works on which architecture
 	$(BIN)/python -m tools.models
+
+map: $(STAMP) ## the map of CONTRIBUTING.md anew: every module with the first sentence of its docstring
+	$(BIN)/python -m tools.map
 
 platforms: $(STAMP) ## wheels of all pins for every Python and platform; needs a package index
 	$(BIN)/python -m tools.platforms

@@ -61,11 +61,11 @@ def mixed() -> dict[str, Any]:
             "studies": studies}  # fmt: skip
 
 
-def write(folder: Path, name: str, content: dict[str, Any]) -> tuple[Plan, Store, str]:
-    """(plan, store, MLflow's URI) of a grid file NAME.yaml in `folder` and of all its cells, finished."""
+def write(folder: Path) -> Plan:
+    """The plan of a grid file mixed.yaml in `folder`, with all its cells finished in store and MLflow."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    path = folder / "mixed.yaml"
+    path.write_text(yaml.safe_dump(mixed(), sort_keys=False))
     pins = Pins()
     plan = make(gridfile.load(str(path), [], pins), pins)
     store, uri = Store(str(folder / "results" / "store")), f"sqlite:///{folder}/results/mlflow.db"
@@ -74,7 +74,7 @@ def write(folder: Path, name: str, content: dict[str, Any]) -> tuple[Plan, Store
     _rows(plan, manifests, folder / "results" / "mlflow.db", tracker.experiment.id)
     tracker.begin("benchmark")
     tracker.close("FINISHED")
-    return plan, store, uri
+    return plan
 
 
 def _artifacts(plan: Plan, store: Store) -> Iterator[tuple[str, dict[str, Any]]]:

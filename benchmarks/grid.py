@@ -57,7 +57,7 @@ class Bench:
     def mixed(self) -> Path:
         """The folder of the finished grid `mixed`."""
         begun = time.monotonic()
-        plan, *_ = finished.write(self.folder / "mixed", "mixed", finished.mixed())
+        plan = finished.write(self.folder / "mixed")
         print(
             f"(a finished grid of {len(plan.nodes):,} cells, written in {time.monotonic() - begun:.0f} s)", flush=True
         )

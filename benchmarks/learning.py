@@ -65,17 +65,10 @@ class Measured:
         return statistics.median(self.seconds)
 
 
-def resident(peak: bool = False) -> int:
-    """Bytes of this process in memory; peak: the most since `forget_peak`."""
-    name = "VmHWM" if peak else "VmRSS"
+def resident(name: str = "VmRSS") -> int:
+    """Bytes of this process in memory; VmHWM: the most since its peak was cleared."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
     return 1024 * int(line.split()[1])
-
-
-def forget_peak() -> int:
-    """Start measuring the peak from here; returns the bytes in memory."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident()
 
 
 def one(way: str, folder: str, precision: str, steps: int) -> Measured:
@@ -90,9 +83,10 @@ def one(way: str, folder: str, precision: str, steps: int) -> Measured:
     windows = load_file(TOKENS)["calibration"][:BATCH, :WINDOW].long()
     for name in ("accelerate", "peft", "ctp.cells", "ctp.learning.soft_prompt"):  # their memory is no step's
         importlib.import_module(name)
-    before = forget_peak()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here
+    before = resident()
     seconds, loss = steps_of(way, model, windows, steps, precision)
-    return Measured(seconds, resident(peak=True) - before, loss)
+    return Measured(seconds, resident("VmHWM") - before, loss)
 
 
 # ------------------------------------------------------------------------ the table

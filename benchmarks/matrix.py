@@ -75,7 +75,7 @@ class Rounded(Compression):
 
 
 class Bench:
-    """The grid of the matrix, its store with targets and prompts, and where everything lies."""
+    """The grid of the matrix, its store with targets and prompts, and where they are stored."""
 
     def __init__(self, folder: Path, seq_len: int, windows: int) -> None:
         text = {"seq_len": seq_len, "count": windows}

@@ -105,12 +105,12 @@ class _Hand:
     def place(self, floor: "_Floor") -> list[Task]:
         """Ask for tasks and place those that there is room for."""
         while self.more and len(self.waiting) <= self.slots:
-            said = self.search.suggest(str(self.count))
-            self.more = said != Searcher.FINISHED
-            if not isinstance(said, dict):
+            suggested = self.search.suggest(str(self.count))
+            self.more = suggested != Searcher.FINISHED
+            if not isinstance(suggested, dict):
                 break
-            cells = [c["key"] for c in json.loads(said["cells"])]
-            self.waiting.append(Task(str(self.count), cells, said["bundle"]))
+            cells = [c["key"] for c in json.loads(suggested["cells"])]
+            self.waiting.append(Task(str(self.count), cells, suggested["bundle"]))
             self.count += 1
         placed = [t for t in self.waiting if floor.take(t)]
         self.waiting = [t for t in self.waiting if t not in placed]

@@ -104,8 +104,10 @@ def transfer_grid(compressions: int, lengths: tuple[float, float, float], gates:
         for i in range(compressions)
     ]
     learned = [Learn(source=c, recovery=SleepingRecovery(seconds=learn)) for c in small]
-    told: list[Learn | None] = [None, *learned]
-    measured = [Evaluate(target=c, recovery=r, measure=SleepingMeasure(seconds=measure)) for c in small for r in told]
+    recoveries: list[Learn | None] = [None, *learned]
+    measured = [
+        Evaluate(target=c, recovery=r, measure=SleepingMeasure(seconds=measure)) for c in small for r in recoveries
+    ]
     opened = tuple(key(c) for c in first)
     nodes = {}
     cells: list[Cell] = [*first, *small, *learned, *measured]

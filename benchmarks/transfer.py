@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from torch import Tensor
 
 import ctp
 from benchmarks.matrix import BATCH, MODEL, Bench, K
-from benchmarks.report import head, row
+from benchmarks.report import head, row, timed
 from ctp.cells import Perplexity
 from ctp.cells.cell import Evaluate
 from ctp.evaluation import perplexity as measuring
@@ -180,34 +181,25 @@ def table(plain_side: Side, our_side: Side) -> None:
         print(row([name, *(f"{c:.1f}" for c in cells)]))
 
 
+@torch.no_grad()
 def longer(bench: Bench, cell: Evaluate, lengths: list[int]) -> None:
     """A batch of longer windows behind one prompt, each side; what is loaded and tokenised does not depend on it."""
     assert cell.recovery is not None
     model, tokenizer = ctp.load(bench.place(cell.target), device="cpu")
     prompt = load_prompt(bench.store.folder(ref(cell.recovery)))
+    made = prefix(model, prompt)
     print(f"\nLonger windows, {BATCH} at a time, without loading and tokenising; ctp makes the prefix once a prompt:\n")
     print(head(["tokens", "plain loop", "ctp", "prefix", "ctp / plain loop"]))
     for length in lengths:
         windows = torch.randint(len(tokenizer), (BATCH, length), generator=torch.Generator().manual_seed(0))
-        tries = [one_batch(model, windows, prompt) for _ in range(2)]
-        loop, made, read = (min(seconds) for seconds in zip(*tries, strict=True))
-        print(row([length, f"{loop:.2f} s", f"{read:.2f} s", f"{made:.2f} s", f"{read / loop:.2f}"]), flush=True)
-
-
-def one_batch(model: Any, windows: Tensor, prompt: Tensor) -> tuple[float, float, float]:
-    """Seconds of the plain loop, of making the prefix, and of reading the windows behind it."""
-    side = Side(dict.fromkeys(("plain", "prefix", "windows"), 0.0))
-    with side.step("plain"):
-        concatenated(model, windows, prompt)
-    with side.step("prefix"), torch.no_grad():
-        made = prefix(model, prompt)
-    with side.step("windows"):
-        perplexity(model, windows, made, batch=BATCH)
-    return side.seconds["plain"], side.seconds["prefix"], side.seconds["windows"]
+        loop = min(timed(partial(concatenated, model, windows, prompt), 2))
+        read = min(timed(partial(perplexity, model, windows, made, batch=BATCH), 2))
+        first = min(timed(partial(prefix, model, prompt), 2))
+        print(row([length, f"{loop:.2f} s", f"{read:.2f} s", f"{first:.2f} s", f"{read / loop:.2f}"]), flush=True)
 
 
 def run(bench: Bench, lengths: list[int]) -> int:
-    """Both sides and what is said of them. Returns the exit status."""
+    """Run both sides and print the comparison. Returns the exit status."""
     bench.prepare()
     sides, last = (Side(), Side()), None
     for number, cells in enumerate(bench.tasks()):

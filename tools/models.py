@@ -42,7 +42,7 @@ def _row(name: str) -> str:
     formats = {} if "compress" in refused else refusals(settings)
     opened = [] if "compress" in refused else [f"`{format}`" for format in FORMATS if format not in formats]
     label = f"`{type}`" if name == type else f"`{type}` ({name.replace('_', ' ')})"
-    why = "; ".join(f"{', '.join(what)}: {reason}" for reason, what in _reasons(refused | formats).items())
+    why = "; ".join(f"{', '.join(what)}: {reason}" for reason, what in _reasons({**refused, **formats}).items())
     cells = [label, *("no" if use in refused else "yes" for use in USES), ", ".join(opened), why]
     return f"| {' | '.join(cells)} |\n"
 

@@ -37,8 +37,20 @@ COMMON: dict[str, Any] = {
 LINEAR = ["linear_attention", "full_attention", "linear_attention"]
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
-MAMBA2 = {"mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+LATENT: dict[str, Any] = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
+MAMBA2: dict[str, Any] = {
+    "mamba_d_state": 8,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,

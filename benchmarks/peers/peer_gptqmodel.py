@@ -45,8 +45,8 @@ def main(job: dict) -> None:
         seconds = time.perf_counter() - begun
         folder = str(Path(job["out"]) / f"gptqmodel-{row['name']}")
         model.save(folder)
-        said = {"name": row["name"], "seconds": seconds, "weights": folder}
-        print("ROW " + json.dumps(said), flush=True)
+        result = {"name": row["name"], "seconds": seconds, "weights": folder}
+        print("ROW " + json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

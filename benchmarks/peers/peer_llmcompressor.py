@@ -68,8 +68,8 @@ def main(job: dict) -> None:
         file = str(Path(job["out"]) / f"llmcompressor-{row['name']}.safetensors")
         linears = {n: m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
         save_file({f"{n}.weight": w.detach().contiguous() for n, w in linears.items()}, file)
-        said = {"name": row["name"], "seconds": seconds, "weights": file}
-        print("ROW " + json.dumps(said), flush=True)
+        result = {"name": row["name"], "seconds": seconds, "weights": file}
+        print("ROW " + json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
