@@ -115,14 +115,14 @@ Cell: TypeAlias = Compress | Learn | Evaluate
 KINDS: dict[str, type[Cell]] = {c.kind: c for c in (Compress, Learn, Evaluate)}
 
 
-def to_json(cell: Cell) -> dict[str, Any]:
+def to_json(cell: Cell) -> dict[str, object]:
     """Plain data that `from_json` turns back into the same cell."""
     return {"kind": cell.kind, "spec": cell.model_dump(mode="json")}
 
 
-def from_json(data: Mapping[str, Any]) -> Cell:
+def from_json(data: Mapping[str, object]) -> Cell:
     """The cell that `to_json` wrote. Raises KeyError or pydantic.ValidationError on anything else."""
-    return KINDS[data["kind"]].model_validate(data["spec"])
+    return KINDS[str(data["kind"])].model_validate(data["spec"])
 
 
 def canonical(value: object) -> str:
@@ -153,7 +153,8 @@ def key(cell: Cell) -> str:
     """
 
     def make() -> str:
-        return _key(cell.kind, cell.VERSION, {name: _dump(getattr(cell, name)) for name in type(cell).model_fields})
+        fields = (f'"{name}":{_text(getattr(cell, name))}' for name in sorted(type(cell).model_fields))
+        return _key(cell.kind, cell.VERSION, f"{{{','.join(fields)}}}")
 
     return cell.remembered("_key", make)
 
@@ -167,24 +168,25 @@ def own_key(manifest: Mapping[str, Any]) -> str:
     for name in KINDS[manifest["kind"]].INPUTS:
         if fields[name] is not None:
             fields[name] = {"key": inputs.pop(0)}
-    return _key(manifest["kind"], manifest["version"], fields)
+    return _key(manifest["kind"], manifest["version"], canonical(fields))
 
 
-def _key(kind: str, version: int, fields: Mapping[str, object]) -> str:
-    text = canonical({"fields": fields, "kind": kind, "version": version})
+def _key(kind: str, version: int, fields: str) -> str:
+    """The hash of canonical({"fields": …, "kind": …, "version": …}); fields: in canonical JSON already."""
+    text = f'{{"fields":{fields},"kind":{canonical(kind)},"version":{canonical(version)}}}'
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _dump(value: object) -> object:
-    """A field of a cell as plain data; an input by its key. Cells share models, texts and methods."""
+def _text(value: object) -> str:
+    """A field of a cell in canonical JSON, an input by its key; once an object, as cells share models and methods."""
     if isinstance(value, Cell):
-        return {"key": key(value)}
-    return value.remembered("_dump", lambda: _dump_pinned(value)) if isinstance(value, Spec) else value
+        return f'{{"key":"{key(value)}"}}'
+    return value.remembered("_text", lambda: _pinned_text(value)) if isinstance(value, Spec) else canonical(value)
 
 
-def _dump_pinned(spec: Spec) -> dict[str, Any]:
+def _pinned_text(spec: Spec) -> str:
     _check_pinned(spec)
-    return spec.model_dump(mode="python")
+    return canonical(spec.model_dump(mode="python"))
 
 
 def _check_pinned(value: object) -> None:

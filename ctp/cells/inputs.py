@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_serializer, model_validator
 
@@ -20,7 +20,7 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    def changed(self) -> dict[str, Any]:
+    def changed(self) -> dict[str, object]:
         """The fields whose value differs from their default, in the order of declaration."""
         fields = type(self).model_fields
         return {n: v for n, f in fields.items() if (v := getattr(self, n)) != f.default}
@@ -32,7 +32,7 @@ class Spec(BaseModel):
         found: T = self.__dict__[what]
         return found
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+    def model_copy(self, *, update: Mapping[str, object] | None = None, deep: bool = False) -> Self:
         """A copy with some fields changed, and nothing remembered."""
         copy = super().model_copy(update=update, deep=deep)
         for name in copy.__dict__.keys() - type(self).model_fields.keys():
@@ -109,7 +109,7 @@ class Windows(Pinned):
     bos: Literal["first", "each", "none"] = "first"
 
     @model_serializer(mode="wrap")
-    def _dumped(self, dump: Callable[[Self], dict[str, Any]]) -> dict[str, Any]:
+    def _dumped(self, dump: Callable[[Self], dict[str, object]]) -> dict[str, object]:
         data = dump(self)
         if data.get("bos") == "first":  # keys are older than this field
             del data["bos"]

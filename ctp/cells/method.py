@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from pydantic import ModelWrapValidatorHandler, ValidationInfo, model_validator
 
@@ -21,7 +21,7 @@ class Method(Spec):
     method: str
 
     @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+    def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
         default = cls.model_fields["method"].default
         if isinstance(default, str):
             known = cls.registry.get(default)

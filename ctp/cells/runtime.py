@@ -1,7 +1,7 @@
 """How and where work is done: nothing of it is in a key."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -32,5 +32,5 @@ class Runtime(Spec):
     packed: bool = False
     halved: Annotated[int, Field(strict=True, ge=0)] = 0
     locations: dict[str, str] = Field(default_factory=dict)
-    datasets: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    datasets: dict[str, dict[str, object]] = Field(default_factory=dict)
     plugins: dict[str, str] = Field(default_factory=dict)

@@ -30,6 +30,7 @@ TASKS = {"openbookqa": (500, 20), "hellaswag": (10_042, 100), "piqa": (1_838, 40
 UNKNOWN_TASK = (1_000, 100)
 CHOICES = 4  # requests for each document of a task
 QUESTION = 32  # tokens
+UNKNOWN_ROWS = 100  # of a recovery that is not learned and has no k
 LOGITS = 2**24  # that exist at a time while a prompt is learned
 RESULT = 10_000  # bytes of an evaluation's numbers
 SHARE = 0.6  # of the rate of matrix products on a CPU: what learning and compressing a model of 135M parameters reach
@@ -92,23 +93,23 @@ def _widths(facts: Facts) -> tuple[int, int]:
 
 
 def _compress(cell: Compress, facts: Facts) -> Cost:
-    linear, number = facts.linear_parameters, BYTES[cell.dtype]
-    weights = facts.parameters * number
+    linear, number_bytes = facts.linear_parameters, BYTES[cell.dtype]
+    weight_bytes = facts.parameters * number_bytes
     if cell.calibration is None:
-        return Cost(flops=0, stored=0, memory=weights)
+        return Cost(flops=0, stored=0, memory=weight_bytes)
     tokens = (cell.calibration.count or 128) * cell.calibration.seq_len
     hidden, widest = _widths(facts)
-    forward_passes = 2 * 2 * linear * tokens  # a block's inputs, then its outputs with compressed weights
-    hessians = 2 * tokens * (3 * hidden**2 + widest**2) * facts.layers
-    solver = 2 * linear * hidden
-    packed = linear * bits(cell.compression, 8 * number) / 8
-    uncompressed = (facts.parameters - linear) * number
-    block_inputs_and_outputs = 2 * tokens * hidden * number
-    hessians_and_factors = 3 * 4 * (hidden**2 + widest**2)
+    forward_flops = 2 * 2 * linear * tokens  # a block's inputs, then its outputs with compressed weights
+    hessian_flops = 2 * tokens * (3 * hidden**2 + widest**2) * facts.layers
+    solver_flops = 2 * linear * hidden
+    packed_bytes = linear * bits(cell.compression, 8 * number_bytes) / 8
+    other_bytes = (facts.parameters - linear) * number_bytes
+    activation_bytes = 2 * tokens * hidden * number_bytes  # inputs and outputs of a block
+    hessian_bytes = 3 * 4 * (hidden**2 + widest**2)
     return Cost(
-        flops=forward_passes + hessians + solver,
-        stored=packed + uncompressed,
-        memory=weights + block_inputs_and_outputs + hessians_and_factors,
+        flops=forward_flops + hessian_flops + solver_flops,
+        stored=packed_bytes + other_bytes,
+        memory=weight_bytes + activation_bytes + hessian_bytes,
     )
 
 
@@ -122,37 +123,40 @@ def bits(compression: Compression, full: int) -> float:
 
 
 def _learn(cell: Learn, facts: Facts) -> Cost:
-    recovery, weights = cell.recovery, facts.parameters * BYTES[cell.model.dtype]
+    recovery, weight_bytes = cell.recovery, facts.parameters * BYTES[cell.model.dtype]
     if not isinstance(recovery, Learned):
-        return Cost(flops=0, stored=4 * getattr(recovery, "k", 100) * facts.width, memory=weights)
-    rows, number = recovery.prompt_rows, BYTES[cell.dtype]
+        return Cost(flops=0, stored=4 * getattr(recovery, "k", UNKNOWN_ROWS) * facts.width, memory=weight_bytes)
+    rows, number_bytes = recovery.prompt_rows, BYTES[cell.dtype]
     step_tokens = recovery.batch * recovery.text.seq_len + recovery.accumulate * rows
-    validations = recovery.steps // recovery.validate_every + 1
+    step_flops = 4 * facts.parameters * step_tokens
     validation_tokens = _windows(recovery.validation) * (recovery.validation.seq_len + rows)
+    validation_flops = 2 * facts.parameters * validation_tokens
+    validations = recovery.steps // recovery.validate_every + 1
     hidden, widest = _widths(facts)
     rank, blocks = getattr(recovery, "r", 0), getattr(recovery, "layers", None) or facts.layers
-    trained = rows * facts.width + 4 * rank * hidden * blocks
-    activations = (6 * hidden + 2 * widest) * facts.layers * step_tokens / recovery.accumulate * number
-    logits = max(LOGITS, facts.vocab) * (number + 4)
-    cast_weights = facts.linear_parameters * number if cell.dtype != cell.model.dtype else 0
-    optimizer = 16 * trained  # the parameter, its gradient and both moments, 4 bytes each
+    trained = rows * facts.width + 4 * rank * hidden * blocks  # two low-rank matrices for queries, two for values
+    micro_batch_tokens = step_tokens / recovery.accumulate
+    activation_bytes = (6 * hidden + 2 * widest) * facts.layers * micro_batch_tokens * number_bytes
+    logit_bytes = max(LOGITS, facts.vocab) * (number_bytes + 4)  # as they are computed, and in float32
+    cast_bytes = facts.linear_parameters * number_bytes if cell.dtype != cell.model.dtype else 0  # under autocast
+    optimizer_bytes = 16 * trained  # the parameter, its gradient and both moments, 4 bytes each
     return Cost(
-        flops=4 * facts.parameters * step_tokens * recovery.steps
-        + 2 * facts.parameters * validation_tokens * validations,
+        flops=step_flops * recovery.steps + validation_flops * validations,
         stored=4 * trained,
-        memory=weights + cast_weights + activations + logits + optimizer,
+        memory=weight_bytes + cast_bytes + activation_bytes + logit_bytes + optimizer_bytes,
     )
 
 
 def _evaluate(cell: Evaluate, facts: Facts, batch: int) -> Cost:
-    number, (hidden, _) = BYTES[cell.dtype], _widths(facts)
+    number_bytes, (hidden, _) = BYTES[cell.dtype], _widths(facts)
     read, at_once, decoded = _tokens(cell.measure, cell.prompt_rows, batch)
-    logits = facts.vocab * at_once * number
-    keys_and_values = 2 * hidden * facts.layers * at_once * number
+    weight_bytes = facts.parameters * number_bytes
+    logit_bytes = facts.vocab * at_once * number_bytes
+    cache_bytes = 2 * hidden * facts.layers * at_once * number_bytes  # keys and values
     return Cost(
         flops=2 * facts.parameters * (read + DECODE * decoded),
         stored=RESULT,
-        memory=facts.parameters * number + logits + keys_and_values,
+        memory=weight_bytes + logit_bytes + cache_bytes,
     )
 
 

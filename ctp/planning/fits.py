@@ -116,13 +116,13 @@ def missing_tokens(cell: Cell, specials: Callable[[], Specials | None]) -> list[
     return out
 
 
-def namesakes(of: Iterable[Cell], locations: Mapping[str, str]) -> list[str]:
+def namesakes(planned: Iterable[Cell], locations: Mapping[str, str]) -> list[str]:
     """Models, checkpoints, adapters and tasks from several places that have one short name.
 
     Tables, MLflow and --where go by these names, and could not tell them apart. locations: as `Runtime` has them.
     """
     places: dict[tuple[str, str], set[str]] = {}
-    for cell in of:
+    for cell in planned:
         for field in type(cell).model_fields:
             thing = getattr(cell, field)
             if isinstance(thing, Pinned) and not isinstance(thing, Windows):  # texts are called as the grid calls them

@@ -48,13 +48,13 @@ class Plan:
         return [n.ref for n in self.nodes.values()]
 
 
-Path = tuple[float, list[str]]  # total weight, and the keys of its cells in order
+WeightedPath = tuple[float, list[str]]  # total weight, and the keys of its cells in order
 
 
-def heaviest_paths(plan: Plan, weights: Mapping[str, float]) -> dict[str, Path]:
+def heaviest_paths(plan: Plan, weights: Mapping[str, float]) -> dict[str, WeightedPath]:
     """Of every cell with a weight, the heaviest path through such cells that begins with it."""
-    paths: dict[str, Path] = {}
-    onward: dict[str, Path] = defaultdict(lambda: (0.0, []))  # of the cells that need it, the heaviest path
+    paths: dict[str, WeightedPath] = {}
+    onward: dict[str, WeightedPath] = defaultdict(lambda: (0.0, []))  # of the cells that need it, the heaviest path
     for k in reversed(plan.nodes):
         if k in weights:
             total, cells = onward[k]
@@ -64,6 +64,6 @@ def heaviest_paths(plan: Plan, weights: Mapping[str, float]) -> dict[str, Path]:
     return paths
 
 
-def longest_path(plan: Plan, weights: Mapping[str, float]) -> Path:
+def longest_path(plan: Plan, weights: Mapping[str, float]) -> WeightedPath:
     """The heaviest path of all; with seconds as weights, no number of machines makes the run shorter."""
     return max(reversed(heaviest_paths(plan, weights).values()), key=lambda path: path[0], default=(0.0, []))

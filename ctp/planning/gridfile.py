@@ -7,6 +7,7 @@ are what all `studies` share; a study in several parts is a list of them; a file
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,7 @@ def _study(name: str, raw: Settings, where: str, pins: Pins, problems: list[str]
     if len(problems) > before:
         return None
     labels = [c.label for c in compressions]
-    if twice := [label for label in labels if labels.count(label) > 1]:
+    if twice := [label for label, n in Counter(labels).items() if n > 1]:
         problems.append(f"{where}compression: {shown(twice[0])} appears twice")
     problems += _reported(recoveries, measures, where)
     sources, targets = (_labels(raw.get(n), where + n, labels, problems) for n in ("sources", "targets"))

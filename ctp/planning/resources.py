@@ -64,7 +64,7 @@ def gpu_memory(gib: int | None) -> int:
 
 
 def has_gpu() -> bool:
-    """Has this machine a GPU that torch can use? Without a driver, torch is not imported, which takes seconds."""
+    """Has this machine a GPU that torch can use? Where there is no driver, torch, which takes seconds, is not asked."""
     if sys.platform == "linux" and not any(Path("/dev", n).exists() for n in DRIVERS):
         return False
     import torch

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 from support.cells import CALIBRATION, MODEL, compress, evaluate, learn
 
-from ctp.cells import GPTQ, SparseGPT
+from ctp.cells import GPTQ, Compression, Dense, SparseGPT
 from ctp.cells.cell import Cell, Compress, Learn, canonical, from_json, key, to_json
 from ctp.cells.inputs import Model
 from ctp.cells.labels import axes, slug
@@ -164,3 +164,25 @@ def test_axes_tell_source_from_target():
     found = axes(evaluate(target=compress(bits=4), recovery=learn()))
     assert (found["source"], found["target"], found["k"], found["learned_on"]) == ("gptq-3bit", "gptq-4bit", 4, "t")
     assert axes(evaluate())["source"] == "none"
+
+
+def test_every_kind_tells_what_it_is_about():
+    source, target = compress(), compress(bits=4)
+    learned = learn(source, precision="bf16")
+    evaluated = evaluate(target=target, recovery=learned)
+    assert [c.model for c in (source, learned, evaluated)] == [MODEL] * 3
+    assert [c.base for c in (source, learned, evaluated)] == [source, source, target]
+    assert [c.inputs for c in (source, learned, evaluated)] == [(), (source,), (target, learned)]
+    assert [c.method.method for c in (source, learned, evaluated)] == ["gptq", "soft_prompt", "perplexity"]
+    assert [c.dtype for c in (source, learned, evaluated)] == ["float32", "bfloat16", "float32"]
+    assert (evaluated.prompt_rows, evaluate().prompt_rows) == (4, 0)
+
+
+def test_a_family_picks_the_class_by_its_methods_name():
+    assert Compression.model_validate("dense") == Dense()
+    assert Compression.model_validate({"method": "gptq", "bits": 3}) == GPTQ(bits=3)
+    for value in ("perplexity", {"bits": 3}, 3):
+        with pytest.raises(ValidationError, match=r"unknown method 'perplexity'|needs a 'method'"):
+            Compression.model_validate(value)
+    with pytest.raises(ValidationError, match="unknown method 'bos'"):
+        Compress(model=MODEL, compression="bos")
