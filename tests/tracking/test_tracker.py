@@ -203,10 +203,10 @@ def test_manifests_are_cut_at_a_limit(monkeypatch):
 def test_files_are_attached_to_the_newest_invocation(finished, uri, tmp_path):
     file = tmp_path / "report_g.html"
     file.write_text("first")
-    with pytest.raises(AnalysisError, match="has no run of an invocation of 'g' to attach to: `ctp track sync g`"):
+    with pytest.raises(AnalysisError, match="has no experiment 'g'"):
         attach.attach("g", {"report.html": file})
     Tracker(uri, finished.plan, finished.store).sync()  # as after MLflow was emptied: cells, and no invocation
-    with pytest.raises(AnalysisError, match="has no run of an invocation"):
+    with pytest.raises(AnalysisError, match="has no run of an invocation of 'g': `ctp track sync g`"):
         attach.attach("g", {"report.html": file})
     both = [Tracker(uri, finished.plan, finished.store) for _ in range(2)]
     for tracker in both:
