@@ -17,8 +17,9 @@ demo: $(STAMP) ## the whole path on a small real model, then its report and the 
 	$(BIN)/python -m analysis.report demo --log
 	$(BIN)/python -m analysis.transfer_matrix demo
 
+# Python's bytecode is kept, whatever the environment says: the tests start some dozen processes, which import the same.
 test: lint ## all tests but the slow ones, in two processes: most of them use one core
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: lint foreign ## and the slow ones, against the real GPTQModel and llm-compressor too
 	$(BIN)/python -m pytest -m "not faults and not cluster and not gpu"
@@ -88,7 +89,7 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c requirements.lock "$$(grep '^torch==' requirements.lock)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps --no-build-isolation -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "import ctp.grid, mlflow, ray.tune, torch, transformers"
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -c "import ctp.api, ctp.grid, lm_eval, mlflow, peft, ray.tune"
 	touch $@
 
 clean:

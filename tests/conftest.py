@@ -2,11 +2,18 @@ import gc
 import os
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import yaml
+from support.longest import LONG
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network
+
+
+def pytest_collection_modifyitems(items):
+    place = {str(Path(__file__).parent / name): i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(str(item.path), len(LONG)))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,6 +37,14 @@ def llama_folder(tmp_path_factory):
     from support.tinygrid import model_folder
 
     return model_folder(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with a small model that has learned its text: see support.trained."""
+    from support.trained import train
+
+    return train(tmp_path_factory.mktemp("trained") / "bytes")
 
 
 @pytest.fixture(scope="session")
@@ -57,21 +72,20 @@ def copied(finished, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def database(tmp_path_factory):
-    """A database without a run: making its tables takes a second or two."""
+def new_database(tmp_path_factory):
+    """folder -> the URI of an MLflow database without a run in it. A copy: making the tables takes a second or two."""
     from ctp.tracking.database import make
 
-    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    make(file)
-    return file
+    empty = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    make(empty)
+    return lambda folder: f"sqlite:///{shutil.copy(empty, folder / 'mlflow.db')}"
 
 
 @pytest.fixture
-def uri(tmp_path, monkeypatch, database):
+def uri(tmp_path, monkeypatch, new_database):
     import mlflow
 
-    shutil.copy(database, tmp_path / "mlflow.db")
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = new_database(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     mlflow.set_tracking_uri(uri)
     return uri

@@ -4,12 +4,12 @@ from decimal import Decimal
 
 import pytest
 import yaml
-from support.tiny import STORIES
+from support.shared import SHARED, needs
 
 from analysis import paper
 from analysis.roles import Roles, nearest, of_grid
 
-DIGEST = STORIES.parents[1] / "paper" / "tables.yaml"
+DIGEST = SHARED / "paper" / "tables.yaml"
 
 
 def numbers():
@@ -54,7 +54,7 @@ def test_exact_parameters_are_those_that_are_printed():
                      ("bloom-7b1", "lora"): 30 * 2 * 32 * (4096 + 4096)}  # fmt: skip
 
 
-@pytest.mark.skipif(not DIGEST.is_file(), reason="the digest of the paper's numbers lies beside the checkout only")
+@needs(DIGEST)
 def test_numbers_are_those_of_the_digest():
     digest = yaml.safe_load(DIGEST.read_text())
     ours: dict[tuple, set] = {}

@@ -23,8 +23,8 @@ NEEDS = pytest.mark.skipif(browser.PATH is None, reason="no chromium, chromium-b
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory):
-    return everything(tmp_path_factory.mktemp("mlflow"))
+def uri(tmp_path_factory, new_database):
+    return everything(new_database(tmp_path_factory.mktemp("mlflow")))
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def texts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory, texts):
+def bench(tmp_path_factory, texts, new_database):
     """A part of table 2, done for real: one prompt through a 3-bit model, on C4 and PTB."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CTP_DATA_DIR", str(texts))
@@ -50,7 +50,7 @@ def bench(tmp_path_factory, texts):
         )  # fmt: skip
         for cell in bench.cells:
             bench.execute(cell)
-        uri = f"sqlite:///{folder / 'mlflow.db'}"
+        uri = new_database(folder)
         mlflow.set_tracking_uri(uri)
         tracker = Tracker(uri, bench.plan, bench.store)
         tracker.begin("test")

@@ -31,9 +31,9 @@ def answers(column):
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory):
+def uri(tmp_path_factory, new_database):
     """MLflow of a grid that ran tables 3 and 8 and figures 2, 6, 7 and 9."""
-    uri = f"sqlite:///{tmp_path_factory.mktemp('paper') / 'mlflow.db'}"
+    uri = new_database(tmp_path_factory.mktemp("paper"))
     writer = Writer(uri, studies=("figure6", "figure7"))
     writer.paper("table3", "table8", "figure2", factor=FACTOR)
     for e in paper.entries("figure7"):

@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from support.tiny import random_windows, tiny_llama
@@ -169,7 +170,6 @@ def check_refused(model, reason, why=""):
 
 
 def test_what_could_not_be_opened_again_is_refused_untouched():
-    peft = pytest.importorskip("peft")
     model = tiny_llama(258)
     check_refused(AutoModel.from_config(model.config), "LlamaModel is no causal language model with its head")
     lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])

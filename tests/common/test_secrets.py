@@ -13,6 +13,7 @@ import pytest
 from support.tinygrid import grid, write_grid
 
 from analysis.render import Table, latex, markdown
+from ctp import grid as command
 from ctp.common.redact import scrub
 from ctp.models import hf, load
 
@@ -101,12 +102,18 @@ def test_no_planted_secret_is_anywhere_after_a_run(tmp_path, llama_folder, sessi
         (["--token=plantedSet"], {}, 2),
     ],
 )
-def test_an_error_shows_no_secret(tmp_path, llama_folder, args, environment, code):
-    file = write_grid(tmp_path / "tiny.yaml", grid(llama_folder))
-    found = run(file, *args, cwd=tmp_path, **environment)
-    assert found.returncode == code, found.stderr
-    assert found.stderr.splitlines()[-1].startswith("error: ")
-    assert leaks(found.stdout + found.stderr) == []
+def test_an_error_shows_no_secret(tmp_path, llama_folder, monkeypatch, capfd, args, environment, code):
+    for name, value in (PLANTED | environment).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    try:
+        found = command.main([str(write_grid(tmp_path / "tiny.yaml", grid(llama_folder))), *args])
+    except SystemExit as e:  # argparse's
+        found = e.code
+    out, err = capfd.readouterr()
+    assert found == code, err
+    assert err.splitlines()[-1].startswith("error: ")
+    assert leaks(out + err) == []
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,11 @@
 """The walk through whole models: every architecture, every method, and a real small model."""
 
 import copy
-import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import STORIES, STORIES_TEXT, random_windows, tiny_bloom, tiny_llama, tiny_opt
+from support.tiny import random_windows, tiny_bloom, tiny_llama, tiny_opt
+from support.trained import load, pruned, windows
 from torch import nn
 
 from ctp.architectures.blocks import decoder_blocks
@@ -259,49 +257,22 @@ def test_matrices_that_are_no_linears_are_refused():
         compress_model(model, random_windows(1, 16), GPTQ(bits=4))
 
 
-@pytest.fixture(scope="module")
-def stories():
-    root = Path(os.environ.get("CTP_TEST_MODELS", STORIES.parent)) / STORIES.name
-    if not root.exists() or not STORIES_TEXT.exists():
-        pytest.skip(f"needs the model at {root} and {STORIES_TEXT} (CTP_TEST_MODELS)")
-    transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(root)
-
-    def tokens(split: str, count: int) -> torch.Tensor:
-        lines = STORIES_TEXT.with_name(f"{split}.jsonl").read_text().splitlines()
-        ids = tokenizer("\n\n".join(json.loads(line)["text"] for line in lines[:60]))["input_ids"]
-        return torch.tensor(ids[: count * 128]).view(count, 128)
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
-    return model.eval(), tokens("train", 48), tokens("validation", 24)
-
-
-def smaller_weights_zeroed(model: nn.Module) -> nn.Module:
-    """Magnitude pruning at 50 %."""
-    model = copy.deepcopy(model)
-    for module in decoder_blocks(model)[1].modules():
-        if isinstance(module, nn.Linear):
-            size = module.weight.data.abs()
-            module.weight.data[size < size.median()] = 0
-    return model
-
-
-def test_a_real_model_orders_the_methods(stories):
-    model, calibration, evaluation = stories
+def test_a_real_model_orders_the_methods(trained):
+    model, calibration, evaluation = load(trained), windows("train", 96), windows("test", 64)
 
     def ppl(spec: Solver) -> float:
         small = copy.deepcopy(model)
         compress_model(small, calibration, spec, batch=16)
         return perplexity(small, evaluation).ppl
 
-    dense = perplexity(model, evaluation).ppl
-    fine, coarse = ppl(GPTQ(bits=4)), ppl(GPTQ(bits=3))
+    dense, magnitude = perplexity(model, evaluation).ppl, perplexity(pruned(trained), evaluation).ppl
+    fine, coarse = ppl(GPTQ(bits=3)), ppl(GPTQ(bits=2))
     sequential = ppl(GPTQ(bits=3, true_sequential=True, act_order=True, scale="mse"))
     half, most = ppl(SparseGPT(sparsity=0.5)), ppl(SparseGPT(sparsity=0.75))
-    joint, regular = ppl(SparseGPT(sparsity=0.5, bits=4)), ppl(SparseGPT(pattern="2:4"))
+    joint, regular = ppl(SparseGPT(sparsity=0.5, bits=3)), ppl(SparseGPT(pattern="2:4"))
     assert dense < fine < coarse
-    assert sequential < coarse
+    assert dense < sequential < coarse
     assert dense < half < most
     assert half < joint
     assert half < regular
-    assert half < 0.6 * perplexity(smaller_weights_zeroed(model), evaluation).ppl
+    assert half - dense < 0.6 * (magnitude - dense)

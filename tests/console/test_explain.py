@@ -10,6 +10,7 @@ from support.tinygrid import grid
 from ctp.cells.cell import Learn, to_json
 from ctp.cells.events import Progress
 from ctp.cells.labels import slug
+from ctp.common.terminal import size
 from ctp.console import explain, heartbeat
 from ctp.console.board import Board
 from ctp.planning.gridtext import GridError
@@ -50,11 +51,22 @@ def test_a_finished_cell_says_what_it_cost_and_where_it_is(finished, tmp_path):
     said = explain.explain(finished.plan, node.key, finished.store, f"sqlite:///{tmp_path}/none.db")
     manifest = finished.store.manifest(node.ref)
     assert said["manifest"] == manifest
-    text = "\n".join(explain.lines(said))
-    for part in (node.key, finished.store.folder(node.ref), "recovery.k = 4", "needed by    3 cells", "no run yet",
-                 f"val_loss = {manifest['metrics']['val_loss']:g}" if "val_loss" in manifest["metrics"] else "metric",
-                 "tiny-llama_gptq-3bit (done)", "peak memory"):  # fmt: skip
-        assert part in text
+    lines = explain.lines(said)
+    [source] = node.inputs
+    for name, value in (
+        ("key", node.key),
+        ("state", "done"),
+        ("input", f"{source[:12]} tiny-llama_gptq-3bit (done)"),
+        ("needed by", "3 cells"),
+        ("folder", finished.store.folder(node.ref)),
+        ("peak memory", size(manifest["peak_memory_bytes"])),
+        ("MLflow", "no run yet"),
+    ):
+        assert f"  {name:<12} {value}" in lines
+    metrics = [line.split()[1:] for line in lines if line.startswith("  metric ")]
+    assert metrics == [[n, "=", f"{v:g}"] for n, v in sorted(manifest["metrics"].items())]
+    assert len(metrics) > 3
+    assert "  recovery.k = 4" in lines
     assert not (tmp_path / "none.db").exists()
 
 

@@ -34,7 +34,7 @@ def test_a_frame_fits_and_says_how_far(graph, width):
     assert ("99" in line) is (width >= live.WIDE)
     assert "2/10 cells" in text
     assert "1 failed" in text
-    assert "memory" in text or width < 80
+    assert re.search(r"memory \d+\.\d of \d+\.\d GiB", text)
 
 
 def test_pages_are_named_whole_and_only_where_they_answer(graph, listening):
@@ -49,7 +49,7 @@ def test_pages_are_named_whole_and_only_where_they_answer(graph, listening):
     assert drawn.count(f"\nRay: {about.ray}\n") == 3
     assert drawn.count("\nMLflow: mlflow ui --backend-store-uri ") == 3
     assert drawn.count("sqlite:////a/folder/mlflow.db") == 3
-    assert asked() <= 2  # the time for which an answer holds may end among them
+    assert 1 <= asked() <= 2  # the time for which an answer holds may end among them
 
 
 def test_more_cells_than_lines(graph):

@@ -4,17 +4,16 @@ import hashlib
 import inspect
 import json
 import shutil
-from pathlib import Path
 
 import datasets
 import huggingface_hub
 import pytest
+from support.shared import DATA, needs
 
 from ctp.corpora import main
 from ctp.data.documents import locate_text, read_documents
 from ctp.data.texts import CORPORA
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
 TEXTS = ["one\u2028line", "", "no it was n't", "two\nlines", "ünï"]  # a JSON line may hold what ends a line elsewhere
 OPENBOOK = [{"id": "7-980", "question_stem": "The sun is", "choices": {"text": ["a", "b"], "label": ["A", "B"]},
              "answerKey": "B"}]  # fmt: skip
@@ -218,7 +217,7 @@ def test_a_damaged_manifest_or_list_of_checksums(tmp_path, capsys, hub):
     assert "SHA256SUMS, line 1: no checksum and path below" in err
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="the data lie beside the project where it is developed")
+@needs(DATA)
 def test_real_copies_verify_and_a_changed_byte_is_told(tmp_path, capsys):
     code, out, _ = run(capsys, "verify", DATA)
     assert (code, out) == (0, f"{DATA}: 20 files checked, all as they should be\n")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.shared import DATA, needs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -21,8 +22,7 @@ from ctp.data.documents import locate_text, read_documents
 from ctp.data.texts import CORPORA, find, parse_corpus
 from ctp.data.windows import cut_windows, text_stats
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-needs_data = pytest.mark.skipif(not (DATA / "wikitext-2-raw").is_dir(), reason=f"no real data in {DATA}")
+needs_data = needs(DATA / "wikitext-2-raw")
 
 
 @pytest.fixture(autouse=True)
@@ -156,8 +156,6 @@ def test_text_stats_count_unknowns_and_know_the_tokenizer(by_bytes):
 
 @pytest.mark.parametrize(("name", "least"), [("wikipedia", 1_900_000), ("newswire", 340_000), ("pydoc", 300_000)])
 def test_packaged_texts_have_disjoint_splits_of_useful_size(name, least):
-    if name != "pydoc":
-        pytest.importorskip("gensim")
     splits = {}
     for split in data_texts.SPLITS:
         location, revision = locate_text(CORPORA[name], split, "/nowhere")
@@ -172,7 +170,6 @@ def test_packaged_texts_have_disjoint_splits_of_useful_size(name, least):
 
 
 def test_wikipedia_reads_like_prose():
-    pytest.importorskip("gensim")
     texts = read_documents("package:wikipedia", CORPORA["wikipedia"], "train")
     assert texts[0].startswith("Anarchism is a political philosophy that advocates self-governed societies based on")
     text = "\n\n".join(texts)

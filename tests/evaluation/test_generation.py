@@ -6,7 +6,6 @@ import pytest
 import torch
 from support.adapters import save_lora
 from support.measured import ARCHITECTURES, job_for, loaded, read_json, rows_for
-from support.tiny import STORIES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctp.cells import Generation, HardPrompt
@@ -115,11 +114,20 @@ def test_model_and_tokenizer_are_left_as_they_were():
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_special_tokens_are_not_in_the_text(monkeypatch):
+def always(model, token):
+    """The model, which answers whatever it is asked with this token alone."""
+    head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.copy_(torch.nn.functional.one_hot(torch.tensor(token), head.out_features))
+    model.lm_head = head
+    return model
+
+
+def test_special_tokens_are_not_in_the_text():
     model, tokenizer = loaded("tiny-llama")
-    monkeypatch.setattr(module, "answer_tokens", lambda *args: [[tokenizer.bos_token_id, 71, 72], []])
-    plain = tokenizer.decode([71, 72])
-    assert answers(model, tokenizer, QUESTIONS[:2]) == [plain, ""]
+    assert answers(always(model, tokenizer.bos_token_id), tokenizer, QUESTIONS[:2], None, 4) == ["", ""]
+    assert answers(always(model, 71), tokenizer, QUESTIONS[:2], None, 4) == [4 * tokenizer.decode([71])] * 2
 
 
 def test_repetition():
@@ -129,34 +137,38 @@ def test_repetition():
     assert repeated_4grams([[1, 2, 3], []]) is None
 
 
-def test_measure_on_a_real_model(tmp_path):
-    if not STORIES.is_dir():
-        pytest.skip("the stories260K model is not here")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(STORIES), AutoTokenizer.from_pretrained(STORIES)
-    spec = Generation(questions="Once upon a time\n\nLily went to the\n", new_tokens=24)
+def test_measure_on_a_real_model(tmp_path, trained):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(trained), AutoTokenizer.from_pretrained(trained)
+    questions = ["Return the number of", "The class"]
+    spec = Generation(questions="\n\n".join(questions) + "\n", new_tokens=24)
     numbers = measure._generation(spec, job_for(tmp_path, model, tokenizer))
-    stored = read_json(tmp_path / "answers.json")
-    assert [row["question"] for row in stored] == ["Once upon a time", "Lily went to the"]
-    assert [row["answer"] for row in stored] == answers(model, tokenizer, ["Once upon a time", "Lily went to the"],
-                                                        None, 24)  # fmt: skip
-    assert "there was a" in stored[0]["answer"]
-    assert "Once" not in stored[0]["answer"]
+    expected = [greedy(model, tokenizer, question, None, 24) for question in questions]
+    assert read_json(tmp_path / "answers.json") == [
+        {"question": question, "answer": tokenizer.decode(ids), "tokens": len(ids)}
+        for question, ids in zip(questions, expected, strict=True)
+    ]
+    assert all(len(set(ids)) > 3 for ids in expected)  # it has learned to write more than one letter
     assert numbers == {
         "questions": 2,
-        "tokens": sum(row["tokens"] for row in stored),
-        "tokens_per_answer": numbers["tokens"] / 2,
+        "tokens": sum(map(len, expected)),
+        "tokens_per_answer": sum(map(len, expected)) / 2,
         "empty_answers": 0,
-        "repeated_4grams": numbers["repeated_4grams"],
+        "repeated_4grams": repeated_4grams(expected),
     }
-    assert numbers["tokens"] == 48
-    assert 0 <= numbers["repeated_4grams"] < 0.5
 
 
-def test_measure_counts_empty_answers_and_leaves_out_what_it_cannot_say(tmp_path, monkeypatch):
-    model, tokenizer = loaded("tiny-opt-1")
-    monkeypatch.setattr(module, "answer_tokens", lambda *args, **kwargs: [[], [tokenizer("\n")["input_ids"][1]], [40]])
-    numbers = measure._generation(Generation(questions="a\nb\nc"), job_for(tmp_path, model, tokenizer))
-    assert numbers == {"questions": 3, "tokens": 2, "tokens_per_answer": pytest.approx(2 / 3), "empty_answers": 2}
+def test_measure_counts_empty_answers_and_leaves_out_what_it_cannot_say(tmp_path):
+    """An answer of blanks is empty, though it has tokens; where none has four tokens nothing is said of repetition."""
+    model, tokenizer = loaded("tiny-llama")
+    spec = Generation(questions="a\nb\nc", new_tokens=3)
+    for token, tokens, empty in (
+        (tokenizer.eos_token_id, 0, 3),
+        (tokenizer("\n")["input_ids"][-1], 3, 3),
+        (tokenizer("x")["input_ids"][-1], 3, 0),
+    ):
+        numbers = measure._generation(spec, job_for(tmp_path, always(model, token), tokenizer))
+        expected = {"questions": 3, "tokens": 3 * tokens, "tokens_per_answer": tokens, "empty_answers": empty}
+        assert numbers == expected
 
 
 def test_the_papers_questions_behind_a_prompt(tmp_path):
@@ -201,5 +213,5 @@ def test_a_question_is_attached_to_a_hard_prompt_as_one_text(name):
     """No second beginning of text stands between them: the answer is that to the text and the question written out."""
     model, tokenizer = loaded(name)
     rows = untrained_rows(HardPrompt(text="Look closely."), model, tokenizer)
-    asked = module.answer_tokens(model, tokenizer, ["Why?"], rows, 6, before="Look closely.")
-    assert asked == module.answer_tokens(model, tokenizer, ["Look closely. Why?"], None, 6)
+    asked = answer_tokens(model, tokenizer, ["Why?"], rows, 6, before="Look closely.")
+    assert asked == answer_tokens(model, tokenizer, ["Look closely. Why?"], None, 6)

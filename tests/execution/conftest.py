@@ -1,23 +1,20 @@
-import shutil
-
 import pytest
-from support.gridruns import run_here
+from support.gridruns import without_ray
 from support.tinygrid import write_grid
 
 from ctp import grid as command
-from ctp.scheduling import tune
 
 
 @pytest.fixture(scope="module")
-def tracking_uri(tmp_path_factory, database):
+def tracking_uri(tmp_path_factory, new_database):
     """An MLflow database that the tests of a file share."""
-    return f"sqlite:///{shutil.copy(database, tmp_path_factory.mktemp('mlflow') / 'mlflow.db')}"
+    return new_database(tmp_path_factory.mktemp("mlflow"))
 
 
 @pytest.fixture
 def grid_run(tmp_path, monkeypatch, capsys, tracking_uri):
     """Run a grid: (exit code, lines printed, lines of errors). Its experiment is called as its file."""
-    monkeypatch.setattr(tune, "run", run_here)
+    without_ray(monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
     monkeypatch.chdir(tmp_path)
 

@@ -4,17 +4,15 @@ import subprocess
 import sys
 
 import pytest
+from mlflow.tracking import MlflowClient
 from support.plans import make
-from support.tinygrid import grid
+from support.tinygrid import grid, write_grid
 
 from ctp import grid as cli
-from ctp.cells.runtime import Runtime
 from ctp.planning.resources import Fleet, Machine, bundles, fleet
 from ctp.planning.resources import Resources as Each
 from ctp.scheduling import cluster
-from ctp.scheduling import run as scheduling_run
 from ctp.scheduling.cluster import ResourceError, authenticate
-from ctp.storage.store import Store
 
 HEAD = {"CPU": 0, "memory": 1e10, "node:__internal_head__": 1}
 GPU = {"CPU": 8, "GPU": 1}
@@ -125,29 +123,15 @@ def test_rays_client_must_show_a_token(monkeypatch, no_token):
     authenticate("ray://10.9.8.7:10001", False)
 
 
-class Tracker:
-    """MLflow's part, without MLflow, whose import and new database take longer than all tests here."""
-
-    ended = uri = ""
-
-    def begin(self, command, cells):
-        pass
-
-    def close(self, status):
-        self.ended = status
-
-
-def test_the_command_line_refuses_in_one_line(tmp_path, llama_folder, monkeypatch, no_token, capsys):
+def test_the_command_line_refuses_in_one_line(tmp_path, llama_folder, uri, monkeypatch, no_token, capsys):
     monkeypatch.setattr(cluster, "_knock", lambda address: None)
     monkeypatch.setattr(cluster, "_asks", lambda place: False)
-    plan = make(tmp_path / "g.yaml", **grid(llama_folder))
-    args = cli.parser().parse_args(["g", "--address", "10.9.8.7:6379"])
-    store, tracker = Store(str(tmp_path / "store")), Tracker()
-    assert scheduling_run.run(plan, set(plan.nodes), set(), store, tracker, Runtime(device="cpu"),
-                              cli.options(args)) == 2  # fmt: skip
+    file = write_grid(tmp_path / "g.yaml", grid(llama_folder))
+    assert cli.main([str(file), "--address", "10.9.8.7:6379", "--store", str(tmp_path / "store")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: the Ray cluster at 10.9.8.7:6379 takes work from anyone who can reach it")
-    assert tracker.ended == "FAILED"
+    [begun] = MlflowClient(uri).search_runs([MlflowClient(uri).get_experiment_by_name("g").experiment_id])
+    assert begun.info.status == "FAILED"
 
 
 def test_whether_a_cluster_asks_is_asked_without_a_token(monkeypatch):

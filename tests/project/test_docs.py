@@ -3,7 +3,6 @@
 import itertools
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import mlflow
@@ -13,7 +12,8 @@ import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from support.adapters import save_lora
-from support.pages import Block, Reader, blocks, one_after_the_other
+from support.gridruns import without_ray
+from support.pages import Block, Reader, blocks
 from support.tiny import tiny_llama, tiny_opt
 from support.tinygrid import VOCAB, byte_tokenizer, grid, model_folder, write_grid
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
@@ -32,21 +32,13 @@ ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "grid" / "tasks" / "README.md"]
 
 
-@pytest.fixture(scope="module")
-def tables(tmp_path_factory):
-    """An empty database of MLflow: making its tables takes longer than most pages."""
-    file = tmp_path_factory.mktemp("mlflow") / "empty.db"
-    mlflow.MlflowClient(f"sqlite:///{file}").search_experiments()
-    return file
-
-
 @pytest.fixture
-def page(tmp_path, monkeypatch, tables):
+def page(tmp_path, monkeypatch, new_database):
     """A folder to run a page in: no Ray, methods of its own forgotten afterwards, MLflow's address too."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "results").mkdir()
-    shutil.copy(tables, tmp_path / "results" / "mlflow.db")
-    monkeypatch.setattr("ctp.scheduling.tune.run", one_after_the_other)
+    new_database(tmp_path / "results")
+    without_ray(monkeypatch)
     for family in (Compression, Measure, Recovery):
         monkeypatch.setattr(family, "registry", dict(family.registry))
     monkeypatch.setattr(plugins, "_sources", {})

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from support.longest import LONG
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
@@ -40,3 +41,7 @@ def test_each_folder_is_one_of_the_code():
 @pytest.mark.parametrize("file", sorted((TESTS / "support").glob("*.py")), ids=lambda f: f.stem)
 def test_a_shared_module_tells_what_it_holds(file):
     assert ast.get_docstring(ast.parse(file.read_text()))
+
+
+def test_the_files_that_begin_first_are_there():
+    assert [name for name in LONG if not (TESTS / name).is_file()] == []

@@ -1,4 +1,4 @@
-"""`python -m ctp.grid` as a person runs it: a process, a real Ray, a real store, exit codes."""
+"""`python -m ctp.grid` as a person runs it: real processes where they matter, real stores, exit codes."""
 
 import os
 import re
@@ -8,8 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from support.gridruns import command, manifests, run, runs
+from support.gridruns import command, manifests, run, runs, without_ray
 from support.tinygrid import grid, write_grid
+
+from analysis import transfer_matrix
+from ctp import grid as command_line
+from ctp.cells.cell import Evaluate
+from ctp.tracking.tracker import Tracker
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,13 +46,8 @@ def wait_for(condition, seconds=90):
     raise AssertionError(f"not seen within {seconds} s")
 
 
-def test_run_again_plan_and_matrix(tmp_path, llama_folder):
+def test_a_run_and_the_same_again(tmp_path, llama_folder):
     file = write_grid(tmp_path / "tiny.yaml", grid(llama_folder))
-    planned = run("ctp.grid", file, "--plan", cwd=tmp_path)
-    assert planned.returncode == 0
-    assert "10 cells (3 compress, 1 learn, 6 evaluate): 0 done, 10 to run" in planned.stdout
-    assert not (tmp_path / "results").exists()
-
     first = run("ctp.grid", file, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert re.search(r"\[10/10\] done +evaluate", first.stdout)
@@ -61,31 +61,39 @@ def test_run_again_plan_and_matrix(tmp_path, llama_folder):
     assert "10 done, 0 to run" in second.stdout
     assert manifests(tmp_path) == before
 
-    shown = run("analysis.transfer_matrix", "tiny", cwd=tmp_path)
-    assert shown.returncode == 0, shown.stderr
-    assert "gptq-3bit prompt, k=4, pydoc" in shown.stdout
-    ppl = next(m["metrics"]["ppl"] for n, m in before.items() if "sparsegpt-50-4bit_none_ppl" in n)
-    assert f"{ppl:.2f}" in shown.stdout
 
-    sliced = run("ctp.grid", file, "--where", "target=dense", "--plan", cwd=tmp_path)
-    assert "5 cells (2 compress, 1 learn, 2 evaluate): 5 done" in sliced.stdout
+def test_plans_and_the_matrix_of_what_is_done(copied, uri, capsys):
+    """The commands, in this process."""
+    file, at = copied.plan.grid.path, ["--store", copied.store.uri]
+    assert command_line.main([str(file), "--plan", *at]) == 0
+    assert "10 cells (3 compress, 1 learn, 6 evaluate): 10 done, 0 to run" in capsys.readouterr().out
+    assert command_line.main([str(file), "--where", "target=dense", "--plan", *at]) == 0
+    assert "5 cells (2 compress, 1 learn, 2 evaluate): 5 done" in capsys.readouterr().out
+    Tracker(uri, copied.plan, copied.store).sync()
+    assert transfer_matrix.main(["g"]) == 0
+    shown = capsys.readouterr().out
+    assert "gptq-3bit prompt, k=4, pydoc" in shown
+    for cell in copied.all(Evaluate):
+        assert f"{copied.store.manifest(cell)['metrics']['ppl']:.2f}" in shown
 
 
-def test_a_failed_cell_stops_only_what_needs_it(tmp_path, llama_folder):
+def test_a_failed_cell_stops_only_what_needs_it(tmp_path, llama_folder, uri, capsys, monkeypatch):
+    without_ray(monkeypatch)
+    monkeypatch.chdir(tmp_path)
     content = grid(llama_folder)
     content["recovery"]["text"]["count"] = 10**6  # more windows than there is text: known only when it is read
     content["recovery"]["precision"] = "fp16"
-    file = write_grid(tmp_path / "tiny.yaml", content)
-    found = run("ctp.grid", file, "--device", "cpu", cwd=tmp_path)
-    assert found.stdout.count("no fast float16: computing in float32") == 1  # before its cell begins
-    assert found.returncode == 1, found.stderr
-    assert "6 done, 1 failed, 3 skipped in" in found.stdout
-    assert re.search(r"FAILED +learn .*ValueError: .*1000000", found.stdout)
-    assert re.search(r"skipped: .*: needs tiny-llama_gptq-3bit_soft_prompt", found.stdout)
-    [failed] = [r for r in runs(f"sqlite:///{tmp_path}/results/mlflow.db", "tiny") if r.info.status == "FAILED"]
+    file = str(write_grid(tmp_path / "tiny.yaml", content))
+    assert command_line.main([file, "--device", "cpu"]) == 1
+    found = capsys.readouterr().out
+    assert found.count("no fast float16: computing in float32") == 1  # before its cell begins
+    assert "6 done, 1 failed, 3 skipped in" in found
+    assert re.search(r"FAILED +learn .*ValueError: .*1000000", found)
+    assert re.search(r"skipped: .*: needs tiny-llama_gptq-3bit_soft_prompt", found)
+    [failed] = [r for r in runs(uri, "tiny") if r.info.status == "FAILED"]
     assert "1000000" in failed.data.tags["ctp.error"]
-    again = run("ctp.grid", file, "--plan", cwd=tmp_path)
-    assert "failed last time" in again.stdout
+    assert command_line.main([file, "--plan"]) == 0
+    assert "failed last time" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -154,22 +162,32 @@ def test_killed_and_started_again_repeats_nothing(tmp_path, long_grid, start):
         (["FILE", "--stage", "both"], 2, "invalid choice"),
         (["FILE", "--store", "/proc/none/store"], 3, "cannot be written"),
         (["FILE", "--store", "nope://x"], 3, "store 'nope://x'"),
-        (["FILE", "--address", "127.0.0.1:9"], 2, "no Ray cluster at 127.0.0.1:9"),
     ],
 )
-def test_exit_codes_before_anything_starts(tmp_path, llama_folder, args, code, message):
+def test_exit_codes_before_anything_starts(tmp_path, llama_folder, monkeypatch, capsys, args, code, message):
+    monkeypatch.chdir(tmp_path)
     file = write_grid(tmp_path / "tiny.yaml", grid(llama_folder))
-    found = run("ctp.grid", *[file if a == "FILE" else a for a in args], cwd=tmp_path)
-    assert found.returncode == code, found.stdout + found.stderr
-    assert message in found.stderr
+    try:
+        found = command_line.main([str(file) if a == "FILE" else a for a in args])
+    except SystemExit as e:  # argparse's
+        found = e.code
+    assert found == code
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("results/store/*/*/manifest.json"))
+
+
+def test_an_error_is_the_exit_code_of_the_process(tmp_path, llama_folder):
+    file = write_grid(tmp_path / "tiny.yaml", grid(llama_folder))
+    found = run("ctp.grid", file, "--address", "127.0.0.1:9", cwd=tmp_path)
+    assert found.returncode == 2, found.stdout + found.stderr
+    assert "no Ray cluster at 127.0.0.1:9" in found.stderr
     assert "Traceback" not in found.stderr
     assert not list(tmp_path.glob("results/store/*/*/manifest.json"))
 
 
-def test_tracking_that_cannot_be_reached(tmp_path, llama_folder, monkeypatch):
+def test_tracking_that_cannot_be_reached(tmp_path, llama_folder, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    file = write_grid(tmp_path / "tiny.yaml", grid(llama_folder))
-    found = run("ctp.grid", file, cwd=tmp_path)
-    assert found.returncode == 3
-    assert "MLflow at http://127.0.0.1:9 cannot be reached" in found.stderr
+    monkeypatch.chdir(tmp_path)
+    assert command_line.main([str(write_grid(tmp_path / "tiny.yaml", grid(llama_folder)))]) == 3
+    assert "MLflow at http://127.0.0.1:9 cannot be reached" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from itertools import count
 
 import pytest
 from support.gridruns import command
+from support.objectstore import Server
 from support.tinygrid import grid, write_grid
 
 from ctp.planning import gridfile
@@ -67,10 +68,6 @@ def test_on_a_local_store(tmp_path, planned):
 
 
 def test_on_an_object_store_that_is_busy_now_and_then(tmp_path, planned, monkeypatch):
-    pytest.importorskip("moto")
-    pytest.importorskip("s3fs")
-    from support.objectstore import Server
-
     file, plan = planned
     server, asked = Server(), count(1)
     env = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1",

@@ -8,6 +8,7 @@ import uuid
 
 import pytest
 from support.cells import compress, evaluate, learn, publish
+from support.objectstore import Server
 
 from ctp.cells.cell import key
 from ctp.storage import remote
@@ -16,14 +17,9 @@ from ctp.storage.ref import ref
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store
 
-pytest.importorskip("moto", reason="moto is not installed: pip install 'moto[s3]'")
-pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'ctp[s3]'")
-
 
 @pytest.fixture(scope="module")
 def server():
-    from support.objectstore import Server
-
     server = Server()
     yield server
     server.stop()

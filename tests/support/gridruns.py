@@ -1,5 +1,6 @@
 """Grids run as commands or in this process, and what a run leaves: lines, manifests, MLflow runs."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -19,7 +20,7 @@ def command(module, *args):
 
 def run(module, *args, cwd):
     """Run a module to its end; never raises for its exit code."""
-    return subprocess.run(command(module, *args), cwd=cwd, capture_output=True, text=True, timeout=180, check=False)
+    return subprocess.run(command(module, *args), cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
 
 
 def run_here(plan, todo, done, *, store, runtime, options, on_event):
@@ -34,6 +35,12 @@ def run_here(plan, todo, done, *, store, runtime, options, on_event):
         walk.end(str(count))
         count += 1
     return walk.outcome
+
+
+def without_ray(monkeypatch):
+    """Grids run in this process until the test ends: starting Ray takes seconds."""
+    monkeypatch.setattr("ctp.scheduling.tune.run", run_here)
+    monkeypatch.setattr("ctp.scheduling.cluster.join", lambda *args: contextlib.nullcontext())
 
 
 def starting(lines, word):

@@ -19,9 +19,8 @@ def tags(name, **more):
     return {"mlflow.runName": name, "ctp.key": "0" * 64, "ctp.git_commit": "c0ffee" * 6 + "abcd", **more}
 
 
-def everything(folder):
+def everything(uri):
     """MLflow with something of everything: perplexities, learning, answers, latencies, words, and a failure."""
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
     writer = Writer(uri, {"a": EVIL}, ["table2", "figure1", "figure6", "figure9"])
     writer.paper("table2", factor=1.2)
     moved = entry("figure5", source="gptq-3bit", target="gptq-4bit", dataset="ptb")

@@ -1,13 +1,9 @@
 """Tiny random models of each architecture: random weights, real code paths."""
 
-import json
-from pathlib import Path
-
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BloomConfig,
     BloomForCausalLM,
     LlamaConfig,
@@ -21,10 +17,6 @@ from transformers import (
 )
 
 torch.set_num_threads(1)  # threads cost such small models more than they bring, and change sums in the last digit
-
-# A real 260 K-parameter Llama, which lies beside the project where it is developed: tests that use it skip elsewhere.
-STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
-STORIES_TEXT = Path(__file__).parents[3] / "shared" / "data" / "tinystories" / "train.jsonl"
 
 
 def tiny_llama(
@@ -139,21 +131,6 @@ def _spread(model):
 def random_windows(n: int, s: int, vocab: int = 61, seed: int = 0) -> torch.Tensor:
     """Token windows (n, s), reproducible."""
     return torch.randint(vocab, (n, s), generator=torch.Generator().manual_seed(seed))
-
-
-def pruned_stories() -> tuple[LlamaForCausalLM, torch.Tensor]:
-    """The trained model with the 40 % smallest weights of every linear set to zero, and its text in windows of 64."""
-    model = LlamaForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(STORIES)
-    with STORIES_TEXT.open() as lines:
-        text = "\n".join(json.loads(line)["text"] for line, _ in zip(lines, range(120), strict=False))
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    with torch.no_grad():
-        for name, layer in model.named_modules():
-            if isinstance(layer, torch.nn.Linear) and ".layers." in name:
-                w = layer.weight
-                w[w.abs() < w.abs().flatten().quantile(0.4)] = 0
-    return model, ids[: len(ids) // 64 * 64].view(-1, 64)
 
 
 PLAIN = {  # architectures whose head is a matrix and whose past is keys and values

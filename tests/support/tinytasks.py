@@ -3,13 +3,11 @@
 import json
 from pathlib import Path
 
-import pytest
 import yaml
-from support.tiny import STORIES
+from support.shared import DATA, needs
 
 SHIPPED = Path(__file__).parents[2] / "grid" / "tasks"
-DATA = STORIES.parents[1] / "data"
-needs_data = pytest.mark.skipif(not (DATA / "piqa").is_dir(), reason="no local copies of the tasks' data")
+needs_data = needs(DATA / "piqa")
 
 
 def own_task(folder, rows=6, **fields):

@@ -1,7 +1,7 @@
 """What the checks of the zoo share: models made once, the text they read, and what refuses them."""
 
 import re
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import pytest
 import torch
@@ -19,9 +19,9 @@ FRONT = [84, 104, 101, 257, 32, 9]  # the tokens that a hard prompt stands for
 EVERY = pytest.mark.parametrize("name", MODELS)
 
 
-@lru_cache(maxsize=2)
+@cache
 def shared(name):
-    """The model, for checks that leave it as it was."""
+    """The model, for checks that leave it as it was: some hundred KB for each."""
     return build(name)
 
 
