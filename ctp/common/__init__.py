@@ -1,1 +1,1 @@
-"""What every package may use: messages, files, YAML, the terminal, the Hugging Face hub."""
+"""What every package may use: messages, terminal text, files and hashes, YAML, the Hugging Face hub."""

@@ -1,1 +1,1 @@
-"""The artifact store on any fsspec URI: publish, fetch, verify, collect garbage."""
+"""Artifacts in a local folder or an object store: written whole or not at all, checked by their hashes."""
