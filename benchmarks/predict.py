@@ -33,14 +33,14 @@ SET_UP = 10.0  # seconds a cell takes besides reading and computing: an assumpti
 
 @dataclass(frozen=True)
 class Loads:
-    """What a cell reads, in bytes. model: of its target or source; won: of a prompt or adapter.
+    """What a cell reads, in bytes. model: of its target or source; learned: of a prompt or adapter.
 
     source: the key of the artifact that the model comes from; its name where it is the model itself, downloaded.
     """
 
     model: float
     source: str
-    won: float
+    learned: float
     downloaded: bool
 
 
@@ -86,14 +86,14 @@ class Forecast:
         base = cell.base
         learned = self.costs[key(cell.recovery)].stored if isinstance(cell, Evaluate) and cell.recovery else 0.0
         if base is not cell and not isinstance(base.compression, Dense):
-            return Loads(self.costs[key(base)].stored, key(base), won, downloaded=False)
-        only_named = base is cell and isinstance(base.compression, Dense)  # where it lies is written down, no more
+            return Loads(self.costs[key(base)].stored, key(base), learned, downloaded=False)
+        only_named = base is cell and isinstance(base.compression, Dense)  # only its location is stored
         size = 0.0 if only_named else node.facts.parameters * BYTES[base.model.dtype]
-        return Loads(size, base.model.name, won, downloaded=True)
+        return Loads(size, base.model.name, learned, downloaded=True)
 
     def segments(self, cells: list[str], machine: int = 0) -> list[tuple[float, float]]:
         """(hold, compute) of the cells of a task: the first one loads the model."""
-        moved = [self.loads[k].won + (self.loads[k].model if i == 0 else 0.0) for i, k in enumerate(cells)]
+        moved = [self.loads[k].learned + (self.loads[k].model if i == 0 else 0.0) for i, k in enumerate(cells)]
         return [(SET_UP + m / self.read, self.computing[k]) for k, m in zip(cells, moved, strict=True)]
 
     def alone(self) -> dict[str, float]:
@@ -129,9 +129,9 @@ class Forecast:
                 read += first.model
                 changes += [(task.begun, 1), (task.begun + first.model / self.read, -1)]
             for k in task.cells:
-                if won := self.loads[k].won:
-                    read += won
-                    cached[task.machine, self.plan.nodes[k].inputs[1]] = won
+                if learned := self.loads[k].learned:
+                    read += learned
+                    cached[task.machine, self.plan.nodes[k].inputs[1]] = learned
         at_once = most = 0
         for _, change in sorted(changes):
             at_once += change
