@@ -128,11 +128,6 @@ def test_one_run_that_does_not_compare_spoils_its_table(bench, tag, what):
     tables.build("table2", Results.read("g"))
 
 
-def test_an_unknown_measure_has_no_rows(results):
-    with pytest.raises(AnalysisError, match="no finished task evaluation"):
-        evaluations("g", measure="task")
-
-
 def test_no_rows_make_no_error():
     assert of_measure(typed(pd.DataFrame(columns=["model", "measure", "run_id"])), "perplexity").empty
 

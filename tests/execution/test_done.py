@@ -80,7 +80,7 @@ def test_whoever_asks_gets_the_same_answer(copied, damage):
         assert not asked.has(ref(cell))
         assert asked.done(map(ref, copied.cells)) == set(copied.plan.nodes) - {key(cell)}
         assert states(copied.plan, asked)[key(cell)].kind is Kind.DAMAGED
-        assert status.status(copied.plan, asked)["done"] == len(copied.cells) - 1
+        assert status.status(copied.plan, asked).done == len(copied.cells) - 1
     found = catalog.artifacts(store)
     assert [a.folder for a in found if not a.done] == [folder.name]
     assert any(folder.name in f.path for f in verify.check(store, found, found))

@@ -235,7 +235,8 @@ def test_commands_are_there_with_these_options(page):
         at = 1 if words[0] == "ctp" else 3
         command = cli.ALL[words[1]] if at == 1 else modules[words[2]]
         name = next(n for n, c in cli.ALL.items() if c is command)
-        parser = cli._renamed(cli.parser_of(cli.load(command)), name, command)
+        with cli.named(name, []):
+            parser = cli.load(command).parser()
         assert parser.parse_args(words[at + (at == 1) :]), line
 
 

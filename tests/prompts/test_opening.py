@@ -74,7 +74,7 @@ def test_windows_stand_behind_it_as_one_text(model, monkeypatch, before, after, 
         positions += len(front) + len(window[begins:]) - 1
     assert found["nll_sum"] == pytest.approx(total, rel=1e-5)
     assert (found["scored_tokens"], found["positions"]) == (5 * len(ids), positions)
-    assert seen[-1] == {"step": len(ids), "steps": len(ids)}
+    assert seen[-1].numbers() == {"step": len(ids), "steps": len(ids)}
 
 
 @frames

@@ -14,6 +14,7 @@ from support.tinygrid import grid, write_grid
 from analysis import transfer_matrix
 from ctp import grid as command_line
 from ctp.cells.cell import Evaluate
+from ctp.storage.ref import ref
 from ctp.tracking.tracker import Tracker
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +75,7 @@ def test_plans_and_the_matrix_of_what_is_done(copied, uri, capsys):
     shown = capsys.readouterr().out
     assert "gptq-3bit prompt, k=4, pydoc" in shown
     for cell in copied.all(Evaluate):
-        assert f"{copied.store.manifest(cell)['metrics']['ppl']:.2f}" in shown
+        assert f"{copied.store.manifest(ref(cell))['metrics']['ppl']:.2f}" in shown
 
 
 def test_a_failed_cell_stops_only_what_needs_it(tmp_path, llama_folder, uri, capsys, monkeypatch):

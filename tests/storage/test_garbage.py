@@ -14,6 +14,7 @@ from ctp.machine.process import BEAT, DEAD_SECONDS, OWNER, signs
 from ctp.planning import gridfile
 from ctp.planning.pins import Pins
 from ctp.storage import garbage
+from ctp.storage.drivers import Driver
 from ctp.storage.ref import identity, ref
 from ctp.storage.store import Store
 from ctp.store import main
@@ -235,9 +236,10 @@ def test_gc_removes_what_dead_drivers_said_and_leaves_the_living(full, capsys, m
     dead = living | {OWNER: f"{living[OWNER].split()[0]} 999999999 1"}
     silent = {OWNER: "elsewhere/x 1 2", BEAT: str(int(time.time()) - 2 * int(DEAD_SECONDS))}
     for name, told in (("living", living), ("dead", dead), ("silent", silent)):
-        full.folders.write(
-            f"{full.folders.root}/running/{name}.json", json.dumps({"grid": name, "signs": told}).encode()
+        driver = Driver(
+            grid=name, machine="m", pid=1, signs=told, total=1, done=0, failed=0, skipped=0, began=0.0, cells=[]
         )
+        full.folders.write(f"{full.folders.root}/running/{name}.json", driver.model_dump_json().encode())
     full.folders.write(f"{full.folders.root}/running/torn.json", b'{"grid": "g"')
     _, out, _ = call(full, "gc", capsys=capsys)
     assert out.count("left by a driver that is no more") == 2

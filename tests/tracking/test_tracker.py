@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from mlflow.tracking import MlflowClient
 from support.bench import Bench
-from support.mlflow_runs import runs
+from support.gridruns import runs
 
 from analysis import attach, transfer_matrix
 from analysis.runs import AnalysisError, evaluations
