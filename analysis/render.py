@@ -19,7 +19,8 @@ ACCENTED = "".join(c for c in map(chr, range(0xC0, 0x100)) if c not in "ÐÞðþ
 class Table:
     """A table ready to be shown. head: column names. labels: how many of its first columns name the row.
 
-    wide: the other columns hold sentences. notes: sentences below it. data: the same for machines, with a head line.
+    wide: the other columns hold sentences. lead: what to know before it is read, "" for nothing. notes: sentences below
+    it. data: the same for machines, with a head line.
     """
 
     name: str
@@ -28,8 +29,14 @@ class Table:
     body: list[list[str]]
     labels: int = 1
     wide: bool = False
+    lead: str = ""
     notes: list[str] = field(default_factory=list)
     data: list[list[object]] = field(default_factory=list)
+
+    @property
+    def below(self) -> list[str]:
+        """The lead and the notes, where both stand below the table."""
+        return [self.lead, *self.notes] if self.lead else self.notes
 
 
 def markdown(table: Table) -> str:
@@ -39,7 +46,7 @@ def markdown(table: Table) -> str:
     left = [i < table.labels or table.wide for i in range(len(table.head))]
     lines = ["| " + " | ".join(_pad(c, w, x) for c, w, x in zip(row, widths, left, strict=True)) + " |" for row in rows]
     rule = "|" + "|".join("-" * (w + 1) + ("-" if x else ":") for w, x in zip(widths, left, strict=True)) + "|"
-    notes = "".join(f"\n{plain(note)}\n" for note in table.notes)
+    notes = "".join(f"\n{plain(note)}\n" for note in table.below)
     return f"### {table.name}: {inert(table.title)}\n\n" + "\n".join([lines[0], rule, *lines[1:]]) + "\n" + notes
 
 
@@ -66,7 +73,7 @@ def latex(table: Table) -> str:
     width = 0.8 / max(1, rest)
     columns = labels + ([rf"p{{{width:.2f}\textwidth}}"] if table.wide else ["r"]) * rest
     rows = [" & ".join(map(escape, row)) + r" \\" for row in (table.head, *table.body)]
-    notes = [rf"\par\small {escape(note)}" for note in table.notes]
+    notes = [rf"\par\small {escape(note)}" for note in table.below]
     return "\n".join([
         r"\begin{table}", r"\centering", rf"\caption{{{escape(table.title)}}}", rf"\label{{tab:{table.name}}}",
         rf"\begin{{tabular}}{{{''.join(columns)}}}", r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule",

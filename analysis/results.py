@@ -77,7 +77,7 @@ class Results:
         """From MLflow. Raises AnalysisError where it has no such grid, or a run without its numbers."""
         rows = finished(grid)
         for measure in REQUIRED:
-            of_measure(rows, measure)
+            of_measure(rows, measure, grid)
         newest = invocations(grid)[0].info.run_id
         return cls(rows, *roles.of_grid(artifact(newest, "grid.yaml")))
 

@@ -66,7 +66,7 @@ def evaluations(grid: str, where: str = "", dataset: str = "") -> pd.DataFrame:
         raise AnalysisError(f"{grid} has nothing on {dataset!r}; it has: {', '.join(known)}")
     if runs.empty:
         raise AnalysisError(f"{grid}: no finished perplexity evaluation" + (f" where {where}" if where else ""))
-    return of_measure(runs, "perplexity")
+    return of_measure(runs, "perplexity", grid)
 
 
 def finished(grid: str, where: str = "") -> pd.DataFrame:
@@ -156,7 +156,7 @@ def _level(method: Any, bits: Any, sparsity: Any, pattern: Any) -> str:
     return level(method, None if pd.isna(bits) else int(bits), None if pd.isna(sparsity) else float(sparsity))
 
 
-def of_measure(table: pd.DataFrame, measure: str) -> pd.DataFrame:
+def of_measure(table: pd.DataFrame, measure: str, grid: str) -> pd.DataFrame:
     """The rows of one measure (or "learn"). Raises AnalysisError where one lacks a REQUIRED number or a tag."""
     rows = table[table.measure == measure]
     for name in REQUIRED.get(measure, []):
@@ -167,7 +167,7 @@ def of_measure(table: pd.DataFrame, measure: str) -> pd.DataFrame:
         lacking = rows[rows[name] == ""]
         if len(lacking):
             raise AnalysisError(
-                f"run {lacking.iloc[0].run_id} has no tag ctp.{name}: `python -m ctp.track sync GRID` writes it"
+                f"run {lacking.iloc[0].run_id} has no tag ctp.{name}: `python -m ctp.track sync {grid}` writes it"
             )
     return rows
 

@@ -52,7 +52,7 @@ def _side_by_side(name: str, found: Found) -> Table:
         cells = ["NA" if e is None else _cell(e, found[e], what) for e, what in entries]
         body.append([*row, *[""] * (labels - len(row)), *cells])
     head = [""] * labels + [f"{c} {what}" for c, what in columns]
-    return Table(name, paper.spec(name)["title"], head, body, labels, False, _notes(found), _data(found))
+    return _table(name, found, head, body, labels=labels, data=_data(found))
 
 
 def _stacked(name: str, found: Found) -> Table:
@@ -67,7 +67,14 @@ def _stacked(name: str, found: Found) -> Table:
             body.append([*label, what, *(_cell(e, found[e], what) for e in entries)])
             label = [""] * len(row)
     head = ["text", "source", "", *columns]
-    return Table(name, paper.spec(name)["title"], head, body, 3, False, _notes(found), _data(found))
+    return _table(name, found, head, body, labels=3, data=_data(found))
+
+
+def _table(name: str, found: Found, head: list[str], body: list[list[str]], *, labels: int, wide: bool = False,
+           data: list[list[object]] | None = None) -> Table:  # fmt: skip
+    """A table with the paper's title, and what has to be said of what was found."""
+    title = paper.spec(name)["title"]
+    return Table(name, title, head, body, labels, wide, stand_ins(found), _notes(found), data or [])
 
 
 def _columns(name: str) -> list[str]:
@@ -96,7 +103,7 @@ def _cell(entry: PaperNumber, measured: Measured | None, what: str) -> str:
 
 def _notes(found: Found) -> list[str]:
     there = [m for m in found.values() if m is not None]
-    notes = [note] if (note := stand_ins(found)) else []
+    notes = []
     if any(e.metric == "ppl" for e in found):
         notes.append(
             "ppl: over scored tokens. ppl_paper: over all positions, the prompt's too, as the paper's numbers."
@@ -135,10 +142,10 @@ def case_study(name: str, results: Results) -> Table:
         if measured is not None:
             for one in json_artifact(measured.first.run_id, "answers.json"):
                 answers.setdefault(one["question"], {})[entry.column] = one["answer"].strip()
-    asked = [q for word in paper.spec(name)["questions"] for q in answers if word in q] or list(answers)
+    chosen = [q for word in paper.spec(name)["questions"] for q in answers if word in q] or list(answers)
     columns = [e.column for e in found]
-    body = [[q, *(answers[q].get(c, "-") for c in columns)] for q in asked]
-    return Table(name, paper.spec(name)["title"], ["Question", *columns], body, 0, True, _notes(found))
+    body = [[q, *(answers[q].get(c, "-") for c in columns)] for q in chosen]
+    return _table(name, found, ["Question", *columns], body, labels=0, wide=True)
 
 
 def nearest_words(name: str, results: Results) -> Table:
@@ -155,7 +162,7 @@ def nearest_words(name: str, results: Results) -> Table:
             ["largest cosine", f"{measured.mean('max_cosine'):.3f}"],
             [f"cosines below {below}", f"{100 * measured.mean('fraction_below_0.16'):.1f} %; in the paper nearly all"],
         ]
-    return Table(name, paper.spec(name)["title"], ["", ""], body, 1, True, _notes(found))
+    return _table(name, found, ["", ""], body, labels=1, wide=True)
 
 
 def readable(row: dict[str, Any]) -> str:

@@ -6,14 +6,14 @@ the real store, and torch is never imported. Without it nothing here replaces an
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from ctp.cells import Compression, Measure, Recovery
 from ctp.cells.cell import Cell, Compress, Evaluate, Learn, key
+from ctp.cells.events import Report
 from ctp.cells.inputs import Finite, Model
 from ctp.cells.runtime import Runtime
 from ctp.models.sources import Facts
@@ -66,7 +66,7 @@ def seconds(cell: Cell) -> float:
     return method.seconds
 
 
-def execute(cell: Cell, store: Store, runtime: Runtime, report: Callable[[dict[str, Any]], None]) -> None:
+def execute(cell: Cell, store: Store, runtime: Runtime, report: Report) -> None:
     """Sleep and publish, as ctp's own computes and publishes. Raises TimeoutError where a gate stays shut."""
     with store.publish(ref(cell), identity(cell)) as draft:
         if isinstance(cell, Compress) and isinstance(cell.compression, SleepingCompression) and cell.compression.gate:

@@ -88,7 +88,7 @@ def _content(record: Record, found: list[dict[str, str]]) -> dict[str, Any]:
     finished, failed, learned = record.finished, facts.failures(record), outcomes(record)
     return {
         "grid": record.grid, "description": record.description, "text": record.text,
-        "troubles": [t.replace("sync GRID", f"sync {record.grid}") for t in record.troubles],
+        "troubles": record.troubles,
         "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "finished": len(finished), "cells": len(record.cells),
         "failed": failed, "other": len(record.cells) - len(finished) - len(failed),
         "took": duration(finished.seconds.sum()),

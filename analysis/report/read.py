@@ -42,7 +42,7 @@ class Record:
         self.cells = pd.DataFrame([_cell(r) for r in runs], columns=COLUMNS)
         done = [r for r in runs if r.info.status == FINISHED]
         self._metrics: dict[str, dict[str, float]] = {r.info.run_id: r.data.metrics for r in done}
-        self.rows, self.troubles = _usable(frame(done))
+        self.rows, self.troubles = _usable(frame(done), grid)
 
     @cached_property
     def results(self) -> Results:
@@ -102,12 +102,12 @@ def versions(cells: pd.DataFrame, store: Store) -> list[dict[str, str]]:
     return found
 
 
-def _usable(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+def _usable(rows: pd.DataFrame, grid: str) -> tuple[pd.DataFrame, list[str]]:
     """The rows of those measures whose runs have all their numbers, and what is wrong with the others."""
     troubles = []
     for measure in REQUIRED:
         try:
-            of_measure(rows, measure)
+            of_measure(rows, measure, grid)
         except AnalysisError as e:
             rows = rows[rows.measure != measure]
             troubles.append(f"{measure} is left out: {e}")

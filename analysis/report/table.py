@@ -120,7 +120,6 @@ def percent(value: float | None) -> Value:
 
 
 KINDS = {"ppl": "ours, ppl", "ppl_paper": "ours, ppl_paper", "paper": "paper", "ours": "ours"}
-STAND_IN = "Not the paper's: "
 
 
 def of_paper(table: Table) -> Sheet:
@@ -131,10 +130,8 @@ def of_paper(table: Table) -> Sheet:
         rows.append([Value(_legible(c) or (above[i] if i < table.labels else "")) for i, c in enumerate(row)])
     head = [h or ("row" if i == 0 else "setting") for i, h in enumerate(table.head)]
     caption = f"{_spoken(table.name)}. {table.title}"
-    notes = [n for n in table.notes if not n.startswith(STAND_IN)]
-    lead = " ".join(n for n in table.notes if n.startswith(STAND_IN))
     numeric = set() if table.wide else set(range(table.labels, len(table.head)))
-    sheet = Sheet(caption, head, rows, notes, None, numeric, False, lead)
+    sheet = Sheet(caption, head, rows, list(table.notes), None, numeric, False, table.lead)
     return _grouped(sheet, table.labels)
 
 

@@ -60,8 +60,8 @@ def _groups(
     r = pushed.mul_(steps).view(count, size, outputs).sum(1)
     a = steps.new_empty(count, count, outputs)
     for g in range(count):  # H is symmetric: half of A is enough
-        own, later = slice(g * size, (g + 1) * size), slice(g * size, columns)
-        products = (damped[later, own] @ steps[own]).mul_(steps[later]).view(count - g, size, outputs).sum(1)
+        inside, later = slice(g * size, (g + 1) * size), slice(g * size, columns)
+        products = (damped[later, inside] @ steps[inside]).mul_(steps[later]).view(count - g, size, outputs).sum(1)
         a[g, g:], a[g:, g] = products, products
     return a, r
 

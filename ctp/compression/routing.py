@@ -21,11 +21,11 @@ Measure = Callable[[Sequence[Group]], tuple[list[Tensor], list[int]]]  # Hessian
 
 
 def expert_of(block: nn.Module, name: str) -> tuple[str, int, str] | None:
-    """(the experts' module, expert, own name) of an expert's linear in a block whose experts are split; else None."""
-    path, _, own = name.rpartition(".")
+    """(the experts' module, expert, linear) of an expert's linear in a block whose experts are split; else None."""
+    path, _, linear = name.rpartition(".")
     path, _, expert = path.rpartition(".")
     inside = expert.isdecimal() and isinstance(block.get_submodule(path), SplitExperts)
-    return (path, int(expert), own) if inside else None
+    return (path, int(expert), linear) if inside else None
 
 
 def stages(block: nn.Module, groups: Sequence[Group]) -> list[list[Group]]:
@@ -67,8 +67,8 @@ def filled_up(
         if tokens < len(hessians[i]):
             few.setdefault((found[0], found[2]), []).append(i)
             routing.short[name] = tokens
-    for (path, own), places in few.items():
-        same = own != "down_proj"  # what comes first sees the same tokens in every expert
+    for (path, linear), places in few.items():
+        same = linear != "down_proj"  # what comes first sees the same tokens in every expert
         whole = _of_all_tokens(block, path, [groups[i] for i in (places[:1] if same else places)], measure)
         for k, i in enumerate(places):
             n, m = counts[i], len(hessians[i])

@@ -3,9 +3,8 @@
 import logging
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 from ctp.cells.cell import Cell, from_json, key, to_json
 from ctp.cells.events import Done, Drained, Event, Failed, Notice, Progress, Report, Started
@@ -22,12 +21,14 @@ from ctp.storage.store import Store
 ENDED = "the method itself ended the process; a cell fails by raising an error"
 
 
-def do(data: dict[str, Any], store: Store, runtime: Runtime, emit: Callable[[Event], None], run: str = "") -> None:
+def do(
+    data: Mapping[str, object], store: Store, runtime: Runtime, emit: Callable[[Event], None], run: str = ""
+) -> None:
     """Execute the cell that `data` (cell as JSON, and its key) describes; `emit` gets its events.
 
     run: identifies the run; with it, a cell that crashed its process is not tried again on the same machine.
     """
-    k, cell = data["key"], None
+    k, cell = str(data["key"]), None
     try:
         with contained(run, k):
             plugins.load(runtime.plugins)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 from ctp.cells.cell import Evaluate, canonical
@@ -22,6 +22,10 @@ from ctp.machine.process import signs
 from ctp.machine.versions import git_commit, versions
 from ctp.planning.graph import Node
 from ctp.storage.store import DEFAULT_STORE
+
+if TYPE_CHECKING:  # MLflow takes a second
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 KEY, KIND, CURRENT, STUDIES, PARENT = "ctp.key", "ctp.kind", "ctp.current", "ctp.studies", "mlflow.parentRunId"
 ERROR, LEFT_OUT = "ctp.error", "ctp.left_out"
@@ -149,13 +153,13 @@ def fingerprint(done: Iterable[Node]) -> str:
     return whole.hexdigest()
 
 
-def every_run(client: Any, experiment: str, which: str) -> list[Any]:
-    """All runs of an experiment for which an MLflow filter holds, page by page; `client` is an MlflowClient.
+def every_run(client: "MlflowClient", experiment: str, which: str) -> "list[Run]":
+    """All runs of an experiment for which an MLflow filter holds, page by page.
 
     Each run is hundreds of small objects that live until the page is read: Python's collector, which looks at all of
     them again and again, would take more than half of the time.
     """
-    runs: list[Any] = []
+    runs: list[Run] = []
     token, collecting = None, gc.isenabled()
     gc.disable()
     try:

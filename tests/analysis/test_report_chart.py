@@ -129,7 +129,7 @@ def test_numbers_of_a_column_have_the_same_digits():
 def test_a_table_of_the_paper_is_grouped_and_says_first_what_stands_in():
     table = Table("table2", "T", ["", "C4 ppl", "C4 ppl_paper", "C4 paper", "PTB ours", "PTB paper"],
                   [["full", "1958.14", "7.6e+07", "15.74", "0.333 ± 0.211", "26 M"], ["", "-", "1.5", "NA", "1", "2"]],
-                  notes=["Not the paper's: a for b.", "more"])  # fmt: skip
+                  lead="Not the paper's: a for b.", notes=["more"])  # fmt: skip
     sheet = of_paper(table)
     assert sheet.head == ["row", "ours, ppl", "ours, ppl_paper", "paper", "ours", "paper"]
     assert (sheet.groups, sheet.ungrouped) == ([("C4", 3), ("PTB", 2)], 1)

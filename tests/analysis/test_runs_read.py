@@ -85,9 +85,9 @@ def test_table_2_holds_what_the_manifests_hold(bench, results):
     assert (ours.n, ours.mean("ppl")) == (2, pytest.approx(sum(n["ppl"] for n in seeds) / 2))
     assert ours.mean("ppl_paper") < ours.mean("ppl")
     assert by_place["3-bit w/ prompt learned on WikiText-2", "C4"] is None
-    said = tables.build("table2", results).notes
-    assert "Not the paper's: llama-7b for LLaMA-7B, 4 for k = 100." in said
-    assert any(n.startswith("Not run (2 of 8)") for n in said)
+    table = tables.build("table2", results)
+    assert table.lead == "Not the paper's: llama-7b for LLaMA-7B, 4 for k = 100."
+    assert any(n.startswith("Not run (2 of 8)") for n in table.notes)
 
 
 def test_nothing_of_another_model_is_compared(bench, monkeypatch, capsys):
@@ -129,7 +129,7 @@ def test_one_run_that_does_not_compare_spoils_its_table(bench, tag, what):
 
 
 def test_no_rows_make_no_error():
-    assert of_measure(typed(pd.DataFrame(columns=["model", "measure", "run_id"])), "perplexity").empty
+    assert of_measure(typed(pd.DataFrame(columns=["model", "measure", "run_id"])), "perplexity", "g").empty
 
 
 # ---------------------------------------------------------------------- coverage

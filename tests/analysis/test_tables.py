@@ -236,7 +236,7 @@ def test_a_run_without_a_number_or_tag_is_an_error(name, value, said, rows):
     at = rows.index[rows.measure == "perplexity"][0]
     rows.loc[at, name] = value
     with pytest.raises(AnalysisError, match=f"run {rows.run_id[at]} .*{said}"):
-        of_measure(rows, "perplexity")
+        of_measure(rows, "perplexity", "g")
 
 
 # -------------------------------------------------------------------- comparison
@@ -306,7 +306,7 @@ def test_another_model_text_or_length_in_a_role_is_not_compared(rows):
     rows["learned_on"] = rows.learned_on.replace("c4", "news")
     results = Results(rows, names, set())
     assert compare.judge(e, results.of(e), 0.05).reason == "model small"
-    assert "Not the paper's: small for LLaMA-7B, news for C4." in tables.build("table2", results).notes
+    assert tables.build("table2", results).lead == "Not the paper's: small for LLaMA-7B, news for C4."
     rows["k"] = rows.k.replace(100, 16)
     rows["model"] = "huggyllama/llama-7b"
     rows["learned_on"] = rows.learned_on.replace("news", "c4")

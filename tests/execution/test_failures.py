@@ -27,7 +27,7 @@ from ctp.cells.cell import Compress, Evaluate, Learn, key, to_json
 from ctp.common.messages import one_line
 from ctp.execution.loading import token_windows
 from ctp.learning.lora import learn_lora
-from ctp.machine.memory import AtOnce, OutOfMemory, ran_out, said
+from ctp.machine.memory import AtOnce, OutOfMemory, ran_out, reason
 from ctp.planning import plugins
 from ctp.planning.states import again, states
 from ctp.scheduling import tune
@@ -297,7 +297,7 @@ def test_what_is_no_lack_of_memory_is_not_tried_again():
     assert ran_out(wrapped)
     for other in (ValueError("out of memory"), RuntimeError("shape mismatch"), FileNotFoundError("x")):
         assert not ran_out(other)
-    assert said(FAULTS["torch"]()) == "can't allocate memory: you tried to allocate 4000000000000 bytes"
+    assert reason(FAULTS["torch"]()) == "can't allocate memory: you tried to allocate 4000000000000 bytes"
     with pytest.raises(RuntimeError) as real:
         torch.empty(2**60)
     assert ran_out(real.value)
