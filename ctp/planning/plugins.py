@@ -5,7 +5,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from ctp.cells import Compression, Measure, Method, Recovery
 from ctp.common.files import there
@@ -14,7 +13,7 @@ from ctp.machine.contained import MethodEnded, contained
 from ctp.planning.gridtext import beside
 
 
-def read(given: Any, folders: Sequence[Path], problems: list[str]) -> dict[str, str]:
+def read(given: object, folders: Sequence[Path], problems: list[str]) -> dict[str, str]:
     """name -> source of every file in `plugins`, loaded once so that its methods are known; mistakes go to `problems`.
 
     A name without .py is a module that is installed wherever cells run; its source is "".

@@ -137,7 +137,7 @@ class Folders:
                     found.append(path)
         return sorted(found)
 
-    def commit(self, work: Path, target: str, record: Mapping[str, Any]) -> bytes:
+    def commit(self, work: Path, target: str, record: Mapping[str, object]) -> bytes:
         """Make `work` visible as `target`. An artifact that is there already stays, and this one is dropped.
 
         Returns the manifest: the record and the files. Raises ValueError where `work` holds what no artifact can.
@@ -224,7 +224,7 @@ class Folders:
         return False
 
 
-def manifest_text(record: Mapping[str, Any], files: Mapping[str, Any], payload: str) -> bytes:
+def manifest_text(record: Mapping[str, object], files: Mapping[str, object], payload: str) -> bytes:
     """A manifest as it is written. payload: the folder of the files, "" or with a slash at the end."""
     return json.dumps({**record, "files": files, "payload": payload}, indent=1, sort_keys=True).encode()
 

@@ -58,7 +58,7 @@ def lacking(manifest: Mapping[str, Any], size: Callable[[str], int | None]) -> s
     return ""
 
 
-def _wrong(manifest: Any) -> str:
+def _wrong(manifest: object) -> str:
     """What keeps this from being a manifest; empty where nothing does."""
     if not isinstance(manifest, dict):
         return "it is not an object"
@@ -134,6 +134,6 @@ def verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
             raise Damaged(f"{name} is not the file that its manifest names: its bytes have changed")
 
 
-def content(files: Mapping[str, Any]) -> str:
+def content(files: Mapping[str, object]) -> str:
     """One digest (hex) of all files that a manifest names."""
     return hashlib.sha256(canonical(dict(files)).encode()).hexdigest()

@@ -62,10 +62,10 @@ class Objects(Folders):
     def left_over(self) -> list[Path]:
         return []
 
-    def commit(self, work: Path, target: str, record: Mapping[str, Any]) -> bytes:
+    def commit(self, work: Path, target: str, record: Mapping[str, object]) -> bytes:
         return self.upload(work, target, record, files_of(work))
 
-    def upload(self, work: Path, target: str, record: Mapping[str, Any], files: Mapping[str, Any]) -> bytes:
+    def upload(self, work: Path, target: str, record: Mapping[str, object], files: Mapping[str, object]) -> bytes:
         """As `commit`, of these files in `work`."""
         payload = f"payload-{uuid.uuid4().hex[:12]}"
         manifest = manifest_text(record, files, f"{payload}/")

@@ -157,7 +157,7 @@ class Store:
     # ------------------------------------------------------------------- writing
 
     @contextmanager
-    def publish(self, ref: Ref, identity: Mapping[str, Any]) -> Iterator[Draft]:
+    def publish(self, ref: Ref, identity: Mapping[str, object]) -> Iterator[Draft]:
         """Fill the draft; on a clean exit it becomes the artifact, on an error nothing becomes visible.
 
         identity: what the manifest holds besides the draft's record; see ctp.storage.ref. A full disk is a StoreError.
@@ -189,7 +189,7 @@ class Store:
         """A local store in this machine's cache, for what could not be sent to this object store."""
         return Store(str(cache_dir() / "unsent" / hashlib.sha256(self.uri.encode()).hexdigest()[:12]))
 
-    def _keep(self, ref: Ref, work: Path, record: Mapping[str, Any], e: Exception) -> StoreError:
+    def _keep(self, ref: Ref, work: Path, record: Mapping[str, object], e: Exception) -> StoreError:
         """Keep on this machine what could not be sent. Returns what to raise."""
         with self._unsent.publish(ref, record) as draft:
             shutil.copytree(work, draft.path, dirs_exist_ok=True)

@@ -8,8 +8,8 @@ import logging
 import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
 
+from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking import MlflowClient
@@ -113,7 +113,7 @@ class Experiment:
             found = [r for k in keys for r in every_run(self.client, self.id, f"tags.`{KEY}` = '{k}'")]
             self.runs().update(self._one_each(found))
 
-    def orphans(self) -> list[Any]:
+    def orphans(self) -> list[MlflowRun]:
         """Runs that say RUNNING, of invocations that are no longer alive: their own, and those of their cells."""
         runs = every_run(self.client, self.id, "attributes.status = 'RUNNING'")
         living = {
@@ -123,7 +123,7 @@ class Experiment:
         }
         return [r for r in runs if not living & {r.info.run_id, r.data.tags.get(PARENT)}]
 
-    def end_invocation(self, run: Any) -> None:
+    def end_invocation(self, run: MlflowRun) -> None:
         """End the run of a dead invocation, as of its last sign of life."""
         ended = int(1000 * last_sign(run.data.tags, run.info.start_time / 1000))
         self.client.set_terminated(run.info.run_id, "KILLED", ended)
@@ -134,7 +134,7 @@ class Experiment:
             self.client.set_experiment_tag(self.id, SYNCED, synced)
             self.synced = synced
 
-    def _one_each(self, runs: Iterable[Any]) -> dict[str, Run]:
+    def _one_each(self, runs: Iterable[MlflowRun]) -> dict[str, Run]:
         found: dict[str, Run] = {}
         for run in sorted(runs, key=lambda r: r.info.run_id):
             k = run.data.tags[KEY]

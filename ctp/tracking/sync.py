@@ -3,7 +3,8 @@
 import random
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+
+from mlflow.entities import Run
 
 from ctp.storage.ref import Ref
 from ctp.storage.store import Store
@@ -77,7 +78,7 @@ def _write_failures(writer: Writer, done: set[str]) -> int:
     return written
 
 
-def _end_cells(writer: Writer, orphans: Iterable[Any], done: set[str]) -> None:
+def _end_cells(writer: Writer, orphans: Iterable[Run], done: set[str]) -> None:
     """End the runs of cells that dead invocations worked on; those of finished cells are FINISHED by now."""
     left = {r.info.run_id: r.data.tags[KEY] for r in orphans if KEY in r.data.tags}
     writer.experiment.settle(set(left.values()))
