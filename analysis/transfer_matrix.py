@@ -29,8 +29,13 @@ def label(row: pd.Series) -> str:
     if row.adapter:
         return f"{row.source} {row.recovery}-{row.adapter}" + (f", k={row.k}" if row.k else "")
     if row.recovery != "soft_prompt":  # LoRA and what is not trained: their own names, whatever the seed
-        return f"{row.source} {re.sub('-seed[0-9]+$', '', row.recovery_label)}"
+        return f"{row.source} {without_seed(row.recovery_label)}"
     return f"{row.source} prompt, k={row.k}" + (f", {row.learned_on}" if row.learned_on else "")
+
+
+def without_seed(label: str) -> str:
+    """A recovery's label whatever its seed."""
+    return re.sub("-seed[0-9]+$", "", label)
 
 
 def matrix(table: pd.DataFrame, number: str) -> pd.DataFrame:

@@ -1,7 +1,6 @@
 """The figures of a report: perplexity against compression, transfer, learning."""
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +54,7 @@ def _texts(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 def called(row: Any) -> str:
     """A recovery's label whatever its seed."""
-    return re.sub("-seed[0-9]+$", "", row.recovery_label) or f"{row.recovery} {row.learned_on}".strip()
+    return transfer_matrix.without_seed(row.recovery_label) or f"{row.recovery} {row.learned_on}".strip()
 
 
 def recovery_of(row: Any, label: str = "") -> str:

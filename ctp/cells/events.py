@@ -77,4 +77,5 @@ class Skipped:
 
 
 Event = Started | Progress | Notice | Drained | Done | Failed | Skipped
+OUTCOMES: dict[type, str] = {Done: "done", Failed: "failed", Skipped: "skipped"}  # how a cell's events end
 Report = Callable[[Progress | Notice], None]

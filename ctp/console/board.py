@@ -5,12 +5,10 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from ctp.cells.events import Done, Event, Failed, Progress, Skipped, Started
+from ctp.cells.events import OUTCOMES, Event, Progress, Started
 from ctp.cells.labels import slug
 from ctp.planning.graph import Plan
 from ctp.storage.drivers import CellAtWork
-
-ENDS: dict[type, str] = {Done: "done", Failed: "failed", Skipped: "skipped"}
 
 
 @dataclass
@@ -63,14 +61,14 @@ class Board:
                 self.running[k] = Running(now)
             elif isinstance(event, Progress):
                 self.running.setdefault(k, Running(now)).update(event, now)
-            elif type(event) in ENDS:
+            elif type(event) in OUTCOMES:
                 self.running.pop(k, None)
-                self.ended[ENDS[type(event)]] += 1
+                self.ended[OUTCOMES[type(event)]] += 1
 
     def counts(self) -> dict[str, int]:
         """Cells: total, done, failed, skipped."""
         with self._lock:
-            return {"total": self.total, **{n: self.ended[n] for n in ENDS.values()}}
+            return {"total": self.total, **{n: self.ended[n] for n in OUTCOMES.values()}}
 
     def cells(self) -> list[CellAtWork]:
         """The running cells, in the order in which they started."""

@@ -33,11 +33,11 @@ def where(name: str, uri: str, machine: str = "") -> str:
 
 def answers(host: str, port: int) -> bool:
     """Whether something takes connections there; asked again after FRESH seconds."""
-    return _asked(host, port, int(time.monotonic() // FRESH))
+    return _connects(host, port, int(time.monotonic() // FRESH))
 
 
 @lru_cache(maxsize=16)
-def _asked(host: str, port: int, now: int) -> bool:
+def _connects(host: str, port: int, now: int) -> bool:
     try:
         socket.create_connection((host, port), PATIENCE).close()
     except (OSError, UnicodeError):

@@ -230,10 +230,10 @@ def _asks(place: str) -> bool:
     """Does the cluster refuse callers without a token? Raises OSError where it does not answer."""
     env = {n: v for n, v in os.environ.items() if not n.startswith("RAY_AUTH")} | {"RAY_AUTH_MODE": "disabled"}
     command = [sys.executable, "-c", ASK, place]
-    asked = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
-    if asked.returncode not in (0, 3):
-        raise OSError(asked.stderr.strip().rpartition("\n")[2] or "no answer")
-    return asked.returncode == 3
+    answer = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    if answer.returncode not in (0, 3):
+        raise OSError(answer.stderr.strip().rpartition("\n")[2] or "no answer")
+    return answer.returncode == 3
 
 
 def machines() -> Fleet:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 from ctp.cells.cell import Evaluate, canonical
-from ctp.cells.events import Done, Event, Failed, Skipped
+from ctp.cells.events import OUTCOMES, Event
 from ctp.cells.labels import fingerprints, params, slug
 from ctp.common.redact import scrub
 from ctp.machine.process import signs
@@ -35,7 +35,6 @@ SYNCED = "ctp.synced"  # of the experiment: what it was brought up to date with
 GRID_FILE, MANIFESTS = "grid.yaml", "manifests.json"
 LARGEST = 64 * 2**20  # bytes of MANIFESTS
 OWN = ("seconds", "peak_memory_bytes")  # metrics of every cell
-OUTCOMES: dict[type, str] = {Done: "done", Failed: "failed", Skipped: "skipped"}
 NAME = "letters, digits, spaces and _ - . : / (no / at either end, none doubled), at most 250 in all"
 _NAME = re.compile(r"[\w.\- :]+(/[\w.\- :]+)*")
 
