@@ -120,9 +120,9 @@ def _row(text: str, style: str) -> Text:
 
 
 @contextmanager
-def watching(board: Board, about: About, console: Console | None = None) -> Iterator[View]:
+def watching(board: Board, about: About) -> Iterator[View]:
     """Inside, the view is drawn; only failures stay on the terminal."""
-    console = console or Console(highlight=False)
+    console = Console(highlight=False)
     view = View(board, about, console)
     with Live(view, console=console, refresh_per_second=REFRESH, transient=True):
         yield view

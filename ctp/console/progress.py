@@ -9,12 +9,14 @@ from ctp.common.terminal import duration
 from ctp.console.board import Board
 from ctp.storage.drivers import CellAtWork
 
+EVERY = 10.0  # seconds between two lines about a running cell
+
 
 class Printer:
-    """Prints how cells end and, at most every `every` seconds each, how far running ones are."""
+    """Prints how cells end and, at most once in EVERY seconds each, how far running ones are."""
 
-    def __init__(self, board: Board, every: float = 10.0) -> None:
-        self.board, self.every = board, every
+    def __init__(self, board: Board) -> None:
+        self.board = board
         self.last: dict[str, float] = {}
         self.announced: set[str] = set()
 
@@ -27,7 +29,7 @@ class Printer:
             case Started():
                 self.last[k] = now
             case Progress():
-                if now - self.last.setdefault(k, now) >= self.every:
+                if now - self.last.setdefault(k, now) >= EVERY:
                     self.last[k] = now
                     self._print("...", k, how_far(self.board.cell(k)))
             case Done():

@@ -18,6 +18,7 @@ from ctp.planning import plugins
 from ctp.storage.ref import ref
 from ctp.storage.store import Store
 
+REPORT_SECONDS = 1.0
 ENDED = "the method itself ended the process; a cell fails by raising an error"
 
 
@@ -62,14 +63,14 @@ def store_failure(store: Store, cell: Cell, error: str, trace: str) -> None:
         logging.getLogger(__name__).warning("the failure of %s could not be stored", slug(cell))
 
 
-def _throttled(k: str, emit: Callable[[Event], None], seconds: float = 1.0) -> Report:
-    """Emits reports with the cell's key: all notices and validations, other progress at most once in `seconds`."""
+def _throttled(k: str, emit: Callable[[Event], None]) -> Report:
+    """Emits reports with the cell's key: all notices and validations, other progress at most once in REPORT_SECONDS."""
     last = 0.0
 
     def report(event: Progress | Notice) -> None:
         nonlocal last
         if isinstance(event, Progress):
-            if time.monotonic() - last < seconds and event.val_loss is None:
+            if time.monotonic() - last < REPORT_SECONDS and event.val_loss is None:
                 return
             last = time.monotonic()
         emit(replace(event, key=k))

@@ -14,15 +14,15 @@ from ctp.formats import gptq
 from ctp.models.hf import skeleton
 
 
-def refusals(config: Any, bits: int = 4) -> dict[str, str]:
-    """format -> the sentence with which `export` refuses a model of this transformers configuration in `bits` bits."""
+def refusals(config: Any) -> dict[str, str]:
+    """format -> the sentence with which `export` refuses a model of this transformers configuration in 4 bits."""
     bare = skeleton(config).eval()
     prefix, blocks = decoder_blocks(bare)
     idle = foreseen(bare)[1]
     experts = {m.name: m for m in matrices(bare).values()}
     shapes = {n: matrix(m).shape for n, m in linears(blocks, prefix).items() if n not in idle}
     shapes |= {n: m.of(bare.get_parameter(m.parameter)).shape for n, m in experts.items()}
-    found = {f: refusal(f, bare, shapes, experts, bits) for f in ("compressed-tensors", "gptq")}
+    found = {f: refusal(f, bare, shapes, experts, 4) for f in ("compressed-tensors", "gptq")}
     return {f: why for f, why in found.items() if why}
 
 

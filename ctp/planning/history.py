@@ -28,6 +28,7 @@ READ, READERS = 200, 16
 SAMPLES = 8  # finished cells of one sort that are looked at
 ALIKE = 10.0  # sizes of cells, by the cost model, within which their times are compared
 NEIGHBOURS = 3
+NAMED = 3  # settings, where several differ
 OTHER_KEY = "the store has it under another key"
 FOLLOWS = State(Kind.STALE, "an input is")
 Manifest = dict[str, Any]
@@ -84,13 +85,13 @@ def _others(planned: set[str], store: Store) -> dict[tuple[str, str], list[str]]
     return found
 
 
-def differences(node: Node, manifest: Manifest, most: int = 3) -> str:
+def differences(node: Node, manifest: Manifest) -> str:
     """What makes the cell's key another one than the manifest's: settings and versions, as they were and are."""
     was, now = flat(manifest["spec"], ""), flat(node.cell.model_dump(mode="json"), "")
     changed = [n for n in dict.fromkeys((*now, *was)) if was.get(n) != now.get(n)]
-    parts = [f"{n.removeprefix('.')} was {_short(was.get(n))}, is {_short(now.get(n))}" for n in changed[:most]]
-    if len(changed) > most:
-        parts.append(f"{len(changed) - most} more settings")
+    parts = [f"{n.removeprefix('.')} was {_short(was.get(n))}, is {_short(now.get(n))}" for n in changed[:NAMED]]
+    if len(changed) > NAMED:
+        parts.append(f"{len(changed) - NAMED} more settings")
     if manifest.get("version") != node.cell.VERSION:
         parts.append(f"VERSION of {node.cell.kind} was {manifest.get('version')}, is {node.cell.VERSION}")
     if not parts and list(node.inputs) != manifest["inputs"]:
