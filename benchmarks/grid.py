@@ -107,7 +107,7 @@ class Times:
 
 def _run_naps(folder: Path, count: int) -> tuple[float, Times]:
     """Run so many cells that sleep; returns the seconds of imports before, and the times of the run."""
-    plan, pins = _naps(folder, count)
+    plan, pins = naps(folder, count)
     store = Store(str(folder / "results" / "store"))
     store.check_writable()
     begun = time.perf_counter()
@@ -139,7 +139,7 @@ def _run_naps(folder: Path, count: int) -> tuple[float, Times]:
     return imports, times
 
 
-def _naps(folder: Path, count: int) -> tuple[Plan, Pins]:
+def naps(folder: Path, count: int) -> tuple[Plan, Pins]:
     """The plan of a grid of so many cells that sleep, and what it pinned; the grid file is written into `folder`."""
     folder.mkdir()
     content = {"plugins": str(ROOT / "benchmarks" / "naps.py"), "models": "tiny-llama",

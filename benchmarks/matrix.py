@@ -98,13 +98,13 @@ class Bench:
         """Make targets and prompts, and read every text once, so that neither side pays for a package's first use."""
         for cell in self.plan.cells():
             if not isinstance(cell, Evaluate):
-                execute(cell, self.store, self.runtime, lambda numbers: None)
+                execute(cell, self.store, self.runtime, lambda event: None)
             elif isinstance(cell.measure, Perplexity):
                 self.documents(cell.measure.text)
         loading.forget()
 
     def documents(self, text: Windows) -> list[str]:
-        """The documents of a text, read from where they lie."""
+        """The documents of a text."""
         corpus = find(text.dataset)
         return read_documents(location(self.runtime.locations, text), corpus, text.split, text.documents)
 

@@ -121,7 +121,7 @@ def ours(bench: Bench, cells: list[Evaluate], side: Side) -> None:
     """The cells of one target, done as a worker does them."""
     with watched(side), side.target():
         for cell in cells:
-            execute(cell, bench.store, bench.runtime, lambda numbers: None)
+            execute(cell, bench.store, bench.runtime, lambda event: None)
     for cell in cells:
         side.nll[name_of(cell)] = bench.store.manifest(ref(cell))["metrics"]["nll_sum"]
 
