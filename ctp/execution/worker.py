@@ -5,9 +5,8 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
-from ctp.cells.cell import Cell, from_json, key, to_json
+from ctp.cells.cell import Cell, CellData, from_json, key, to_json
 from ctp.cells.events import Done, Drained, Event, Failed, Notice, Progress, Report, Started
 from ctp.cells.labels import slug
 from ctp.cells.runtime import Runtime
@@ -19,10 +18,17 @@ from ctp.planning import plugins
 from ctp.storage.ref import ref
 from ctp.storage.store import Store
 
+
+class Task(CellData):
+    """A cell as plain data, and its key."""
+
+    key: str
+
+
 ENDED = "the method itself ended the process; a cell fails by raising an error"
 
 
-def do(data: dict[str, Any], store: Store, runtime: Runtime, emit: Callable[[Event], None], run: str = "") -> None:
+def do(data: Task, store: Store, runtime: Runtime, emit: Callable[[Event], None], run: str = "") -> None:
     """Execute the cell that `data` (cell as JSON, and its key) describes; `emit` gets its events.
 
     run: identifies the run; with it, a cell that crashed its process is not tried again on the same machine.
