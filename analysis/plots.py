@@ -22,7 +22,7 @@ from .render import SPREAD, short
 from .results import Found, Measured, Results, stand_ins
 from .runs import check_alike, json_artifact, timings
 
-GREEN, BLUE, RED, BLACK = "#009E73", "#0072B2", "#D55E00", "#000000"
+GREEN, BLUE, RED = "#009E73", "#0072B2", "#D55E00"
 SERIES = [(BLUE, "o"), (RED, "s"), (GREEN, "^"), ("#CC79A7", "D")]
 WITHOUT, WITH, BASELINE = "without prompt", "with prompt", "baseline (not compressed)"
 STYLE = {WITHOUT: (RED, "o"), WITH: (BLUE, "s")}

@@ -3,14 +3,16 @@
 import time
 from typing import TYPE_CHECKING, Literal
 
-from ctp.cells import Compression
+from ctp.cells import Dense
 
 if TYPE_CHECKING:
-    from ctp.execution.jobs import CompressJob
+    from ctp.plugin import CompressJob
 
 
-class Nap(Compression):
-    method: Literal["nap"] = "nap"
+class Nap(Dense):
+    """Like the dense model, it stores no weights."""
+
+    method: Literal["nap"] = "nap"  # type: ignore[assignment]
     index: int = 0
     seconds: float = 0.1
 

@@ -14,7 +14,7 @@ from ctp.common import hub
 from ctp.common.exit_codes import Exit, epilog, fail
 from ctp.common.messages import unknown
 from ctp.common.terminal import program, reader_gone, unread
-from ctp.data.download import DOCUMENTS, SOURCES, _UsageError, fetch, verify
+from ctp.data.download import DOCUMENTS, SOURCES, UsageError, fetch, verify
 
 
 @unread
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "verify":
             return verify(args.dir, names)
         return _fetch_all(args.dir, names or list(SOURCES), _documents(args.documents))
-    except _UsageError as e:
+    except UsageError as e:
         return fail(Exit.USAGE, str(e))
     except hub.Unreachable as e:
         return fail(Exit.UNREACHABLE, str(e))
@@ -70,7 +70,7 @@ def _name(name: str) -> str:
     """A name of SOURCES, from it or from its folder's name."""
     found = next((n for n, s in SOURCES.items() if name in (n, s.corpus.folder)), None)
     if found is None:
-        raise _UsageError(unknown("data set", name, SOURCES))
+        raise UsageError(unknown("data set", name, SOURCES))
     return found
 
 
@@ -80,7 +80,7 @@ def _documents(text: str) -> dict[str, int | None]:
     for part in filter(None, text.split(",")):
         split, _, n = part.partition("=")
         if split not in DOCUMENTS or not re.fullmatch(r"all|[1-9]\d*", n):
-            raise _UsageError(f"--documents {part!r}: write SPLIT=N or SPLIT=all; splits: {', '.join(DOCUMENTS)}")
+            raise UsageError(f"--documents {part!r}: write SPLIT=N or SPLIT=all; splits: {', '.join(DOCUMENTS)}")
         out[split] = None if n == "all" else int(n)
     return out
 

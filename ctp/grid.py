@@ -74,6 +74,13 @@ def parser() -> argparse.ArgumentParser:
         "at once.",
     )
     p.add_argument("grid", metavar="NAME", help="grid/NAME.yaml, or the path of a grid file")
+    _add_what(p)
+    _add_how(p)
+    return p
+
+
+def _add_what(p: argparse.ArgumentParser) -> None:
+    """Options that say which cells, and what to do with them."""
     p.add_argument("--plan", action="store_true", help="say what would run, and run nothing")
     p.add_argument("--status", action="store_true", help="say what is done, failed and running, from any machine that "
                    "reads the store, and run nothing")  # fmt: skip
@@ -90,6 +97,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--retry-failed", action="store_true", help="run the cells that failed last time and what they "
                    "held up, and nothing else; without it they run again too, with all that is missing")  # fmt: skip
     p.add_argument("--fail-fast", action="store_true", help="hand out nothing more after the first failure")
+
+
+def _add_how(p: argparse.ArgumentParser) -> None:
+    """Options that say where and how they run."""
     p.add_argument("--store", type=uri, default=default_store(), metavar="URI",
                    help="where artifacts go: a folder or any fsspec URI (CTP_STORE; default %(default)s)")  # fmt: skip
     p.add_argument("--data", metavar="DIR", help="local copies of c4, wikitext2 and ptb (CTP_DATA_DIR)")
@@ -113,7 +124,6 @@ def parser() -> argparse.ArgumentParser:
                    "of an A100's peak in bfloat16; without a GPU here, the CPU's measured rate)")  # fmt: skip
     p.add_argument("--gpu-hour-price", type=number, metavar="P", help="with --plan: say what it costs, at so much for "
                    "an hour of one GPU")  # fmt: skip
-    return p
 
 
 def command(args: argparse.Namespace) -> Exit:

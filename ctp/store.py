@@ -69,10 +69,8 @@ def parser() -> argparse.ArgumentParser:
     export = command("export", "a folder that other tools open")
     export.add_argument("key", metavar="KEY", help="6 or more digits of an artifact's key, as ls prints it")
     export.add_argument("folder", metavar="DIR", type=Path, help="new or empty")
-    formats = (
-        "hf: an ordinary model; compressed-tensors: its pack-quantized; gptq: AutoGPTQ's; peft: a prompt or adapter"
-    )
-    export.add_argument("--format", required=True, choices=(*FORMATS, "peft"), help=formats)
+    export.add_argument("--format", required=True, choices=(*FORMATS, "peft"), help="hf: an ordinary model; "
+                        "compressed-tensors: pack-quantized; gptq: AutoGPTQ's; peft: a prompt or adapter")  # fmt: skip
     verify = command("verify", "is every artifact whole, what its key says, with its inputs there?")
     verify.add_argument("cells", nargs="*", metavar="KEY|NAME", help="only these; default: the whole store")
     verify.add_argument("--json", action="store_true", help="one object instead of lines")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from ctp.common import terminal
 from ctp.common.terminal import duration
 
 from .. import paper, tables
@@ -45,10 +46,7 @@ def took(seconds: float) -> Value:
 
 def size(count: float) -> Value:
     """Bytes for people, which sort."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if count >= scale:
-            return number(count, f"{count / scale:#.3g}".rstrip(".") + f" {unit}")
-    return number(count, f"{count / 1e3:.3g} kB")
+    return number(count, terminal.size(count))
 
 
 def counted(count: int, bad: bool = False) -> Value:

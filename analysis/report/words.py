@@ -54,12 +54,12 @@ def neighbours(record: Record) -> list[Part]:
     parts = []
     for _, row in record.measured("neighbours").iterrows():
         part = Part(f"{row.model}, prompt {called(row)} learned through {row.source}")
-        part.attempt(_words, record, row)
+        part.attempt(_nearest, row)
         parts.append(part)
     return parts
 
 
-def _words(part: Part, record: Record, row: Any) -> None:
+def _nearest(part: Part, row: Any) -> None:
     found = json_artifact(row.run_id, "neighbours.json")
     counts, edges = found["histogram"]["counts"], found["histogram"]["edges"]
     shares = [100 * c / sum(counts) for c in counts]

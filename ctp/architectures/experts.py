@@ -39,17 +39,17 @@ class Matrix:
 
 
 def _view(parameter: Tensor, part: Part, expert: int, count: int) -> Tensor:
-    own = (parameter if parameter.ndim == 3 else parameter.unflatten(0, (count, -1)))[expert]
-    return (own.T if part.transposed else own)[part.rows]
+    stored = (parameter if parameter.ndim == 3 else parameter.unflatten(0, (count, -1)))[expert]
+    return (stored.T if part.transposed else stored)[part.rows]
 
 
 def matrices(model: nn.Module) -> dict[str, Matrix]:
     """Every expert's weights of a model of transformers, by the name of the linear that each would be in it."""
     found = {
-        (name := f"{path}.{expert}.{own}"): Matrix(name, False, path, part, expert, layout.count)
+        (name := f"{path}.{expert}.{linear}"): Matrix(name, False, path, part, expert, layout.count)
         for path, _, layout in experts_in(model)
         for expert in range(layout.count)
-        for own, part in layout.parts.items()
+        for linear, part in layout.parts.items()
     }
     named = _original_names(model, found)
     return {n: replace(m, name=named[n], original=True) if n in named else m for n, m in found.items()}
@@ -92,9 +92,9 @@ def routers(root: nn.Module, prefix: str = "") -> set[str]:
     found: set[str] = set()
     for path, module, layout in experts_in(root):
         at = path.rpartition(".")[0]
-        for own, child in root.get_submodule(at).named_children():
+        for last, child in root.get_submodule(at).named_children():
             if child is not module and _routes(child, layout):
-                name = f"{at}.{own}" if at else own
+                name = f"{at}.{last}" if at else last
                 found |= {n for n, _ in child.named_modules(prefix=f"{prefix}.{name}" if prefix else name)}
     return found
 
@@ -211,5 +211,5 @@ def _replaced(root: nn.Module, by: Callable[[nn.Module, Layout], nn.Module]) -> 
 
 def put(root: nn.Module, name: str, module: nn.Module) -> None:
     """The module by that name is another one from now on."""
-    parent, _, own = name.rpartition(".")
-    setattr(root.get_submodule(parent), own, module)
+    parent, _, last = name.rpartition(".")
+    setattr(root.get_submodule(parent), last, module)

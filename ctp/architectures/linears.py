@@ -69,11 +69,11 @@ def not_linear(block: nn.Module, prefix: str) -> str:
     for name, module in block.named_modules(prefix=prefix):
         if name in left or is_linear(module) or isinstance(module, nn.Embedding) or _depthwise(module):
             continue
-        for own, parameter in module.named_parameters(recurse=False):
+        for field, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3 and len(parameter) == getattr(module, "num_experts", None):
-                return f"{name}.{own}"
+                return f"{name}.{field}"
             if parameter.squeeze().ndim >= 2:
-                sizes[f"{name}.{own}"] = parameter.numel()
+                sizes[f"{name}.{field}"] = parameter.numel()
     known = sum(matrix(m).numel() for m in linears(block).values())
     return max(sizes, key=sizes.__getitem__) if sum(sizes.values()) > SMALL * known else ""
 

@@ -74,7 +74,7 @@ def check_access(name: str, revision: str) -> None:
 
 def _check_reachable() -> None:
     if time.monotonic() < _silent_until:
-        raise ConnectionError(f"not asked again for {SILENCE:.0f} seconds")
+        raise ConnectionError(f"no request for {SILENCE:.0f} seconds")
 
 
 def _download(name: str, commit: str, files: Sequence[str], **how: Any) -> Path:
@@ -184,24 +184,24 @@ def _refusal(error: Exception, name: str, what: str, revision: str) -> ValueErro
     status, thing = _status(chain), f"the {what} {name!r}"
     page = f"{constants.ENDPOINT}/{'datasets/' if what == 'data set' else ''}{name}"
     if errors.GatedRepoError in kinds and get_token() is None:
-        said = f"{thing} is gated: accept its licence on {page}, then `hf auth login` or set HF_TOKEN"
+        message = f"{thing} is gated: accept its licence on {page}, then `hf auth login` or set HF_TOKEN"
     elif errors.GatedRepoError in kinds:
-        said = (f"{thing} is gated, and the account of this machine's token may not read it: accept its licence on "
+        message = (f"{thing} is gated, and the account of this machine's token may not read it: accept its licence on "
                 f"{page} with that account, or log in with another (`hf auth login` or HF_TOKEN)")  # fmt: skip
     elif errors.RevisionNotFoundError in kinds:
-        said = f"{thing} has no revision {revision!r} on the hub"
+        message = f"{thing} has no revision {revision!r} on the hub"
     elif kinds & {errors.RepositoryNotFoundError, errors.HFValidationError}:
-        said = (f"no {what} {name!r} on the hub, nor a folder of that name; if it is private or gated, see {page}, "
+        message = (f"no {what} {name!r} on the hub, nor a folder of that name; if it is private or gated, see {page}, "
                 "then `hf auth login` or set HF_TOKEN")  # fmt: skip
     elif status in (401, 403):
-        said = (f"the hub refuses this machine's token for {thing} ({status}): log in anew with `hf auth login` or "
+        message = (f"the hub refuses this machine's token for {thing} ({status}): log in anew with `hf auth login` or "
                 f"correct HF_TOKEN; its page is {page}")  # fmt: skip
     elif any(getattr(e, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(e) for e in chain):
-        said = (f"the disk is full: {thing} is fetched into {constants.HF_HOME}; free some space, or name another "
+        message = (f"the disk is full: {thing} is fetched into {constants.HF_HOME}; free some space, or name another "
                 "folder in HF_HOME")  # fmt: skip
     else:
         return None
-    return ValueError(said)
+    return ValueError(message)
 
 
 def _status(chain: Sequence[Any]) -> int | None:

@@ -36,9 +36,7 @@ class _Loader(yaml.SafeLoader):
         if self.depth > DEEPEST or self.nodes > MOST_VALUES:
             _refuse(_TOO_DEEP if self.depth > DEEPEST else _TOO_MANY, event.start_mark)
         if tag := getattr(event, "tag", None):
-            _refuse(
-                f"the tag {shown(tag)}: text, numbers, lists and mappings are told by how they look", event.start_mark
-            )
+            _refuse(f"the tag {shown(tag)}: text, numbers, lists and mappings need none", event.start_mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node

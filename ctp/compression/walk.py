@@ -54,26 +54,40 @@ def compress_model(
     if why := unfit(model):
         raise ValueError(why)
     prefix, blocks = decoder_blocks(model)
-    layers: dict[str, Layer] = {}
-    experts = matrices(model)
-    dtypes = {n: matrix(m).dtype for n, m in linears(blocks, prefix).items()}
-    dtypes |= {n: model.get_parameter(m.parameter).dtype for n, m in experts.items()}
+    experts, dtypes, layers = matrices(model), _dtypes(model), dict[str, Layer]()
     with torch.no_grad(), _calibrating(model), widened(model):
         keep_heap()
         chain = _check_model(model, windows, compression)
-        on_cpu = next(model.parameters()).device.type == "cpu"
-        batches = capture(model, windows, batch or (max(1, CPU_TOKENS // windows.shape[1]) if on_cpu else 4), chain)
+        batches = capture(model, windows, batch or _batch(model, windows), chain)
         probe = capture(model, windows[:1, :PROBE], 1, chain)[0]
         for i, block in enumerate(blocks):
             done = compress_block(block, batches, compression, f"{prefix}.{i}", probe, dtypes, chain.idle, routing)
             layers |= {experts[n].name if n in experts else n: layer for n, layer in done.items()}
             if i + 1 < len(blocks):
-                with packed_linears(block):
-                    for b in batches:
-                        b.hidden = b.run(block)
+                _run(block, batches)
             if progress:
                 progress(i + 1, len(blocks))
     return layers
+
+
+def _dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    """What the weights of linears and experts are stored in, by name."""
+    prefix, blocks = decoder_blocks(model)
+    found = {n: matrix(m).dtype for n, m in linears(blocks, prefix).items()}
+    return found | {n: model.get_parameter(m.parameter).dtype for n, m in matrices(model).items()}
+
+
+def _batch(model: nn.Module, windows: Tensor) -> int:
+    """Windows (n, tokens) per forward pass."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return max(1, CPU_TOKENS // windows.shape[1]) if on_cpu else 4
+
+
+def _run(block: nn.Module, batches: Sequence[Batch]) -> None:
+    """The block's outputs become the hidden states of the batches."""
+    with packed_linears(block):
+        for batch in batches:
+            batch.hidden = batch.run(block)
 
 
 def _check_model(model: nn.Module, windows: Tensor, compression: Solver) -> Chain:
@@ -179,15 +193,15 @@ def hessians(
 
 def _add_gram(total: Tensor, x: Tensor) -> None:
     """Adds X^T X to total (inputs, inputs), on and above the diagonal: stripe by stripe, little over half the work."""
-    for own in stripes(len(total)):
-        total[: own.stop, own].addmm_(x[:, : own.stop].T, x[:, own])
+    for stripe in stripes(len(total)):
+        total[: stripe.stop, stripe].addmm_(x[:, : stripe.stop].T, x[:, stripe])
 
 
 def _mirrored(total: Tensor) -> Tensor:
     """total with the triangle above the diagonal copied below it, in place."""
-    for own in stripes(len(total)):
-        total[own, own] = total[own, own].triu() + total[own, own].triu(1).T
-        total[own, : own.start] = total[: own.start, own].T
+    for stripe in stripes(len(total)):
+        total[stripe, stripe] = total[stripe, stripe].triu() + total[stripe, stripe].triu(1).T
+        total[stripe, : stripe.start] = total[: stripe.start, stripe].T
     return total
 
 

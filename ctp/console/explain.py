@@ -51,7 +51,7 @@ def find(plan: Plan, text: str) -> Node:
     raise GridError([f"--explain {shown(text)}: no cell of {plan.name} is called so{hint}"])
 
 
-def explain(plan: Plan, text: str, store: Store, tracking: str, batch: int = 4) -> dict[str, Any]:
+def explain(plan: Plan, text: str, store: Store, tracking: str) -> dict[str, Any]:
     """Plain data of the cell that `text` names. Raises as `find`, and StoreError."""
     node = find(plan, text)
     cell = node.cell
@@ -71,7 +71,7 @@ def explain(plan: Plan, text: str, store: Store, tracking: str, batch: int = 4) 
     if state[node.key].done:
         out["manifest"] = store.manifest(node.ref)
     else:
-        expected = cost.of(cell, node.facts, batch)
+        expected = cost.of(cell, node.facts)
         out["expected"] = {"flops": expected.flops, "stored_bytes": expected.stored, "memory_bytes": expected.memory}
         if state[node.key].kind is Kind.FAILED:
             out["failure"] = store.failures.uri(node.ref)

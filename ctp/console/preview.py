@@ -16,7 +16,7 @@ from ctp.planning.resources import GIB, Resources
 from ctp.planning.states import Kind, State
 from ctp.storage.store import Store
 
-WORDS = (Kind.DONE, Kind.FAILED, Kind.INTERRUPTED, Kind.STALE, "missing")
+COLUMNS = (Kind.DONE, Kind.FAILED, Kind.INTERRUPTED, Kind.STALE, "missing")
 _REASONS = {Kind.FAILED: "failed last time", Kind.DAMAGED: "damaged",
             Kind.NEEDS: "wait for an input that is to be computed"}  # fmt: skip
 LISTED = 60  # cells that are listed one by one
@@ -117,17 +117,17 @@ def groups(p: Preview) -> list[str]:
     for k, node in p.plan.nodes.items():
         for study in node.studies:
             found.setdefault((study, str(axes(node.cell)["model"]), node.cell.kind), []).append(k)
-    rows: list[tuple[str, ...]] = [("study", "model", "kind", "cells", *WORDS, "time")]
+    rows: list[tuple[str, ...]] = [("study", "model", "kind", "cells", *COLUMNS, "time")]
     for names, keys in found.items():
-        counts = Counter(_word(p.state[k]) for k in keys)
+        counts = Counter(_column(p.state[k]) for k in keys)
         seconds = sum(p.expected[k].seconds for k in keys if k in p.todo)
-        rows.append((*names, str(len(keys)), *(str(counts[w] or "-") for w in WORDS), duration(seconds)))
+        rows.append((*names, str(len(keys)), *(str(counts[w] or "-") for w in COLUMNS), duration(seconds)))
     return aligned(rows, left=(0, 1, 2))
 
 
-def _word(state: State) -> str:
-    """One of WORDS."""
-    return state.kind if state.kind in WORDS else "missing"
+def _column(state: State) -> str:
+    """One of COLUMNS."""
+    return state.kind if state.kind in COLUMNS else "missing"
 
 
 def totals(p: Preview) -> list[str]:
@@ -166,7 +166,7 @@ def _cell(p: Preview, k: str) -> dict[str, Any]:
     node, e = p.plan.nodes[k], p.expected.get(k)
     out: dict[str, Any] = {
         "key": k, "kind": node.cell.kind, "name": slug(node.cell), "studies": list(node.studies),
-        "inputs": list(node.inputs), "state": _word(p.state[k]), "why": str(p.state[k]), "to_run": k in p.todo,
+        "inputs": list(node.inputs), "state": _column(p.state[k]), "why": str(p.state[k]), "to_run": k in p.todo,
     }  # fmt: skip
     if e is None:
         return out

@@ -18,14 +18,14 @@ from ctp.storage.drivers import CellAtWork, Driver, records
 from ctp.storage.store import Store
 
 WATCH_SECONDS = 5.0
-WORDS = (Kind.DONE, Kind.RUNNING, Kind.FAILED, Kind.INTERRUPTED, "waiting")
+COLUMNS = (Kind.DONE, Kind.RUNNING, Kind.FAILED, Kind.INTERRUPTED, "waiting")
 LISTED = 20  # of failed or interrupted cells; --json has all
 CLEAR = "\x1b[H\x1b[2J"
 
 
 class Status(BaseModel):
-    """kinds: cells by kind and word of WORDS. failed, interrupted: key, kind and name of cells, with error and file,
-    or state."""
+    """kinds: numbers of cells by kind and state, one of COLUMNS. failed, interrupted: key, kind and name of cells, with
+    error and file, or state."""
 
     grid: str
     store: str
@@ -48,7 +48,7 @@ def status(plan: Plan, store: Store) -> Status:
     for k, node in plan.nodes.items():
         name = {"key": k, "kind": node.cell.kind, "name": slug(node.cell)}
         kind = Kind.RUNNING if k in at_work and not state[k].done else state[k].kind
-        kinds.setdefault(node.cell.kind, Counter())[kind if kind in WORDS else "waiting"] += 1
+        kinds.setdefault(node.cell.kind, Counter())[kind if kind in COLUMNS else "waiting"] += 1
         if kind is Kind.FAILED:
             failed.append({**name, "error": state[k].detail, "file": store.failures.uri(node.ref)})
         elif kind is Kind.INTERRUPTED:
@@ -61,8 +61,8 @@ def status(plan: Plan, store: Store) -> Status:
 def lines(s: Status) -> list[str]:
     """The status as text."""
     out = [f"{s.grid}: {s.done} of {s.cells} cells done  ({s.store})"]
-    words = [w for w in WORDS if any(c.get(w) for c in s.kinds.values())]
-    rows = [("", *words), *((kind, *(str(c.get(w, 0)) for w in words)) for kind, c in s.kinds.items())]
+    columns = [w for w in COLUMNS if any(c.get(w) for c in s.kinds.values())]
+    rows = [("", *columns), *((kind, *(str(c.get(w, 0)) for w in columns)) for kind, c in s.kinds.items())]
     out += [f"  {line}" for line in aligned(rows, left=(0,))]
     out += [line for driver in s.drivers for line in _driver(driver)] or ["No run of this grid is going on."]
     out += _some("failed", [f"{c['name']}: {one_line(c['error'])} ({c['file']})" for c in s.failed])
@@ -72,7 +72,7 @@ def lines(s: Status) -> list[str]:
 def _driver(d: Driver) -> list[str]:
     ago = duration(d.silence)
     if d.state == "dead":
-        return [f"STALE: a run on {d.machine} ended without a word, its last sign {ago} ago (process {d.pid} is "
+        return [f"STALE: a run on {d.machine} ended unnoticed, its last sign {ago} ago (process {d.pid} is "
                 "gone): the same command goes on from there."]  # fmt: skip
     sign = f"last sign {ago} ago" if d.state == "alive" else f"STALE: no sign for {ago}, its machine may be gone"
     lasts, ended = duration(max(0.0, time.time() - d.began)), d.done + d.failed + d.skipped

@@ -48,8 +48,8 @@ SOURCES: dict[str, Source] = {name: Source(corpus) for name, corpus in CORPORA.i
 }
 
 
-class _UsageError(Exception):
-    pass
+class UsageError(Exception):
+    """The command line cannot be followed."""
 
 
 class Entry(BaseModel):
@@ -146,12 +146,12 @@ def _rows(source: Source, split: str, commit: str, first: int | None) -> Iterato
 def verify(root: Path, names: list[str]) -> int:
     """Check every file of these data sets (without names, all) that a manifest or SHA256SUMS lists; 0 or 1.
 
-    Prints a line for each file that is missing, truncated or changed. Raises _UsageError if there is nothing to check.
+    Prints a line for each file that is missing, truncated or changed. Raises UsageError if there is nothing to check.
     """
     folders = {SOURCES[n].corpus.folder for n in names}
     listed = {p: sums for p, sums in _expected(root).items() if not folders or p.relative_to(root).parts[0] in folders}
     if not listed and not names:
-        raise _UsageError(f"{root} has no {SUMS} and no folder with a {MANIFEST}")
+        raise UsageError(f"{root} has no {SUMS} and no folder with a {MANIFEST}")
     bad = [f"{p}: {why}" for p, sums in sorted(listed.items()) if (why := _damage(p, *sums))]
     missing = folders - {p.relative_to(root).parts[0] for p in listed}
     bad += [f"{root / folder}: missing, or nothing tells what it should hold" for folder in sorted(missing)]

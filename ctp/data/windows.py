@@ -100,11 +100,11 @@ def text_stats(windows: "torch.Tensor", tokenizer: Tokenizer, sha256: str | None
     sha256: the tokenizer's, if known. unk is 0 if the unknown token has the id of another special token.
     """
     unk = tokenizer.unk_token_id
-    own = unk is not None and unk not in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    is_known = unk is not None and unk not in (tokenizer.bos_token_id, tokenizer.eos_token_id)
     return {
         "tokenizer_sha256": sha256 or tokenizer_sha256(tokenizer),
         "tokens": windows.numel(),
-        "unk": int((windows == unk).sum()) if own else 0,
+        "unk": int((windows == unk).sum()) if is_known else 0,
     }
 
 

@@ -6,4 +6,5 @@ harness     the harness's model with a prompt in front
 generation  answers to questions
 latency     seconds to read tokens and to write them
 neighbours  vocabulary words nearest to a prompt's rows
+recovered   the share of the loss that a prompt wins back
 """

@@ -5,7 +5,6 @@ import platform
 import time
 import traceback
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -97,7 +96,7 @@ def _work(cell: Cell, place: Place) -> dict[str, float]:
     return metrics
 
 
-def check_finite(metrics: Any, least: int = 0) -> None:
+def check_finite(metrics: object, least: int = 0) -> None:
     """Raise FloatingPointError if a metric is NaN or infinite, TypeError if it is no number, ValueError if there are
     fewer than `least`, or MLflow does not take a name."""
     if not isinstance(metrics, dict) or len(metrics) < least:

@@ -1,6 +1,5 @@
 """Jobs: what a method works with. Models, token windows, a folder for the result, a place to report."""
 
-import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from ctp.learning.checkpoint import TrainState
 from ctp.models.config import model_facts
 from ctp.models.load import load_tokenizer
 from ctp.prompts import adapter
+from ctp.prompts.files import write_plain
 from ctp.storage.manifest import Record
 from ctp.storage.ref import identity, ref
 from ctp.storage.store import Store
@@ -60,9 +60,9 @@ class Job:
         """Where a pinned thing is on this machine."""
         return location(self.runtime.locations, thing)
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: object) -> None:
         """Write a payload file. Raises ValueError on a number that is not finite."""
-        (self.folder / name).write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        write_plain(self.folder / name, value)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import cast
 
 from ctp.cells import Generation, Latency, Measure, Neighbours, Perplexity, Task
 from ctp.execution.jobs import EvaluateJob
+from ctp.machine.arithmetic import dtype_name
 from ctp.machine.memory import AtOnce, smaller
 from ctp.machine.record import machine
 
@@ -90,8 +91,8 @@ def _latency(spec: Latency, job: EvaluateJob) -> dict[str, float]:
     from ctp.evaluation.latency import latency
 
     model = job.model
-    dtype, attention = str(model.dtype).removeprefix("torch."), model.config._attn_implementation
-    about = machine() | {"device": job.device, "dtype": dtype, "attention": attention}
+    attention = model.config._attn_implementation
+    about = machine() | {"device": job.device, "dtype": dtype_name(model.dtype), "attention": attention}
     result = latency(
         model, spec.seq_len, spec.new_tokens, job.prompt, batch=spec.batch, warmup=spec.warmup, repeats=spec.repeats,
         progress=job.progress,

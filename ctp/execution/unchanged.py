@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from ctp.cells import Dense
 from ctp.cells.cell import Cell, Compress
@@ -20,8 +20,16 @@ from ctp.data import documents, tasks
 from ctp.models import adapters, sources
 
 Files = Callable[[], Sequence[Path]]
-# What knows the files of a thing, and whether they are still what is pinned.
-_PINNERS: dict[str, Any] = {
+
+
+class _Pinner(Protocol):
+    """A module that knows the files of a thing, and whether they are still what is pinned."""
+
+    def pinned_files(self, location: str, /) -> list[Path]: ...
+    def check_pinned(self, location: str, revision: str, /) -> object: ...
+
+
+_PINNERS: dict[str, _Pinner] = {
     "pin_model": sources, "checkpoint": sources, "pin_windows": documents, "adapter": adapters, "pin_task": tasks,
 }  # fmt: skip
 
@@ -71,7 +79,7 @@ def _things(cell: Cell) -> list[Pinned]:
     return list(dict.fromkeys(found))
 
 
-def _inside(value: Any) -> Iterator[Pinned]:
+def _inside(value: object) -> Iterator[Pinned]:
     if isinstance(value, Cell):
         return
     if isinstance(value, Pinned):

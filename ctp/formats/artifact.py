@@ -131,7 +131,7 @@ class Compressed:
         return unpack_each({n: t.to(device) for n, t in self.packed.items()})
 
     def stats(self) -> dict[str, float]:
-        """What it takes on disk, and what that saves, see `ctp.compression.stats`; and the counts of `routing`."""
+        """What it takes on disk, and what that saves, see `ctp.formats.pack.stats`; and the counts of `routing`."""
         return stats(self.packed, self.rest, self.config.dtype) | self.routing.metrics()
 
     def model(self, device: str = "cpu", packed: bool = False) -> Any:

@@ -39,19 +39,19 @@ def _group_size(config: Mapping[str, Any]) -> Any:
 def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Layers:
     """The quantized linears of a checkpoint with this quantization config. Raises ValueError naming what is wrong."""
     fields = ("qweight", "qzeros", "scales")
-    return checks.read_layers(tensors, fields, "AWQ", lambda _, own: _read(own, _group_size(config)))
+    return checks.read_layers(tensors, fields, "AWQ", lambda _, linear: _read(linear, _group_size(config)))
 
 
-def _read(own: Mapping[str, Tensor], size: int) -> Layer:
-    columns, words = part(own, "qweight", (torch.int32,), (None, None)).shape
+def _read(tensors: Mapping[str, Tensor], size: int) -> Layer:
+    columns, words = part(tensors, "qweight", (torch.int32,), (None, None)).shape
     size = columns if size == -1 else size
     groups, rows = -(-columns // size), words * 8
-    zero = _outputs(part(own, "qzeros", (torch.int32,), (groups, words)))
+    zero = _outputs(part(tensors, "qzeros", (torch.int32,), (groups, words)))
     return Layer(
         (rows, columns),
         bits=BITS,
-        codes=_outputs(own["qweight"]),
-        scale=part(own, "scales", FLOATS, (groups, rows)).T.contiguous(),
+        codes=_outputs(tensors["qweight"]),
+        scale=part(tensors, "scales", FLOATS, (groups, rows)).T.contiguous(),
         zero=checks.unless_centred(zero, BITS),
         g_idx=checks.group_numbers("group_size", {}, columns, size),
     )

@@ -48,12 +48,12 @@ def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Layers:
     yield from checks.read_layers(tensors, EIGHT, "bitsandbytes", _eight)
 
 
-def _eight(_: str, own: Mapping[str, Tensor]) -> Layer:
-    rows, columns = part(own, "weight", (torch.int8,), (None, None)).shape
-    if "weight_format" in own and int(own["weight_format"].sum()):
-        raise ValueError(f"weight_format is {own['weight_format'].tolist()}: should be 0, row by row")
-    scale = part(own, "SCB", (torch.float32,), (rows,)) * (1 / 127)
-    return Layer((rows, columns), bits=8, codes=(own["weight"].short() + 128).byte(), scale=scale.unsqueeze(1))
+def _eight(_: str, tensors: Mapping[str, Tensor]) -> Layer:
+    rows, columns = part(tensors, "weight", (torch.int8,), (None, None)).shape
+    if "weight_format" in tensors and int(tensors["weight_format"].sum()):
+        raise ValueError(f"weight_format is {tensors['weight_format'].tolist()}: should be 0, row by row")
+    scale = part(tensors, "SCB", (torch.float32,), (rows,)) * (1 / 127)
+    return Layer((rows, columns), bits=8, codes=(tensors["weight"].short() + 128).byte(), scale=scale.unsqueeze(1))
 
 
 class _State(BaseModel):
@@ -66,28 +66,28 @@ class _State(BaseModel):
     nested_offset: FiniteFloat = 0.0
 
 
-def _four(kind: str, _: str, own: Mapping[str, Tensor]) -> Layer:
-    stored = part(own, f"{STATE}{kind}", (torch.uint8,), (None,))
+def _four(kind: str, _: str, tensors: Mapping[str, Tensor]) -> Layer:
+    stored = part(tensors, f"{STATE}{kind}", (torch.uint8,), (None,))
     try:
         state = _State.model_validate_json(bytes(stored.tolist()))
     except ValidationError as e:
         raise ValueError(f"quant_state: {'.'.join(map(str, e.errors()[0]['loc']))}: {e.errors()[0]['msg']}") from e
     (rows, columns), size = state.shape, state.blocksize
     count = rows * columns
-    octets = part(own, "weight", (torch.uint8,), (-(-count // 2), 1)).flatten()
+    octets = part(tensors, "weight", (torch.uint8,), (-(-count // 2), 1)).flatten()
     codes = torch.stack((octets >> 4, octets & 15), 1).flatten()[:count].view(rows, columns)
-    table = part(own, "weight.quant_map", (torch.float32,), (16,))
-    absmax = _absmax(own, state, -(-count // size))
+    table = part(tensors, "weight.quant_map", (torch.float32,), (16,))
+    absmax = _absmax(tensors, state, -(-count // size))
     run = math.gcd(columns, size)  # inputs in a row that are in one block, whatever the row
     scale = absmax[torch.arange(0, count, run) // size].view(rows, -1)
     return Layer((rows, columns), bits=4, codes=codes.contiguous(), scale=scale, table=table)
 
 
-def _absmax(own: Mapping[str, Tensor], state: _State, blocks: int) -> Tensor:
+def _absmax(tensors: Mapping[str, Tensor], state: _State, blocks: int) -> Tensor:
     """float32 (blocks,)."""
     if (size := state.nested_blocksize) is None:
-        return part(own, "weight.absmax", (torch.float32,), (blocks,))
-    codes = part(own, "weight.absmax", (torch.uint8,), (blocks,)).long()
-    numbers = part(own, "weight.nested_quant_map", (torch.float32,), (256,))
-    nested = part(own, "weight.nested_absmax", (torch.float32,), (-(-blocks // size),))
+        return part(tensors, "weight.absmax", (torch.float32,), (blocks,))
+    codes = part(tensors, "weight.absmax", (torch.uint8,), (blocks,)).long()
+    numbers = part(tensors, "weight.nested_quant_map", (torch.float32,), (256,))
+    nested = part(tensors, "weight.nested_absmax", (torch.float32,), (-(-blocks // size),))
     return numbers[codes] * nested[torch.arange(blocks) // size] + state.nested_offset

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ctp.architectures.linears import all_finite
 from ctp.formats.layer import Layer
+from ctp.machine.arithmetic import dtype_name
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 INTS = (torch.int32, torch.int64)
@@ -22,9 +23,9 @@ def read_layers(
     read: makes a layer of the linear's name and its tensors by field. Raises ValueError naming the linear.
     """
     for name in [key.removesuffix(f".{fields[0]}") for key in tensors if key.endswith(f".{fields[0]}")]:
-        own = {field: tensors[f"{name}.{field}"] for field in fields if f"{name}.{field}" in tensors}
+        linear = {field: tensors[f"{name}.{field}"] for field in fields if f"{name}.{field}" in tensors}
         try:
-            yield name, read(name, own), {f"{name}.{field}" for field in own}
+            yield name, read(name, linear), {f"{name}.{field}" for field in linear}
         except (ValueError, RuntimeError) as e:
             raise ValueError(f"{name}: no {format} layer: {e}") from e
 
@@ -46,15 +47,17 @@ def unless_centred(zero: Tensor, bits: int) -> Tensor | None:
     return None if bool((zero == 2 ** (bits - 1)).all()) else zero.contiguous()
 
 
-def part(own: Mapping[str, Tensor], field: str, dtypes: Sequence[torch.dtype], shape: Sequence[int | None]) -> Tensor:
+def part(
+    tensors: Mapping[str, Tensor], field: str, dtypes: Sequence[torch.dtype], shape: Sequence[int | None]
+) -> Tensor:
     """The tensor `field` of a layer. Raises ValueError naming it where it is missing, has another dtype or shape (None:
     any length above 0), or holds numbers that are not finite.
     """
-    if field not in own:
+    if field not in tensors:
         raise ValueError(f"{field} is missing")
-    found = own[field]
+    found = tensors[field]
     if found.dtype not in dtypes:
-        raise ValueError(f"{field} is {plain(found.dtype)}: should be {' or '.join(map(plain, dtypes))}")
+        raise ValueError(f"{field} is {dtype_name(found.dtype)}: should be {' or '.join(map(dtype_name, dtypes))}")
     fits = found.dim() == len(shape) and all(
         have > 0 if want is None else have == want for have, want in zip(found.shape, shape, strict=True)
     )
@@ -66,11 +69,6 @@ def part(own: Mapping[str, Tensor], field: str, dtypes: Sequence[torch.dtype], s
     return found
 
 
-def plain(dtype: torch.dtype) -> str:
-    """float16 and not torch.float16."""
-    return str(dtype).removeprefix("torch.")
-
-
 def below(field: str, values: Tensor, top: int) -> Tensor:
     """Whole numbers from 0 to top - 1, as they are. Raises ValueError naming the first that is none of them."""
     if bool((odd := (values < 0) | (values >= top)).any()):
@@ -78,14 +76,14 @@ def below(field: str, values: Tensor, top: int) -> Tensor:
     return values
 
 
-def group_numbers(field: str, own: Mapping[str, Tensor], columns: int, size: int) -> Tensor | None:
+def group_numbers(field: str, tensors: Mapping[str, Tensor], columns: int, size: int) -> Tensor | None:
     """The group of every input, int32 (columns,); None where groups are runs of equal length in the inputs' order.
 
     size: inputs per group, of which the last may have fewer. Raises ValueError unless every group has so many.
     """
     regular = torch.arange(columns) // size
     groups = int(regular[-1]) + 1
-    found = below(field, part(own, field, INTS, (columns,)), groups) if field in own else regular
+    found = below(field, part(tensors, field, INTS, (columns,)), groups) if field in tensors else regular
     counts = torch.bincount(found.long(), minlength=groups)
     if bool((odd := counts != torch.bincount(regular, minlength=groups)).any()):
         at = int(odd.nonzero()[0])

@@ -29,7 +29,7 @@ PARTS = ("weight_scale", "weight_packed", "weight", "weight_zero_point", "weight
 def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Layers:
     """The quantized linears of a checkpoint with this quantization config. Raises ValueError naming what is wrong."""
     grids = {_grid(g["weights"]) for g in config["config_groups"].values()}
-    return checks.read_layers(tensors, PARTS, "compressed-tensors", lambda _, own: _read(own, grids))
+    return checks.read_layers(tensors, PARTS, "compressed-tensors", lambda _, linear: _read(linear, grids))
 
 
 def _grid(weights: Mapping[str, Any]) -> tuple[int, int | None]:
@@ -57,42 +57,42 @@ def check(config: Mapping[str, Any]) -> None:
         checks.check_setting("strategy", weights.get("strategy"), STRATEGIES, " of compressed-tensors")
 
 
-def _read(own: Mapping[str, Tensor], grids: Collection[tuple[int, int | None]]) -> Layer:
+def _read(tensors: Mapping[str, Tensor], grids: Collection[tuple[int, int | None]]) -> Layer:
     widths = sorted({bits for bits, _ in grids})
-    if "weight_packed" in own:
-        rows, columns = below("weight_shape", part(own, "weight_shape", INTS, (2,)), 2**31).tolist()
-        packed = part(own, "weight_packed", (torch.int32,), (rows, None))
+    if "weight_packed" in tensors:
+        rows, columns = below("weight_shape", part(tensors, "weight_shape", INTS, (2,)), 2**31).tolist()
+        packed = part(tensors, "weight_packed", (torch.int32,), (rows, None))
         (bits,) = [b for b in widths if -(-columns * b // 32) == packed.shape[1]][:1] or [0]
         if not bits or not rows or not columns:
             raise ValueError(f"weight_packed has {packed.shape[1]} words a row for weight_shape {rows} x {columns}: "
                              f"none of {widths} bits")  # fmt: skip
         codes = from_words(packed, bits, columns)
     else:
-        rows, columns = part(own, "weight", (torch.int8,), (None, None)).shape
+        rows, columns = part(tensors, "weight", (torch.int8,), (None, None)).shape
         (bits,) = [b for b in widths if b >= 8] or widths[-1:]
-        codes = below("weight", own["weight"].to(torch.int16) + 2 ** (bits - 1), 2**bits).to(torch.uint8)
-    scale = _per_output(own, "weight_scale", FLOATS, rows, None)
+        codes = below("weight", tensors["weight"].to(torch.int16) + 2 ** (bits - 1), 2**bits).to(torch.uint8)
+    scale = _per_output(tensors, "weight_scale", FLOATS, rows, None)
     sizes = [columns if size is None else size for b, size in grids if b == bits]
     if (size := next((s for s in sizes if -(-columns // s) == scale.shape[1]), None)) is None:
         raise ValueError(f"weight_scale has {scale.shape[1]} groups of {columns} inputs: group_size is {sizes}")
-    g_idx = own.get("weight_g_idx")
+    g_idx = tensors.get("weight_g_idx")
     if g_idx is not None and g_idx.numel() == columns and bool((g_idx == -1).all()):  # how "none" is written
-        own = {n: t for n, t in own.items() if n != "weight_g_idx"}
+        tensors = {n: t for n, t in tensors.items() if n != "weight_g_idx"}
     return Layer(
         (rows, columns),
         bits=bits,
         codes=codes,
         scale=scale.contiguous(),
-        zero=_zero(own, bits, rows, scale.shape[1]),
-        g_idx=checks.group_numbers("weight_g_idx", own, columns, size),
+        zero=_zero(tensors, bits, rows, scale.shape[1]),
+        g_idx=checks.group_numbers("weight_g_idx", tensors, columns, size),
     )
 
 
 def _per_output(
-    own: Mapping[str, Tensor], field: str, dtypes: Sequence[torch.dtype], rows: int, groups: int | None
+    tensors: Mapping[str, Tensor], field: str, dtypes: Sequence[torch.dtype], rows: int, groups: int | None
 ) -> Tensor:
     """A tensor as (rows, groups), which may be stored as one number for all, or as one for each row."""
-    found = own[field]
+    found = tensors[field]
     if found.numel() == 1:
         found = found.reshape(1, 1).expand(rows, groups or 1)
     elif found.dim() == 1:
@@ -100,16 +100,16 @@ def _per_output(
     return part({field: found}, field, dtypes, (rows, groups))
 
 
-def _zero(own: Mapping[str, Tensor], bits: int, rows: int, groups: int) -> Tensor | None:
+def _zero(tensors: Mapping[str, Tensor], bits: int, rows: int, groups: int) -> Tensor | None:
     """Zero points (rows, groups); None where all are the middle of the grid."""
     field = "weight_zero_point"
-    if field not in own:
+    if field not in tensors:
         return None
-    if own[field].dtype == torch.int32:
-        words = part(own, field, (torch.int32,), (-(-rows * bits // 32), groups))
+    if tensors[field].dtype == torch.int32:
+        words = part(tensors, field, (torch.int32,), (-(-rows * bits // 32), groups))
         zero = from_words(words.T.contiguous(), bits, rows).T
     else:
-        stored = _per_output(own, field, (torch.int8,), rows, groups)
+        stored = _per_output(tensors, field, (torch.int8,), rows, groups)
         zero = below(field, stored.short() + 2 ** (bits - 1), 2**bits).byte()
     return checks.unless_centred(zero, bits)
 

@@ -38,8 +38,8 @@ def _version(config: Mapping[str, Any]) -> str:
 def layers(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Layers:
     """The quantized linears of a checkpoint with this quantization config. Raises ValueError naming what is wrong."""
 
-    def read(name: str, own: dict[str, Tensor]) -> Layer:
-        return _read(own, *_settings(name, config), _version(config))
+    def read(name: str, tensors: dict[str, Tensor]) -> Layer:
+        return _read(tensors, *_settings(name, config), _version(config))
 
     return checks.read_layers(tensors, ("qweight", "qzeros", "scales", "g_idx"), "GPTQ", read)
 
@@ -56,16 +56,16 @@ def _settings(name: str, config: Mapping[str, Any]) -> tuple[int, int | None]:
     return int(bits), None if size == -1 else size
 
 
-def _read(own: Mapping[str, Tensor], bits: int, size: int | None, version: str) -> Layer:
-    qweight = part(own, "qweight", (torch.int32,), (None, None))
+def _read(tensors: Mapping[str, Tensor], bits: int, size: int | None, version: str) -> Layer:
+    qweight = part(tensors, "qweight", (torch.int32,), (None, None))
     columns, rows = qweight.shape[0] * 32 // bits, qweight.shape[1]
-    if qweight.shape[0] * 32 % bits or ("g_idx" in own and len(own["g_idx"].flatten()) != columns):
-        inputs = f" of {len(own['g_idx'].flatten())} inputs" if "g_idx" in own else ""
+    if qweight.shape[0] * 32 % bits or ("g_idx" in tensors and len(tensors["g_idx"].flatten()) != columns):
+        inputs = f" of {len(tensors['g_idx'].flatten())} inputs" if "g_idx" in tensors else ""
         raise ValueError(f"qweight has {qweight.shape[0]} words a column{inputs}: they are not of {bits} bits")
     size = size or columns
     groups = -(-columns // size)
-    scales = part(own, "scales", FLOATS, (groups, rows))
-    qzeros = part(own, "qzeros", (torch.int32,), (groups, -(-rows * bits // 32)))
+    scales = part(tensors, "scales", FLOATS, (groups, rows))
+    qzeros = part(tensors, "qzeros", (torch.int32,), (groups, -(-rows * bits // 32)))
     if version == V1 and bits != 3:
         # By words, as GPTQModel: undoes the borrows of files whose zero points of 0 were lowered by words.
         qzeros = qzeros + to_words(torch.ones(1, rows), bits)
@@ -78,7 +78,7 @@ def _read(own: Mapping[str, Tensor], bits: int, size: int | None, version: str) 
         codes=from_words(qweight.T.contiguous(), bits, columns),
         scale=scales.T.contiguous(),
         zero=checks.unless_centred(zero, bits),
-        g_idx=checks.group_numbers("g_idx", own, columns, size),
+        g_idx=checks.group_numbers("g_idx", tensors, columns, size),
     )
 
 

@@ -57,10 +57,10 @@ def train(
 
     make: called once the model is frozen and on its device (runtime.device, unless accelerate has spread it out).
     resume: folder of a TrainState. checkpoint: called between two steps, at least runtime.checkpoint_seconds apart.
-    report: called about once a second and after each validation; losses are nats per scored token
-    whatever spec.loss is. If memory runs out, micro-batches are halved from then on: the gradient is the same sum up to
-    rounding (dropout draws other masks). Half precision that the device has no fast arithmetic for is computed in
-    float32, with rounded weights and without a loss scale.
+    report: called about once a second and after each validation; losses are nats per scored token whatever spec.loss
+    is. If memory runs out, micro-batches are halved from then on: the gradient is the same sum up to rounding (dropout
+    draws other masks). Half precision without fast arithmetic on the device is computed in float32, with rounded
+    weights and without a loss scale.
 
     Raises ValueError if spec, text and model do not fit or the checkpoint is another run's, FloatingPointError on a
     loss or gradient that is not finite, OutOfMemory if one window at once is too many.
@@ -72,8 +72,7 @@ def train(
         raise ValueError("a float16 model needs precision 'bf16' or 'fp16': without a loss scale its gradient vanishes")
     state = _initial(_identity(spec, windows, validation), resume)
     keep_heap()
-    device = pick(runtime.device)
-    half = AUTOCAST.get(spec.precision)
+    device, half = pick(runtime.device), AUTOCAST.get(spec.precision)
     native = half is None or computed_in(half, device) == half
     with accelerated(spec.precision if native else "fp32", device) as accelerator, frozen(model):
         if getattr(model, "hf_device_map", None) is None:
@@ -122,7 +121,7 @@ def _loop(run: Run, checkpoint_seconds: float, checkpoint: Checkpoint | None, re
             reported = now
         if checkpoint is None or last:
             continue
-        if now - saved >= checkpoint_seconds or signals.asked.is_set():
+        if now - saved >= checkpoint_seconds or signals.stop_requested.is_set():
             checkpoint(run.snapshot())
             saved = time.monotonic()
         signals.check()

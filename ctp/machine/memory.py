@@ -59,7 +59,7 @@ class AtOnce:
                 if self.size == 1:
                     *first, last = map(str, self.tried)
                     sizes = f"{', '.join(first)} and {last}" if first else last  # as in: 4, 2 and 1
-                    raise OutOfMemory(f"{said(e)}; tried with {sizes} at once") from e
+                    raise OutOfMemory(f"{reason(e)}; tried with {sizes} at once") from e
             # Only now, behind the handler: the error held the frames of the attempt, and these its tensors.
             free()
             self.size = (self.size + 1) // 2
@@ -72,7 +72,7 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def said(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The error's message about the memory that could not be had, on one line, without its advice."""
     if isinstance(error, OutOfMemory):
         return str(error)
@@ -89,11 +89,11 @@ def explained(error: BaseException, trace: str, advice: str) -> OutOfMemory:
 
     It is not chained to `error`, whose frames hold the tensors that took the memory.
     """
-    failure = OutOfMemory(f"{said(error)}; {advice}")
+    failure = OutOfMemory(f"{reason(error)}; {advice}")
     failure.add_note(trace)
     return failure
 
 
-def smaller(asked: int, used: int) -> dict[str, Any]:
+def smaller(requested: int, used: int) -> dict[str, Any]:
     """What a record says of windows at once where fewer had to do."""
-    return {"at_once": used} if used < asked else {}
+    return {"at_once": used} if used < requested else {}

@@ -15,7 +15,7 @@ from types import FrameType
 
 SECONDS = 20.0  # Slurm and Kubernetes kill 30 seconds after they have asked
 stopping: list[int] = []  # numbers of the signals that asked this driver to stop
-asked = threading.Event()  # in a worker: its driver wants it to stop
+stop_requested = threading.Event()  # in a worker: its driver wants it to stop
 
 
 class Drained(Exception):
@@ -32,7 +32,7 @@ class RayLost(BaseException):
 
 def check() -> None:
     """To be called where a cell's state is saved. Raises Drained if the run is to stop."""
-    if asked.is_set():
+    if stop_requested.is_set():
         raise Drained
 
 
@@ -64,7 +64,7 @@ def draining(hold: Callable[[], object], tell: Callable[[], object]) -> Iterator
         if len(came) > 1:
             now()
             return
-        rest = f"what still runs in {SECONDS:.0f} s, or at the next Ctrl-C, is cut off"
+        rest = f"anything still running after {SECONDS:.0f} s, or at the next Ctrl-C, is stopped"
         print(f"stopping: prompts are saved, short cells end; {rest}", file=sys.stderr, flush=True)
         hold()
         threading.Thread(target=tell, daemon=True).start()  # a call to the cluster may be what the signal cut short

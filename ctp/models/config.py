@@ -12,6 +12,7 @@ from ctp.architectures import families
 from ctp.architectures.context import context_length
 from ctp.common.files import cache_dir, write_json
 from ctp.common.messages import brief
+from ctp.machine.arithmetic import dtype_name
 from ctp.models import files as model_files
 from ctp.models.hf import LOCAL, quiet, skeleton
 from ctp.models.sources import UNPINNED, Facts, check_pinned, known_models, model_folder
@@ -84,7 +85,7 @@ def config_facts(config: Any) -> Facts:
     if why := families.no_projections(config, blocks):
         refused.setdefault("lora", why)
     return Facts(
-        dtype=str(config.dtype or torch.float32).removeprefix("torch."),
+        dtype=dtype_name(config.dtype or torch.float32),
         context=context_length(config),
         parameters=sum(p.numel() for p in model.parameters()),
         layers=len(blocks) or getattr(config.get_text_config(), "num_hidden_layers", 0),

@@ -1,7 +1,7 @@
 """Causal language models by name: a hub id, a folder, a GGUF file, one inside an installed package, or a tiny one.
 
-`locate` pins a name to one exact version without loading it; `load` gives a ready model and tokenizer. Weights come
-from safetensors (or GGUF, converted once per machine; or, where a hub model has no safetensors, from its .bin files, of
+`sources.locate` pins a name to one exact version; `load_model` gives a ready model and tokenizer. Weights come from
+safetensors (or GGUF, converted once per machine; or, where a hub model has no safetensors, from its .bin files, of
 which tensors alone are read); code from the hub is never run.
 """
 

@@ -73,11 +73,11 @@ def stale(plan: Plan, state: Mapping[str, State], store: Store) -> tuple[dict[st
     return why, read
 
 
-def _others(own: set[str], store: Store) -> dict[tuple[str, str], list[str]]:
-    """(kind, name without key) -> folders of finished cells that are not the plan's own."""
+def _others(planned: set[str], store: Store) -> dict[tuple[str, str], list[str]]:
+    """(kind, name without key) -> folders of finished cells that the plan does not have."""
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for kind in KINDS:
-        for name in sorted(store.folders.finished(kind) - own):
+        for name in sorted(store.folders.finished(kind) - planned):
             found[kind, split(name)[0]].append(name)
     return found
 
@@ -86,16 +86,16 @@ def differences(node: Node, manifest: Manifest, most: int = 3) -> str:
     """What makes the cell's key another one than the manifest's: settings and versions, as they were and are."""
     was, now = flat(manifest["spec"], ""), flat(node.cell.model_dump(mode="json"), "")
     changed = [n for n in dict.fromkeys((*now, *was)) if was.get(n) != now.get(n)]
-    said = [f"{n.removeprefix('.')} was {_short(was.get(n))}, is {_short(now.get(n))}" for n in changed[:most]]
+    parts = [f"{n.removeprefix('.')} was {_short(was.get(n))}, is {_short(now.get(n))}" for n in changed[:most]]
     if len(changed) > most:
-        said.append(f"{len(changed) - most} more settings")
+        parts.append(f"{len(changed) - most} more settings")
     if manifest.get("version") != node.cell.VERSION:
-        said.append(f"VERSION of {node.cell.kind} was {manifest.get('version')}, is {node.cell.VERSION}")
-    if not said and list(node.inputs) != manifest["inputs"]:
+        parts.append(f"VERSION of {node.cell.kind} was {manifest.get('version')}, is {node.cell.VERSION}")
+    if not parts and list(node.inputs) != manifest["inputs"]:
         names = [n for n in node.cell.INPUTS if getattr(node.cell, n) is not None]
         differ = [n for n, a, b in zip(names, node.inputs, manifest["inputs"], strict=False) if a != b]
-        said.append(f"its {' and '.join(differ) or 'inputs'} was made by another VERSION")
-    return "; ".join(said) or OTHER_KEY
+        parts.append(f"its {' and '.join(differ) or 'inputs'} was made by another VERSION")
+    return "; ".join(parts) or OTHER_KEY
 
 
 def _short(value: object) -> str:

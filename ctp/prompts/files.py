@@ -1,7 +1,6 @@
 """Learned prompts and their histories on disk: PEFT's format, safetensors and JSON only."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +89,6 @@ def load_prompt(folder: str | Path) -> Tensor:
     return prompt.to(torch.float32)
 
 
-def write_plain(path: Path, data: Mapping[str, Any]) -> None:
+def write_plain(path: Path, data: object) -> None:
     """Write JSON. Raises ValueError on a number that is not finite."""
     path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")

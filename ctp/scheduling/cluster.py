@@ -102,15 +102,11 @@ def watched(every: float = 0.5, last: Callable[[], object] = lambda: None) -> It
         while not (message := _dead()):
             if over.wait(every):
                 return
-        for _ in range(3):  # it may have been caught by someone; later, as the main thread may be cleaning up
-            # To the main thread itself: taken late by another thread, it would find no handler and end the process.
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
-            if over.wait(HEARD_SECONDS):
-                return
-        os.write(2, f"error: {message}\n".encode())
-        with contextlib.suppress(Exception):
-            last()
-        os._exit(Exit.RAY_LOST)
+        if not _interrupted(over):
+            os.write(2, f"error: {message}\n".encode())
+            with contextlib.suppress(Exception):
+                last()
+            os._exit(Exit.RAY_LOST)
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -128,6 +124,16 @@ def watched(every: float = 0.5, last: Callable[[], object] = lambda: None) -> It
         over.set()
         thread.join(timeout=5)
         signal.signal(signal.SIGUSR2, before)
+
+
+def _interrupted(over: threading.Event) -> bool:
+    """Signal the main thread until `over` is set: someone may catch what it raises, or it may be cleaning up."""
+    for _ in range(3):
+        # To the main thread itself: taken late by another thread, it would find no handler and end the process.
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
+        if over.wait(HEARD_SECONDS):
+            return True
+    return False
 
 
 def _dead() -> str:

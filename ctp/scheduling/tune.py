@@ -212,8 +212,8 @@ class _Task(tune.Trainable):
 
     def _look(self) -> None:
         """Is the run to stop?"""
-        if not signals.asked.is_set() and internal_kv._internal_kv_exists(self.word):
-            signals.asked.set()
+        if not signals.stop_requested.is_set() and internal_kv._internal_kv_exists(self.word):
+            signals.stop_requested.set()
 
     def step(self) -> dict[str, Any]:
         """The events since the last step."""
@@ -237,7 +237,7 @@ class _Task(tune.Trainable):
     def _work(self, cells: list[worker.Task]) -> None:
         try:
             for data in cells:
-                if signals.asked.is_set():
+                if signals.stop_requested.is_set():
                     break
                 worker.do(data, self.store, self.runtime, self.events.put, self.word)
         except BaseException as e:  # not a cell's error: those are reported

@@ -87,7 +87,7 @@ class CellRuns:
         manifest = self.store.manifest(node.ref)
         found = entry(self.experiment.name, node, manifest, self._history(node, manifest))
         known = self.experiment.runs().get(node.key)
-        run = known or self._create(node, found)
+        run = known or self._create(found)
         run.tags |= found.tags
         metrics = [Metric(n, v, found.end, step) for n, v, step in found.metrics]
         if isinstance(node.cell, Learn):
@@ -106,11 +106,11 @@ class CellRuns:
         if known := self.experiment.runs().get(node.key):
             return known
         found = entry(self.experiment.name, node)
-        run = self._create(node, found)
+        run = self._create(found)
         self._log(run.run_id, params=found.params)
         return run
 
-    def _create(self, node: Node, found: Entry) -> Run:
+    def _create(self, found: Entry) -> Run:
         run = self.experiment.create(found.start, found.tags | ({PARENT: self.parent} if self.parent else {}))
         self._curves[run.run_id] = set()
         return run

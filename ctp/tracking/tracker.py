@@ -7,9 +7,9 @@ Only the driver writes: from a thread while the grid runs, and at its end what M
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from mlflow.entities import Metric
+from mlflow.tracking import MlflowClient
 
 from ctp.cells.cell import Learn
 from ctp.cells.events import Done, Event, Failed, Notice, Progress, Skipped, Started
@@ -41,7 +41,7 @@ class Tracker:
         self._whole = False
 
     @property
-    def client(self) -> Any:
+    def client(self) -> MlflowClient:
         return self.experiment.client
 
     @property

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from mlflow.entities import Param
+from mlflow.tracking import MlflowClient
 
 from ctp.cells.labels import slug
 from ctp.common.redact import scrub
@@ -34,7 +35,7 @@ class Writer:
         self._note_rebuilt()
 
     @property
-    def client(self) -> Any:
+    def client(self) -> MlflowClient:
         return self.experiment.client
 
     def open(self, invocation: Invocation) -> None:

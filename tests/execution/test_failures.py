@@ -165,9 +165,9 @@ SCARCE = """
 import json, resource, sys
 from pathlib import Path
 from support.tiny import random_windows, tiny_llama
-from ctp.methods import SoftPrompt
-from ctp.recover.soft_prompt import learn
-from ctp.spec import Runtime
+from ctp.cells import SoftPrompt
+from ctp.cells.runtime import Runtime
+from ctp.learning.soft_prompt import learn
 
 spec = SoftPrompt(k=8, text={"dataset": "d", "split": "train", "seq_len": 512}, steps=2, validate_every=2, lr=0.01,
                   batch=8, accumulate=int(sys.argv[1]))

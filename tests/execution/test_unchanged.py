@@ -195,7 +195,7 @@ def test_an_edit_in_the_middle_of_a_grid(tmp_path, text):
     plugin.write_text(f"""
 from pathlib import Path
 from typing import Literal
-from ctp.methods import Measure
+from ctp.plugin import Measure
 
 class Editor(Measure):
     method: Literal["editor"] = "editor"
