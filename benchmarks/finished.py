@@ -21,7 +21,7 @@ from ctp.planning import gridfile
 from ctp.planning.graph import Plan
 from ctp.planning.pins import Pins
 from ctp.planning.plan import make
-from ctp.storage.manifest import MANIFEST
+from ctp.storage.manifest import MANIFEST, Manifest
 from ctp.storage.ref import identity
 from ctp.storage.store import Store
 from ctp.tracking import entries
@@ -77,14 +77,14 @@ def write(folder: Path) -> Plan:
     return plan
 
 
-def _artifacts(plan: Plan, store: Store) -> Iterator[tuple[str, dict[str, Any]]]:
+def _artifacts(plan: Plan, store: Store) -> Iterator[tuple[str, Manifest]]:
     """Each cell's folder with its manifest; numbers are drawn."""
     draw = random.Random(0)
     for k, node in plan.nodes.items():
         nll = draw.uniform(200, 400)
         metrics = {"ppl": math.exp(nll / 92), "ppl_paper": math.exp(nll / 96), "nll_sum": nll, "scored_tokens": 92,
                    "positions": 96}  # fmt: skip
-        manifest = {
+        manifest: Manifest = {
             **identity(node.cell), "metrics": metrics, "seconds": 0.1, "device": "cpu", "created": time.time(),
             "peak_memory_bytes": 1, "git_commit": None, "versions": {}, "machine": "", "python": "", "payload": "",
             "files": {"result.json": {"sha256": "0" * 64, "size": 0}},
@@ -98,7 +98,7 @@ def _artifacts(plan: Plan, store: Store) -> Iterator[tuple[str, dict[str, Any]]]
         yield k, manifest
 
 
-def _rows(plan: Plan, manifests: dict[str, dict[str, Any]], file: Path, experiment: str) -> None:
+def _rows(plan: Plan, manifests: dict[str, Manifest], file: Path, experiment: str) -> None:
     """The rows that MLflow's own client would write of these cells."""
     runs, tags, params, metrics = [], [], [], []
     for k, node in plan.nodes.items():

@@ -67,7 +67,7 @@ def run(nodes: int, compressions: int, lengths: tuple[float, float, float]) -> R
             ray.shutdown()
             cluster.shutdown()
         ideal = sum(seconds(n.cell) for n in plan.nodes.values()) / nodes
-        processes = {place.manifest(r)["process"] for r in plan.refs()}
+        processes = {place.manifest(r)["metrics"]["process"] for r in plan.refs()}
         return Ran(len(plan.nodes) - nodes, up - begun, warm - up, end - warm, ideal, len(processes))
 
 

@@ -73,7 +73,7 @@ def execute(cell: Cell, store: Store, runtime: Runtime, report: Report) -> None:
             _wait(Path(cell.compression.gate), key(cell), cell.compression.number)
         time.sleep(seconds(cell))
         (draft.path / "result.json").write_text("{}\n")
-        draft.record |= {"metrics": {}, "seconds": seconds(cell), "process": os.getpid()}
+        draft.record |= {"metrics": {"process": os.getpid()}, "seconds": seconds(cell)}
 
 
 def _wait(gate: Path, name: str, number: int) -> None:

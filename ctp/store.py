@@ -104,8 +104,8 @@ def _ls(store: Store, args: argparse.Namespace) -> int:
 
 def _plain_data(a: Artifact) -> dict[str, Any]:
     """One artifact: whole key, kind, name, bytes, and its manifest's numbers (`created`: seconds since 1970)."""
-    names: tuple[str, ...] = ("metrics", "created", "seconds", "device")
-    numbers = {n: a.manifest[n] for n in names if n in a.manifest}
+    names = ("metrics", "created", "seconds", "device")
+    numbers = {n: value for n, value in a.manifest.items() if n in names}
     return {"key": a.key, "kind": a.kind, "name": a.name, "bytes": a.payload_size, **numbers}
 
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias, TypedDict
 
 from pydantic import SerializeAsAny, model_validator
 
@@ -115,12 +115,19 @@ Cell: TypeAlias = Compress | Learn | Evaluate
 KINDS: dict[str, type[Cell]] = {c.kind: c for c in (Compress, Learn, Evaluate)}
 
 
-def to_json(cell: Cell) -> dict[str, object]:
+class CellData(TypedDict):
+    """A cell as plain data."""
+
+    kind: str
+    spec: dict[str, object]
+
+
+def to_json(cell: Cell) -> CellData:
     """Plain data that `from_json` turns back into the same cell."""
     return {"kind": cell.kind, "spec": cell.model_dump(mode="json")}
 
 
-def from_json(data: Mapping[str, object]) -> Cell:
+def from_json(data: CellData) -> Cell:
     """The cell that `to_json` wrote. Raises KeyError or pydantic.ValidationError on anything else."""
     return KINDS[str(data["kind"])].model_validate(data["spec"])
 

@@ -5,7 +5,6 @@ import platform
 import time
 import traceback
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -27,6 +26,7 @@ from ctp.machine.device import pick
 from ctp.machine.memory import explained, free, ran_out
 from ctp.machine.record import process_peak
 from ctp.machine.versions import git_commit, versions
+from ctp.storage.manifest import Record
 from ctp.storage.ref import identity, ref
 from ctp.storage.store import Store
 from ctp.tracking.entries import OWN, name_problem
@@ -135,7 +135,7 @@ def _advice(cell: Cell, runtime: Runtime, device: str) -> str:
 
 
 @lru_cache
-def surroundings() -> dict[str, Any]:
+def surroundings() -> Record:
     """The fields of a manifest about code and machine."""
     return {
         "git_commit": git_commit(),

@@ -23,6 +23,7 @@ from ctp.models.config import model_facts
 from ctp.models.load import load_tokenizer
 from ctp.prompts import adapter
 from ctp.prompts.files import write_plain
+from ctp.storage.manifest import Record
 from ctp.storage.ref import identity, ref
 from ctp.storage.store import Store
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:  # transformers takes seconds
 
     from ctp.prompts.prefix import Prefix
 
-Place = tuple[Store, Runtime, str, Path, dict[str, Any], Report, Reads]  # the fields of a Job
+Place = tuple[Store, Runtime, str, Path, Record, Report, Reads]  # the fields of a Job
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Job:
     runtime: Runtime
     device: str
     folder: Path
-    record: dict[str, Any]
+    record: Record
     report: Report
     reads: Reads
 

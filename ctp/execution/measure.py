@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import asdict, astuple
 from functools import partial, singledispatch
+from typing import cast
 
 from ctp.cells import Generation, Latency, Measure, Neighbours, Perplexity, Task
 from ctp.execution.jobs import EvaluateJob
@@ -21,18 +22,20 @@ def measure(job: EvaluateJob) -> dict[str, float]:
     """
     if not job.cell.measure.batched:
         return _once(job)
-    requested, record, at_once = job.runtime.batch, dict(job.record), AtOnce(job.runtime.batch, job.runtime.halved)
+    requested, at_once = job.runtime.batch, AtOnce(job.runtime.batch, job.runtime.halved)
+    record = cast(dict[str, object], job.record)
+    before = record.copy()
 
     def attempt(batch: int) -> dict[str, float]:
         for left in job.folder.iterdir():
             left.unlink() if left.is_file() else shutil.rmtree(left)
-        job.record.clear()
-        job.record.update(record)
+        record.clear()
+        record.update(before)
         job.runtime, job.lowered = job.runtime.model_copy(update={"batch": batch}), smaller(requested, batch)
         return _once(job)
 
     metrics = at_once(attempt)
-    job.record |= job.lowered
+    record |= job.lowered
     return metrics
 
 

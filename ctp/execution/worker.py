@@ -3,10 +3,10 @@
 import logging
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
-from ctp.cells.cell import Cell, from_json, key, to_json
+from ctp.cells.cell import Cell, CellData, from_json, key, to_json
 from ctp.cells.events import Done, Drained, Event, Failed, Notice, Progress, Report, Started
 from ctp.cells.labels import slug
 from ctp.cells.runtime import Runtime
@@ -18,13 +18,18 @@ from ctp.planning import plugins
 from ctp.storage.ref import ref
 from ctp.storage.store import Store
 
+
+class Task(CellData):
+    """A cell as plain data, and its key."""
+
+    key: str
+
+
 REPORT_SECONDS = 1.0
 ENDED = "the method itself ended the process; a cell fails by raising an error"
 
 
-def do(
-    data: Mapping[str, object], store: Store, runtime: Runtime, emit: Callable[[Event], None], run: str = ""
-) -> None:
+def do(data: Task, store: Store, runtime: Runtime, emit: Callable[[Event], None], run: str = "") -> None:
     """Execute the cell that `data` (cell as JSON, and its key) describes; `emit` gets its events.
 
     run: identifies the run; with it, a cell that crashed its process is not tried again on the same machine.

@@ -10,7 +10,6 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from ctp.cells.cell import KINDS, from_json
 from ctp.cells.labels import flat
@@ -19,7 +18,7 @@ from ctp.planning.cost import Cost, Pace
 from ctp.planning.graph import Node, Plan
 from ctp.planning.resources import Resources
 from ctp.planning.states import Kind, State
-from ctp.storage.manifest import MANIFEST, parse
+from ctp.storage.manifest import MANIFEST, Manifest, parse
 from ctp.storage.ref import split
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store
@@ -31,7 +30,6 @@ NEIGHBOURS = 3
 NAMED = 3  # settings, where several differ
 OTHER_KEY = "the store has it under another key"
 FOLLOWS = State(Kind.STALE, "an input is")
-Manifest = dict[str, Any]
 
 
 @dataclass(frozen=True)

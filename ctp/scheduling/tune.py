@@ -234,7 +234,7 @@ class _Task(tune.Trainable):
             events.append(event)
         return {"events": events, "done": False}
 
-    def _work(self, cells: list[dict[str, object]]) -> None:
+    def _work(self, cells: list[worker.Task]) -> None:
         try:
             for data in cells:
                 if signals.stop_requested.is_set():

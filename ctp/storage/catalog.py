@@ -6,17 +6,20 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 from ctp.cells.cell import KINDS, Cell, from_json, key
 from ctp.common.redact import scrub
 from ctp.storage.folders import File
-from ctp.storage.manifest import MANIFEST, Damaged, lacking, parse
+from ctp.storage.manifest import MANIFEST, Damaged, Manifest, lacking, parse
 from ctp.storage.ref import DIGITS, split
 from ctp.storage.store import READERS, Store
 
 KEY = re.compile("[0-9a-fA-F]{6,64}")  # what names an artifact: its key, or how that begins
 OURS = re.compile(rf".+-[0-9a-f]{{{DIGITS}}}", re.DOTALL)
+
+
+_NONE = cast(Manifest, {})
 
 
 @dataclass
@@ -26,7 +29,7 @@ class Artifact:
     kind: str
     folder: str
     files: dict[str, File] = field(default_factory=dict)
-    manifest: dict[str, Any] = field(default_factory=dict)
+    manifest: Manifest = field(default_factory=lambda: _NONE)
     damage: str = ""
 
     @property
@@ -46,7 +49,7 @@ class Artifact:
     @property
     def key(self) -> str:
         """The whole key, which only the manifest has; empty without one."""
-        return str(self.manifest.get("key", ""))
+        return self.manifest.get("key", "")
 
     @property
     def ours(self) -> bool:
@@ -101,7 +104,7 @@ def artifacts(store: Store, kinds: Iterable[str] = tuple(KINDS), read: bool = Tr
 def _read(store: Store, artifact: Artifact) -> None:
     text = store.folders.read(f"{store.folders.root}/{artifact.path}/{MANIFEST}")
     try:
-        artifact.manifest = {} if text is None else parse(text, MANIFEST)
+        artifact.manifest = _NONE if text is None else parse(text, MANIFEST)
     except Damaged as e:
         artifact.damage = str(e)
 
@@ -141,7 +144,7 @@ def select(found: Sequence[Artifact], texts: Sequence[str]) -> list[Artifact]:
     return list(chosen.values())
 
 
-def find(store: Store, text: str) -> tuple[Cell, dict[str, Any]]:
+def find(store: Store, text: str) -> tuple[Cell, Manifest]:
     """The cell and manifest of the one artifact whose key begins with `text` (6 hex digits or more).
 
     Raises ValueError where there is none, several, or one of another version of ctp; Damaged where it is damaged.

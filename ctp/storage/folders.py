@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ctp.common.files import flush, flush_entry
-from ctp.storage.manifest import MANIFEST, Damaged, files_of, parse, whole
+from ctp.storage.manifest import MANIFEST, Damaged, FileEntry, Manifest, Stored, files_of, parse, whole
 from ctp.storage.ref import DIGITS
 from ctp.storage.remote import StoreError, room, unreadable
 
@@ -95,7 +95,7 @@ class Folders:
         except PermissionError as e:
             raise unreadable(path, e) from e
 
-    def download(self, source: str, manifest: Mapping[str, Any], target: Path) -> None:
+    def download(self, source: str, manifest: Manifest, target: Path) -> None:
         """Copy the files that the manifest of `source` names. Raises Damaged where one is missing."""
         (target / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
         for name in manifest["files"]:
@@ -137,7 +137,7 @@ class Folders:
                     found.append(path)
         return sorted(found)
 
-    def commit(self, work: Path, target: str, record: Mapping[str, object]) -> bytes:
+    def commit(self, work: Path, target: str, record: Stored) -> bytes:
         """Make `work` visible as `target`. An artifact that is there already stays, and this one is dropped.
 
         Returns the manifest: the record and the files. Raises ValueError where `work` holds what no artifact can.
@@ -224,7 +224,7 @@ class Folders:
         return False
 
 
-def manifest_text(record: Mapping[str, object], files: Mapping[str, object], payload: str) -> bytes:
+def manifest_text(record: Stored, files: Mapping[str, FileEntry], payload: str) -> bytes:
     """A manifest as it is written. payload: the folder of the files, "" or with a slash at the end."""
     return json.dumps({**record, "files": files, "payload": payload}, indent=1, sort_keys=True).encode()
 

@@ -5,9 +5,9 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-from ctp.cells.cell import KINDS, canonical
+from ctp.cells.cell import KINDS, CellData, canonical
 from ctp.common.files import sha256_file
 from ctp.storage.remote import StoreError
 
@@ -16,14 +16,71 @@ _KEY = re.compile("[0-9a-f]{64}")
 PAYLOAD = re.compile("payload-[0-9a-f]{12}")  # in an object store, the folder of the files in an artifact
 
 
+class FileEntry(TypedDict):
+    """What a manifest holds of a file. size: bytes."""
+
+    sha256: str
+    size: int
+
+
+class Identity(CellData):
+    """What every manifest begins with: the cell, its key (hex), the VERSION of its kind and the keys of its inputs."""
+
+    key: str
+    version: int
+    inputs: list[str]
+
+
+class Record(TypedDict, total=False):
+    """What a cell's work adds to its manifest; a method has its own of these.
+
+    seconds: of the whole cell; train_seconds: of learning; created: since 1970; step: of a saved state. location: of a
+    dense model. text, task, machine_detail: what a perplexity, a task or a timing depends on besides the model.
+    """
+
+    metrics: dict[str, float]
+    seconds: float
+    created: float
+    device: str
+    computed_in: str
+    peak_memory_bytes: int
+    git_commit: str | None
+    versions: dict[str, str | None]
+    python: str
+    machine: str
+    at_once: int
+    location: str
+    train_seconds: float
+    experts_short_of_tokens: dict[str, int]
+    text: dict[str, str | int]
+    task: dict[str, Any]
+    machine_detail: dict[str, Any]
+    step: int
+
+
+class Stored(Identity, Record):
+    """What is stored of a cell besides its files."""
+
+
+class Contents(TypedDict):
+    """files: by name, in the folder `payload` (with a slash at its end) if there is one."""
+
+    files: dict[str, FileEntry]
+    payload: NotRequired[str]
+
+
+class Manifest(Stored, Contents):
+    """The manifest of an artifact."""
+
+
 class Damaged(StoreError):
     """What is stored is not what was put there, or was never put there by ctp."""
 
 
-def parse(text: bytes, path: str) -> dict[str, Any]:
+def parse(text: bytes, path: str) -> Manifest:
     """The manifest that `path` holds. Raises Damaged where it is torn, or names files outside its own folder."""
     try:
-        manifest: dict[str, Any] = json.loads(text)
+        manifest: Manifest = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise Damaged(f"{path} is not JSON ({e})") from e
     wrong = _wrong(manifest)
@@ -32,7 +89,7 @@ def parse(text: bytes, path: str) -> dict[str, Any]:
     return manifest
 
 
-def whole(text: bytes, path: str, key: str, size: Callable[[str], int | None] | None) -> dict[str, Any]:
+def whole(text: bytes, path: str, key: str, size: Callable[[str], int | None] | None) -> Manifest:
     """The manifest of an artifact that is done: it is valid, of this key, and its files have the sizes it names.
 
     This is what done means wherever it is asked; bytes are compared when an artifact is used. path: of the manifest.
@@ -47,7 +104,7 @@ def whole(text: bytes, path: str, key: str, size: Callable[[str], int | None] | 
     return manifest
 
 
-def lacking(manifest: Mapping[str, Any], size: Callable[[str], int | None]) -> str:
+def lacking(manifest: Contents, size: Callable[[str], int | None]) -> str:
     """What the sizes of its files show to be wrong with an artifact; empty where nothing is. size: as in `whole`."""
     for name, file in manifest["files"].items():
         found = size(f"{manifest.get('payload', '')}{name}")
@@ -94,7 +151,7 @@ def _inside(name: str) -> bool:
     return bool(parts) and str(PurePosixPath(name)) == name and not {"/", "..", "."} & set(parts) and "\0" not in name
 
 
-def files_of(folder: Path) -> dict[str, dict[str, Any]]:
+def files_of(folder: Path) -> dict[str, FileEntry]:
     """What a manifest holds of the files in a folder: name -> sha256 and size.
 
     Raises ValueError where there is a link, something that is no file, or a name that no artifact can hold.
@@ -111,11 +168,11 @@ def files_of(folder: Path) -> dict[str, dict[str, Any]]:
         if name.encode(errors="replace").decode() != name:
             raise ValueError(f"the file name {name!r} is not UTF-8")
         if path.is_file():
-            found[name] = {"sha256": sha256_file(path), "size": path.stat().st_size}
+            found[name] = FileEntry(sha256=sha256_file(path), size=path.stat().st_size)
     return found
 
 
-def verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+def verify(folder: Path, files: Mapping[str, FileEntry]) -> None:
     """Raises Damaged where a file fails its checksum, is missing, or is a link that leaves the folder.
 
     An error of reading (a disk, a permission) is raised as it is: it says nothing of what was written. Messages begin
@@ -134,6 +191,6 @@ def verify(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
             raise Damaged(f"{name} is not the file that its manifest names: its bytes have changed")
 
 
-def content(files: Mapping[str, object]) -> str:
+def content(files: Mapping[str, FileEntry]) -> str:
     """One digest (hex) of all files that a manifest names."""
     return hashlib.sha256(canonical(dict(files)).encode()).hexdigest()

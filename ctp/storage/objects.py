@@ -12,7 +12,7 @@ from typing import Any
 from fsspec.utils import glob_translate
 
 from ctp.storage.folders import File, Folders, manifest_text
-from ctp.storage.manifest import MANIFEST, PAYLOAD, files_of
+from ctp.storage.manifest import MANIFEST, PAYLOAD, FileEntry, Stored, files_of
 from ctp.storage.remote import StoreError, connect, unsupported
 
 
@@ -62,10 +62,10 @@ class Objects(Folders):
     def left_over(self) -> list[Path]:
         return []
 
-    def commit(self, work: Path, target: str, record: Mapping[str, object]) -> bytes:
+    def commit(self, work: Path, target: str, record: Stored) -> bytes:
         return self.upload(work, target, record, files_of(work))
 
-    def upload(self, work: Path, target: str, record: Mapping[str, object], files: Mapping[str, object]) -> bytes:
+    def upload(self, work: Path, target: str, record: Stored, files: Mapping[str, FileEntry]) -> bytes:
         """As `commit`, of these files in `work`."""
         payload = f"payload-{uuid.uuid4().hex[:12]}"
         manifest = manifest_text(record, files, f"{payload}/")

@@ -6,13 +6,14 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ctp.cells.cell import CellData
 from ctp.storage.folders import Folders
-from ctp.storage.manifest import MANIFEST, parse, verify
+from ctp.storage.manifest import MANIFEST, Identity, parse, verify
 from ctp.storage.ref import Ref
 from ctp.storage.remote import StoreError, room
 
@@ -26,7 +27,7 @@ class States:
 
     folders: Folders
 
-    def save(self, ref: Ref, identity: Mapping[str, object], step: int, write: Callable[[Path], object]) -> None:
+    def save(self, ref: Ref, identity: Identity, step: int, write: Callable[[Path], object]) -> None:
         """Keep the state that `write(folder)` writes, as of `step`; older states go once it is safe."""
         target = f"{self.folder(ref)}/step-{step:09d}"
         with self.folders.workspace() as work:
@@ -72,7 +73,7 @@ class Failures:
 
     folders: Folders
 
-    def record(self, ref: Ref, spec: Mapping[str, object], error: str, trace: str) -> None:
+    def record(self, ref: Ref, spec: CellData, error: str, trace: str) -> None:
         """Keep an error; spec: the cell as plain data, for people who read the file."""
         record = {"key": ref.key, "error": error, "traceback": trace, "spec": spec}
         with room(self.folders.uri):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from ctp.cells.cell import Cell, key, to_json
 from ctp.cells.labels import slug
+from ctp.storage.manifest import Identity
 
 DIGITS = 12  # of the key, at the end of a folder name
 _NAME_BYTES = 150  # file systems allow 255 for a file name
@@ -41,6 +42,6 @@ def ref(cell: Cell) -> Ref:
     return cell.remembered("_ref", lambda: Ref(cell.kind, slug(cell), key(cell)))
 
 
-def identity(cell: Cell) -> dict[str, object]:
+def identity(cell: Cell) -> Identity:
     """What every manifest holds first: key, kind, spec, version, and the keys of the inputs."""
     return {"key": key(cell), **to_json(cell), "version": cell.VERSION, "inputs": [key(i) for i in cell.inputs]}

@@ -13,17 +13,28 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from ctp.cells.cell import KINDS
 from ctp.common.files import cache_dir, fill
-from ctp.storage.manifest import MANIFEST, Damaged, content, lacking, verify, whole
+from ctp.storage.manifest import (
+    MANIFEST,
+    Contents,
+    Damaged,
+    Identity,
+    Manifest,
+    Record,
+    Stored,
+    content,
+    lacking,
+    verify,
+    whole,
+)
 from ctp.storage.objects import Objects, open_folders
 from ctp.storage.partial import Failures, States
 from ctp.storage.ref import Ref
@@ -43,7 +54,7 @@ class Draft:
     """An artifact in the making: fill `path` with files and `record` with what the manifest shall hold."""
 
     path: Path
-    record: dict[str, Any] = field(default_factory=dict)
+    record: Record = field(default_factory=Record)
 
 
 class Store:
@@ -59,7 +70,7 @@ class Store:
         self.states, self.failures = States(self.folders), Failures(self.folders)
         self.damaged: list[str] = []
         self._verified: dict[str, Path] = {}
-        self._seen: dict[str, tuple[Any, dict[str, Any]]] = {}  # path of a manifest -> (its stamp, its files)
+        self._seen: dict[str, tuple[object, Contents]] = {}  # path of a manifest -> (its stamp, its files)
 
     def check_writable(self) -> None:
         """Write and remove a small file, and remove what killed workers left behind."""
@@ -133,17 +144,17 @@ class Store:
             manifest = whole(text, path, ref.key, size)
         except Damaged as e:
             return str(e)
-        self._seen[path] = stamp, {n: manifest[n] for n in ("files", "payload") if n in manifest}
+        self._seen[path] = stamp, Contents(files=manifest["files"], payload=manifest.get("payload", ""))
         return ""
 
     def _sizes(self, ref: Ref) -> Callable[[str], int | None]:
         return lambda name: self.folders.size(f"{self.folder(ref)}/{name}")
 
-    def manifest(self, ref: Ref) -> dict[str, Any]:
+    def manifest(self, ref: Ref) -> Manifest:
         """The manifest of what is done. Raises StoreError where it is missing, Damaged where it is not valid."""
         return self._manifest(ref)[0]
 
-    def _manifest(self, ref: Ref) -> tuple[dict[str, Any], bytes]:
+    def _manifest(self, ref: Ref) -> tuple[Manifest, bytes]:
         """The manifest, and its bytes as they were read."""
         path = f"{self.folder(ref)}/{MANIFEST}"
         if (text := self.folders.read(path)) is None:
@@ -157,7 +168,7 @@ class Store:
     # ------------------------------------------------------------------- writing
 
     @contextmanager
-    def publish(self, ref: Ref, identity: Mapping[str, object]) -> Iterator[Draft]:
+    def publish(self, ref: Ref, identity: Identity) -> Iterator[Draft]:
         """Fill the draft; on a clean exit it becomes the artifact, on an error nothing becomes visible.
 
         identity: what the manifest holds besides the draft's record; see ctp.storage.ref. A full disk is a StoreError.
@@ -165,7 +176,7 @@ class Store:
         with self.folders.workspace() as work:
             draft = Draft(work)
             yield draft
-            record = {**draft.record, **identity}
+            record: Stored = {**draft.record, **identity}
             try:
                 manifest = self.folders.commit(work, self.folder(ref), record)
             except (StoreError, FileNotFoundError) as e:
@@ -189,7 +200,7 @@ class Store:
         """A local store in this machine's cache, for what could not be sent to this object store."""
         return Store(str(cache_dir() / "unsent" / hashlib.sha256(self.uri.encode()).hexdigest()[:12]))
 
-    def _keep(self, ref: Ref, work: Path, record: Mapping[str, object], e: Exception) -> StoreError:
+    def _keep(self, ref: Ref, work: Path, record: Stored, e: Exception) -> StoreError:
         """Keep on this machine what could not be sent. Returns what to raise."""
         with self._unsent.publish(ref, record) as draft:
             shutil.copytree(work, draft.path, dirs_exist_ok=True)
@@ -226,7 +237,7 @@ class Store:
                 raise self._give_up(ref, text, Damaged(f"{self.folder(ref)}/{e}")) from e
         return self._verified[ref.key]
 
-    def _local_copy(self, ref: Ref, manifest: dict[str, Any]) -> Path:
+    def _local_copy(self, ref: Ref, manifest: Manifest) -> Path:
         files = manifest["files"]
         if self.folders.local:
             path = Path(self.folder(ref), manifest.get("payload", ""))  # where it was copied from an object store

@@ -9,7 +9,7 @@ from typing import Any
 from ctp.cells.cell import KINDS, own_key
 from ctp.storage.catalog import Artifact
 from ctp.storage.folders import DAY
-from ctp.storage.manifest import MANIFEST, PAYLOAD, Damaged, verify
+from ctp.storage.manifest import MANIFEST, PAYLOAD, Damaged, Manifest, verify
 from ctp.storage.ref import DIGITS
 from ctp.storage.store import Store
 
@@ -80,7 +80,7 @@ def _identity(artifact: Artifact, specs: dict[str, Any]) -> str:
     return f"it says of its input {other[:DIGITS]} what that is not" if other else ""
 
 
-def _inputs(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _inputs(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """(field, key) of each input. Raises ValueError where there are more or fewer keys than fields."""
     return zip(
         (n for n in KINDS[manifest["kind"]].INPUTS if manifest["spec"][n] is not None), manifest["inputs"], strict=True

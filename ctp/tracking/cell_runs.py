@@ -10,6 +10,7 @@ from mlflow.entities import Metric, Param, RunTag
 from ctp.cells.cell import Evaluate, Learn
 from ctp.cells.events import Progress
 from ctp.planning.graph import Node, Plan
+from ctp.storage.manifest import Manifest
 from ctp.storage.store import Store
 from ctp.tracking.entries import CURVES, ERROR, PARENT, TOKENS_PER_S, Entry, entry
 from ctp.tracking.experiment import Experiment, Run
@@ -140,7 +141,7 @@ class CellRuns:
         self._curves[run] |= new.keys()
         return list(new.values())
 
-    def _history(self, node: Node, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    def _history(self, node: Node, manifest: Manifest) -> list[dict[str, Any]]:
         """Of learning, by step."""
         if not isinstance(node.cell, Learn) or "history.json" not in manifest["files"]:
             return []

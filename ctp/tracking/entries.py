@@ -21,6 +21,7 @@ from ctp.common.redact import scrub
 from ctp.machine.process import signs
 from ctp.machine.versions import git_commit, versions
 from ctp.planning.graph import Node
+from ctp.storage.manifest import Manifest
 from ctp.storage.store import DEFAULT_STORE
 
 if TYPE_CHECKING:  # MLflow takes a second
@@ -100,9 +101,7 @@ class Entry:
     left_out: tuple[str, ...] = ()
 
 
-def entry(
-    grid: str, node: Node, manifest: dict[str, Any] | None = None, history: Iterable[dict[str, Any]] = ()
-) -> Entry:
+def entry(grid: str, node: Node, manifest: Manifest | None = None, history: Iterable[dict[str, Any]] = ()) -> Entry:
     """The entry of a cell: with a manifest that of a finished one. history: of learning, by step.
 
     MLflow takes 6,000 characters of a param.
@@ -112,7 +111,7 @@ def entry(
     tags |= current_tags(node)
     if manifest is None:
         return Entry(settings, tags)
-    numbers = manifest["metrics"] | {n: manifest[n] for n in OWN}
+    numbers = manifest["metrics"] | {"seconds": manifest["seconds"], "peak_memory_bytes": manifest["peak_memory_bytes"]}
     left_out = tuple(n for n, v in numbers.items() if name_problem(n) or not isinstance(v, int | float))
     metrics = [(n, float(v), 0) for n, v in numbers.items() if n not in left_out]
     metrics += [
@@ -132,10 +131,13 @@ def current_tags(node: Node) -> dict[str, str]:
     return {CURRENT: "yes", STUDIES: ",".join(node.studies), **{f"ctp.{n}": v for n, v in own.items()}}
 
 
-def _made(manifest: dict[str, Any]) -> dict[str, str]:
+def _made(manifest: Manifest) -> dict[str, str]:
     """Tags that say where and by which code a cell was computed, and on which text."""
     found = {"device": manifest["device"], "git_commit": manifest["git_commit"] or ""}
-    found |= {n: str(manifest[n]) for n in ("computed_in", "at_once") if n in manifest}
+    if "computed_in" in manifest:
+        found["computed_in"] = manifest["computed_in"]
+    if "at_once" in manifest:
+        found["at_once"] = str(manifest["at_once"])
     if "task" in manifest:
         found["metric"] = manifest["task"]["metric"]
     if detail := manifest.get("machine_detail"):
