@@ -25,7 +25,7 @@ class Task(CellData):
     key: str
 
 
-REPORT_SECONDS = 1.0
+REPORT_SECONDS = 1.0  # between two reports of a cell's progress
 ENDED = "the method itself ended the process; a cell fails by raising an error"
 
 

@@ -166,7 +166,7 @@ def test_a_run_without_its_number_leaves_its_measure_out(uri, record):
     finally:
         client.set_tag(run, "ctp.protocol", "p")
     assert found.troubles == [f"generation is left out: run {run} has no tag ctp.protocol: `python -m ctp.track sync "
-                              "GRID` writes it"]  # fmt: skip
+                              "g` writes it"]  # fmt: skip
     assert found.measured("generation").empty
     assert len(found.measured("perplexity")) == len(record.measured("perplexity"))
 
