@@ -13,7 +13,6 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from ctp.tracking.entries import sqlite_uri
 
-MAGIC = b"SQLite format 3\0"
 BESIDE = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a database that is open, or was when it was killed
 TABLES = {"experiments", "runs"}
 
@@ -24,12 +23,12 @@ def damage(file: Path, whole: bool = False) -> str:
     whole: every page is checked. A database that is locked, or may not be read, is not called damaged.
     """
     try:
-        with file.open("rb") as opened:
-            head = opened.read(len(MAGIC))
+        if not os.stat(file).st_size:
+            return "it is empty"
     except OSError:
         return ""
-    if head != MAGIC:
-        return "it is no SQLite database" if head else "it is empty"
+    # Only SQLite opens the file here: a process that closes a descriptor of its own loses SQLite's locks on it, and
+    # another process then removes the WAL as if it were the last to close the database.
     try:
         with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=rw", uri=True, timeout=5)) as db:
             tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -37,7 +36,7 @@ def damage(file: Path, whole: bool = False) -> str:
     except sqlite3.OperationalError as e:
         return str(e) if "disk I/O error" in str(e) else ""
     except sqlite3.DatabaseError as e:
-        return str(e)
+        return "it is no SQLite database" if "not a database" in str(e) else str(e)
     if found != "ok":
         return found.replace("\n", " ")
     return "tables of MLflow's are missing" if tables and not tables >= TABLES else ""

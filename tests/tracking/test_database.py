@@ -2,6 +2,9 @@
 
 import shutil
 import sqlite3
+import subprocess
+import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -107,6 +110,19 @@ def test_a_database_that_is_locked_or_may_not_be_read_is_not_called_damaged(uri,
     holder.close()
     monkeypatch.setattr(Path, "open", lambda *a, **how: (_ for _ in ()).throw(PermissionError(13, "no")))
     assert files.damage(file) == ""
+
+
+def test_a_check_keeps_sqlites_locks_on_the_file(uri):
+    """A process that closes any descriptor of a file loses all its locks on it. Another process that then closes the
+    database takes itself for the last one and removes the WAL, and the next access here is a disk I/O error."""
+    file, wal = beside(uri), beside(f"{uri}-wal")
+    close = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); db.execute('SELECT 1 FROM runs'); db.close()"
+    with closing(sqlite3.connect(file)) as db:
+        db.execute("SELECT count(*) FROM runs").fetchone()
+        assert wal.exists()
+        assert files.damage(file, whole=True) == ""
+        subprocess.run([sys.executable, "-c", close, str(file)], check=True)
+        assert wal.exists()
 
 
 def test_a_server_is_never_taken_for_a_file(finished, monkeypatch):
