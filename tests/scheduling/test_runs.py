@@ -63,7 +63,7 @@ def test_a_run_and_the_same_again(tmp_path, llama_folder):
     assert manifests(tmp_path) == before
 
 
-def test_plans_and_the_matrix_of_what_is_done(copied, uri, capsys):
+def test_plans_and_the_matrix_of_what_is_done(copied, uri, tmp_path, capsys):
     """The commands, in this process."""
     file, at = copied.plan.grid.path, ["--store", copied.store.uri]
     assert command_line.main([str(file), "--plan", *at]) == 0
@@ -71,7 +71,7 @@ def test_plans_and_the_matrix_of_what_is_done(copied, uri, capsys):
     assert command_line.main([str(file), "--where", "target=dense", "--plan", *at]) == 0
     assert "5 cells (2 compress, 1 learn, 2 evaluate): 5 done" in capsys.readouterr().out
     Tracker(uri, copied.plan, copied.store).sync()
-    assert transfer_matrix.main(["g"]) == 0
+    assert transfer_matrix.main(["g", "--csv", str(tmp_path / "m.csv")]) == 0
     shown = capsys.readouterr().out
     assert "gptq-3bit prompt, k=4, pydoc" in shown
     for cell in copied.all(Evaluate):
