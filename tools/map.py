@@ -37,6 +37,8 @@ def packages() -> Iterator[Path]:
         found = sorted({f.parent for f in (ROOT / root).rglob("*.py")}, key=lambda p: p.relative_to(ROOT).parts)
         inner = [f for f in found if f != ROOT / root]
         if root == "ctp":
+            if unknown := [f for f in inner if f.name not in order]:
+                raise ValueError(f"{unknown[0].relative_to(ROOT)} is not in the layers of pyproject.toml")
             inner.sort(key=lambda f: order.index(f.name))
             yield from (*inner, ROOT / root)
         else:

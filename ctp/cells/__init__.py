@@ -6,6 +6,7 @@ recovery      how lost quality is won back
 measure       what is measured
 inputs        models and texts, pinned to one exact version
 cell          the three kinds of cell, and their keys
+events        what is reported of a cell while it runs
 labels        names of cells for people, and the axes to filter by
 runtime       how and where work is done, which is in no key
 """

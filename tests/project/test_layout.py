@@ -31,6 +31,13 @@ def test_no_test_file_imports_another():
             assert not names & set(module.split(".")), f"{file.relative_to(ROOT)} imports {module}"
 
 
+def test_each_folder_of_code_is_a_package():
+    """import-linter sees packages only."""
+    for root in ("ctp", "analysis", "benchmarks", "tools"):
+        for folder in {f.parent for f in (ROOT / root).rglob("*.py")} - {ROOT / "benchmarks" / "peers"}:
+            assert (folder / "__init__.py").is_file(), folder.relative_to(ROOT)
+
+
 def test_each_folder_is_one_of_the_code():
     packages = {f.parent.name for f in (ROOT / "ctp").glob("*/__init__.py")} | OTHERS
     folders = {f.parent.name for f in TESTS.rglob("test_*.py") if f.parent != TESTS}
