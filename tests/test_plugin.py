@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_every_name_resolves():
-    assert sorted(plugin.__all__) == plugin.__all__
+    assert len(set(plugin.__all__)) == len(plugin.__all__)
     for name in plugin.__all__:
         assert getattr(plugin, name).__name__ if isinstance(getattr(plugin, name), type) else getattr(plugin, name)
     assert not hasattr(plugin, "no_such_name")

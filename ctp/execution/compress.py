@@ -14,22 +14,23 @@ from ctp.models.config import model_facts
 def compress(job: CompressJob) -> dict[str, float]:
     """Write the compressed model into `job.folder`; returns its metrics. A method's own `compress(job)` comes first."""
     spec = job.cell.compression
-    return spec.compress(job) if hasattr(spec, "compress") else _compress(spec, job)
+    return spec.compress(job) if hasattr(spec, "compress") else builtin_compress(spec, job)
 
 
 @singledispatch
-def _compress(spec: Compression, job: CompressJob) -> dict[str, float]:
+def builtin_compress(spec: Compression, job: CompressJob) -> dict[str, float]:
+    """What the built-in method does that `spec` is, or is derived from."""
     raise NotImplementedError(f"method {spec.method!r} has no compress(job)")
 
 
-@_compress.register
+@builtin_compress.register
 def _dense(spec: Dense, job: CompressJob) -> dict[str, float]:
     """The model itself is the artifact, at its pinned revision: only its location is recorded."""
     job.record["location"] = job.location(job.base)
     return {"parameters": model_facts(job.record["location"], job.base.revision).parameters, "sparsity": 0.0}
 
 
-@_compress.register
+@builtin_compress.register
 def _checkpoint(spec: Checkpoint, job: CompressJob) -> dict[str, float]:
     """With the base model's tokenizer: all cells of a model score the same tokens."""
     folder = checkpoint.fetch(job.location(spec), spec.revision)
@@ -39,7 +40,7 @@ def _checkpoint(spec: Checkpoint, job: CompressJob) -> dict[str, float]:
     return small.stats()
 
 
-@_compress.register
+@builtin_compress.register
 def _solve(spec: Solver, job: CompressJob) -> dict[str, float]:
     model, tokenizer = job.load_base()
     ids = job.calibration(tokenizer)

@@ -16,20 +16,21 @@ def recover(job: LearnJob) -> dict[str, float]:
     first.
     """
     spec = job.cell.recovery
-    return spec.recover(job) if hasattr(spec, "recover") else _recover(spec, job)
+    return spec.recover(job) if hasattr(spec, "recover") else builtin_recover(spec, job)
 
 
 @singledispatch
-def _recover(spec: Recovery, job: LearnJob) -> dict[str, float]:
+def builtin_recover(spec: Recovery, job: LearnJob) -> dict[str, float]:
+    """What the built-in method does that `spec` is, or is derived from."""
     raise NotImplementedError(f"method {spec.method!r} has no recover(job)")
 
 
-@_recover.register
+@builtin_recover.register
 def _soft_prompt(spec: SoftPrompt, job: LearnJob) -> dict[str, float]:
     return _learn(partial(soft_prompt.learn, tokenizer=job.tokenizer), spec, job)
 
 
-@_recover.register
+@builtin_recover.register
 def _lora(spec: LoRA, job: LearnJob) -> dict[str, float]:
     return _learn(lora.learn_lora, spec, job)
 
@@ -54,14 +55,14 @@ def _learn(learn: Callable[..., Outcome], spec: Learned, job: LearnJob) -> dict[
     }
 
 
-@_recover.register
+@builtin_recover.register
 def _untrained(spec: Untrained, job: LearnJob) -> dict[str, float]:
     rows = untrained_rows(spec, job.model, job.tokenizer)
     save_prompt(job.folder, rows, job.model_name)
     return {"trainable_parameters": 0, "prompt_tokens": len(rows)}
 
 
-@_recover.register
+@builtin_recover.register
 def _adapter(spec: Adapter, job: LearnJob) -> dict[str, float]:
     adapters.copy_adapter(adapters.fetch(job.location(spec), spec.revision), job.folder)
     return {"trainable_parameters": adapters.parameters(job.folder)}

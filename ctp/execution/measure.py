@@ -41,16 +41,17 @@ def measure(job: EvaluateJob) -> dict[str, float]:
 
 def _once(job: EvaluateJob) -> dict[str, float]:
     spec = job.cell.measure
-    return spec.measure(job) if hasattr(spec, "measure") else _measure(spec, job)
+    return spec.measure(job) if hasattr(spec, "measure") else builtin_measure(spec, job)
 
 
 @singledispatch
-def _measure(spec: Measure, job: EvaluateJob) -> dict[str, float]:
+def builtin_measure(spec: Measure, job: EvaluateJob) -> dict[str, float]:
+    """What the built-in method does that `spec` is, or is derived from."""
     raise NotImplementedError(f"method {spec.method!r} has no measure(job)")
 
 
 # Each imports what it computes with: lm-evaluation-harness, for one, takes seconds.
-@_measure.register
+@builtin_measure.register
 def _perplexity(spec: Perplexity, job: EvaluateJob) -> dict[str, float]:
     from ctp.evaluation.perplexity import PerplexityResult, perplexity
 
@@ -69,7 +70,7 @@ def _progress_after(job: EvaluateJob, done: int, of: int, more: int, _: int) -> 
     job.progress(done + more, of)
 
 
-@_measure.register
+@builtin_measure.register
 def _task(spec: Task, job: EvaluateJob) -> dict[str, float]:
     """The task's metrics; `samples.jsonl` has a line for each document."""
     from ctp.evaluation.tasks import build, run_task
@@ -85,7 +86,7 @@ def _task(spec: Task, job: EvaluateJob) -> dict[str, float]:
     return result.metrics
 
 
-@_measure.register
+@builtin_measure.register
 def _latency(spec: Latency, job: EvaluateJob) -> dict[str, float]:
     """latency.json has every single timing and the machine."""
     from ctp.evaluation.latency import latency
@@ -102,7 +103,7 @@ def _latency(spec: Latency, job: EvaluateJob) -> dict[str, float]:
     return result.metrics()
 
 
-@_measure.register
+@builtin_measure.register
 def _generation(spec: Generation, job: EvaluateJob) -> dict[str, float]:
     """Answers in answers.json with their lengths in tokens; `repeated_4grams` unless no answer has four tokens."""
     from ctp.evaluation.generation import answer_tokens, plain_text, repeated_4grams
@@ -119,7 +120,7 @@ def _generation(spec: Generation, job: EvaluateJob) -> dict[str, float]:
     return out if repeated is None else {**out, "repeated_4grams": repeated}
 
 
-@_measure.register
+@builtin_measure.register
 def _neighbours(spec: Neighbours, job: EvaluateJob) -> dict[str, float]:
     """neighbours.json has the nearest word of each row and the histogram of all cosines."""
     from ctp.evaluation.neighbours import histogram, nearest_words, neighbours, summary

@@ -4,9 +4,13 @@ from types import SimpleNamespace
 from typing import Literal
 
 import pytest
+from support.bench import Bench
 
+from ctp import plugin
 from ctp.cells import GPTQ, Compression, Measure, Neighbours, RandomPrompt, Recovery
+from ctp.cells.cell import Compress
 from ctp.execution import compress, learn, measure
+from ctp.storage.ref import ref
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +59,9 @@ def test_a_class_with_its_own_function_does_it_itself(bases):
 
 def test_a_class_without_one_is_done_as_the_built_in_one_that_it_derives_from():
     a, b, c = methods(GPTQ, RandomPrompt, Neighbours)
-    assert compress._compress.dispatch(a) is compress._compress.dispatch(GPTQ)
-    assert learn._recover.dispatch(b) is learn._recover.dispatch(RandomPrompt)
-    assert measure._measure.dispatch(c) is measure._measure.dispatch(Neighbours)
+    assert compress.builtin_compress.dispatch(a) is compress.builtin_compress.dispatch(GPTQ)
+    assert learn.builtin_recover.dispatch(b) is learn.builtin_recover.dispatch(RandomPrompt)
+    assert measure.builtin_measure.dispatch(c) is measure.builtin_measure.dispatch(Neighbours)
 
 
 def test_a_method_that_nothing_does_says_so():
@@ -68,3 +72,18 @@ def test_a_method_that_nothing_does_says_so():
             call(given)
     with pytest.raises(NotImplementedError, match=r"method 'c' has no measure\(job\)"):
         measure.measure(job(measure=c))
+
+
+def test_a_method_of_ones_own_may_call_what_it_derives_from(tmp_path, llama_folder):
+    class Told(GPTQ):
+        method: Literal["told"] = "told"
+
+        def compress(self, job):
+            return {**plugin.builtin_compress(self, job), "own": 1.0}
+
+    bench = Bench(tmp_path, llama_folder, compression={"method": "told", "bits": 4}, recovery=[], sources=[])
+    [cell] = bench.all(Compress)
+    bench.execute(cell)
+    metrics = bench.store.manifest(ref(cell))["metrics"]
+    assert metrics["own"] == 1.0
+    assert metrics["bits_per_weight"] < 5
