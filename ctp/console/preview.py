@@ -25,7 +25,8 @@ STARTING = 10.0  # seconds until Ray and the workers' imports are there
 MODEL = (
     "shared: cells that a study above has too; left, hours and bytes are of the others that are to run.\n"
     "Cost model: 2 N T operations a forward pass, 4 N T a learning step (no gradients of weights); GPU-hours at "
-    "{tflops:g}\nTFLOP/s a GPU; memory: weights, activations and logits of what is fed at once (ctp/planning/cost.py).\n"
+    "{tflops:g}\nTFLOP/s a GPU; memory: weights, activations and logits of what is fed at once "
+    "(ctp/planning/cost.py).\n"
     "! is more than one GPU of {gib:.0f} GiB (--gpu-memory) holds: such a cell takes several."
 )
 
