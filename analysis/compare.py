@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from ctp.common.exit_codes import Exit
+from ctp.common.exit_codes import Exit, fail
 from ctp.common.terminal import aligned, unread
 from ctp.storage.remote import StoreError
 
@@ -153,8 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         lines = compare(command.results(args), args.tolerance)
     except (AnalysisError, StoreError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return Exit.USAGE
+        return fail(Exit.USAGE, str(e))
     show(lines)
     if args.csv:
         write_csv(lines, args.csv)

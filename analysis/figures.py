@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ctp.common.exit_codes import Exit
+from ctp.common.exit_codes import Exit, fail
 from ctp.common.terminal import unread
 from ctp.storage.remote import StoreError
 
@@ -32,8 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from . import plots
     except ImportError as e:
-        print(f"error: figures need matplotlib (pip install 'ctp[figures]'): {e}", file=sys.stderr)
-        return Exit.FAILED
+        return fail(Exit.FAILED, f"figures need matplotlib (pip install 'ctp[figures]'): {e}")
     drawn: list[Path] = []
     try:
         results = command.results(args)
@@ -48,8 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.log and drawn:
             attach.log(args.grid, {f"figures/{file.name}": file for file in drawn})
     except (AnalysisError, StoreError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return Exit.FAILED
+        return fail(Exit.FAILED, str(e))
     return Exit.OK if drawn else Exit.FAILED
 
 

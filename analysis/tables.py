@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ctp.common.exit_codes import Exit
+from ctp.common.exit_codes import Exit, fail
 from ctp.common.terminal import unread
 from ctp.storage.remote import StoreError
 
@@ -202,8 +202,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.log:
             attach.log(args.grid, files)
     except (AnalysisError, StoreError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return Exit.FAILED
+        return fail(Exit.FAILED, str(e))
     return Exit.OK
 
 

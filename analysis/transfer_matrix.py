@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ctp.common.exit_codes import Exit
+from ctp.common.exit_codes import Exit, fail
 from ctp.common.messages import plain
 from ctp.common.terminal import unread
 from ctp.storage.remote import StoreError
@@ -106,8 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         table = evaluations(args.grid, args.where, dataset=args.dataset or "")
         show(args.grid, table)
     except (AnalysisError, StoreError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return Exit.FAILED
+        return fail(Exit.FAILED, str(e))
     path = Path(args.csv or f"results/transfer_matrix_{args.grid}.csv")
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = [*AXES, *SOURCE, "seed", "target", *NUMBERS, "run_id"]

@@ -8,7 +8,6 @@ import argparse
 import base64
 import hashlib
 import re
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ctp.common.exit_codes import Exit
+from ctp.common.exit_codes import Exit, fail
 from ctp.common.terminal import duration, unread
 from ctp.storage.remote import StoreError
 from ctp.storage.store import Store
@@ -134,6 +133,5 @@ def main(argv: list[str] | None = None) -> int:
         if args.log:
             attach.log(args.grid, {"report.html": file})
     except (AnalysisError, StoreError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return Exit.FAILED
+        return fail(Exit.FAILED, str(e))
     return Exit.OK
