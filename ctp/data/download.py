@@ -111,7 +111,7 @@ def _fetch_split(path: Path, source: Source, manifest: Manifest, split: str, doc
 
 
 def _is_of(manifest: Manifest, corpus: Corpus) -> bool:
-    """Is it the manifest of this data set, at the commit asked for if one is?"""
+    """Is it the manifest of this data set, at the requested commit, if one is pinned?"""
     pinned = corpus.revision if hub.COMMIT.fullmatch(corpus.revision or "") else manifest.commit
     return (manifest.hub, manifest.commit, manifest.config) == (corpus.hub, pinned, corpus.config)
 

@@ -117,6 +117,6 @@ def tokenizer_sha256(tokenizer: Tokenizer) -> str:
 @lru_cache(maxsize=1)  # all targets of a model have one tokenizer, whose state is megabytes of JSON
 def _state_sha256(serialised: str) -> str:
     state: dict[str, Any] = json.loads(serialised)
-    for name in ("truncation", "padding"):  # left there by whoever called the tokenizer last
+    for name in ("truncation", "padding"):  # left there by the last call of the tokenizer
         state.pop(name, None)
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

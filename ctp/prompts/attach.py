@@ -150,7 +150,7 @@ def _unreadable(model: PreTrainedModel) -> str:
     changed = torch.cat([ids[:, :-1], other_tokens(model, ids[:, -1:])], dim=1)
     read = body_states(model, input_ids=ids, use_cache=False)
     if not bool(torch.isfinite(read).all()):
-        return ""  # whoever sums a loss reports it
+        return ""  # reported where the loss is summed
     try:
         embedded = body_states(model, inputs_embeds=embedding(ids), use_cache=False)
     except Exception as e:  # whatever a model raises that looks for token ids and finds none
